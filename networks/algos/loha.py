@@ -1,0 +1,112 @@
+"""LoHa: the Hadamard product of two low-rank matrices (2108.06098, 2309.14859).
+
+    dW = (w1_a w1_b) * (w2_a w2_b)                  rank up to R^2
+    Tucker (convolutions with K > 1): each half is sum_ab w_a[a, o] t[a, b, k] w_b[b, i]
+
+The same dW is an ordinary low-rank product of rank R^2, P Q with P[o, ij] = w1_a[o, i] w2_a[o, j] and
+Q[ij, c] = w1_b[i, c] w2_b[j, c]: the factored form, which never builds O x I.
+
+Parameters (saved as hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, hada_t1, hada_t2)
+    w1_a, w2_a  [O, R]; Tucker [R, O]               start: N(0, 0.1), 0 (with a scalar: both N(0, 0.1))
+    w1_b, w2_b  [R, I * K]; Tucker [R, I]           start: N(0, 1)
+    t1, t2      [R, R, *kernel], Tucker only        start: N(0, 0.1)
+    scalar, 0-d, with use_scalar only               start: 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..tensors.geometry import Geometry
+from ..tensors.low_rank import Gate, low_rank
+from ..tensors.tucker import core_times_right
+from .base import Adapter, Layout
+
+
+class LoHa(Adapter):
+    algo = "loha"
+    options = frozenset({"use_tucker", "use_scalar"})
+    plus = frozenset({"w2_a"})
+    keys = {
+        "w1_a": "hada_w1_a",
+        "w1_b": "hada_w1_b",
+        "w2_a": "hada_w2_a",
+        "w2_b": "hada_w2_b",
+        "t1": "hada_t1",
+        "t2": "hada_t2",
+    }
+    required = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
+    fold = ("w1_a",)
+
+    @classmethod
+    def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:
+        tucker = use_tucker and geometry.has_kernel
+        a = (dim, geometry.out_features) if tucker else (geometry.out_features, dim)
+        b = (dim, geometry.in_features if tucker else geometry.columns)
+        shapes: dict[str, tuple[int, ...]] = {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b}
+        if tucker:
+            shapes["t1"] = shapes["t2"] = (dim, dim, *geometry.kernel)
+        if use_scalar:
+            shapes["scalar"] = ()
+        return Layout(shapes, rank=dim, rank_axis=True)
+
+    def reset_parameters(self) -> None:
+        for name, p in self.named_parameters():
+            nn.init.normal_(p, std=1.0 if name in ("w1_b", "w2_b") else 0.1)
+        nn.init.zeros_(self.w2_a if self.scalar is None else self.scalar)
+
+    def _half(self, p: Mapping[str, Tensor], half: int) -> tuple[Tensor, Tensor]:
+        """One of the two low-rank matrices as ([O, R], [R, I * K])."""
+        a, b = p[f"w{half}_a"], p[f"w{half}_b"]
+        if f"t{half}" not in p:
+            return a, b
+        return a.T, core_times_right(p[f"t{half}"], b).flatten(1)
+
+    def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
+        p = dict(self.named_parameters())
+        (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
+        if rank_mask_R is not None:
+            a1 = a1 * rank_mask_R
+        return ((a1 @ b1) * (a2 @ b2)).reshape(self.geometry.weight_shape)
+
+    def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
+        p, R = self.factors(x), self.dim
+        (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
+        P = (a1[:, :, None] * a2[:, None, :]).flatten(1)
+        Q = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+        Q = Q.reshape(R * R, *self.geometry.weight_shape[1:])
+        return low_rank(self.geometry, x, Q, P, _FirstIndex(gate, R))
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        g, R = self.geometry, self.dim
+        O, J, N = g.out_features, g.columns, g.out_features * g.columns
+        return 6.0 * tokens * R * R * (J * g.groups + O), 6.0 * tokens * N + 16 * N * R
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        a, b = tensors["hada_w1_a"], tensors["hada_w1_b"]
+        tucker = "hada_t1" in tensors
+        found = (a.shape[1] if tucker else a.shape[0], b.shape[1])
+        wanted = (geometry.out_features, geometry.in_features if tucker else geometry.columns)
+        if found != wanted:
+            raise ValueError(
+                f"hada_w1_a {tuple(a.shape)} and hada_w1_b {tuple(b.shape)} do not fit a weight of {geometry.weight_shape}"
+            )
+        return b.shape[0], {"use_tucker": tucker}
+
+
+class _FirstIndex:
+    """Gate for the R * R wide middle: a dropped rank index i takes its whole row ij along, as in the matrix form."""
+
+    def __init__(self, gate: Gate, dim: int) -> None:
+        self.gate, self.dim, self.uniform = gate, dim, gate.uniform
+
+    def rank(self, h: Tensor, dim: int) -> Tensor:
+        dim %= h.dim()
+        return self.gate.rank(h.unflatten(dim, (self.dim, self.dim)), dim).flatten(dim, dim + 1)
+
+    def output(self, update: Tensor) -> Tensor:
+        return self.gate.output(update)

@@ -1,0 +1,217 @@
+"""LoKr: the Kronecker product of a small and a larger matrix (2309.14859).
+
+    dW = kron(w1 [A, C], w2 [B, D, *kernel])        O = A B,  I = C D
+    w1 = w1_a w1_b     with decompose_both, if R < max(A, C) / 2
+    w2 = w2_a w2_b     if R < max(B, D) / 2, unless full_matrix
+    Tucker (K > 1):    w2[b, d, k] = sum_ij w2_a[i, b] t2[i, j, k] w2_b[j, d]
+
+If both are whole there is no rank: the scale is 1 whatever alpha says. The product is applied by reshaping the input
+to [.., C, D], never built:  y[.., a, b] = sum_c w1[a, c] (sum_d w2[b, d] x[.., c, d]).
+
+Parameters (saved as lokr_w1, lokr_w1_a, lokr_w1_b, lokr_w2, lokr_w2_a, lokr_w2_b, lokr_t2)
+    w1    [A, C], or w1_a [A, R] and w1_b [R, C]    start: uniform 1 / sqrt(fan in)
+    w2    [B, D, *kernel]                           start: 0 (with a scalar: as w1)
+    w2_a  [B, R]; Tucker [R, B]                     start: as w1
+    w2_b  [R, D * K]; Tucker [R, D]                 start: 0 (with a scalar: as w1)
+    t2    [R, R, *kernel], Tucker only              start: as w1
+    scalar, 0-d, with use_scalar only               start: 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors.factor import factorization
+from ..tensors.geometry import Geometry, cast_to_input
+from ..tensors.low_rank import NO_GATE, Gate
+from ..tensors.tucker import core_times_right
+from .base import Adapter, Layout, kaiming_
+
+Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
+
+
+class LoKr(Adapter):
+    algo = "lokr"
+    options = frozenset(
+        {"use_tucker", "use_scalar", "factor", "decompose_both", "full_matrix", "unbalanced_factorization"}
+    )
+    plus = frozenset({"w1", "w1_a", "w1_b"})
+    keys = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+    required = tuple(
+        frozenset(one | two)
+        for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+        for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
+    )
+    fold = ("w1", "w1_a")
+
+    @classmethod
+    def layout(
+        cls,
+        geometry: Geometry,
+        dim: int,
+        use_tucker: bool = False,
+        use_scalar: bool = False,
+        factor: int = -1,
+        decompose_both: bool = False,
+        full_matrix: bool = False,
+        unbalanced_factorization: bool = False,
+        split: Split | None = None,
+        whole: tuple[bool, bool] | None = None,
+    ) -> Layout:
+        """`split` ((A, B), (C, D)) and `whole` (w1, w2) state outright what a file holds; else the options decide."""
+        (A, B), (C, D) = split or cls._split(geometry, factor, unbalanced_factorization)
+        if whole is None:
+            whole1 = not decompose_both or full_matrix or dim >= max(A, C) / 2
+            whole = whole1, full_matrix or dim >= max(B, D) / 2
+        shapes: dict[str, tuple[int, ...]] = {"w1": (A, C)} if whole[0] else {"w1_a": (A, dim), "w1_b": (dim, C)}
+        if whole[1]:
+            shapes["w2"] = (B, D, *geometry.kernel)
+        elif use_tucker and geometry.has_kernel:
+            shapes |= {"t2": (dim, dim, *geometry.kernel), "w2_a": (dim, B), "w2_b": (dim, D)}
+        else:
+            shapes |= {"w2_a": (B, dim), "w2_b": (dim, D * geometry.kernel_size)}
+        if use_scalar:
+            shapes["scalar"] = ()
+        # Grouped convolutions have no reshaped form, so no rank activation either.
+        return Layout(shapes, None if all(whole) else dim, rank_axis=not whole[1] and geometry.groups == 1)
+
+    @staticmethod
+    def _split(geometry: Geometry, factor: int, unbalanced: bool) -> Split:
+        A, B = factorization(geometry.out_features, factor)
+        return ((B, A) if unbalanced else (A, B)), factorization(geometry.in_features, factor)
+
+    def reset_parameters(self) -> None:
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                kaiming_(p)
+        if self.scalar is not None:
+            nn.init.zeros_(self.scalar)
+        else:
+            nn.init.zeros_(self.w2 if "w2" in self.record.shapes else self.w2_b)
+
+    @staticmethod
+    def _w1(p: Mapping[str, Tensor]) -> Tensor:
+        return p["w1"] if "w1" in p else p["w1_a"] @ p["w1_b"]
+
+    def _w2_factors(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """w2 as ([B, R], [R, D, *kernel])."""
+        if "t2" in p:
+            return p["w2_a"].T, core_times_right(p["t2"], p["w2_b"])
+        return p["w2_a"], p["w2_b"].reshape(self.dim, -1, *self.geometry.kernel)
+
+    def _w2(self, p: Mapping[str, Tensor], rank_mask_R: Tensor | None = None) -> Tensor:
+        if "w2" in p:
+            return p["w2"]
+        left_BR, right_RDK = self._w2_factors(p)
+        if rank_mask_R is not None:
+            left_BR = left_BR * rank_mask_R
+        return torch.einsum("br,rd...->bd...", left_BR, right_RDK)
+
+    def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
+        p = dict(self.named_parameters())
+        w1, w2 = self._w1(p), self._w2(p, rank_mask_R)
+        blocks = torch.einsum("ac,bd...->abcd...", w1, w2)
+        return blocks.reshape(self.geometry.weight_shape)
+
+    def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
+        p = self.factors(x)
+        w1 = cast_to_input(self._w1(p), x)
+        if "w2" in p and gate.uniform:
+            w1, gate = gate.output(w1), NO_GATE  # the smallest tensor in sight
+        form = self._conv if self.geometry.is_conv else self._linear
+        return form(x, p, w1, gate)
+
+    def _linear(self, x: Tensor, p: Mapping[str, Tensor], w1_AC: Tensor, gate: Gate) -> Tensor:
+        C = w1_AC.shape[1]
+        h = x.unflatten(-1, (C, -1))  # [.., C, D]
+        if "w2" in p:
+            w2_DB = p["w2"].T
+            h = (w1_AC @ h) @ w2_DB if self._w1_first(1.0) else w1_AC @ (h @ w2_DB)
+            return gate.output(h.flatten(-2))
+        left_BR, right_RD = self._w2_factors(p)
+        h = gate.rank(h @ right_RD.T, -1)  # [.., C, R]
+        return ((w1_AC @ h) @ left_BR.T).flatten(-2)
+
+    def _conv(self, x: Tensor, p: Mapping[str, Tensor], w1_AC: Tensor, gate: Gate) -> Tensor:
+        """Samples and the C axis share the batch axis of the convolution, so W1 is one product per sample."""
+        geometry, (A, C) = self.geometry, w1_AC.shape
+        batched = x.dim() == len(geometry.kernel) + 2
+        x = x if batched else x[None]
+        batch = x.shape[0]
+        h = x.unflatten(1, (C, -1))  # [batch, C, D, *space]
+        if "w2" in p:
+            if self._w1_first(_ratio(geometry, x)):
+                h = _mix(w1_AC, h)
+                y = geometry.convolve(h.flatten(0, 1), p["w2"], 1).unflatten(0, (batch, A))
+            else:
+                y = _mix(w1_AC, geometry.convolve(h.flatten(0, 1), p["w2"], 1).unflatten(0, (batch, C)))
+            y = gate.output(y)
+        else:
+            left_BR, right_RDK = self._w2_factors(p)
+            h = geometry.convolve(h.flatten(0, 1), right_RDK, 1).unflatten(0, (batch, C))
+            h = _mix(w1_AC, gate.rank(h, 2))  # [batch, A, R, *space]
+            y = geometry.pointwise(h.flatten(0, 1), left_BR).unflatten(0, (batch, A))
+        y = y.flatten(1, 2)
+        return y if batched else y[0]
+
+    def _costs(self, ratio: float) -> tuple[float, float]:
+        """Products per output position of a whole w2: (w2 then w1, w1 then w2); ratio = input / output positions."""
+        (A, C), (B, D, *_) = self.record.shapes.get("w1") or self._w1_shape(), self.record.shapes["w2"]
+        K = self.geometry.kernel_size
+        return B * C * D * K + A * B * C, ratio * A * C * D + A * B * D * K
+
+    def _w1_shape(self) -> tuple[int, int]:
+        return self.record.shapes["w1_a"][0], self.record.shapes["w1_b"][1]
+
+    def _w1_first(self, ratio: float) -> bool:
+        second, first = self._costs(ratio)
+        return first < second
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        g, R = self.geometry, self.dim
+        O, J, N = g.out_features, g.columns, g.out_features * g.columns
+        materialised = 6.0 * tokens * N + 2 * N
+        if g.groups > 1:
+            return float("inf"), materialised
+        if "w2" in self.record.shapes:
+            return 6.0 * tokens * min(self._costs(1.0)), materialised
+        A, C = self.record.shapes.get("w1") or self._w1_shape()
+        return 6.0 * tokens * R * (J + A * C + O), materialised
+
+    def norm(self) -> Tensor:
+        """||kron(w1, w2)|| = ||w1|| ||w2||."""
+        p = dict(self.named_parameters())
+        return torch.linalg.vector_norm(self._w1(p)) * torch.linalg.vector_norm(self._w2(p))
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        """The file does not state the factor; the shapes of w1 and w2 do."""
+        t = {name: tensors[suffix].shape for name, suffix in cls.keys.items() if suffix in tensors}
+        tucker, whole = "t2" in t, ("w1" in t, "w2" in t)
+        A, C = t["w1"] if whole[0] else (t["w1_a"][0], t["w1_b"][1])
+        if whole[1]:
+            B, D = t["w2"][:2]
+        else:
+            B = t["w2_a"][1 if tucker else 0]
+            D = t["w2_b"][1] if tucker else t["w2_b"][1] // geometry.kernel_size
+        if (A * B, C * D) != (geometry.out_features, geometry.in_features):
+            raise ValueError(
+                f"lokr factors of a {A * B} x {C * D} weight do not fit a weight of {geometry.weight_shape}"
+            )
+        dim = t["w1_b"][0] if not whole[0] else t["w2_b"][0] if not whole[1] else 0
+        return int(dim), {"use_tucker": tucker, "split": ((A, B), (C, D)), "whole": whole}
+
+
+def _mix(w1_AC: Tensor, h: Tensor) -> Tensor:
+    """[batch, C, n, *space] -> [batch, A, n, *space]: one matrix product per sample over all the rest."""
+    return (w1_AC @ h.flatten(2)).unflatten(-1, h.shape[2:])
+
+
+def _ratio(geometry: Geometry, x: Tensor) -> float:
+    """Input positions per output position (4 for a stride of 2 x 2)."""
+    positions = x.numel() // (geometry.in_features * geometry.groups)
+    return positions / max(1, geometry.tokens(x))

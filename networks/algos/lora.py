@@ -1,0 +1,106 @@
+"""LoRA and its convolutional form LoCon (2106.09685, 2309.14859).
+
+    dW = up . down                         rank R
+    Tucker (convolutions with K > 1):  dW[o, i, k] = sum_ab up[o, a] mid[a, b, k] down[b, i]
+
+Parameters (saved as lora_down.weight, lora_mid.weight, lora_up.weight)
+    down  [R, I, *kernel]; Tucker [R, I, 1...]      start: uniform 1 / sqrt(fan in)
+    mid   [R, R, *kernel], Tucker only              start: as down
+    up    [O, R, 1...]                              start: 0 (with a scalar: as down)
+    scalar, 0-d, with use_scalar only               start: 0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors.geometry import Geometry
+from ..tensors.low_rank import Gate, low_rank
+from ..tensors.tucker import core_times_right
+from .base import Adapter, Layout, kaiming_
+
+
+class LoRA(Adapter):
+    algo = "lora"
+    options = frozenset({"use_tucker", "use_scalar"})
+    plus = frozenset({"up"})
+    keys = {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"}
+    required = (frozenset({"lora_up.weight", "lora_down.weight"}),)
+    fold = ("up",)
+
+    down: nn.Parameter
+    up: nn.Parameter
+
+    @classmethod
+    def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:
+        O, I, ones = geometry.out_features, geometry.in_features, geometry.ones
+        shapes: dict[str, tuple[int, ...]]
+        if use_tucker and geometry.has_kernel:
+            shapes = {"down": (dim, I, *ones), "mid": (dim, dim, *geometry.kernel), "up": (O, dim, *ones)}
+        else:
+            shapes = {"down": (dim, I, *geometry.kernel), "up": (O, dim, *ones)}
+        if use_scalar:
+            shapes["scalar"] = ()
+        return Layout(shapes, rank=dim, rank_axis=True)
+
+    def reset_parameters(self) -> None:
+        kaiming_(self.down)
+        if "mid" in self.record.shapes:
+            kaiming_(self.mid)
+        if self.scalar is None:
+            nn.init.zeros_(self.up)
+        else:
+            kaiming_(self.up)
+            nn.init.zeros_(self.scalar)
+
+    def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
+        up_OR = self.up.flatten(1)
+        if rank_mask_R is not None:
+            up_OR = up_OR * rank_mask_R
+        down_RIK = self.down
+        if "mid" in self.record.shapes:
+            down_RIK = core_times_right(self.mid, self.down.flatten(1))
+        return (up_OR @ down_RIK.flatten(1)).reshape(self.geometry.weight_shape)
+
+    def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
+        p, geometry = self.factors(x), self.geometry
+        down_RIK, up_OR = p["down"], p["up"].flatten(1)
+        if "mid" not in p:
+            return low_rank(geometry, x, down_RIK, up_OR, gate)
+        if geometry.groups > 1:
+            return low_rank(geometry, x, core_times_right(p["mid"], down_RIK.flatten(1)), up_OR, gate)
+        # Without groups the chain 1x1, kernel, 1x1 is cheaper than the merged first two.
+        h = geometry.convolve(geometry.pointwise(x, down_RIK.flatten(1)), p["mid"], 1)
+        return geometry.pointwise(gate.rank(h, 1), up_OR)
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        g, R = self.geometry, self.dim
+        O, J, N = g.out_features, g.columns, g.out_features * g.columns
+        if "mid" in self.record.shapes and g.groups == 1:
+            middle = R * g.in_features + R * R * g.kernel_size
+        else:
+            middle = R * J * g.groups
+        return 6 * tokens * (middle + O * R), 6 * tokens * N + 6 * N * R
+
+    def norm(self) -> Tensor:
+        """By the Gram matrices, R x R each: ||up down||^2 = sum(up^T up * down down^T)."""
+        if "mid" in self.record.shapes:
+            return super().norm()
+        up, down = self.up.flatten(1), self.down.flatten(1)
+        return torch.sqrt(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+        tucker = "lora_mid.weight" in tensors
+        columns = geometry.in_features if tucker else geometry.columns
+        if math.prod(down.shape[1:]) != columns or up.shape[0] != geometry.out_features:
+            raise ValueError(
+                f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} do not fit a weight of {geometry.weight_shape}"
+            )
+        return down.shape[0], {"use_tucker": tucker}

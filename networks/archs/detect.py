@@ -1,0 +1,42 @@
+"""Which architecture a model is: by class name and sub-modules, so no model library is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import ARCHS
+from .spec import ArchSpec
+
+
+def detect(denoiser: Any) -> ArchSpec:
+    """The architecture of a denoiser (an nn.Module, possibly wrapped by compile or a data-parallel class).
+
+    Raises:
+        ValueError: no architecture has these classes.
+    """
+    model = unwrap(denoiser)
+    name = type(model).__name__
+    for arch in ARCHS:
+        for signature in arch.signatures:
+            if name == signature.cls and all(_has(model, path) for path in signature.has):
+                if not any(_has(model, path) for path in signature.lacks):
+                    return arch
+    known = ", ".join(f"{s.cls} ({a.title})" for a in ARCHS for s in a.signatures)
+    raise ValueError(f"no architecture of ours has a denoiser of class {name}; known: {known}")
+
+
+def unwrap(model: Any) -> Any:
+    """The model below the wrappers of torch.compile, data-parallel training and sd-scripts' image generation."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__.endswith("DataParallel"):
+            inner = model.module
+        if inner is None:
+            inner = vars(model).get("delegate")
+        if inner is None:
+            return model
+        model = inner
+
+
+def _has(model: Any, path: str) -> bool:
+    return getattr(model, path, None) is not None

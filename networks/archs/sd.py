@@ -1,0 +1,103 @@
+"""Stable Diffusion 1.x / 2.x and SDXL, under the trainers' classes and under diffusers'.
+
+Saved names are the trainers': for SD the diffusers names of the layers, for SDXL those of the original release
+(input_blocks, middle_block, output_blocks). The block numbers are the trainers' too: 25 for SD, 23 for SDXL.
+"""
+
+from __future__ import annotations
+
+from .spec import ArchSpec, Pairs, Part, Signature
+
+TRANSFORMER = ("Transformer2DModel",)
+CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+CLIP = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
+# transformers 5 dropped the text_model level of CLIPTextModel; no reader knows the shorter names.
+CLIP_RENAME: Pairs = tuple((top, f"text_model.{top}") for top in ("encoder.", "embeddings.", "final_layer_norm"))
+
+
+def _clip(number: int | None) -> Part:
+    suffix = "" if number is None else str(number)
+    return Part(f"text_encoder{suffix}", f"lora_te{suffix}", CLIP, rename=CLIP_RENAME)
+
+
+def _sd_blocks() -> tuple[tuple[str, int], ...]:
+    """0 conv_in and the time embedding; 1-11 down, 12 the middle, 13-24 up; resampling counts with its block."""
+    table = [("conv_in", 0), ("time_embedding.", 0), ("mid_block.", 12)]
+    for i in range(4):
+        table += [(f"down_blocks.{i}.{kind}.{j}.", 1 + 3 * i + j) for kind in ("resnets", "attentions") for j in (0, 1)]
+        table += [(f"down_blocks.{i}.downsamplers.", 3 + 3 * i), (f"up_blocks.{i}.upsamplers.", 15 + 3 * i)]
+        table += [
+            (f"up_blocks.{i}.{kind}.{j}.", 13 + 3 * i + j) for kind in ("resnets", "attentions") for j in (0, 1, 2)
+        ]
+    return tuple(table)
+
+
+def _resnet(old: str, new: str) -> list[tuple[str, str]]:
+    names = {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    }
+    return [(f"{old}.{a}", f"{new}.{b}") for a, b in names.items()]
+
+
+def _sdxl_rename() -> Pairs:
+    """diffusers' names -> the original release's."""
+    pairs = [
+        ("conv_in", "input_blocks.0.0"),
+        ("conv_norm_out", "out.0"),
+        ("conv_out", "out.2"),
+        ("time_embedding.linear_1", "time_embed.0"),
+        ("time_embedding.linear_2", "time_embed.2"),
+        ("add_embedding.linear_1", "label_emb.0.0"),
+        ("add_embedding.linear_2", "label_emb.0.2"),
+        *_resnet("mid_block.resnets.0", "middle_block.0"),
+        ("mid_block.attentions.0.", "middle_block.1."),
+        *_resnet("mid_block.resnets.1", "middle_block.2"),
+    ]
+    for i in range(3):
+        for j in range(2):
+            n = 3 * i + j + 1
+            pairs += _resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0")
+            pairs.append((f"down_blocks.{i}.attentions.{j}.", f"input_blocks.{n}.1."))
+        pairs.append((f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{3 * i + 3}.0.op"))
+        for j in range(3):
+            n = 3 * i + j
+            pairs += _resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
+            pairs.append((f"up_blocks.{i}.attentions.{j}.", f"output_blocks.{n}.1."))
+        pairs.append((f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{3 * i + 2}.2.conv"))
+    return tuple(pairs)
+
+
+def _sdxl_blocks() -> tuple[tuple[str, int], ...]:
+    """0 the embeddings, 1-9 input, 10-12 middle, 13-21 output, 22 the last convolution."""
+    table = [("time_embed.", 0), ("label_emb.", 0), ("out.", 22)]
+    table += [(f"input_blocks.{i}.", 1 + i) for i in range(9)]
+    table += [(f"middle_block.{i}.", 10 + i) for i in range(3)]
+    table += [(f"output_blocks.{i}.", 13 + i) for i in range(9)]
+    return tuple(table)
+
+
+SD = ArchSpec(
+    name="sd",
+    title="Stable Diffusion 1.x / 2.x",
+    signatures=(Signature("UNet2DConditionModel", lacks=("add_embedding", "label_emb")),),
+    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL),
+    text_encoders=(_clip(None),),
+    blocks=_sd_blocks(),
+)
+
+SDXL = ArchSpec(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    signatures=(
+        Signature("SdxlUNet2DConditionModel"),
+        Signature("UNet2DConditionModel", has=("add_embedding",)),
+    ),
+    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_sdxl_rename()),
+    text_encoders=(_clip(1), _clip(2)),
+    blocks=_sdxl_blocks(),
+)

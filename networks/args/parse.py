@@ -1,0 +1,120 @@
+"""Raw keyword arguments of a trainer -> typed NetArgs; all mistakes of a call in one message."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .spec import NOT_GIVEN, NUMBERS, Arg, nearest
+from .table import BY_NAME, TABLE
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Problems:
+    """Collects what is wrong with one call, so that the user reads all of it at once.
+
+    Args:
+        where: the entry as the user typed it, `networks.lokr`.
+    """
+
+    where: str
+    messages: list[str] = field(default_factory=list)
+
+    def add(self, message: str) -> None:
+        if message not in self.messages:
+            self.messages.append(message)
+
+    def stop(self) -> None:
+        """Raise what was collected.
+
+        Raises:
+            ValueError: if there is anything.
+        """
+        if not self.messages:
+            return
+        if len(self.messages) == 1:
+            raise ValueError(f"{self.where}: {self.messages[0]}")
+        lines = "".join(f"\n  - {message}" for message in self.messages)
+        raise ValueError(f"{self.where}: {len(self.messages)} problems:{lines}")
+
+
+@dataclass(frozen=True)
+class NetArgs:
+    """Typed arguments, one attribute per row of the table.
+
+    Attributes:
+        values: name -> value, defaults filled in.
+        given: names that the user wrote (and that did not mean "not given").
+    """
+
+    values: Mapping[str, Any]
+    given: frozenset[str] = frozenset()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["values"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def pick(self, names: Iterable[str]) -> dict[str, Any]:
+        """The chosen arguments as keywords."""
+        return {name: self.values[name] for name in names}
+
+
+def parse(raw: Mapping[str, Any], default_algo: str, problems: Problems) -> NetArgs:
+    """Read all arguments; mistakes go to `problems` and leave the default behind.
+
+    Args:
+        raw: spelling -> text or typed value; None = not given (trainers pass options through that way).
+        default_algo: the algorithm if no `algo` is given.
+    """
+    values = {arg.name: arg.default for arg in TABLE}
+    spelled: dict[str, str] = {}
+    unknown: list[str] = []
+    for key, text in raw.items():
+        if text is None:
+            continue
+        arg = BY_NAME.get(key)
+        if arg is None:
+            unknown.append(key)
+            continue
+        if arg.kind in NUMBERS and isinstance(text, str) and text.strip().lower() in NOT_GIVEN:
+            log.warning("%s=%s: taken as not given", key, text)
+            continue
+        try:
+            value = arg.coerce(text)
+        except ValueError as error:
+            problems.add(f"{key}={text} {error}")
+            continue
+        if arg.name in spelled and values[arg.name] != value:
+            problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
+            continue
+        values[arg.name], spelled[arg.name] = value, key
+    values["algo"] = values["algo"] or default_algo
+    _unknown(unknown, values["allow_unknown"], problems)
+    _inapplicable(values, spelled, problems)
+    return NetArgs(values, frozenset(spelled))
+
+
+def _unknown(keys: list[str], allowed: bool, problems: Problems) -> None:
+    for key in keys:
+        if allowed:
+            log.warning("unknown argument %s: ignored, because allow_unknown=True", key)
+        else:
+            hint = nearest(key, BY_NAME) or "; the README lists all arguments"
+            problems.add(f"no argument is called {key}{hint}")
+
+
+def _inapplicable(values: Mapping[str, Any], spelled: Mapping[str, str], problems: Problems) -> None:
+    for name, key in spelled.items():
+        arg: Arg = BY_NAME[name]
+        if arg.algos is not None and values["algo"] not in arg.algos and not arg.is_neutral(values[name]):
+            problems.add(
+                f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {', '.join(arg.algos)}"
+            )
+    if "conv_alpha" in spelled and "conv_dim" not in spelled:
+        problems.add("conv_alpha is given without conv_dim: give both, or neither")

@@ -1,0 +1,53 @@
+"""The argument table as Markdown, for the README."""
+
+from __future__ import annotations
+
+from .spec import Arg
+from .table import TABLE
+
+_TYPES = {
+    "bool": "True / False",
+    "int": "number",
+    "float": "number",
+    "choice": "",
+    "patterns": "`['regex', ...]`",
+    "regex_int": "`{'regex': 8}`",
+    "regex_float": "`{'regex': 1e-4}`",
+    "blocks": "`0-7,20-24`",
+}
+
+
+def markdown() -> str:
+    """One table, grouped; generated text, so edit the rows in table.py instead."""
+    lines = ["| argument | value | default | effect |", "| --- | --- | --- | --- |"]
+    group = None
+    for arg in sorted(TABLE, key=lambda arg: list(dict.fromkeys(a.group for a in TABLE)).index(arg.group)):
+        if arg.group != group:
+            group = arg.group
+            lines.append(f"| **{group}** | | | |")
+        lines.append(f"| {_names(arg)} | {_type(arg)} | {_default(arg)} | {arg.help}{_only(arg)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _names(arg: Arg) -> str:
+    also = f" ({', '.join(f'`{name}`' for name in arg.aliases)})" if arg.aliases else ""
+    return f"`{arg.name}`{also}"
+
+
+def _type(arg: Arg) -> str:
+    if arg.choices:
+        return " / ".join(f"`{choice}`" for choice in arg.choices)
+    bounds = ""
+    if arg.minimum is not None and arg.kind in ("int", "float"):
+        bounds = f" >= {arg.minimum:g}" if arg.below is None else f" {arg.minimum:g} to below {arg.below:g}"
+    return _TYPES[arg.kind] + bounds
+
+
+def _default(arg: Arg) -> str:
+    if arg.name == "algo":
+        return "the entry's"
+    return "-" if arg.default in (None, (), {}) else str(arg.default)
+
+
+def _only(arg: Arg) -> str:
+    return f" ({', '.join(arg.algos)} only)" if arg.algos else ""

@@ -1,0 +1,245 @@
+"""The record of one argument, and how its text becomes a value.
+
+Trainers hand every value over as text ("8", "True", "{'.*attn.*': 8}"); configuration files may hand over real types.
+A coercer takes either and raises ValueError with what is wrong and what to write, nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+NOT_GIVEN = ("", "none", "null", "undefined")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One network argument.
+
+    Attributes:
+        kind: name of its coercer in KINDS.
+        default: the value when it is not given; also its neutral value unless `neutral` says more.
+        help: one sentence for people; the generated documentation prints it.
+        group: heading in the documentation.
+        aliases: other spellings, of the trainers and of LyCORIS.
+        algos: algorithms on which it has an effect; None = all.
+        neutral: further values that ask for nothing, accepted where the argument cannot apply.
+        minimum, below: bounds of a number: minimum <= value < below.
+        choices: of an enumeration.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    group: str
+    aliases: tuple[str, ...] = ()
+    algos: tuple[str, ...] | None = None
+    neutral: tuple[Any, ...] = ()
+    minimum: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    def coerce(self, raw: Any) -> Any:
+        """Text or typed value -> value.
+
+        Raises:
+            ValueError: with the reason and an example of what to write.
+        """
+        return KINDS[self.kind](self, raw)
+
+    def is_neutral(self, value: Any) -> bool:
+        return value == self.default or value in self.neutral or (self.kind in LISTS and not value)
+
+
+def _text(raw: Any) -> str:
+    return raw.strip() if isinstance(raw, str) else str(raw)
+
+
+def _boolean(arg: Arg, raw: Any) -> bool:
+    text = _text(raw).lower()
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    raise ValueError("is not a boolean; write True or False")
+
+
+def _bounded(arg: Arg, value: float) -> None:
+    if arg.minimum is not None and value < arg.minimum:
+        raise ValueError(f"is too small; the least is {arg.minimum:g}")
+    if arg.below is not None and value >= arg.below:
+        raise ValueError(f"is too large; it must stay below {arg.below:g}")
+
+
+def _integer(arg: Arg, raw: Any) -> int:
+    try:
+        number = float(_text(raw))
+    except ValueError:
+        raise ValueError("is not a whole number; write one such as 8") from None
+    if not math.isfinite(number) or number != int(number):
+        raise ValueError("is not a whole number; write one such as 8")
+    _bounded(arg, number)
+    return int(number)
+
+
+def _number(arg: Arg, raw: Any) -> float:
+    try:
+        number = float(_text(raw))
+    except ValueError:
+        raise ValueError("is not a number; write one such as 0.1") from None
+    if not math.isfinite(number):
+        raise ValueError("is not a finite number; write one such as 0.1")
+    _bounded(arg, number)
+    return number
+
+
+def _choice(arg: Arg, raw: Any) -> str:
+    text = _text(raw).lower()
+    if text not in arg.choices:
+        raise ValueError(f"is none of {', '.join(arg.choices)}{nearest(text, arg.choices)}")
+    return text
+
+
+def _from_file(text: str) -> Any:
+    """`@file`: TOML or JSON by its ending, otherwise one item per line (# starts a comment)."""
+    path = Path(text[1:].strip()).expanduser()
+    if not path.is_file():
+        raise ValueError(f"names the file {path}, which does not exist")
+    content = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix.lower() == ".json":
+            return json.loads(content)
+        if path.suffix.lower() == ".toml":
+            return read_toml(content)
+    except ValueError as error:
+        raise ValueError(f"names the file {path}, which cannot be read: {error}") from None
+    lines = (line.strip() for line in content.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """TOML -> dict, with the standard library or, on Python 3.10, the `toml` package which the trainers install."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import toml
+
+        return dict(toml.loads(text))
+    return tomllib.loads(text)
+
+
+def _structure(raw: Any) -> Any:
+    """Python literal, JSON or @file -> object; other text stays text."""
+    if not isinstance(raw, str):
+        return raw
+    text = raw.strip()
+    if text.startswith("@"):
+        return _from_file(text)
+    if text and text[0] in "[{(\"'":
+        for read in (ast.literal_eval, json.loads):
+            try:
+                return read(text)
+            except (ValueError, SyntaxError):
+                continue
+        if text[0] == "{":  # no regular expression starts like this; [ and ( may
+            raise ValueError("cannot be read; write it as {'regex': 8, 'another': 4}")
+    return text
+
+
+def split_top(text: str, separator: str = ",") -> list[str]:
+    """Split at separators outside brackets, so that a{1,2} and (a,b) stay whole."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == separator and depth <= 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def _regex(text: Any) -> str:
+    try:
+        re.compile(str(text))
+    except re.error as error:
+        raise ValueError(f"has the regular expression {text!r}, which is wrong: {error}") from None
+    return str(text)
+
+
+def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
+    found = _structure(raw)
+    if isinstance(found, str):
+        found = split_top(found)
+    if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
+        raise ValueError("is not a list of regular expressions; write ['.*attn.*', '.*mlp.*'], or @file.txt")
+    return tuple(_regex(item) for item in found)
+
+
+def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
+    found = _structure(raw)
+    form = "write {'.*attn.*': 8} or .*attn.*=8,.*mlp.*=4, or @file.toml"
+    if isinstance(found, str):
+        pairs = [part.rsplit("=", 1) for part in split_top(found)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"is not a list of regex=value; {form}")
+        found = dict(pairs)
+    if not isinstance(found, dict):
+        raise ValueError(f"is not a mapping of regular expressions to numbers; {form}")
+    read = _integer if arg.kind == "regex_int" else _number
+    result = {}
+    for key, value in found.items():
+        try:
+            result[_regex(str(key).strip())] = read(arg, value)
+        except ValueError as error:
+            raise ValueError(f"has {key!r} = {value!r}, which {error}") from None
+    return result
+
+
+def _blocks(arg: Arg, raw: Any) -> tuple[int, ...] | None:
+    """Block numbers: 0-7,20-37; `all` is no choice at all, `none` is no block."""
+    found = _structure(raw)
+    if isinstance(found, (list, tuple)):
+        found = ",".join(map(str, found))
+    text = str(found).strip().lower()
+    if text in ("all", "none"):
+        return None if text == "all" else ()
+    numbers: set[int] = set()
+    for part in split_top(text):
+        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"has {part!r}, which is no block number or range; write 0-7,20-37")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not numbers:
+        raise ValueError("names no block; write 0-7,20-37, all or none")
+    return tuple(sorted(numbers))
+
+
+KINDS: dict[str, Callable[[Arg, Any], Any]] = {
+    "bool": _boolean,
+    "int": _integer,
+    "float": _number,
+    "choice": _choice,
+    "patterns": _patterns,
+    "regex_int": _regex_map,
+    "regex_float": _regex_map,
+    "blocks": _blocks,
+}
+NUMBERS = ("int", "float")
+LISTS = ("patterns", "regex_int", "regex_float")
+
+
+def nearest(word: str, known: Any, introduction: str = "; did you mean {}?") -> str:
+    """The nearest valid name as the end of a sentence, or nothing."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return introduction.format(found[0]) if found else ""

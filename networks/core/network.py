@@ -1,0 +1,257 @@
+"""The network: all adapted layers of a model, with attach, merge, save and load. Host-neutral."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..algos import ALGOS
+from ..files import codec, reader, writer
+from ..files.codec import SavedLayer
+from ..layers.adapted import LIVE_SCALE, AdaptedLayer, Runtime
+from ..layers.dropout import Dropouts
+from .plan import Plan, PlanRow
+from .report import LoadReport
+
+log = logging.getLogger(__name__)
+
+
+class Network(nn.Module):
+    """All adapters of one call.
+
+    Its children are the adapted layers under their saved names; base layers are never children, so its parameters and
+    its state are the adapter's alone.
+
+    Args:
+        plan: what to build.
+        modules: saved name -> base layer, for the plan's trained rows.
+        roots: part name -> the model that the host calls.
+        dropouts: dropout, rank_dropout, module_dropout, for all layers.
+        multiplier: strength.
+        for_inference: dropouts never act.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        modules: Mapping[str, nn.Module],
+        roots: Mapping[str, nn.Module],
+        dropouts: Mapping[str, float] | None = None,
+        multiplier: float = 1.0,
+        for_inference: bool = False,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
+        self._roots = dict(roots)
+        self._hooks: list[Any] = []
+        chosen = Dropouts(**(dropouts or {}))
+        self._layers: dict[str, tuple[PlanRow, AdaptedLayer]] = {}
+        for row in plan.trained:
+            name = row.saved_name
+            adapter = ALGOS[row.algo](row.geometry, row.dim, row.options)
+            layer = AdaptedLayer(name, modules[name], adapter, row.scale, chosen, self.runtime)
+            self._layers[name] = row, layer
+            self.add_module(name, layer)
+        self._aliases = {row.own_saved_name: name for name, (row, _) in self._layers.items()}
+
+    # -- layers
+
+    @property
+    def layers(self) -> list[tuple[PlanRow, AdaptedLayer]]:
+        return list(self._layers.values())
+
+    @property
+    def adapted_layers(self) -> list[AdaptedLayer]:
+        return [layer for _, layer in self._layers.values()]
+
+    # -- attachment
+
+    def attach(self, parts: Sequence[str] | None = None) -> None:
+        """Take over the forwards of these parts' layers; layers of other parts leave the network.
+
+        Raises:
+            ValueError: nothing is left to train.
+        """
+        if parts is not None:
+            for name in [name for name, (row, _) in self._layers.items() if row.part not in parts]:
+                del self._layers[name]
+                delattr(self, name)
+            self.plan = self.plan.keep(parts)
+        if not self._layers:
+            raise ValueError("no layer is left to train: no part of the model is both trained and targeted")
+        for layer in self.adapted_layers:
+            layer.attach()
+        if any(layer.dropouts for layer in self.adapted_layers):
+            used = {row.part for row, _ in self.layers}
+            self._hooks = [h for part, root in self._roots.items() if part in used for h in _watch(root, self.runtime)]
+
+    def detach(self) -> None:
+        """Give the model its own forwards back."""
+        for layer in self.adapted_layers:
+            layer.detach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    # -- strength
+
+    def set_multiplier(self, multiplier: float | Sequence[float] | Tensor) -> None:
+        """One strength, or one per sample (forward only)."""
+        if isinstance(multiplier, (Tensor, Sequence)):
+            values = torch.as_tensor(multiplier, dtype=torch.float32).flatten()
+            self.runtime.multiplier = float(values[0]) if values.numel() == 1 else values
+        else:
+            self.runtime.multiplier = float(multiplier)
+
+    # -- weight space
+
+    def merge(self, device: torch.device | None = None) -> None:
+        """Put every W' into the base model, rounded once."""
+        for layer in self.adapted_layers:
+            layer.merge(device=device)
+
+    def backup_weights(self) -> None:
+        for layer in self.adapted_layers:
+            layer.backup()
+
+    def restore_weights(self) -> None:
+        """Base weights of the backup, bit for bit; the adapters act in the forward pass again."""
+        for layer in self.adapted_layers:
+            layer.restore()
+        self.runtime.enabled = True
+
+    def pre_calculation(self) -> None:
+        """Merge for the time being: needs a backup; `restore_weights` undoes it."""
+        self.backup_weights()
+        self.merge()
+        self.runtime.enabled = False
+
+    def limit_norms(self, limit: float) -> tuple[int, float, float]:
+        """Shrink every true update above `limit`; (number shrunk, mean and maximum norm afterwards)."""
+        found = [layer.limit_norm(limit) for layer in self.adapted_layers]
+        norms = [min(norm, limit) for norm, _ in found] or [0.0]
+        return sum(shrunk for _, shrunk in found), sum(norms) / len(norms), max(norms)
+
+    # -- files
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the portable file, atomically."""
+        ours = {"networks_version": __version__, "networks_dialect": codec.DIALECT}
+        writer.write_tensors(path, codec.encode(self.adapted_layers), dtype, {**(metadata or {}), **ours})
+
+    def load(self, path: str | os.PathLike[str]) -> LoadReport:
+        """Take over a file.
+
+        Raises:
+            ValueError: it is unreadable, does not fit, or has nothing for this network.
+        """
+        return self.take(reader.read_tensors(path)[0], str(path))
+
+    def take(self, tensors: Mapping[str, Tensor], source: str = "weights") -> LoadReport:
+        """Take over the tensors of a file.
+
+        Raises:
+            ValueError: they do not fit, or none belongs to this network.
+        """
+        saved, unknown = codec.decode(tensors)
+        matched, unexpected, wrong = [], [key.partition(".")[0] for key in unknown], []
+        for name, layer in saved.items():
+            own = name if name in self._layers else self._aliases.get(name, "")
+            if own not in self._layers:
+                unexpected.append(name)
+                continue
+            try:
+                self._take_layer(own, layer)
+                matched.append(own)
+            except ValueError as error:
+                wrong.append(f"{name}: {error}")
+        if wrong:
+            raise ValueError(_misfit(source, wrong))
+        if not matched:
+            theirs, ours = next(iter(tensors), "no tensor"), next(iter(self._layers), "-")
+            raise ValueError(
+                f"{source} has nothing for this network: it holds names like {theirs}, this network ({self.plan.title}) "
+                f"has names like {ours}; choose a file of this architecture"
+            )
+        taken = set(matched)
+        missing = tuple(name for name in self._layers if name not in taken)
+        return LoadReport(source, tuple(matched), missing, tuple(dict.fromkeys(unexpected)))
+
+    def _take_layer(self, name: str, saved: SavedLayer) -> None:
+        layer = self._layers[name][1]
+        if not isinstance(layer.adapter, saved.algorithm):
+            raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
+        layer.adapter.unpack_(saved.tensors)
+        rank = layer.adapter.record.rank
+        layer.take_alpha(saved.alpha if saved.alpha is not None else float(rank or 0))
+
+    # -- state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take the live state (`state_dict()`), or the keys of a file.
+
+        Raises:
+            RuntimeError: strict, and keys are missing or unexpected.
+            ValueError: a file's tensors do not fit, or none belongs here.
+        """
+        if any(key.endswith(LIVE_SCALE) for key in state_dict):
+            missing, unexpected = self._take_live(state_dict)
+        else:
+            report = self.take(state_dict)
+            missing, unexpected = list(report.missing), list(report.unexpected)
+        if strict and (missing or unexpected):
+            raise RuntimeError(
+                f"the weights do not match the network exactly: missing {missing[:3]} ({len(missing)}), "
+                f"unexpected {unexpected[:3]} ({len(unexpected)})"
+            )
+        return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    def _take_live(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Copy by name: torch's own walk is quadratic in the number of layers."""
+        own = self.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for key in own.keys() & state.keys():
+                own[key].copy_(state[key])
+        for layer in self.adapted_layers:
+            scale = state.get(f"{layer.lora_name}.{LIVE_SCALE}")
+            layer.scale = layer.scale if scale is None else float(scale)
+        return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+
+
+def _misfit(source: str, wrong: Sequence[str]) -> str:
+    return (
+        f"{source} does not fit this network in {len(wrong)} layers, e.g. {wrong[0]}; use the dim and arguments it was "
+        "trained with, or --dim_from_weights, which takes them from the file"
+    )
+
+
+def _watch(root: nn.Module, runtime: Runtime) -> list[Any]:
+    """Tell training passes from sampling at the model's own entrance.
+
+    Never inside a layer: reentrant checkpointing runs layers without gradients in training too. A sampling pass puts
+    back what was before it, so that a recomputation in a later backward sees its own pass's state.
+    """
+    before: list[bool] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        before.append(runtime.sampling)
+        runtime.sampling = not torch.is_grad_enabled()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        former = before.pop() if before else False
+        if runtime.sampling:
+            runtime.sampling = former
+
+    return [root.register_forward_pre_hook(enter), root.register_forward_hook(leave, always_call=True)]

@@ -1,0 +1,328 @@
+"""The plan: every layer of the model, with what it gets or why it gets nothing. Has no tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..algos import ALGOS
+from ..archs.spec import ArchSpec, Part
+from ..args.parse import NetArgs, Problems
+from ..files.codec import SavedLayer
+from ..tensors.geometry import Geometry
+from . import report
+from .select import Candidate, Patterns, candidates
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer.
+
+    Attributes:
+        kind, shape: "Linear", [O, I]; "Conv2d 3x3", [O, I, 3, 3].
+        algo, dim, alpha, options: what it gets.
+        scale: effective strength at multiplier 1.
+        lr: absolute learning rate from a regular expression, or None for that of its part.
+        plus_ratio: LoRA+ factor on the learning rate of the plus parameters.
+        rank_axis: whether dropouts on the rank activation reach it.
+        reason: why it is left out; "" if it is trained.
+    """
+
+    part: str
+    dotted_name: str
+    saved_name: str
+    own_saved_name: str
+    kind: str
+    shape: tuple[int, ...]
+    geometry: Geometry = field(repr=False)
+    algo: str = ""
+    dim: int = 0
+    alpha: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 0.0
+    lr: float | None = None
+    plus_ratio: float = 1.0
+    rank_axis: bool = False
+    parameters: int = 0
+    reason: str = ""
+
+    @property
+    def trained(self) -> bool:
+        return not self.reason
+
+    @property
+    def bytes(self) -> int:
+        """Of the parameters in fp32."""
+        return 4 * self.parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call would build.
+
+    Attributes:
+        title: of the architecture.
+        rows: all layers, trained or not, in model order.
+        notes: what a user should know, one sentence each.
+    """
+
+    title: str
+    rows: tuple[PlanRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def trained(self) -> tuple[PlanRow, ...]:
+        return tuple(row for row in self.rows if row.trained)
+
+    def keep(self, parts: Sequence[str]) -> Plan:
+        """The plan with only these parts trained."""
+        rows = tuple(
+            row if row.part in parts or not row.trained else replace(row, reason="this part is not trained")
+            for row in self.rows
+        )
+        return replace(self, rows=rows)
+
+    def only_trained(self) -> Plan:
+        """The plan without the rows of layers that are left out."""
+        return replace(self, rows=self.trained)
+
+    def to_text(self) -> str:
+        return report.plan_text(self)
+
+    def to_json(self) -> dict[str, Any]:
+        return report.plan_json(self)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call of a host, understood.
+
+    Attributes:
+        parts: (part, its model) that the host handed over.
+        dim, alpha: of Linears and 1x1 convolutions; alpha 0 means dim.
+        conv_alpha: of larger kernels if the user gives none: it differs between hosts.
+        saved: layers of a file that decides dims, forms and alphas; None without a file.
+    """
+
+    arch: ArchSpec
+    parts: tuple[tuple[Part, nn.Module], ...]
+    dim: int
+    alpha: float
+    args: NetArgs
+    conv_alpha: float = 1.0
+    saved: Mapping[str, SavedLayer] | None = None
+
+
+def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, nn.Module]]:
+    """Decide every layer. What is wrong goes to `problems`.
+
+    Returns:
+        The plan, and saved name -> base module of the trained layers.
+    """
+    planner = _Planner(request, problems)
+    rows, modules = [], {}
+    for candidate in planner.found:
+        row = planner.row(candidate)
+        if row.trained and row.saved_name in modules:
+            problems.add(f"two layers would be saved as {row.saved_name}; one is {row.dotted_name}")
+        if row.trained:
+            modules[row.saved_name] = candidate.module
+        rows.append(row)
+    plan = Plan(request.arch.title, tuple(rows))
+    planner.check(plan)
+    return replace(plan, notes=tuple(planner.notes)), modules
+
+
+class _Planner:
+    """Precedence in one place: file > regular expression > default, for dim and alpha."""
+
+    def __init__(self, request: Request, problems: Problems) -> None:
+        self.request, self.args, self.problems = request, request.args, problems
+        self.notes: list[str] = []
+        a = self.args
+        self.exclude = Patterns("exclude_patterns", a.exclude_patterns)
+        self.default_exclude = Patterns("default", request.arch.exclude)
+        self.include = Patterns("include_patterns", a.include_patterns)
+        self.only = Patterns("only_patterns", a.only_patterns)
+        self.dims = Patterns("network_reg_dims", a.network_reg_dims)
+        self.alphas = Patterns("network_reg_alphas", a.network_reg_alphas)
+        self.lrs = Patterns("network_reg_lrs", a.network_reg_lrs)
+        convolutions = bool(a.conv_dim) or request.saved is not None
+        self.found = [c for part, model in request.parts for c in candidates(part, model, convolutions)]
+        self.trainable = [c for c in self.found if not c.reason]
+        self._check_selection()
+
+    def row(self, c: Candidate) -> PlanRow:
+        g = c.geometry
+        row = PlanRow(c.part.name, c.dotted_name, c.saved_name, c.own_saved_name, g.kind, g.weight_shape, g)
+        saved = self._saved(c)
+        reason = self._reason(c, saved)
+        if reason:
+            return replace(row, reason=reason)
+        if saved is not None:
+            try:
+                dim, options = saved.describe(g)
+            except ValueError as error:
+                self.problems.add(f"{saved.name}: {error}")
+                return replace(row, reason="the file does not fit it")
+            algorithm, alpha = saved.algorithm, float(dim) if saved.alpha is None else saved.alpha
+            # The file decides the form; whether a scalar is trained on top of it does not show in a file.
+            options |= {"use_scalar": True} if self.args.use_scalar else {}
+        else:
+            dim, alpha = self._dim(c), self._alpha(c)
+            if dim == 0:
+                return replace(row, reason="dim 0")
+            algorithm = ALGOS[self.args.algo]
+            options = self.args.pick(algorithm.options)
+        layout = algorithm.layout(g, dim, **options)
+        scale = 1.0
+        if layout.rank is not None and alpha:
+            folded = saved is not None or not self.args.rs_lora
+            scale = alpha / (layout.rank if folded else math.sqrt(layout.rank))
+        denoiser = c.part is self.request.arch.denoiser
+        return replace(
+            row,
+            algo=algorithm.algo,
+            dim=dim,
+            alpha=alpha or float(dim),
+            options=options,
+            scale=scale,
+            lr=self._lr(c),
+            plus_ratio=self._plus(denoiser),
+            rank_axis=layout.rank_axis,
+            parameters=layout.parameters,
+        )
+
+    # -- selection
+
+    def _saved(self, c: Candidate) -> SavedLayer | None:
+        if self.request.saved is None:
+            return None
+        return self.request.saved.get(c.saved_name) or self.request.saved.get(c.own_saved_name)
+
+    def _reason(self, c: Candidate, saved: SavedLayer | None) -> str:
+        if self.request.saved is not None and saved is None:
+            return c.reason or "not in the file"
+        if saved is None and c.reason:
+            return c.reason
+        excluded = self.exclude.first(c) or (saved is None and self.default_exclude.first(c))
+        if excluded and not self.include.first(c):
+            return f"excluded by {excluded!r}"
+        if self.only and not self.only.first(c):
+            return "not in only_patterns"
+        if self.args.blocks is not None and c.part is self.request.arch.denoiser:
+            block = self.request.arch.block_of(c.trainer_name)
+            if block not in self.args.blocks:
+                return "in no numbered block" if block is None else f"block {block} is not in blocks"
+        return ""
+
+    # -- values
+
+    def _dim(self, c: Candidate) -> int:
+        pattern = self.dims.first(c)
+        if pattern is not None:
+            return int(self.args.network_reg_dims[pattern])
+        return int(self.args.conv_dim) if c.geometry.has_kernel else self.request.dim
+
+    def _alpha(self, c: Candidate) -> float:
+        pattern = self.alphas.first(c)
+        if pattern is not None:
+            return float(self.args.network_reg_alphas[pattern])
+        if not c.geometry.has_kernel:
+            return self.request.alpha
+        return self.request.conv_alpha if self.args.conv_alpha is None else self.args.conv_alpha
+
+    def _lr(self, c: Candidate) -> float | None:
+        pattern = self.lrs.first(c)
+        return None if pattern is None else float(self.args.network_reg_lrs[pattern])
+
+    def _plus(self, denoiser: bool) -> float:
+        a = self.args
+        own = a.loraplus_unet_lr_ratio if denoiser else a.loraplus_text_encoder_lr_ratio
+        ratio = own if own is not None else a.loraplus_lr_ratio
+        return 1.0 if ratio is None else float(ratio)
+
+    # -- checks
+
+    def _check_selection(self) -> None:
+        others = [c for c in self.found if c.reason]
+        for patterns in (self.exclude, self.include, self.only, self.dims, self.alphas, self.lrs):
+            if patterns:
+                patterns.check(self.trainable, others, self.problems)
+        if self.include:
+            excluded = [c for c in self.trainable if self.exclude.first(c) or self.default_exclude.first(c)]
+            if not any(self.include.first(c) for c in excluded):
+                self.problems.add(
+                    "include_patterns rescues nothing: no exclude pattern matches these layers "
+                    "(to train nothing else, use only_patterns)"
+                )
+        count = self.request.arch.block_count
+        if any(block >= count for block in self.args.blocks or ()):
+            self.problems.add(f"blocks: {self.request.arch.title} has the blocks 0 to {count - 1}")
+
+    def check(self, plan: Plan) -> None:
+        """An argument without effect is a mistake, or at least worth a note."""
+        trained, a = plan.trained, self.args
+        if not trained:
+            if not self.problems.messages:
+                self.problems.add(_nothing(plan, self.request))
+            return
+        if self.request.saved is not None:
+            decided = sorted(a.given & _DECIDED_BY_FILE)
+            if decided:
+                self.notes.append(f"{', '.join(decided)}: not used, the file decides dims, alphas and forms")
+            return
+        kernels = any(row.geometry.has_kernel for row in trained)
+        if a.use_tucker and not kernels:
+            more = "" if a.conv_dim else "; give conv_dim to train convolutions"
+            self.problems.add(f"use_tucker has no effect: no trained layer has a kernel above 1x1{more}")
+        if a.conv_dim and not kernels and not any("conv" in row.kind.lower() for row in trained):
+            self.problems.add("conv_dim has no effect: no trained layer is a convolution with a kernel above 1x1")
+        if a.decompose_both and not any("w1_a" in _shapes(row) for row in trained):
+            self.problems.add(
+                "decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim or factor"
+            )
+        unscaled = [row for row in trained if ALGOS[row.algo].layout(row.geometry, row.dim, **row.options).rank is None]
+        if unscaled:
+            hint = (
+                "" if a.full_matrix else " (the dim reaches half of the larger factor: full_matrix=True says so openly)"
+            )
+            self.notes.append(
+                f"{len(unscaled)} of {len(trained)} layers have whole factors, so scale 1 whatever alpha and rs_lora say{hint}"
+            )
+        if a.dropout or a.rank_dropout:
+            without = sum(not row.rank_axis for row in trained)
+            if without == len(trained):
+                self.problems.add("dropout and rank_dropout have no effect: no trained layer has a rank activation")
+            elif without:
+                self.notes.append(
+                    f"{without} of {len(trained)} layers have no rank activation: no dropout, rank_dropout"
+                )
+
+
+_DECIDED_BY_FILE = frozenset(
+    "conv_dim conv_alpha network_reg_dims network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
+    "unbalanced_factorization".split()
+)
+
+
+def _shapes(row: PlanRow) -> Mapping[str, tuple[int, ...]]:
+    return ALGOS[row.algo].layout(row.geometry, row.dim, **row.options).shapes
+
+
+def _nothing(plan: Plan, request: Request) -> str:
+    if request.saved is not None:
+        theirs, ours = next(iter(request.saved), "-"), plan.rows[0].saved_name if plan.rows else "-"
+        return (
+            f"no layer of the file belongs to this model ({request.arch.title}): the file has names like {theirs}, "
+            f"the model like {ours}; choose a file of this architecture"
+        )
+    reasons = sorted({row.reason for row in plan.rows})
+    return (
+        f"no layer is left to train; the reasons: {'; '.join(reasons[:6]) or 'the model has no Linear or convolution'}"
+    )

@@ -1,0 +1,113 @@
+"""Plans, summaries and load reports as text. Wording only; no decisions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .plan import Plan, PlanRow
+
+_FIELDS = ("part", "dotted_name", "saved_name", "kind", "algo", "dim", "alpha", "scale", "lr", "plus_ratio")
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """JSON-able form: one object per layer and the totals."""
+    rows = []
+    for row in plan.rows:
+        entry = {name: getattr(row, name) for name in _FIELDS} if row.trained else {}
+        entry |= {"part": row.part, "dotted_name": row.dotted_name, "saved_name": row.saved_name, "kind": row.kind}
+        entry |= {"shape": list(row.shape), "trained": row.trained}
+        entry |= {"parameters": row.parameters, "bytes": row.bytes} if row.trained else {"reason": row.reason}
+        rows.append(entry)
+    return {"architecture": plan.title, "rows": rows, "totals": totals(plan), "notes": list(plan.notes)}
+
+
+def totals(plan: Plan) -> dict[str, Any]:
+    """Sums over the trained layers; bytes in fp32."""
+    parameters = sum(row.parameters for row in plan.trained)
+    return {
+        "layers": len(plan.rows),
+        "trained": len(plan.trained),
+        "trained_by_part": dict(Counter(row.part for row in plan.trained)),
+        "parameters": parameters,
+        "bytes": 4 * parameters,
+        "training_bytes": 16 * parameters,  # weight, gradient and two moments of AdamW
+    }
+
+
+def plan_text(plan: Plan) -> str:
+    """A table: one line per layer, then totals and notes."""
+    head = ("layer", "saved name", "kind", "shape", "rank", "alpha", "scale", "lr", "parameters", "bytes")
+    lines = [head, *(_cells(row) for row in plan.rows)]
+    widths = [max(len(cells[i]) for cells in lines if len(cells) == len(head)) for i in range(len(head))]
+    text = [f"{plan.title}"]
+    for cells in lines:
+        if len(cells) == len(head):
+            text.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+        else:
+            *first, reason = cells
+            text.append("  ".join([*(c.ljust(w) for c, w in zip(first, widths)), f"- {reason}"]))
+    return "\n".join([*text, "", *summary(plan)]) + "\n"
+
+
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    name = row.dotted_name if row.part == "unet" else f"{row.part}: {row.dotted_name}"
+    shape = "x".join(map(str, row.shape))
+    if not row.trained:
+        return name, row.saved_name, row.kind, shape, row.reason
+    values = (str(row.dim), f"{row.alpha:g}", f"{row.scale:.6g}", _lr(row), f"{row.parameters:,}", f"{row.bytes:,}")
+    return (name, row.saved_name, row.kind, shape, *values)
+
+
+def _lr(row: PlanRow) -> str:
+    """x1: the part's learning rate; =1e-05: its own; x1/x16: plus parameters 16 times faster."""
+    base = "x1" if row.lr is None else f"={row.lr:g}"
+    return base if row.plus_ratio == 1 else f"{base}/x{row.plus_ratio:g}"
+
+
+def summary(plan: Plan) -> list[str]:
+    """What is trained, in a few lines."""
+    found = totals(plan)
+    lines = []
+    for part, count in found["trained_by_part"].items():
+        rows = [row for row in plan.trained if row.part == part]
+        kinds = Counter(f"{row.algo} dim {row.dim} scale {row.scale:.4g}" for row in rows)
+        common = ", ".join(f"{n}x {kind}" for kind, n in kinds.most_common(4)) + (", ..." if len(kinds) > 4 else "")
+        left = Counter(row.reason for row in plan.rows if row.part == part and not row.trained)
+        lines.append(f"{part}: {count} layers ({common}), {sum(left.values())} left out")
+    lines.append(
+        f"in all {found['trained']} layers, {found['parameters']:,} parameters, "
+        f"{_size(found['bytes'])} in fp32, {_size(found['training_bytes'])} with gradients and AdamW"
+    )
+    return [*lines, *plan.notes]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a file gave to a network, by layer name."""
+
+    source: str
+    matched: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {len(self.matched)} layers loaded"
+        if self.missing:
+            text += f"; {len(self.missing)} layers of this network are not in it{_examples(self.missing)}"
+        if self.unexpected:
+            text += f"; {len(self.unexpected)} of its layers have no place here{_examples(self.unexpected)}"
+        return text
+
+
+def _examples(names: Sequence[str]) -> str:
+    kinds = Counter(name.split("_")[1] if name.startswith("lora_") else "other" for name in names)
+    counted = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    return f" ({counted}; e.g. {names[0]})"

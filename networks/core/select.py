@@ -1,0 +1,112 @@
+"""Which layers of a model are trained, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..archs.detect import unwrap
+from ..archs.spec import Part
+from ..args.parse import Problems
+from ..tensors.geometry import Geometry
+
+_WRAPPER = re.compile(r"(?:^|\.)_orig_mod(?=\.|$)")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A Linear or convolution of a model.
+
+    Attributes:
+        dotted_name: its path in this model, without wrapper levels.
+        trainer_name: its path in the trainer's own model; the same unless the classes are another library's.
+        reason: why the architecture leaves it out; "" if it can be trained.
+    """
+
+    part: Part
+    dotted_name: str
+    trainer_name: str
+    saved_name: str
+    module: nn.Module
+    geometry: Geometry
+    reason: str
+
+    @property
+    def own_saved_name(self) -> str:
+        """The saved name that this model's own path would give: files under such names load too."""
+        return f"{self.part.prefix}_{self.dotted_name}".replace(".", "_")
+
+
+def candidates(part: Part, model: nn.Module, convolutions: bool) -> Iterator[Candidate]:
+    """All Linears and convolutions of a model, each once, in module order.
+
+    Args:
+        convolutions: whether kernels above 1x1 have a dim; the part's conv_containers join then.
+    """
+    for path, module, classes in _walk(unwrap(model), "", frozenset()):
+        geometry = Geometry.of(module)
+        if geometry is None:
+            continue
+        dotted = _WRAPPER.sub("", path).lstrip(".")
+        reason = ""
+        if classes.isdisjoint(part.containers):
+            if classes.isdisjoint(part.conv_containers):
+                reason = f"outside {', '.join((*part.containers, *part.conv_containers))}"
+            elif not convolutions:
+                reason = "in a convolutional block: give conv_dim to train it"
+        elif geometry.has_kernel and not convolutions:
+            reason = "kernel above 1x1: give conv_dim to train it"
+        yield Candidate(part, dotted, part.trainer_name(dotted), part.saved_name(dotted), module, geometry, reason)
+
+
+def _walk(module: nn.Module, path: str, classes: frozenset[str]) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+    """(path, module, class names of all ancestors), depth first."""
+    inside = classes | {type(module).__name__}
+    for name, child in module.named_children():
+        below = f"{path}.{name}" if path else name
+        yield below, child, inside
+        yield from _walk(child, below, inside)
+
+
+class Patterns:
+    """Regular expressions of one argument; each must match the whole dotted name, this model's or the trainer's."""
+
+    def __init__(self, argument: str, patterns: Iterable[str]) -> None:
+        self.argument = argument
+        self.compiled = [re.compile(pattern) for pattern in patterns]
+
+    def __bool__(self) -> bool:
+        return bool(self.compiled)
+
+    def first(self, candidate: Candidate) -> str | None:
+        """The first pattern that matches."""
+        for pattern in self.compiled:
+            if pattern.fullmatch(candidate.dotted_name) or pattern.fullmatch(candidate.trainer_name):
+                return pattern.pattern
+        return None
+
+    def check(self, trainable: Sequence[Candidate], others: Sequence[Candidate], problems: Problems) -> None:
+        """Report every pattern that matches no layer which can be trained."""
+        for pattern in self.compiled:
+            single = Patterns(self.argument, [pattern.pattern])
+            if any(single.first(c) for c in trainable):
+                continue
+            outside = next((c for c in others if single.first(c)), None)
+            if outside is not None:
+                problems.add(
+                    f"{self.argument}: {pattern.pattern!r} matches only layers that are not trained, "
+                    f"such as {outside.dotted_name} ({outside.reason})"
+                )
+                continue
+            partly = next((c for c in trainable if pattern.search(c.dotted_name) or pattern.search(c.saved_name)), None)
+            if partly is not None:
+                hint = f"a pattern must match the whole dotted name, such as {partly.dotted_name!r}: write '.*...*'"
+                if pattern.search(partly.dotted_name):
+                    hint = f"it must match the whole name {partly.dotted_name!r}: write '.*{pattern.pattern}.*'"
+            else:
+                example = trainable[0].dotted_name if trainable else "-"
+                hint = f"layer names look like {example!r}; scripts/plan.py lists them all"
+            problems.add(f"{self.argument}: {pattern.pattern!r} matches no layer; {hint}")

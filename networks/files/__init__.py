@@ -1,0 +1,1 @@
+"""Adapter files: live tensors <-> saved keys, reading, atomic writing, merging. Knows no trainer."""

@@ -1,0 +1,86 @@
+"""Live layers <-> saved tensors. The portable form: plain alpha / rank is the right strength in every reader.
+
+A key is `<saved name>.<suffix>`; the saved name has no dot. `.alpha` is 0-d and fp32 whatever the other tensors are:
+effective scale x saved rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algos import Adapter, recognise
+from ..layers.adapted import AdaptedLayer
+from ..tensors.geometry import Geometry
+
+DIALECT = "portable"
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """One layer of a file.
+
+    Attributes:
+        algorithm: the class whose keys it has.
+        tensors: suffix -> tensor, without alpha.
+        alpha: None if the file has none (scale 1).
+    """
+
+    name: str
+    algorithm: type[Adapter]
+    tensors: dict[str, Tensor]
+    alpha: float | None
+
+    def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
+        """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
+        dim, options = self.algorithm.describe(geometry, self.tensors)
+        return dim or max(1, round(self.alpha or 1)), options
+
+    def build(self, geometry: Geometry) -> Adapter:
+        """The adapter of this layer with the file's values.
+
+        Raises:
+            ValueError: the tensors do not fit the geometry.
+        """
+        adapter = self.algorithm(geometry, *self.describe(geometry))
+        adapter.to(next(iter(self.tensors.values())).dtype if self._wide() else torch.float32)
+        adapter.unpack_(self.tensors)
+        return adapter
+
+    def scale(self, rank: int | None) -> float:
+        """alpha / rank; 1 without alpha, with alpha 0, and for a form without rank."""
+        return self.alpha / rank if rank is not None and self.alpha else 1.0
+
+    def _wide(self) -> bool:
+        return all(t.dtype == torch.float64 for t in self.tensors.values())
+
+
+def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[str]]:
+    """Group a file's tensors into layers; the second list holds the keys that no algorithm of ours knows."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, suffix = key.partition(".")
+        groups.setdefault(name, {})[suffix] = tensor
+    layers, unknown = {}, []
+    for name, group in groups.items():
+        alpha = group.pop("alpha", None)
+        algorithm = recognise(group)
+        if algorithm is None or not group.keys() <= set(algorithm.keys.values()):
+            unknown += [f"{name}.{suffix}" for suffix in group]
+            continue
+        layers[name] = SavedLayer(name, algorithm, group, None if alpha is None else float(alpha))
+    return layers, unknown
+
+
+def encode(layers: Iterable[AdaptedLayer]) -> dict[str, Tensor]:
+    """Saved tensors of live layers, on their device and in their dtype; alpha in fp32."""
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        for suffix, tensor in layer.adapter.pack().items():
+            tensors[f"{layer.lora_name}.{suffix}"] = tensor
+        tensors[f"{layer.lora_name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
+    return tensors

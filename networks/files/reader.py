@@ -1,0 +1,89 @@
+"""Opening adapter files, with an answer for everything that can be wrong with a path."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself, read without touching the tensors.
+
+    Attributes:
+        shapes: key -> shape.
+        metadata: text to text.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read names, shapes and metadata only: milliseconds for a checkpoint of any size.
+
+    Raises:
+        ValueError: the path is no complete safetensors file.
+    """
+    file = check(path)
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(file.stat().st_size, 1 << 30):
+            raise ValueError(_damaged(file, "its first bytes are no safetensors header"))
+        try:
+            entries: dict[str, Any] = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(_damaged(file, f"its header is unreadable ({error})")) from None
+    metadata = entries.pop("__metadata__", None) or {}
+    needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if file.stat().st_size < needed:
+        raise ValueError(_damaged(file, f"it should have {needed} bytes but has {file.stat().st_size}"))
+    return Header({key: tuple(entry["shape"]) for key, entry in entries.items()}, metadata)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors (CPU, their own dtype) and the metadata of a safetensors file.
+
+    Raises:
+        ValueError: the path is no complete safetensors file.
+    """
+    file = check(path)
+    read_header(file)
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(_damaged(file, str(error))) from None
+
+
+def check(path: str | os.PathLike[str]) -> Path:
+    """The path of an existing .safetensors file.
+
+    Raises:
+        ValueError: with the nearest thing that would work.
+    """
+    file = Path(path)
+    if file.is_dir():
+        inside = sorted(p.name for p in file.glob("*.safetensors"))
+        hint = f"; it holds {', '.join(inside[:5])}" if inside else " and holds no .safetensors file"
+        raise ValueError(f"{file} is a folder, not a weight file{hint}")
+    if not file.exists():
+        near = sorted(p.name for p in file.parent.glob("*.safetensors"))[:5] if file.parent.is_dir() else []
+        hint = f"; beside it: {', '.join(near)}" if near else ""
+        raise ValueError(f"there is no file {file}{hint}")
+    if file.suffix.lower() != ".safetensors":
+        raise ValueError(
+            f"{file.name} is not a .safetensors file: pickled files (.pt, .ckpt, .bin) can run code when opened; "
+            "convert it to safetensors first"
+        )
+    return file
+
+
+def _damaged(file: Path, why: str) -> str:
+    return f"{file} is damaged or incomplete: {why}; copy or download it again"

@@ -1,0 +1,127 @@
+"""Saving: complete or not at all. A file is written beside its destination and moved over it in one step."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a safetensors file atomically, with the model hashes that web UIs index by.
+
+    Args:
+        path: with another ending than .safetensors, that ending is appended (pickled files are not written).
+        dtype: of the saved tensors; None keeps each. `.alpha` stays fp32.
+        metadata: text to text; not changed.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    file = Path(path)
+    if file.suffix.lower() != ".safetensors":
+        log.warning("%s: saved as .safetensors instead, which every program reads", file.name)
+        file = file.with_name(file.name + ".safetensors")
+    cast = {key: _cast(key, tensor, dtype) for key, tensor in tensors.items()}
+    _warn_of_values(tensors, cast)
+    data = serialize(cast)
+    length = int.from_bytes(data[:8], "little")
+    entries, payload = json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
+    known = dict(metadata or {})
+    training = {key: value for key, value in known.items() if key.startswith("ss_")}
+    known["sshs_model_hash"] = hashlib.sha256(payload).hexdigest()
+    known["sshs_legacy_hash"] = _legacy_hash(_header(entries, training), payload)
+    _replace(file, _header(entries, known), payload)
+    return file
+
+
+def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    if dtype is None or key.endswith(".alpha"):
+        return tensor
+    cast = tensor.to(dtype)
+    # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
+    if bool(tensor.isfinite().all()) and not bool(cast.isfinite().all()):
+        return tensor
+    return cast
+
+
+def _warn_of_values(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """One warning per kind, naming tensors: a file that lost its content must not pass for a good one."""
+    broken = [key for key, tensor in after.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        log.warning("saved %d tensors with NaN or infinite values, e.g. %s", len(broken), ", ".join(broken[:3]))
+    vanished = [key for key, tensor in after.items() if not bool(tensor.any()) and bool(before[key].any())]
+    if vanished:
+        log.warning(
+            "%d tensors are all 0 in the save precision, e.g. %s: save in fp32", len(vanished), ", ".join(vanished[:3])
+        )
+
+
+def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """Length prefix and JSON, padded so that the tensors stay aligned to 8 bytes."""
+    whole = {"__metadata__": dict(metadata), **entries} if metadata else dict(entries)
+    text = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _legacy_hash(header: bytes, payload: memoryview) -> str:
+    """First digits of SHA-256 over 64 KiB at 1 MiB of the file with the ss_ metadata alone."""
+    start, size = 0x100000, 0x10000
+    window = header[start : start + size]
+    window += bytes(payload[max(0, start - len(header)) :][: size - len(window)])
+    return hashlib.sha256(window).hexdigest()[:8]
+
+
+def _replace(file: Path, header: bytes, payload: memoryview) -> None:
+    handle, name = -1, ""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(header)
+            stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes files private; an adapter is an ordinary file.
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, file)
+    except OSError as error:
+        if name and os.path.exists(name):
+            os.unlink(name)
+        raise OSError(error.errno, _explain(error, file, len(header) + len(payload))) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _explain(error: OSError, file: Path, size: int) -> str:
+    kept = "the file that was there before is untouched" if file.exists() else "nothing was left behind"
+    if error.errno == errno.ENOSPC:
+        return f"no space for {file} ({size / 2**20:.1f} MiB): free some, or save elsewhere; {kept}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"not allowed to write {file}: choose another output folder; {kept}"
+    return f"cannot write {file}: {error.strerror}; {kept}"

@@ -1,0 +1,80 @@
+"""Strength and dropouts of one call. All random choices are tensor operations: compile and recomputation agree.
+
+dropout         on the rank activation, elementwise, kept values divided by 1 - p
+rank_dropout    a mask per sample and rank index, kept values divided by 1 - p
+module_dropout  the whole update of a call, kept unscaled; it multiplies by 0, so every parameter keeps a gradient
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Dropouts:
+    """Probabilities in [0, 1)."""
+
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.dropout or self.rank_dropout or self.module_dropout)
+
+
+@dataclass
+class CallGate:
+    """What a forward pass does to the rank activation (see tensors.low_rank.Gate).
+
+    scale: multiplier * alpha scale * scalar; a number, a 0-d tensor, or [N] with one value per sample, repeated when
+    the batch is a multiple of N (classifier-free guidance stacks copies of the batch).
+    """
+
+    scale: float | Tensor
+    dropout: float = 0.0
+    rank_dropout: float = 0.0
+
+    @property
+    def uniform(self) -> bool:
+        return not isinstance(self.scale, Tensor) or self.scale.dim() == 0
+
+    def output(self, update: Tensor) -> Tensor:
+        scale = self.scale
+        if not isinstance(scale, Tensor):
+            return update if scale == 1.0 else update * scale
+        scale = scale.to(update.dtype)
+        if scale.dim() == 0:
+            return update * scale
+        samples, values = update.shape[0], scale.shape[0]
+        if samples % values:
+            raise ValueError(
+                f"{values} multipliers for a batch of {samples}: the batch must be a multiple; give one value per sample"
+            )
+        return update * scale.repeat(samples // values).reshape(-1, *[1] * (update.dim() - 1))
+
+    def rank(self, h: Tensor, dim: int) -> Tensor:
+        h = self.output(h)
+        if self.rank_dropout:
+            shape = [1] * h.dim()
+            shape[dim] = h.shape[dim]
+            if h.dim() > 1:
+                shape[0] = h.shape[0]
+            h = h * rank_mask(shape, self.rank_dropout, h)
+        if self.dropout:
+            h = F.dropout(h, self.dropout)
+        return h
+
+
+def rank_mask(shape: list[int] | tuple[int, ...], p: float, like: Tensor) -> Tensor:
+    """0 with probability p, otherwise 1 / (1 - p), so that the mean is 1."""
+    kept = torch.rand(shape, device=like.device) >= p
+    return kept.to(like.dtype) / (1 - p)
+
+
+def module_mask(p: float, like: Tensor) -> Tensor:
+    """0-d: 0 with probability p, otherwise 1."""
+    return (torch.rand((), device=like.device) >= p).to(like.dtype)

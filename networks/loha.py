@@ -1,0 +1,10 @@
+"""`--network_module networks.loha`: LoHa on every architecture that we know; `algo=` chooses another algorithm."""
+
+from .hosts.sd_scripts import Entry, LoRANetwork
+
+_ENTRY = Entry(name=__name__, algo="loha")
+create_network = _ENTRY.create_network
+create_network_from_weights = _ENTRY.create_network_from_weights
+plan = _ENTRY.plan
+
+__all__ = ["LoRANetwork", "create_network", "create_network_from_weights", "plan"]

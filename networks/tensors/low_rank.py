@@ -1,0 +1,57 @@
+"""x -> up(down(x)) for every layer kind: the cheap form that LoRA and LoHa share."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Geometry
+
+
+class Gate(Protocol):
+    """Strength and dropouts of one call, applied where they cost least: on the rank activation."""
+
+    @property
+    def uniform(self) -> bool:
+        """One strength for all samples: `output` may be called on a factor instead of on the update."""
+        ...
+
+    def rank(self, h: Tensor, dim: int) -> Tensor:
+        """Scale and drop the rank activation h; its rank axis is `dim`, its first axis the samples."""
+        ...
+
+    def output(self, update: Tensor) -> Tensor:
+        """Scale an update which has no rank activation."""
+        ...
+
+
+class _NoGate:
+    uniform = True
+
+    def rank(self, h: Tensor, dim: int) -> Tensor:
+        return h
+
+    def output(self, update: Tensor) -> Tensor:
+        return update
+
+
+NO_GATE = _NoGate()
+
+
+def low_rank(geometry: Geometry, x: Tensor, down_RIK: Tensor, up_OR: Tensor, gate: Gate) -> Tensor:
+    """Update of a layer whose weight change is up [O, R] @ down [R, I, *kernel]; never builds the product.
+
+    With groups every group reads its own input channels through the same R rows, so the middle has groups * R
+    channels and the second product is grouped too.
+    """
+    if not geometry.is_conv:
+        return F.linear(gate.rank(F.linear(x, down_RIK), -1), up_OR)
+    groups = geometry.groups
+    if groups == 1:
+        h = gate.rank(geometry.convolve(x, down_RIK, 1), 1)
+    else:
+        h = geometry.convolve(x, down_RIK.repeat(groups, *[1] * (down_RIK.dim() - 1)), groups)
+        h = gate.rank(h.unflatten(1, (groups, -1)), 2).flatten(1, 2)
+    return geometry.pointwise(h, up_OR, groups)

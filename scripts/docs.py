@@ -1,0 +1,58 @@
+"""Write the generated parts of the README; with --check, only say whether they are up to date.
+
+    python scripts/docs.py [--check]
+
+A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
+
+from networks.args.render import markdown  # noqa: E402
+
+PARTS = {"arguments": markdown}
+README = ROOT / "README.md"
+
+
+def rendered(text: str) -> str:
+    """`text` with every generated part made anew.
+
+    Raises:
+        ValueError: a part's markers are missing.
+    """
+    for name, make in PARTS.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"{README.name} lacks the lines {begin.strip()} and {end}")
+        text = pattern.sub(lambda _: begin + make() + end, text)
+    return text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    args = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    fresh = rendered(text)
+    if fresh == text:
+        print("generated documentation is up to date")
+        return 0
+    if args.check:
+        print("generated documentation is out of date: run python scripts/docs.py", file=sys.stderr)
+        return 1
+    README.write_text(fresh, encoding="utf-8", newline="\n")
+    print("README.md updated")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""What would be trained: one row per layer of a model, before anything is loaded or paid for.
+
+    python scripts/plan.py sdxl --network_module networks.lokr --network_dim 8 --network_args factor=8 conv_dim=4
+
+MODEL is a built-in name (sd15, sd21, sdxl), a diffusers folder, or a checkpoint, of which only the header is read.
+The options are the trainer's. Rows that begin with a reason are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
+
+from networks.hosts.command_line import import_network_module, parse_network_args, run_program  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help="sd15, sd21, sdxl, a diffusers folder, or a checkpoint")
+    parser.add_argument("--network_module", default="networks.lora", help="default: %(default)s")
+    parser.add_argument("--network_dim", type=int, help="rank; the module's default is 4")
+    parser.add_argument("--network_alpha", type=float, default=1.0, help="default: %(default)s, as in the trainers")
+    parser.add_argument("--network_dropout", type=float)
+    parser.add_argument("--network_args", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--network_train_unet_only", action="store_true")
+    parser.add_argument("--network_train_text_encoder_only", action="store_true")
+    parser.add_argument("--trained", action="store_true", help="leave out the rows of layers that are not trained")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(show, build_parser(), sys.argv[1:] if argv is None else list(argv))
+
+
+def show(args: argparse.Namespace) -> int:
+    logging.getLogger("networks").setLevel(logging.WARNING)  # the plan says it all, and stdout may be JSON
+    module = import_network_module(args.network_module)
+    network_args = parse_network_args(args.network_args)
+    from networks.hosts.skeleton import skeleton
+
+    model = skeleton(args.model)
+    plan = module.plan(
+        args.network_dim,
+        args.network_alpha,
+        model.text_encoders,
+        model.unet,
+        neuron_dropout=args.network_dropout,
+        **network_args,
+    )
+    if args.network_train_unet_only:
+        plan = plan.keep(["unet"])
+    if args.network_train_text_encoder_only:
+        plan = plan.keep([row.part for row in plan.rows if row.part != "unet"])
+    if args.trained:
+        plan = plan.only_trained()
+    print(json.dumps(plan.to_json(), indent=1) if args.json else plan.to_text(), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""Who may import whom, and that the data folders stay data."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from networks.args.table import ALGOS as ALGO_NAMES
+from networks.args.table import BY_NAME, TABLE
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "networks"
+
+# folder -> folders of ours that it may import
+ARROWS = {
+    "args": set(),
+    "archs": set(),
+    "tensors": set(),
+    "algos": {"tensors"},
+    "layers": {"algos", "tensors"},
+    "files": {"layers", "algos", "tensors", "archs"},
+    "core": {"files", "layers", "algos", "tensors", "archs", "args"},
+    "hosts": {"core", "files", "args", "archs"},
+    "": {"hosts"},
+}
+CORE_LIBRARIES = {"torch", "safetensors", "toml"}
+TORCHLESS = {"args", "archs"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(file: Path) -> list[tuple[str, bool]]:
+    """(module, at top level) of every import; ours as `.folder`."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    folder = file.parent.relative_to(PACKAGE).parts
+    found = []
+    for node in ast.walk(tree):
+        top = node in tree.body
+        if isinstance(node, ast.Import):
+            found += [(alias.name.split(".")[0], top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if not node.level:
+                found.append(((node.module or "").split(".")[0], top))
+                continue
+            base = folder[: len(folder) - (node.level - 1)]
+            path = [*base, *(node.module or "").split(".")]
+            found.append(("." + (path[0] if path[0] else ""), top))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_arrows(file: Path) -> None:
+    folder = file.parent.relative_to(PACKAGE).parts[0] if file.parent != PACKAGE else ""
+    for module, top in imports(file):
+        assert module != "networks", f"{file}: absolute import of ourselves; the folder must work under another name"
+        if module.startswith("."):
+            target = module[1:]
+            inside = target in ("", folder) or not (PACKAGE / target).is_dir()  # "": the version
+            assert inside or target in ARROWS[folder], f"{file}: {folder} must not import {target}"
+        elif module not in sys.stdlib_module_names:
+            assert folder not in TORCHLESS or (module == "toml" and not top), f"{file}: {module} in a data folder"
+            assert module in CORE_LIBRARIES or not top or folder == "hosts", f"{file}: {module} at import time"
+
+
+def test_core_imports_only_torch_and_safetensors() -> None:
+    """Every entry, imported in a fresh interpreter in which the optional libraries do not exist."""
+    entries = sorted(f.stem for f in PACKAGE.glob("*.py") if f.stem != "__init__")
+    code = (
+        "import sys\n"
+        "for name in ('diffusers', 'transformers', 'accelerate', 'bitsandbytes', 'matplotlib', 'PIL', 'tqdm', 'peft'):\n"
+        "    sys.modules[name] = None\n"
+        f"import importlib\nfor entry in {entries}:\n    importlib.import_module('networks.' + entry)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_no_file_is_too_long() -> None:
+    for file in [*FILES, *(ROOT / "scripts").glob("*.py")]:
+        count = len(file.read_text(encoding="utf-8").splitlines())
+        assert count <= 350, f"{file.name} has {count} lines"
+    for file in PACKAGE.glob("*.py"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 40, f"{file.name} is an entry"
+
+
+def test_no_script_hides_a_standard_module() -> None:
+    for file in (ROOT / "scripts").glob("*.py"):
+        assert file.stem not in sys.stdlib_module_names
+
+
+def test_the_argument_table_knows_the_algorithms() -> None:
+    """args may not import algos, so the names stand twice; here they are held together."""
+    from networks.algos import ALGOS
+
+    assert tuple(ALGOS) == ALGO_NAMES
+    for algo, cls in ALGOS.items():
+        for option in cls.options:
+            arg = BY_NAME[option]
+            assert arg.algos is None or algo in arg.algos, f"{option} is taken by {algo} but refused by the parser"
+    for arg in TABLE:
+        for algo in arg.algos or ():
+            assert arg.name in ALGOS[algo].options, f"{arg.name} is promised for {algo}, which does not take it"
+    names = [name for arg in TABLE for name in arg.names]
+    assert len(names) == len(set(names))
+
+
+def test_a_host_module_of_the_same_package_still_imports(tmp_path: Path) -> None:
+    """sd-scripts' networks folder has no __init__.py: ours wins where both have a module, theirs fills the rest."""
+    host = tmp_path / "networks"
+    host.mkdir()
+    (host / "lora.py").write_text("raise SystemExit('the wrong one')\n")
+    (host / "control_net_lllite.py").write_text("NAME = 'host'\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); sys.path.append(sys.argv[2])\n"
+        "import networks.lora, networks.control_net_lllite as c\n"
+        "print(networks.lora.__file__, c.NAME)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), str(ROOT)], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert str(PACKAGE / "lora.py") in done.stdout and done.stdout.strip().endswith("host")
