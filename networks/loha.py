@@ -1,4 +1,4 @@
-"""`--network_module networks.loha`: LoHa on every architecture that we know; `algo=` chooses another algorithm."""
+"""`--network_module networks.loha`: LoHa on every architecture we know; `algo=` takes another algorithm."""
 
 from .hosts.sd_scripts import Entry, LoRANetwork
 

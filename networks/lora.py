@@ -1,4 +1,4 @@
-"""`--network_module networks.lora`: LoRA / LoCon on every architecture that we know; `algo=` chooses another algorithm."""
+"""`--network_module networks.lora`: LoRA / LoCon on every architecture we know; `algo=` takes another algorithm."""
 
 from .hosts.sd_scripts import Entry, LoRANetwork
 

@@ -33,7 +33,7 @@ def rendered(text: str) -> str:
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{README.name} lacks the lines {begin.strip()} and {end}")
-        text = pattern.sub(lambda _: begin + make() + end, text)
+        text = pattern.sub((begin + make() + end).replace("\\", r"\\"), text)
     return text
 
 

@@ -62,7 +62,7 @@ class Adapter(nn.Module):
     # -- the record
 
     @classmethod
-    def layout(cls, geometry: Geometry, dim: int, **options: Any) -> Layout:
+    def layout(cls, geometry: Geometry, dim: int, *args: Any, **options: Any) -> Layout:
         """Shapes for a layer, a dim and this algorithm's options."""
         raise NotImplementedError
 
@@ -77,7 +77,10 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
-        """The layer's operation with dW, in factored form; strength and dropouts through the gate."""
+        """The layer's operation with dW, in factored form; strength and dropouts through the gate.
+
+        A convolution's input always comes with a batch axis.
+        """
         raise NotImplementedError
 
     def flops(self, tokens: int) -> tuple[float, float]:
@@ -124,24 +127,34 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over saved tensors. 1x1 convolutions and Linears may stand for each other.
+    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check saved tensors against this adapter. 1x1 convolutions and Linears may stand for each other.
 
         Raises:
             ValueError: a tensor is missing, unknown, or of another shape.
         """
-        own = {self.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
+        own = self._by_suffix()
         if own.keys() != tensors.keys():
-            wrong = sorted(own.keys() ^ tensors.keys())
-            raise ValueError(f"the file has {sorted(tensors)}, this network wants {sorted(own)} (differ: {wrong})")
+            raise ValueError(f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(own))}")
         for suffix, p in own.items():
             if _squeezed(tensors[suffix].shape) != _squeezed(p.shape):
                 raise ValueError(f"{suffix} is {tuple(tensors[suffix].shape)}, this network wants {tuple(p.shape)}")
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over saved tensors.
+
+        Raises:
+            ValueError: they do not fit; nothing was changed.
+        """
+        self.fits(tensors)
         with torch.no_grad():
-            for suffix, p in own.items():
+            for suffix, p in self._by_suffix().items():
                 p.copy_(tensors[suffix].reshape(p.shape))
             if self.scalar is not None:
                 self.scalar.fill_(1.0)
+
+    def _by_suffix(self) -> dict[str, nn.Parameter]:
+        return {self.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
 
 
 def _squeezed(shape: torch.Size) -> tuple[int, ...]:

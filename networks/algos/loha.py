@@ -41,6 +41,8 @@ class LoHa(Adapter):
     required = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
     fold = ("w1_a",)
 
+    w2_a: nn.Parameter
+
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:
         tucker = use_tucker and geometry.has_kernel
@@ -92,9 +94,8 @@ class LoHa(Adapter):
         found = (a.shape[1] if tucker else a.shape[0], b.shape[1])
         wanted = (geometry.out_features, geometry.in_features if tucker else geometry.columns)
         if found != wanted:
-            raise ValueError(
-                f"hada_w1_a {tuple(a.shape)} and hada_w1_b {tuple(b.shape)} do not fit a weight of {geometry.weight_shape}"
-            )
+            shapes = f"hada_w1_a {tuple(a.shape)} and hada_w1_b {tuple(b.shape)}"
+            raise ValueError(f"{shapes} do not fit a weight of {geometry.weight_shape}")
         return b.shape[0], {"use_tucker": tucker}
 
 

@@ -48,6 +48,9 @@ class LoKr(Adapter):
     )
     fold = ("w1", "w1_a")
 
+    w2: nn.Parameter
+    w2_b: nn.Parameter
+
     @classmethod
     def layout(
         cls,
@@ -85,7 +88,7 @@ class LoKr(Adapter):
         return ((B, A) if unbalanced else (A, B)), factorization(geometry.in_features, factor)
 
     def reset_parameters(self) -> None:
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() > 1:
                 kaiming_(p)
         if self.scalar is not None:
@@ -130,33 +133,30 @@ class LoKr(Adapter):
         h = x.unflatten(-1, (C, -1))  # [.., C, D]
         if "w2" in p:
             w2_DB = p["w2"].T
-            h = (w1_AC @ h) @ w2_DB if self._w1_first(1.0) else w1_AC @ (h @ w2_DB)
+            h = _mix(w1_AC, h) @ w2_DB if self._w1_first(1.0) else _mix(w1_AC, h @ w2_DB)
             return gate.output(h.flatten(-2))
         left_BR, right_RD = self._w2_factors(p)
         h = gate.rank(h @ right_RD.T, -1)  # [.., C, R]
-        return ((w1_AC @ h) @ left_BR.T).flatten(-2)
+        return (_mix(w1_AC, h) @ left_BR.T).flatten(-2)
 
     def _conv(self, x: Tensor, p: Mapping[str, Tensor], w1_AC: Tensor, gate: Gate) -> Tensor:
         """Samples and the C axis share the batch axis of the convolution, so W1 is one product per sample."""
         geometry, (A, C) = self.geometry, w1_AC.shape
-        batched = x.dim() == len(geometry.kernel) + 2
-        x = x if batched else x[None]
         batch = x.shape[0]
         h = x.unflatten(1, (C, -1))  # [batch, C, D, *space]
         if "w2" in p:
             if self._w1_first(_ratio(geometry, x)):
-                h = _mix(w1_AC, h)
+                h = _mix_image(w1_AC, h)
                 y = geometry.convolve(h.flatten(0, 1), p["w2"], 1).unflatten(0, (batch, A))
             else:
-                y = _mix(w1_AC, geometry.convolve(h.flatten(0, 1), p["w2"], 1).unflatten(0, (batch, C)))
+                y = _mix_image(w1_AC, geometry.convolve(h.flatten(0, 1), p["w2"], 1).unflatten(0, (batch, C)))
             y = gate.output(y)
         else:
             left_BR, right_RDK = self._w2_factors(p)
             h = geometry.convolve(h.flatten(0, 1), right_RDK, 1).unflatten(0, (batch, C))
-            h = _mix(w1_AC, gate.rank(h, 2))  # [batch, A, R, *space]
+            h = _mix_image(w1_AC, gate.rank(h, 2))  # [batch, A, R, *space]
             y = geometry.pointwise(h.flatten(0, 1), left_BR).unflatten(0, (batch, A))
-        y = y.flatten(1, 2)
-        return y if batched else y[0]
+        return y.flatten(1, 2)
 
     def _costs(self, ratio: float) -> tuple[float, float]:
         """Products per output position of a whole w2: (w2 then w1, w1 then w2); ratio = input / output positions."""
@@ -207,8 +207,16 @@ class LoKr(Adapter):
 
 
 def _mix(w1_AC: Tensor, h: Tensor) -> Tensor:
+    """[.., C, n] -> [.., A, n]. As `w1_AC @ h`, which would fold the leading axes into the columns: that copies h on
+    the way in and out, and keeps the copy for backward."""
+    flat = h.reshape(-1, *h.shape[-2:])
+    mixed = torch.bmm(w1_AC.expand(flat.shape[0], *w1_AC.shape), flat)
+    return mixed.reshape(*h.shape[:-2], *mixed.shape[1:])
+
+
+def _mix_image(w1_AC: Tensor, h: Tensor) -> Tensor:
     """[batch, C, n, *space] -> [batch, A, n, *space]: one matrix product per sample over all the rest."""
-    return (w1_AC @ h.flatten(2)).unflatten(-1, h.shape[2:])
+    return _mix(w1_AC, h.flatten(2)).unflatten(-1, h.shape[2:])
 
 
 def _ratio(geometry: Geometry, x: Tensor) -> float:

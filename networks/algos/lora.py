@@ -34,6 +34,7 @@ class LoRA(Adapter):
     fold = ("up",)
 
     down: nn.Parameter
+    mid: nn.Parameter
     up: nn.Parameter
 
     @classmethod
@@ -62,7 +63,7 @@ class LoRA(Adapter):
         up_OR = self.up.flatten(1)
         if rank_mask_R is not None:
             up_OR = up_OR * rank_mask_R
-        down_RIK = self.down
+        down_RIK: Tensor = self.down
         if "mid" in self.record.shapes:
             down_RIK = core_times_right(self.mid, self.down.flatten(1))
         return (up_OR @ down_RIK.flatten(1)).reshape(self.geometry.weight_shape)
@@ -100,7 +101,6 @@ class LoRA(Adapter):
         tucker = "lora_mid.weight" in tensors
         columns = geometry.in_features if tucker else geometry.columns
         if math.prod(down.shape[1:]) != columns or up.shape[0] != geometry.out_features:
-            raise ValueError(
-                f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)} do not fit a weight of {geometry.weight_shape}"
-            )
+            found = f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}"
+            raise ValueError(f"{found} do not fit a weight of {geometry.weight_shape}")
         return down.shape[0], {"use_tucker": tucker}

@@ -135,9 +135,13 @@ class Network(nn.Module):
 
     def limit_norms(self, limit: float) -> tuple[int, float, float]:
         """Shrink every true update above `limit`; (number shrunk, mean and maximum norm afterwards)."""
-        found = [layer.limit_norm(limit) for layer in self.adapted_layers]
-        norms = [min(norm, limit) for norm, _ in found] or [0.0]
-        return sum(shrunk for _, shrunk in found), sum(norms) / len(norms), max(norms)
+        layers = self.adapted_layers
+        norms = torch.stack([layer.update_norm().float() for layer in layers]).tolist()  # one wait for the device
+        above = [(layer, norm) for layer, norm in zip(layers, norms, strict=True) if norm > limit]
+        for layer, norm in above:
+            layer.adapter.rescale_(limit / norm)
+        norms = [min(norm, limit) for norm in norms]
+        return len(above), sum(norms) / len(norms), max(norms)
 
     # -- files
 
@@ -166,36 +170,33 @@ class Network(nn.Module):
             ValueError: they do not fit, or none belongs to this network.
         """
         saved, unknown = codec.decode(tensors)
-        matched, unexpected, wrong = [], [key.partition(".")[0] for key in unknown], []
+        unexpected = [key.partition(".")[0] for key in unknown]
+        found: dict[str, SavedLayer] = {}
+        wrong: list[str] = []
         for name, layer in saved.items():
             own = name if name in self._layers else self._aliases.get(name, "")
             if own not in self._layers:
                 unexpected.append(name)
                 continue
+            found[own] = layer
             try:
-                self._take_layer(own, layer)
-                matched.append(own)
+                _check(self._layers[own][1], layer)
             except ValueError as error:
                 wrong.append(f"{name}: {error}")
         if wrong:
             raise ValueError(_misfit(source, wrong))
-        if not matched:
+        if not found:
             theirs, ours = next(iter(tensors), "no tensor"), next(iter(self._layers), "-")
             raise ValueError(
-                f"{source} has nothing for this network: it holds names like {theirs}, this network ({self.plan.title}) "
-                f"has names like {ours}; choose a file of this architecture"
+                f"{source} has nothing for this network: it holds names like {theirs}, this network "
+                f"({self.plan.title}) has names like {ours}; choose a file of this architecture"
             )
-        taken = set(matched)
-        missing = tuple(name for name in self._layers if name not in taken)
-        return LoadReport(source, tuple(matched), missing, tuple(dict.fromkeys(unexpected)))
-
-    def _take_layer(self, name: str, saved: SavedLayer) -> None:
-        layer = self._layers[name][1]
-        if not isinstance(layer.adapter, saved.algorithm):
-            raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
-        layer.adapter.unpack_(saved.tensors)
-        rank = layer.adapter.record.rank
-        layer.take_alpha(saved.alpha if saved.alpha is not None else float(rank or 0))
+        for own, layer in found.items():  # only now: a file that does not fit must change nothing
+            adapted = self._layers[own][1]
+            adapted.adapter.unpack_(layer.tensors)
+            adapted.take_alpha(layer.alpha)
+        missing = tuple(name for name in self._layers if name not in found)
+        return LoadReport(source, tuple(found), missing, tuple(dict.fromkeys(unexpected)))
 
     # -- state
 
@@ -228,6 +229,12 @@ class Network(nn.Module):
             scale = state.get(f"{layer.lora_name}.{LIVE_SCALE}")
             layer.scale = layer.scale if scale is None else float(scale)
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+
+
+def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
+    if not isinstance(layer.adapter, saved.algorithm):
+        raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
+    layer.adapter.fits(saved.tensors)
 
 
 def _misfit(source: str, wrong: Sequence[str]) -> str:

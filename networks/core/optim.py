@@ -22,25 +22,23 @@ def parameter_groups(layers: Iterable[tuple[PlanRow, AdaptedLayer]], rates: Mapp
     Args:
         rates: part -> learning rate.
     """
-    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float | None, bool], list[nn.Parameter]] = {}
+    learning: dict[tuple[str, float | None, bool], float] = {}
     for row, layer in layers:
         rate = rates.get(row.part) if row.lr is None else row.lr
-        layer.requires_grad_(bool(rate))
-        if not rate:
-            continue
         for name, parameter in layer.adapter.named_parameters():
             plus = row.plus_ratio != 1 and name in layer.adapter.plus
-            lr = rate * row.plus_ratio if plus else rate
-            layer_key = (row.part, lr, plus)
+            lr = (rate or 0.0) * (row.plus_ratio if plus else 1.0)
             parameter.requires_grad_(lr > 0)
             if lr > 0:
-                groups.setdefault(layer_key, []).append(parameter)
-    own = {part for part, lr, plus in groups if not plus and lr != rates.get(part)}
-    described = []
-    for part, lr, plus in groups:
-        tail = " plus" if plus else ""
-        described.append(f"{part}{tail} lr={lr:g}" if part in own else f"{part}{tail}")
-    return [{"params": params, "lr": lr} for (_, lr, _), params in groups.items()], described
+                key = (row.part, row.lr, plus)
+                learning[key] = lr
+                groups.setdefault(key, []).append(parameter)
+    described = [
+        f"{part}{' plus' if plus else ''}" + ("" if own is None else f" lr={learning[part, own, plus]:g}")
+        for part, own, plus in groups
+    ]
+    return [{"params": params, "lr": learning[key]} for key, params in groups.items()], described
 
 
 def text_encoder_rates(

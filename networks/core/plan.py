@@ -285,7 +285,7 @@ class _Planner:
             self.problems.add("conv_dim has no effect: no trained layer is a convolution with a kernel above 1x1")
         if a.decompose_both and not any("w1_a" in _shapes(row) for row in trained):
             self.problems.add(
-                "decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim or factor"
+                "decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim"
             )
         unscaled = [row for row in trained if ALGOS[row.algo].layout(row.geometry, row.dim, **row.options).rank is None]
         if unscaled:
@@ -293,7 +293,8 @@ class _Planner:
                 "" if a.full_matrix else " (the dim reaches half of the larger factor: full_matrix=True says so openly)"
             )
             self.notes.append(
-                f"{len(unscaled)} of {len(trained)} layers have whole factors, so scale 1 whatever alpha and rs_lora say{hint}"
+                f"{len(unscaled)} of {len(trained)} layers have whole factors, so scale 1 whatever alpha and rs_lora "
+                f"say{hint}"
             )
         if a.dropout or a.rank_dropout:
             without = sum(not row.rank_axis for row in trained)

@@ -46,10 +46,10 @@ def plan_text(plan: Plan) -> str:
     text = [f"{plan.title}"]
     for cells in lines:
         if len(cells) == len(head):
-            text.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+            text.append("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
         else:
             *first, reason = cells
-            text.append("  ".join([*(c.ljust(w) for c, w in zip(first, widths)), f"- {reason}"]))
+            text.append("  ".join([*(c.ljust(w) for c, w in zip(first, widths, strict=False)), f"- {reason}"]))
     return "\n".join([*text, "", *summary(plan)]) + "\n"
 
 

@@ -6,6 +6,7 @@ effective scale x saved rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ class SavedLayer:
     def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
         """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
         dim, options = self.algorithm.describe(geometry, self.tensors)
-        return dim or max(1, round(self.alpha or 1)), options
+        return dim or (max(1, round(self.alpha)) if self.alpha and math.isfinite(self.alpha) else 1), options
 
     def build(self, geometry: Geometry) -> Adapter:
         """The adapter of this layer with the file's values.

@@ -262,7 +262,8 @@ class _Models:
         encoders = list(text_encoder) if isinstance(text_encoder, Sequence) else [text_encoder]
         if len(encoders) > len(arch.text_encoders) and any(m is not None for m in encoders[len(arch.text_encoders) :]):
             problems.add(f"{arch.title} has {len(arch.text_encoders)} text encoders, but {len(encoders)} were given")
-        given = [(part, model) for part, model in zip(arch.text_encoders, encoders) if model is not None]
+        pairs = zip(arch.text_encoders, encoders, strict=False)  # hosts may hand over fewer than there are
+        given = [(part, model) for part, model in pairs if model is not None]
         return cls(arch, (*given, (arch.denoiser, unet)))
 
     @property

@@ -78,7 +78,7 @@ def skeleton(model: str) -> Skeleton:
     """A model without weights.
 
     Args:
-        model: `sd15`, `sd21`, `sdxl`, a diffusers folder, or a single-file checkpoint, of which only the header is read.
+        model: `sd15`, `sd21`, `sdxl`, a diffusers folder, or a checkpoint, of which only the header is read.
 
     Raises:
         ValueError: it is none of these.

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from ..algos import Adapter
 from ..tensors import base_weight
 from .dropout import CallGate, Dropouts, module_mask, rank_mask
-
 
 LIVE_SCALE = "live_scale"  # marks a live state among the keys; a file has alpha instead
 
@@ -44,7 +44,6 @@ class _Base:
 
     module: nn.Module
     forward: Callable[..., Tensor] | None = field(default=None)
-    backup: Tensor | None = None
 
 
 class AdaptedLayer(nn.Module):
@@ -65,12 +64,12 @@ class AdaptedLayer(nn.Module):
         module: nn.Module,
         adapter: Adapter,
         scale: float,
-        dropouts: Dropouts = Dropouts(),
+        dropouts: Dropouts | None = None,
         runtime: Runtime | None = None,
     ) -> None:
         super().__init__()
         self.lora_name, self.adapter, self.scale = name, adapter, float(scale)
-        self.dropouts, self.runtime = dropouts, runtime or Runtime()
+        self.dropouts, self.runtime = dropouts or _NONE, runtime or Runtime()
         self._base = _Base(module)
 
     # -- attachment
@@ -85,13 +84,24 @@ class AdaptedLayer(nn.Module):
             self.base.forward = self.forward
 
     def detach(self) -> None:
-        """Give the base layer its own forward back."""
-        if self._base.forward is not None:
-            if getattr(self._base.forward, "__func__", None) is type(self.base).forward:
-                del self.base.forward
-            else:
-                self.base.forward = self._base.forward
-            self._base.forward = None
+        """Take this adapter out; what is below and above it on the same layer stays."""
+        below, above = self._base.forward, self._above()
+        self._base.forward = None
+        if below is None:
+            return
+        if above is not None:
+            above._base.forward = below
+        elif getattr(below, "__func__", None) is type(self.base).forward:
+            del self.base.forward
+        else:
+            self.base.forward = below
+
+    def _above(self) -> AdaptedLayer | None:
+        """The adapter of another network that was attached on top of this one."""
+        above, forward = None, vars(self.base).get("forward")
+        while isinstance(owner := getattr(forward, "__self__", None), AdaptedLayer) and owner is not self:
+            above, forward = owner, owner._base.forward
+        return above if owner is self else None
 
     # -- alpha
 
@@ -101,8 +111,8 @@ class AdaptedLayer(nn.Module):
         rank = self.adapter.record.rank
         return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
 
-    def take_alpha(self, alpha: float) -> None:
-        """The effective scale of a file: its alpha / its rank. 0 stands for the rank, as everywhere."""
+    def take_alpha(self, alpha: float | None) -> None:
+        """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""
         rank = self.adapter.record.rank
         if rank is not None:
             self.scale = alpha / rank if alpha else 1.0
@@ -115,8 +125,8 @@ class AdaptedLayer(nn.Module):
     # -- the formula
 
     def _strength(self, multiplier: float | Tensor) -> float | Tensor:
-        strength = multiplier * self.scale
-        return strength if self.adapter.scalar is None else strength * self.adapter.scalar
+        strength, scalar = multiplier * self.scale, self.adapter.scalar
+        return strength if scalar is None else strength * scalar.to(torch.promote_types(scalar.dtype, torch.float32))
 
     def new_weight(self, weight: Tensor, multiplier: float | None = None) -> Tensor:
         """W' for a base weight W [O, I, *kernel] of fp32 or wider, on W's device; W itself at multiplier 0."""
@@ -125,8 +135,14 @@ class AdaptedLayer(nn.Module):
             raise ValueError("one multiplier per sample cannot be merged into a weight: set a single number")
         if m == 0:
             return weight
-        delta = self.adapter.delta() * self._strength(m)
+        delta = self._wide_adapter().delta() * self._strength(m)
         return weight + delta.to(device=weight.device, dtype=weight.dtype)
+
+    def _wide_adapter(self) -> Adapter:
+        """The adapter in fp32 at least: some hosts cast a network to half precision before they merge it."""
+        if all(p.dtype.itemsize >= 4 for p in self.adapter.parameters()):
+            return self.adapter
+        return copy.deepcopy(self.adapter).float()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update, in the base output's dtype."""
@@ -140,6 +156,8 @@ class AdaptedLayer(nn.Module):
     def update(self, x: Tensor) -> Tensor:
         """The adapter's part of the output, in the cheaper of its exact forms."""
         adapter, drops = self.adapter, self._active_dropouts()
+        if adapter.geometry.is_conv and x.dim() == len(adapter.geometry.kernel) + 1:
+            return self.update(x[None])[0]
         strength = self._strength(self.runtime.multiplier)
         if isinstance(strength, Tensor) and strength.device != x.device:
             strength = strength.to(x.device)
@@ -150,7 +168,8 @@ class AdaptedLayer(nn.Module):
         # Elementwise dropout needs the rank activation, which only the factored form has.
         if factored <= materialised or (drops.dropout and adapter.record.rank_axis):
             return adapter.apply_delta(x, gate)
-        mask = rank_mask((adapter.dim,), drops.rank_dropout, x) if drops.rank_dropout else None
+        masked = drops.rank_dropout and adapter.record.rank_axis
+        mask = rank_mask((adapter.dim,), drops.rank_dropout, x) if masked else None
         delta = adapter.delta(mask)
         if not torch.is_autocast_enabled(x.device.type):
             delta = delta.to(x.dtype)
@@ -168,25 +187,21 @@ class AdaptedLayer(nn.Module):
             base_weight.write(self.base, self.new_weight(base_weight.read(self.base, device), multiplier))
 
     def backup(self) -> None:
-        """Remember the base weight (once) for `restore`."""
-        if self._base.backup is None:
-            self._base.backup = self.base.weight.detach().clone()
+        """Remember the base weight for `restore`."""
+        base_weight.backup(self.base)
 
     def restore(self) -> None:
         """Put the remembered weight back, bit for bit."""
-        if self._base.backup is not None:
-            base_weight.write(self.base, self._base.backup)
+        base_weight.restore(self.base)
 
     # -- max norm
 
     @torch.no_grad()
-    def limit_norm(self, limit: float) -> tuple[float, bool]:
-        """Shrink the true update scale * scalar * dW to Frobenius norm `limit`; (norm before, whether it was shrunk)."""
-        norm = float(self.adapter.norm().abs() * abs(self._strength(1.0)))
-        if norm <= limit or norm == 0:
-            return norm, False
-        self.adapter.rescale_(limit / norm)
-        return norm, True
+    def update_norm(self) -> Tensor:
+        """Frobenius norm of the true update scale * scalar * dW, 0-d."""
+        strength = self._strength(1.0)
+        size = strength.abs() if isinstance(strength, Tensor) else abs(strength)
+        return self.adapter.norm() * size
 
 
 _NONE = Dropouts()

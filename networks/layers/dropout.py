@@ -51,9 +51,7 @@ class CallGate:
             return update * scale
         samples, values = update.shape[0], scale.shape[0]
         if samples % values:
-            raise ValueError(
-                f"{values} multipliers for a batch of {samples}: the batch must be a multiple; give one value per sample"
-            )
+            raise ValueError(f"{values} multipliers for a batch of {samples}: give one value, or one per sample")
         return update * scale.repeat(samples // values).reshape(-1, *[1] * (update.dim() - 1))
 
     def rank(self, h: Tensor, dim: int) -> Tensor:

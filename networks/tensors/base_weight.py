@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 
 _PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BACKUPS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def read(module: nn.Module, device: torch.device | None = None) -> Tensor:
@@ -28,4 +31,17 @@ def read(module: nn.Module, device: torch.device | None = None) -> Tensor:
 def write(module: nn.Module, weight: Tensor) -> None:
     """Put a weight back in place, so that hosts which hold the parameter see the change."""
     with torch.no_grad():
-        module.weight.copy_(weight)
+        module.get_parameter("weight").copy_(weight)
+
+
+def backup(module: nn.Module) -> None:
+    """Remember the weight until it is restored. Networks on one module share the backup, from before any merge."""
+    if module not in _BACKUPS:
+        _BACKUPS[module] = module.get_parameter("weight").detach().clone()
+
+
+def restore(module: nn.Module) -> None:
+    """Put the remembered weight back, bit for bit, and forget it; nothing without a backup."""
+    kept = _BACKUPS.pop(module, None)
+    if kept is not None:
+        write(module, kept)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,8 +108,8 @@ class Geometry:
             return x.numel() // max(1, x.shape[-1])
         spatial = x.shape[-len(self.kernel) :]
         batch = x.shape[0] if x.dim() > len(self.kernel) + 1 else 1
-        sizes = zip(spatial, self.pads, self.dilation, self.kernel, self.stride)
-        return batch * math.prod((n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), d, k, s in sizes)
+        sizes = zip(spatial, self.pads, self.dilation, self.kernel, self.stride, strict=True)
+        return batch * math.prod([(n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), d, k, s in sizes])
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
         """The layer's operation without bias, with any weight of this layer's shape."""
@@ -130,7 +131,7 @@ class Geometry:
         return _CONVS[len(self.kernel)](h, matrix.reshape(*matrix.shape[:2], *self.ones), groups=groups)
 
 
-def _pads(module: nn.Module) -> tuple[tuple[int, int], ...]:
+def _pads(module: Any) -> tuple[tuple[int, int], ...]:
     """(before, after) per axis; torch keeps the resolved form of "same" as a reversed flat list."""
     if isinstance(module.padding, str):
         flat = list(module._reversed_padding_repeated_twice)

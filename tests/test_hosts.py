@@ -1,0 +1,299 @@
+"""The calls of sd-scripts' trainers and generators, in their order and with their arguments, on tiny models."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_parts import draw, inputs, randomise, sd_unet, sdxl_unet, text_encoder
+from torch import nn
+
+import networks.loha
+import networks.lokr
+import networks.lora
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRIES = {"lora": networks.lora, "loha": networks.loha, "lokr": networks.lokr}
+
+
+@pytest.mark.parametrize("algo", ENTRIES)
+def test_training_sequence(algo: str, tmp_path: Path) -> None:
+    """Section by section what train_network.py does; the loss falls and a resumed run goes on from there."""
+    module, unet, encoder = ENTRIES[algo], sd_unet(), text_encoder()
+    kwargs = {"conv_dim": "4", "dropout": None}
+    network = module.create_network(1.0, 4, 1, None, encoder, unet, neuron_dropout=None, **kwargs)
+    assert isinstance(network, nn.Module)
+    base = draw(unet)
+    network.apply_to(encoder, unet, True, True)
+    network.enable_gradient_checkpointing()
+    assert hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs")
+    result = network.prepare_optimizer_params_with_multiple_te_lrs(None, 2e-2, 1e-2)
+    assert type(result) is tuple
+    groups, descriptions = result
+    assert len(groups) == len(descriptions) and {g["lr"] for g in groups} == {1e-2, 2e-2}
+    unet.requires_grad_(False)
+    encoder.requires_grad_(False)
+    network.prepare_grad_etc(encoder, unet)
+    network.on_epoch_start(encoder, unet)
+    assert network.training
+    optimizer = torch.optim.AdamW(groups)
+    target, losses = draw(sd_unet()).detach() + 0.3, []
+    for _ in range(6):
+        x, t, _ = inputs()
+        text = encoder(torch.tensor([[0, 5, 1], [0, 7, 1]])).last_hidden_state
+        loss = (unet(x, t, text).sample - target).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.get_trainable_params(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        keys_scaled, mean, largest = network.apply_max_norm_regularization(50.0, "cpu")
+        assert keys_scaled == 0 and 0 <= mean <= largest < 50
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert not any(p.requires_grad for p in unet.parameters())
+    network.eval()
+    wanted = draw(unet)
+    assert not torch.allclose(wanted, base)
+    file = tmp_path / "a.safetensors"
+    network.save_weights(str(file), torch.float32, {"ss_network_dim": "4"})
+    network.detach()
+    assert torch.equal(draw(unet), base)
+
+    again = module.create_network(1.0, 4, 1, None, encoder, unet, neuron_dropout=None, **kwargs)
+    again.apply_to(encoder, unet, True, True)
+    assert "layers loaded" in str(again.load_weights(str(file)))
+    torch.testing.assert_close(draw(unet), wanted)
+
+
+def test_the_state_of_a_checkpoint_is_exact(tmp_path: Path) -> None:
+    unet = sd_unet()
+    network = networks.lora.create_network(1.0, 4, 3, None, None, unet, use_scalar="True", rs_lora="True")
+    network.apply_to(None, unet, False, True)
+    randomise(network)
+    state = copy.deepcopy(network.state_dict())
+    other = networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), use_scalar="True")
+    other.load_state_dict(state)
+    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+    assert [a.scale for a in other.adapted_layers] == [a.scale for a in network.adapted_layers]
+    del state[next(iter(state))]
+    with pytest.raises(RuntimeError, match="missing"):
+        other.load_state_dict(state)
+
+
+def test_parts_that_are_not_trained_leave_the_network() -> None:
+    unet, encoder = sd_unet(), text_encoder()
+    for flags, wanted in (((False, True), {"unet"}), ((True, False), {"text_encoder"})):
+        network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)
+        network.apply_to(encoder, unet, *flags)
+        assert {row.part for row, _ in network.layers} == wanted == {row.part for row in network.plan.trained}
+        prefixes = {"lora_te" if part == "text_encoder" else "lora_unet" for part in wanted}
+        assert all(any(key.startswith(p) for p in prefixes) for key in network.state_dict())
+        network.detach()
+    network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)
+    with pytest.raises(ValueError, match="no layer is left"):
+        network.apply_to(encoder, unet, False, False)
+
+
+def rates(groups: Any, descriptions: Any) -> dict[str, float]:
+    return {d: g["lr"] for d, g in zip(descriptions, groups, strict=True)}
+
+
+def test_learning_rates() -> None:
+    unet, encoders = sdxl_unet(), [text_encoder(), text_encoder(projection=True)]
+    network = networks.lora.create_network(
+        1.0, 4, 1, None, encoders, unet, loraplus_lr_ratio="4", network_reg_lrs=".*attn1.*=0.5"
+    )
+    network.apply_to(encoders, unet, True, True)
+    found = rates(*network.prepare_optimizer_params_with_multiple_te_lrs([1e-3, 2e-3], 1e-2, 1e-4))
+    assert found == {
+        "text_encoder1": 1e-3,
+        "text_encoder1 plus": 4e-3,
+        "text_encoder2": 2e-3,
+        "text_encoder2 plus": 8e-3,
+        "unet": 1e-2,
+        "unet plus": 4e-2,
+        "unet lr=0.5": 0.5,
+        "unet plus lr=2": 2.0,
+    }
+    assert rates(*network.prepare_optimizer_params_with_multiple_te_lrs([1e-3], None, 1e-4))["text_encoder2"] == 1e-3
+    assert rates(*network.prepare_optimizer_params_with_multiple_te_lrs(None, None, 1e-4))["unet"] == 1e-4
+    assert rates(*network.prepare_optimizer_params(1e-5, 1e-3))["text_encoder2"] == 1e-5
+
+
+def test_a_rate_of_0_leaves_a_part_out(caplog: pytest.LogCaptureFixture) -> None:
+    unet, encoder = sd_unet(), text_encoder()
+    network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)
+    network.apply_to(encoder, unet, True, True)
+    groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs([0.0], 1e-3, 1e-3)
+    assert descriptions == ["unet"] and "text_encoder: learning rate 0" in caplog.text
+    trainable = {id(p) for p in network.get_trainable_params()}
+    assert trainable == {id(p) for p in groups[0]["params"]}
+    with pytest.raises(ValueError, match="every learning rate is 0"):
+        network.prepare_optimizer_params_with_multiple_te_lrs([0.0], 0.0, 0.0)
+
+
+@pytest.mark.parametrize("algo,plus", [("lora", {"up"}), ("loha", {"w2_a"}), ("lokr", {"w1"})])
+def test_loraplus_reaches_the_plus_factors_alone(algo: str, plus: set[str]) -> None:
+    unet = sd_unet()
+    network = ENTRIES[algo].create_network(1.0, 4, 1, None, None, unet, loraplus_unet_lr_ratio="16")
+    network.apply_to(None, unet, False, True)
+    groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs(None, 1e-3, 1e-3)
+    fast = {id(p) for p in groups[descriptions.index("unet plus")]["params"]}
+    for layer in network.adapted_layers:
+        for name, parameter in layer.adapter.named_parameters():
+            assert (id(parameter) in fast) == (name in plus)
+
+
+@pytest.mark.parametrize("algo", ENTRIES)
+def test_max_norm_limits_the_true_update(algo: str) -> None:
+    unet = sd_unet()
+    network = ENTRIES[algo].create_network(1.0, 4, 8, None, None, unet, conv_dim="2", use_tucker="True")
+    network.apply_to(None, unet, False, True)
+    randomise(network, 0.5)
+    before = [true_norm(layer) for layer in network.adapted_layers]
+    middle = sorted(before)[len(before) // 2 - 1 :][:2]
+    limit = sum(middle) / 2
+    assert middle[0] < limit < middle[1]
+    count, mean, largest = network.apply_max_norm_regularization(limit, torch.device("cpu"))
+    after = [true_norm(layer) for layer in network.adapted_layers]
+    assert count == sum(norm > limit for norm in before) > 0
+    assert after == pytest.approx([min(norm, limit) for norm in before], rel=1e-4)
+    assert mean == pytest.approx(sum(after) / len(after), rel=1e-4) and largest == pytest.approx(limit, rel=1e-4)
+
+
+def true_norm(layer: Any) -> float:
+    zero = torch.zeros(layer.adapter.geometry.weight_shape)
+    return float(layer.new_weight(zero, 1.0).detach().norm())
+
+
+@pytest.mark.parametrize("algo", ENTRIES)
+def test_gen_img_sequence(algo: str, tmp_path: Path) -> None:
+    """Applied, merged and pre-calculated are the same picture; multiplier 0 is the base, bit for bit."""
+    unet, encoder = sd_unet(), text_encoder()
+    network = ENTRIES[algo].create_network(1.0, 4, 1, None, encoder, unet, conv_dim="2")
+    randomise(network)
+    file = str(tmp_path / "a.safetensors")
+    network.save_weights(file, None, {})
+    base = draw(unet)
+
+    inference, tensors = ENTRIES[algo].create_network_from_weights(0.7, file, None, [encoder], unet, for_inference=True)
+    assert inference.is_mergeable()
+    inference.apply_to([encoder], unet)
+    inference.load_state_dict(tensors, False)
+    inference.to(torch.float32).to("cpu")
+    inference.backup_weights()
+    inference.set_multiplier(0.7)
+    applied = draw(unet)
+    assert not torch.allclose(applied, base)
+    inference.restore_weights()
+    inference.pre_calculation()
+    torch.testing.assert_close(draw(unet), applied)
+    inference.restore_weights()
+    inference.set_multiplier(0.0)
+    assert torch.equal(draw(unet), base)
+    inference.set_multiplier([0.7, 0.0])  # one per sample
+    each = draw(unet)
+    torch.testing.assert_close(each[0], applied[0])
+    torch.testing.assert_close(each[1], base[1])
+    inference.set_enabled(False)
+    assert torch.equal(draw(unet), base)
+    inference.detach()
+
+    merging, tensors = ENTRIES[algo].create_network_from_weights(0.7, file, None, [encoder], unet, for_inference=True)
+    merging.merge_to([encoder], unet, tensors, torch.float32, "cpu")
+    torch.testing.assert_close(draw(unet), applied)
+
+
+def test_two_networks_at_once(tmp_path: Path) -> None:
+    unet = sd_unet()
+    base = draw(unet)
+    nets = []
+    for algo, multiplier in (("lora", 0.5), ("lokr", 0.8)):
+        network = ENTRIES[algo].create_network(multiplier, 4, 1, None, None, unet)
+        network.apply_to(None, unet, False, True)
+        randomise(network)
+        nets.append(network.eval())
+    both = draw(unet)
+    for network in nets:
+        network.backup_weights()
+    for network in nets:
+        network.restore_weights()
+    for network in nets:
+        network.pre_calculation()
+    torch.testing.assert_close(draw(unet), both)
+    for network in nets:
+        network.restore_weights()
+    torch.testing.assert_close(draw(unet), both)
+    for network in reversed(nets):
+        network.detach()
+    assert torch.equal(draw(unet), base)
+
+
+def test_options_for_training_work_with_dim_from_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unet = sd_unet()
+    network = networks.lokr.create_network(1.0, 4, 1, None, None, unet, factor="2", conv_dim="2")
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    with caplog.at_level(logging.INFO, logger="networks"):
+        again, _ = networks.lokr.create_network_from_weights(
+            1, str(tmp_path / "a.safetensors"), None, None, unet,
+            factor="2", rank_dropout="0.1", exclude_patterns=".*attn1.*", loraplus_lr_ratio="4",
+        )  # fmt: skip
+    assert "the file decides" in caplog.text
+    assert not any("attn1" in layer.lora_name for layer in again.adapted_layers)
+    assert any(layer.adapter.geometry.has_kernel for layer in again.adapted_layers)
+    assert {row.plus_ratio for row, _ in again.layers} == {4}
+    assert again.adapted_layers[0].dropouts.rank_dropout == 0.1
+
+
+def test_no_dropout_while_the_host_draws_samples_in_train_mode() -> None:
+    unet = sd_unet()
+    network = networks.lora.create_network(1.0, 4, 1, None, None, unet, neuron_dropout=0.5)
+    network.apply_to(None, unet, False, True)
+    randomise(network)
+    network.train()
+    assert not torch.equal(draw(unet), draw(unet))
+    with torch.no_grad():
+        assert torch.equal(draw(unet), draw(unet))
+    assert not torch.equal(draw(unet), draw(unet))
+
+
+def test_the_model_keeps_its_modules_and_its_state() -> None:
+    unet = sd_unet()
+    before = {name: type(module) for name, module in unet.named_modules()}
+    keys = list(unet.state_dict())
+    network = networks.lora.create_network(1.0, 4, 1, None, None, unet, conv_dim="2")
+    network.apply_to(None, unet, False, True)
+    assert {name: type(module) for name, module in unet.named_modules()} == before and list(unet.state_dict()) == keys
+    base = {id(p) for p in unet.parameters()}
+    assert not any(id(p) in base for p in network.parameters())
+
+
+def test_creation_says_what_runs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="networks"):
+        networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True")
+    assert f"networks.lora {networks.__version__} from {ROOT / 'networks'}" in caplog.text
+    assert "lora_unet_mid_block_attentions_0_proj_in" in caplog.text
+
+
+def test_another_name_for_the_package(tmp_path: Path) -> None:
+    """kohya_networks.lora is the same folder under a name that no host owns."""
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('kohya_networks', sys.argv[1] + '/__init__.py', "
+        "submodule_search_locations=[sys.argv[1]])\n"
+        "package = importlib.util.module_from_spec(spec); sys.modules['kohya_networks'] = package\n"
+        "spec.loader.exec_module(package)\n"
+        "import kohya_networks.lora as lora\n"
+        "assert 'networks' not in sys.modules\n"
+        "print(lora.create_network.__self__.name)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "networks")], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "kohya_networks.lora"

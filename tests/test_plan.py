@@ -1,0 +1,160 @@
+"""Which layers get what: patterns, blocks, dims, alphas, rates; and arguments that would have no effect."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from tiny_parts import sd_unet, text_encoder
+
+import networks.loha
+import networks.lokr
+import networks.lora
+from networks.core.plan import Plan, PlanRow
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    return text_encoder(), sd_unet()
+
+
+def rows(plan: Plan, part: str = "unet") -> dict[str, PlanRow]:
+    return {row.dotted_name: row for row in plan.trained if row.part == part}
+
+
+TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def test_dim_alpha_scale(models: Any) -> None:
+    row = rows(networks.lora.plan(8, 2, *models))[TO_Q]
+    assert (row.dim, row.alpha, row.scale, row.parameters, row.bytes) == (8, 2, 0.25, 8 * (16 + 16), 8 * 32 * 4)
+    assert rows(networks.lora.plan(8, 0, *models))[TO_Q].scale == 1.0
+    assert rows(networks.lora.plan(8, 0, *models, rs_lora="True"))[TO_Q].scale == 1.0
+    assert rows(networks.lora.plan(8, 2, *models, rs_lora="True"))[TO_Q].scale == pytest.approx(2 / math.sqrt(8))
+    assert rows(networks.lora.plan(None, 1, *models))[TO_Q].dim == 4
+
+
+def test_convolutions(models: Any) -> None:
+    plain = rows(networks.lora.plan(8, 4, *models))
+    conv = rows(networks.lora.plan(8, 4, *models, conv_dim="2"))
+    assert not any("resnets" in name for name in plain)
+    kernel = conv["down_blocks.0.resnets.0.conv1"]
+    assert (kernel.dim, kernel.alpha, kernel.scale) == (2, 1.0, 0.5)
+    assert conv["down_blocks.0.resnets.0.time_emb_proj"].dim == 8  # Linears of those blocks keep network_dim
+    assert conv["up_blocks.0.resnets.0.conv_shortcut"].dim == 8  # so do 1x1 convolutions
+    given = rows(networks.lora.plan(8, 4, *models, conv_dim="2", conv_alpha="2"))
+    assert given["down_blocks.0.resnets.0.conv1"].scale == 1.0
+
+
+def test_regex_dims_alphas_and_rates(models: Any) -> None:
+    found = rows(
+        networks.lora.plan(
+            8,
+            4,
+            *models,
+            network_reg_dims="{r'.*attn1\\.to_q': 2, '.*attn1.*': 6, '.*ff.*': 0}",
+            network_reg_alphas=".*attn1.*=3",
+            network_reg_lrs=".*attn2.*=0.5",
+            loraplus_lr_ratio="4",
+            loraplus_unet_lr_ratio="16",
+        )
+    )
+    assert (found[TO_Q].dim, found[TO_Q].alpha, found[TO_Q].scale) == (2, 3, 1.5)  # scale from its own dim
+    assert (found[TO_Q.replace("to_q", "to_k")].dim, found[TO_Q.replace("to_q", "to_k")].scale) == (6, 0.5)
+    assert not any(".ff." in name for name in found)
+    assert found[TO_Q.replace("attn1", "attn2")].lr == 0.5 and found[TO_Q].lr is None
+    assert {row.plus_ratio for row in found.values()} == {16}
+    text = rows(networks.lora.plan(8, 4, *models, loraplus_lr_ratio="4"), "text_encoder")
+    assert {row.plus_ratio for row in text.values()} == {4}
+
+
+def test_patterns(models: Any) -> None:
+    every = rows(networks.lora.plan(4, 1, *models))
+    without = rows(networks.lora.plan(4, 1, *models, exclude_patterns="['.*attn1.*']"))
+    assert without.keys() == {name for name in every if "attn1" not in name}
+    rescued = rows(networks.lora.plan(4, 1, *models, exclude_patterns=".*attn1.*", include_patterns=".*to_q"))
+    assert rescued.keys() == {name for name in every if "attn1" not in name or name.endswith("to_q")}
+    only = networks.lora.plan(4, 1, *models, only_patterns=".*attn2.*")
+    assert rows(only).keys() == {name for name in every if "attn2" in name} and not rows(only, "text_encoder")
+    reasons = {row.dotted_name: row.reason for row in only.rows if not row.trained}
+    assert reasons[TO_Q] == "not in only_patterns"
+
+
+def test_blocks(models: Any) -> None:
+    found = networks.lora.plan(4, 1, *models, blocks="1-3")
+    assert rows(found) and all(name.startswith("down_blocks.0.") for name in rows(found))
+    assert rows(found, "text_encoder")  # block lists speak of the denoiser alone
+
+
+@pytest.mark.parametrize(
+    "kwargs,words",
+    [
+        ({"network_reg_dims": "foo=8"}, ["network_reg_dims: 'foo' matches no layer", "look like"]),
+        ({"network_reg_dims": "attn1=8"}, ["must match the whole name", "'.*attn1.*'"]),
+        ({"only_patterns": "lora_unet_down.*"}, ["matches no layer", "dotted name"]),
+        ({"exclude_patterns": ".*resnets.*conv1"}, ["only layers that are not trained", "conv_dim"]),
+        ({"network_reg_lrs": ".*conv_in=1e-3"}, ["only layers that are not trained", "outside"]),
+        ({"include_patterns": ".*attn1.*"}, ["rescues nothing", "only_patterns"]),
+        ({"blocks": "24-25"}, ["blocks 0 to 24"]),
+        ({"exclude_patterns": ".*"}, ["no layer is left to train", "excluded by"]),
+        ({"use_tucker": "True"}, ["use_tucker has no effect", "conv_dim"]),
+        ({"algo": "lokr", "decompose_both": "True"}, ["decompose_both has no effect"]),
+        ({"algo": "lokr", "full_matrix": "True", "rank_dropout": "0.1"}, ["no trained layer has a rank activation"]),
+        ({"blocks": "none", "exclude_patterns": ".*self_attn.*,.*mlp.*"}, ["no layer is left"]),
+    ],
+)
+def test_no_argument_without_effect(models: Any, kwargs: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        networks.lora.plan(8, 4, *models, **kwargs)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_mistakes_of_text_and_of_selection_come_together(models: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        networks.lora.plan(8, 4, *models, use_tucker="Ture", network_reg_dims="foo=8", rank_dropot="0.1")
+    assert "3 problems" in str(caught.value)
+
+
+def test_notes_count_what_a_layer_goes_without(models: Any) -> None:
+    plan = networks.lokr.plan(4, 4, *models, conv_dim="4", rank_dropout="0.1", factor="2")
+    assert any("whole factors, so scale 1" in note for note in plan.notes)
+    assert any("no rank activation" in note for note in plan.notes)
+
+
+def test_the_algorithm_follows_entry_and_argument(models: Any) -> None:
+    assert {row.algo for row in networks.loha.plan(2, 1, *models).trained} == {"loha"}
+    by_argument = networks.lora.plan(2, 1, *models, algo="lokr", factor="4")
+    assert by_argument == networks.lokr.plan(2, 1, *models, factor="4")
+
+
+def test_text_encoders_may_be_a_model_a_list_or_missing(models: Any) -> None:
+    encoder, unet = models
+    one = networks.lora.plan(4, 1, encoder, unet)
+    assert networks.lora.plan(4, 1, [encoder], unet) == one
+    for nothing in (None, [], [None]):
+        assert {row.part for row in networks.lora.plan(4, 1, nothing, unet).rows} == {"unet"}
+    with pytest.raises(ValueError, match="1 text encoders, but 2"):
+        networks.lora.plan(4, 1, [encoder, encoder], unet)
+
+
+def test_json_and_text_state_every_layer(models: Any) -> None:
+    plan = networks.lora.plan(8, 4, *models)
+    data = json.loads(json.dumps(plan.to_json()))
+    assert len(data["rows"]) == len(plan.rows) == data["totals"]["layers"]
+    trained = [row for row in data["rows"] if row["trained"]]
+    wanted = {"dotted_name", "saved_name", "kind", "shape", "dim", "alpha", "scale", "lr", "parameters", "bytes"}
+    assert all(wanted <= row.keys() for row in trained)
+    assert all(row["reason"] for row in data["rows"] if not row["trained"])
+    assert data["totals"]["parameters"] == sum(row["parameters"] for row in trained)
+    text = plan.to_text()
+    assert all(row.saved_name in text and row.dotted_name in text for row in plan.rows)
+    assert f"{data['totals']['parameters']:,} parameters" in text
+
+
+@pytest.mark.parametrize("dim,alpha,word", [(0, 1, "network_dim=0"), (-2, 1, "too small"), (4, -1, "negative")])
+def test_dim_and_alpha_are_checked(models: Any, dim: int, alpha: float, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        networks.lora.plan(dim, alpha, *models)
