@@ -1,0 +1,269 @@
+"""Shared by the numerical tests: layers of every kind, networks on them, and dense formulas of our own.
+
+The dense formulas are written from the definitions (LyCORIS sheet, A1.1) over the keys of a file. They share no code
+with the package, so that a mistake in it cannot hide in both.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks.algos import ALGOS, Adapter
+from networks.core.network import Network
+from networks.core.plan import Plan, PlanRow
+from networks.layers.adapted import AdaptedLayer
+from networks.tensors.geometry import Geometry
+
+TOLERANCE = 1e-9  # of everything in float64, relative to the largest value
+OUT, IN = 110, 108  # 10 * 11 and 9 * 12, so that a rank of 4 is below half of every factor
+DIM, ALPHA, MULTIPLIER = 4, 3.0, 0.7
+
+
+# -- layers
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A layer kind: how to make the layer, and the shape of an input."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+KINDS: dict[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(IN, OUT), (2, 5, IN)),
+    "linear_no_bias": Kind(lambda: nn.Linear(IN, OUT, bias=False), (6, IN)),
+    "conv1d": Kind(lambda: nn.Conv1d(IN, OUT, 3, stride=2, padding=1), (2, IN, 9)),
+    "conv_1x1": Kind(lambda: nn.Conv2d(IN, OUT, 1), (2, IN, 3, 4)),
+    "conv_3x3": Kind(lambda: nn.Conv2d(IN, OUT, 3, padding=1), (2, IN, 4, 5)),
+    "conv_3x3_no_bias": Kind(lambda: nn.Conv2d(IN, OUT, 3, bias=False), (2, IN, 4, 5)),
+    "conv_strided_dilated": Kind(lambda: nn.Conv2d(IN, OUT, 3, stride=2, padding=(2, 1), dilation=2), (2, IN, 7, 8)),
+    "conv_grouped": Kind(lambda: nn.Conv2d(2 * IN, OUT, 3, padding=1, groups=2), (2, 2 * IN, 3, 4)),
+    "conv_same": Kind(lambda: nn.Conv2d(IN, OUT, (4, 3), padding="same", dilation=(1, 2)), (2, IN, 6, 5)),
+    "conv_reflect": Kind(lambda: nn.Conv2d(IN, OUT, 3, padding=(2, 1), padding_mode="reflect"), (2, IN, 4, 5)),
+    "conv_same_circular": Kind(
+        lambda: nn.Conv2d(IN, OUT, (2, 3), padding="same", padding_mode="circular"), (2, IN, 4, 5)
+    ),
+    "conv3d": Kind(lambda: nn.Conv3d(IN, OUT, (3, 1, 2), stride=(1, 2, 1), padding=(1, 0, 1)), (2, IN, 3, 3, 2)),
+}
+
+
+def make_layer(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A frozen layer of this kind with random weights."""
+    return KINDS[kind].make().to(dtype).requires_grad_(False)
+
+
+def make_input(kind: str, dtype: torch.dtype = torch.float64, samples: int = 2) -> Tensor:
+    """A random input; its first axis holds the samples."""
+    shape = KINDS[kind].shape
+    return torch.randn(samples if len(shape) > 2 else shape[0], *shape[1:], dtype=dtype)
+
+
+def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A copy of an unattached layer with another weight: the base operation, by torch's own class."""
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        twin.weight.copy_(weight)
+    return twin
+
+
+class Zoo(nn.Module):
+    """One layer of every kind; called with one input per layer, so that it can be a network's root."""
+
+    def __init__(self, kinds: tuple[str, ...] = tuple(KINDS), dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        for kind in kinds:
+            self.add_module(kind, make_layer(kind, dtype))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {kind: layer(inputs[kind]) for kind, layer in self.named_children()}
+
+
+# -- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm with options, dim and the way alpha is scaled."""
+
+    algo: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dim: int = DIM
+    rs_lora: bool = False
+
+    def __str__(self) -> str:
+        words = [self.algo]
+        words += [name if value is True else f"{name}={value}" for name, value in self.options.items()]
+        words += [f"dim={self.dim}"] if self.dim != DIM else []
+        return "-".join([*words, "rs_lora"] if self.rs_lora else words)
+
+    def scale(self, layout: Any) -> float:
+        """alpha / rank or alpha / sqrt(rank); 1 without a rank."""
+        if layout.rank is None:
+            return 1.0
+        return ALPHA / (math.sqrt(layout.rank) if self.rs_lora else layout.rank)
+
+
+# Values for options that are not switches. A new option without a value here fails `values_of`.
+VALUES: dict[str, tuple[Any, ...]] = {"factor": (9,)}
+
+
+def values_of(algorithm: type[Adapter], option: str) -> tuple[Any, ...]:
+    """The values under which an option is tested: True for a switch, else those of VALUES."""
+    default = inspect.signature(algorithm.layout).parameters[option].default
+    if default is False:
+        return (True,)
+    if option not in VALUES:
+        raise LookupError(f"{algorithm.algo}: option {option} has no test values; add a line to helpers_numeric.VALUES")
+    return VALUES[option]
+
+
+def cases() -> list[Case]:
+    """For every registered algorithm: plain, every option, every pair of options, RS-LoRA, and a large dim."""
+    found = []
+    for algo, algorithm in ALGOS.items():
+        singles = [{o: v} for o in sorted(algorithm.options) for v in values_of(algorithm, o)]
+        pairs = [a | b for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys()]
+        found += [Case(algo, options) for options in ({}, *singles, *pairs)]
+        # sqrt(4) is exact, so that RS-LoRA's folded alpha, which a file holds in fp32, is exact too.
+        found += [Case(algo, {}, rs_lora=True), Case(algo, {}, dim=16)]
+    return found
+
+
+def make_network(
+    case: Case, zoo: nn.Module, multiplier: float = MULTIPLIER, dropouts: Mapping[str, float] | None = None
+) -> Network:
+    """A real network with one adapted layer per child of `zoo`, in the dtype of its weights."""
+    rows, modules = [], {}
+    for name, module in zoo.named_children():
+        geometry = Geometry.of(module)
+        assert geometry is not None, name
+        layout = ALGOS[case.algo].layout(geometry, case.dim, **case.options)
+        saved = f"lora_unet_{name}"
+        rows.append(
+            PlanRow(
+                "unet", name, saved, saved, geometry.kind, geometry.weight_shape, geometry, case.algo, case.dim, ALPHA,
+                case.options, case.scale(layout), rank_axis=layout.rank_axis, parameters=layout.parameters,
+            )
+        )  # fmt: skip
+        modules[saved] = module
+    network = Network(Plan("Zoo", tuple(rows)), modules, {"unet": zoo}, dropouts, multiplier)
+    first = next(zoo.parameters())
+    return network.to(first.dtype)
+
+
+def layers_of(network: Network) -> dict[str, AdaptedLayer]:
+    """Kind -> adapted layer."""
+    return {row.dotted_name: layer for row, layer in network.layers}
+
+
+def randomise(module: nn.Module) -> None:
+    """Every parameter random and of a size that keeps the update near the base output's."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) * 0.5 + (1.0 if p.dim() == 0 else 0.0))
+
+
+# -- forms of the forward pass
+
+FORMS = ("factored", "materialised")
+
+
+@contextmanager
+def forced(form: str) -> Iterator[None]:
+    """Make every adapter take one form of its forward pass, where it has that form (cost below infinity)."""
+    originals = {cls: cls.__dict__["flops"] for cls in _classes_with_flops()}
+
+    def patch(original: Callable[..., tuple[float, float]]) -> Callable[..., tuple[float, float]]:
+        def flops(self: Adapter, tokens: int) -> tuple[float, float]:
+            wanted = FORMS.index(form)
+            costs = original(self, tokens)
+            if math.isinf(costs[wanted]):
+                return costs
+            return (0.0, math.inf) if wanted == 0 else (math.inf, 0.0)
+
+        return flops
+
+    for cls, original in originals.items():
+        cls.flops = patch(original)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for cls, original in originals.items():
+            cls.flops = original  # type: ignore[method-assign]
+
+
+def _classes_with_flops() -> list[type[Adapter]]:
+    return list(dict.fromkeys(cls for algo in ALGOS.values() for cls in algo.__mro__ if "flops" in cls.__dict__))
+
+
+# -- the definitions
+
+
+def dense_lora(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """up . down; Tucker sum_ab up[o, a] mid[a, b, k] down[b, i]."""
+    up = t["lora_up.weight"].flatten(1)
+    if "lora_mid.weight" in t:
+        mid, down = t["lora_mid.weight"], t["lora_down.weight"].flatten(1)
+        return torch.einsum("oa,ab...,bi->oi...", up, mid, down)
+    return torch.einsum("or,r...->o...", up, t["lora_down.weight"]).reshape(shape)
+
+
+def dense_loha(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """(w1_a w1_b) .* (w2_a w2_b); Tucker: each half sum_ab w_a[a, o] t[a, b, k] w_b[b, i]."""
+    halves = []
+    for n in (1, 2):
+        a, b = t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]
+        if f"hada_t{n}" in t:
+            halves.append(torch.einsum("ao,ab...,bi->oi...", a, t[f"hada_t{n}"], b))
+        else:
+            halves.append(torch.einsum("or,rc->oc", a, b).reshape(shape))
+    return halves[0] * halves[1]
+
+
+def dense_lokr(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """kron(w1, w2), by torch.kron."""
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    kernel = shape[2:]
+    if "lokr_w2" in t:
+        w2 = t["lokr_w2"]
+    elif "lokr_t2" in t:
+        w2 = torch.einsum("ab,ac...,cd->bd...", t["lokr_w2_a"], t["lokr_t2"], t["lokr_w2_b"])
+    else:
+        w2 = (t["lokr_w2_a"] @ t["lokr_w2_b"]).reshape(t["lokr_w2_a"].shape[0], -1, *kernel)
+    return torch.kron(w1.reshape(*w1.shape, *[1] * len(kernel)), w2.contiguous())
+
+
+DENSE: dict[str, Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]] = {
+    "lora": dense_lora,
+    "loha": dense_loha,
+    "lokr": dense_lokr,
+}
+
+
+def dense_update(layer: AdaptedLayer, multiplier: float) -> Tensor:
+    """multiplier * scale * scalar * dW of a live layer by the definition, differentiable."""
+    adapter = layer.adapter
+    named = {adapter.keys[name]: p for name, p in adapter.named_parameters() if name != "scalar"}
+    delta = DENSE[adapter.algo](named, adapter.geometry.weight_shape)
+    scalar = 1.0 if adapter.scalar is None else adapter.scalar
+    return delta * scalar * layer.scale * multiplier
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+    """Equal to `tolerance` relative to the largest expected value, which must not be 0."""
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    size = float(expected.detach().abs().max())
+    error = float((actual - expected).detach().abs().max())
+    assert size > 0, f"{what}: nothing to compare, all values are 0"
+    assert error <= tolerance * size, f"{what}: off by {error / size:.2e}, allowed {tolerance:.0e}"

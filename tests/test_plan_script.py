@@ -1,0 +1,112 @@
+"""scripts/plan.py and the models without weights that it looks at."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import plan as script
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_arch_names import COUNTS, recorded
+from tiny_models import make_sd, make_sdxl
+
+import networks.lora
+from networks.hosts.skeleton import skeleton
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = script.main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def checkpoint(path: Path, arch: str, prefix: str, more: dict[str, tuple[int, ...]] | None = None) -> Path:
+    """A file with the header of a full-size checkpoint and no content: only the header may be read."""
+    shapes = {f"{prefix}{e.dotted}.weight": e.shape for e in recorded(arch) if e.part == "unet" and e.shape}
+    entries = {
+        key: {"dtype": "F16", "shape": list(shape), "data_offsets": [0, 0]}
+        for key, shape in {**shapes, **(more or {})}.items()
+    }
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    return path
+
+
+@pytest.mark.parametrize("arch,text", [("sd", "cond_stage_model.x.weight"), ("sdxl", "conditioner.x.weight")])
+def test_checkpoints_are_read_by_their_header(tmp_path: Path, arch: str, text: str) -> None:
+    whole = skeleton(str(checkpoint(tmp_path / "a.safetensors", arch, "model.diffusion_model.", {text: (1,)})))
+    default, _, encoders = COUNTS[arch]
+    found = networks.lora.plan(4, 1, whole.text_encoders, whole.unet)
+    assert len(found.trained) == default + encoders
+    alone = skeleton(str(checkpoint(tmp_path / "b.safetensors", arch, "")))
+    assert len(networks.lora.plan(4, 1, alone.text_encoders, alone.unet).trained) == default
+
+
+def test_variants_adapters_and_other_models_are_refused(tmp_path: Path) -> None:
+    pruned = checkpoint(tmp_path / "v.safetensors", "sdxl", "", {"more.attn2.to_k.weight": (640, 2048)})
+    with pytest.raises(ValueError, match="has not the layers of.*diffusers folder"):
+        skeleton(str(pruned))
+    save_file({"double_blocks.0.weight": torch.ones(1)}, tmp_path / "flux.safetensors")
+    with pytest.raises(ValueError, match="has not the layers of"):
+        skeleton(str(tmp_path / "flux.safetensors"))
+    save_file({"x.lora_down.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="is an adapter"):
+        skeleton(str(tmp_path / "lora.safetensors"))
+    with pytest.raises(ValueError, match="did you mean sdxl"):
+        skeleton("sdxll")
+    with pytest.raises(ValueError, match="no model_index.json"):
+        skeleton(str(tmp_path))
+
+
+@pytest.mark.parametrize("make,encoders", [(make_sd, 1), (make_sdxl, 2)])
+def test_diffusers_folders(tmp_path: Path, make: Any, encoders: int) -> None:
+    model = skeleton(str(make(tmp_path / "model")))
+    assert len(model.text_encoders) == encoders
+    assert all(p.is_meta for m in (model.unet, *model.text_encoders) for p in m.parameters())
+    assert networks.lora.plan(4, 1, model.text_encoders, model.unet).trained
+
+
+def test_sdxl_at_full_size_takes_less_than_two_seconds() -> None:
+    """After the imports; CPU time, since test machines are shared."""
+    skeleton("sd15")
+    start = time.process_time()
+    model = skeleton("sdxl")
+    found = networks.lora.plan(16, 8, model.text_encoders, model.unet, conv_dim="8")
+    text = found.to_text()
+    assert time.process_time() - start < 2
+    assert len(found.trained) == 788 + 264 and text.count("\n") > 1052
+
+
+def test_output(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("sd15", "--network_module", "networks.lokr", "--network_dim", "8", "--network_args", "factor=8")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and "lora_unet_mid_block_attentions_0_proj_in" in out and "264 layers" in out.replace("in all ", "")
+    code, out, _ = run(capsys, *arguments, "--json", "--network_train_unet_only", "--trained")
+    data = json.loads(out)
+    assert code == 0 and data["totals"]["trained_by_part"] == {"unet": 192} and len(data["rows"]) == 192
+    code, out, _ = run(capsys, "sd15", "--network_train_text_encoder_only", "--json")
+    assert json.loads(out)["totals"]["trained_by_part"] == {"text_encoder": 72}
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (("sd15", "--network_args", "use_tucker=Ture", "rank_dropot=0.1"), ["2 problems", "did you mean rank_dropout?"]),
+        (("sd15", "--network_args", "network_reg_dims=foo=8"), ["'foo' matches no layer"]),
+        (("sd15", "--network_args", "factor"), ["key=value"]),
+        (("sd15", "--network_module", "networks.lorra"), ["networks.lora"]),
+        (("nowhere.safetensors",), ["neither a built-in model"]),
+        (("sd15", "--network_dimm", "4"), ["--network_dim"]),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_2(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], words: list[str]
+) -> None:
+    code, _, err = run(capsys, *argv)
+    assert code == 2 and "Traceback" not in err
+    for word in words:
+        assert word in err
