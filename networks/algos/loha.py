@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry
@@ -67,6 +68,12 @@ class LoHa(Adapter):
             return a, b
         return a.T, core_times_right(p[f"t{half}"], b).flatten(1)
 
+    def _product(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """P [O, R^2] and Q [R^2, I * K] of the factored form."""
+        (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
+        P = (a1[:, :, None] * a2[:, None, :]).flatten(1)
+        return P, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
+
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         p = dict(self.named_parameters())
         (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
@@ -75,12 +82,16 @@ class LoHa(Adapter):
         return ((a1 @ b1) * (a2 @ b2)).reshape(self.geometry.weight_shape)
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
-        p, R = self.factors(x), self.dim
-        (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
-        P = (a1[:, :, None] * a2[:, None, :]).flatten(1)
-        Q = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
-        Q = Q.reshape(R * R, *self.geometry.weight_shape[1:])
-        return low_rank(self.geometry, x, Q, P, _FirstIndex(gate, R))
+        P, Q = self._product(self.factors(x))
+        Q = Q.reshape(-1, *self.geometry.weight_shape[1:])
+        return low_rank(self.geometry, x, Q, P, _FirstIndex(gate, self.dim))
+
+    def norm(self) -> Tensor:
+        """By the Gram matrices of P and Q, R^2 x R^2, where they are cheaper than dW."""
+        if self.dim**3 > 2 * self.geometry.out_features:
+            return super().norm()
+        P, Q = self._product(dict(self.named_parameters()))
+        return torch.sqrt(((P.T @ P) * (Q @ Q.T)).sum().clamp_min(0))
 
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.dim

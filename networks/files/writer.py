@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -41,9 +42,7 @@ def write_tensors(
     if file.suffix.lower() != ".safetensors":
         log.warning("%s: saved as .safetensors instead, which every program reads", file.name)
         file = file.with_name(file.name + ".safetensors")
-    cast = {key: _cast(key, tensor, dtype) for key, tensor in tensors.items()}
-    _warn_of_values(tensors, cast)
-    data = serialize(cast)
+    data = serialize(_cast(tensors, dtype))
     length = int.from_bytes(data[:8], "little")
     entries, payload = json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
     known = dict(metadata or {})
@@ -54,27 +53,32 @@ def write_tensors(
     return file
 
 
-def _cast(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    if dtype is None or key.endswith(".alpha"):
-        return tensor
-    cast = tensor.to(dtype)
-    # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
-    if bool(tensor.isfinite().all()) and not bool(cast.isfinite().all()):
-        return tensor
-    return cast
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors as they are saved; one warning per kind for content that is broken or lost.
 
-
-def _warn_of_values(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """One warning per kind, naming tensors: a file that lost its content must not pass for a good one."""
-    broken = [key for key, tensor in after.items() if not bool(tensor.isfinite().all())]
+    Extremes say it all in one pass over the data: NaN and infinity show in them, overflow and underflow follow.
+    """
+    cast: dict[str, Tensor] = {}
+    broken, vanished = [], []
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        low, high = (value.item() for value in tensor.aminmax()) if tensor.numel() else (0, 0)
+        largest = max(abs(low), abs(high))
+        if not math.isfinite(low + high):
+            broken.append(key)
+        kept = dtype is None or key.endswith(".alpha")
+        # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
+        if not kept and not (math.isfinite(largest) and largest > torch.finfo(dtype).max):
+            tensor = tensor.to(dtype)
+            if largest and not torch.tensor(largest, dtype=dtype).item():
+                vanished.append(key)
+        cast[key] = tensor
     if broken:
         log.warning("saved %d tensors with NaN or infinite values, e.g. %s", len(broken), ", ".join(broken[:3]))
-    vanished = [key for key, tensor in after.items() if not bool(tensor.any()) and bool(before[key].any())]
     if vanished:
-        log.warning(
-            "%d tensors are all 0 in the save precision, e.g. %s: save in fp32", len(vanished), ", ".join(vanished[:3])
-        )
+        names = ", ".join(vanished[:3])
+        log.warning("%d tensors are all 0 in the save precision, e.g. %s: save in fp32", len(vanished), names)
+    return cast
 
 
 def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
