@@ -1,5 +1,10 @@
-"""One thread for every test: the models are tiny, and thread pools of parallel test processes only wait for each other."""
+"""One thread for every test and every program that a test starts: the models are tiny, and thread pools of parallel
+test processes only wait for each other."""
 
-import torch
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)

@@ -70,7 +70,7 @@ def test_core_imports_only_torch_and_safetensors() -> None:
     entries = sorted(f.stem for f in PACKAGE.glob("*.py") if f.stem != "__init__")
     code = (
         "import sys\n"
-        "for name in ('diffusers', 'transformers', 'accelerate', 'bitsandbytes', 'matplotlib', 'PIL', 'tqdm', 'peft'):\n"
+        "for name in 'diffusers transformers accelerate bitsandbytes matplotlib PIL tqdm peft'.split():\n"
         "    sys.modules[name] = None\n"
         f"import importlib\nfor entry in {entries}:\n    importlib.import_module('networks.' + entry)\n"
     )

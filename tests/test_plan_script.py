@@ -84,7 +84,9 @@ def test_sdxl_at_full_size_takes_less_than_two_seconds() -> None:
 def test_output(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("sd15", "--network_module", "networks.lokr", "--network_dim", "8", "--network_args", "factor=8")
     code, out, _ = run(capsys, *arguments)
-    assert code == 0 and "lora_unet_mid_block_attentions_0_proj_in" in out and "264 layers" in out.replace("in all ", "")
+    assert (
+        code == 0 and "lora_unet_mid_block_attentions_0_proj_in" in out and "264 layers" in out.replace("in all ", "")
+    )
     code, out, _ = run(capsys, *arguments, "--json", "--network_train_unet_only", "--trained")
     data = json.loads(out)
     assert code == 0 and data["totals"]["trained_by_part"] == {"unet": 192} and len(data["rows"]) == 192
@@ -95,7 +97,10 @@ def test_output(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "argv,words",
     [
-        (("sd15", "--network_args", "use_tucker=Ture", "rank_dropot=0.1"), ["2 problems", "did you mean rank_dropout?"]),
+        (
+            ("sd15", "--network_args", "use_tucker=Ture", "rank_dropot=0.1"),
+            ["2 problems", "did you mean rank_dropout?"],
+        ),
         (("sd15", "--network_args", "network_reg_dims=foo=8"), ["'foo' matches no layer"]),
         (("sd15", "--network_args", "factor"), ["key=value"]),
         (("sd15", "--network_module", "networks.lorra"), ["networks.lora"]),

@@ -10,7 +10,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,7 @@ NUMBERS = ("int", "float")
 LISTS = ("patterns", "regex_int", "regex_float")
 
 
-def nearest(word: str, known: Any, introduction: str = "; did you mean {}?") -> str:
+def nearest(word: str, known: Iterable[str], introduction: str = "; did you mean {}?") -> str:
     """The nearest valid name as the end of a sentence, or nothing."""
     import difflib
 

@@ -66,11 +66,11 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
         largest = max(abs(low), abs(high))
         if not math.isfinite(low + high):
             broken.append(key)
-        kept = dtype is None or key.endswith(".alpha")
+        chosen = tensor.dtype if dtype is None or key.endswith(".alpha") else dtype
         # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
-        if not kept and not (math.isfinite(largest) and largest > torch.finfo(dtype).max):
-            tensor = tensor.to(dtype)
-            if largest and not torch.tensor(largest, dtype=dtype).item():
+        if chosen != tensor.dtype and not torch.finfo(chosen).max < largest < math.inf:
+            tensor = tensor.to(chosen)
+            if largest and not torch.tensor(largest, dtype=chosen).item():
                 vanished.append(key)
         cast[key] = tensor
     if broken:

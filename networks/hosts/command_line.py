@@ -1,0 +1,177 @@
+"""What every command-line program of ours shares: nearest names, network arguments, TOML files, clean errors.
+
+Nothing heavy is imported here, so a program that only reports a misspelt option starts at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..args.spec import nearest as nearest_name
+from ..args.spec import read_toml as parse_toml
+
+USER_ERROR = 2  # exit code of every mistake that the user can mend
+INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean X?` for the known name closest to `name`, or an empty string."""
+    return nearest_name(name, known, " Did you mean {}?")
+
+
+def parse_network_args(items: Sequence[str] | None, option: str = "--network_args") -> dict[str, str]:
+    """Split `key=value` items at their first `=`; both sides stay raw strings, later duplicates win.
+
+    Raises ValueError for an item without `=`.
+    """
+    result: dict[str, str] = {}
+    for item in items or ():
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(
+                f'{option} "{item}" is not of the form key=value. Write it as "{item}=VALUE" or remove it.'
+            )
+        result[key] = value
+    return result
+
+
+def import_network_module(name: str) -> ModuleType:
+    """Import the module that `--network_module` names.
+
+    Raises ValueError when there is none of that name, with the nearest one of the same package.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not (name == error.name or name.startswith(f"{error.name}.")):
+            raise  # the module exists; something that it needs does not
+    parent = name.rpartition(".")[0] or "networks"
+    try:
+        package = importlib.import_module(parent)
+    except ModuleNotFoundError:
+        known = []
+    else:
+        known = [
+            f"{parent}.{item.name}" for item in pkgutil.iter_modules(getattr(package, "__path__", [])) if not item.ispkg
+        ]
+    raise ValueError(
+        f"--network_module {name}: no module of this name.{nearest(name, known)} "
+        "It is the import name of a Python module, for example networks.lora."
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises ValueError when it is missing or is not TOML."""
+    if not path.is_file():
+        raise ValueError(f"--config_file {path}: there is no such file. Check the path.")
+    try:
+        return parse_toml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # both libraries' errors are ValueErrors
+        raise ValueError(f"--config_file {path} is not valid TOML: {error}. Mend that line.") from error
+
+
+def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
+    """Turn a TOML file into command-line arguments, so that both are checked by the same parser.
+
+    All sections are flattened: their names are for the reader only. `true` sets a flag, `false` leaves it unset.
+    Raises ValueError for a key that is no option, naming the nearest one.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in read_toml(path).items():
+        flat.update(value if isinstance(value, dict) else {key: value})
+    options = {action.dest: action for action in parser._actions if action.option_strings}
+    arguments: list[str] = []
+    for key, value in flat.items():
+        action = options.get(key)
+        if action is None or key in ("help", "config_file"):
+            raise ValueError(f'--config_file {path}: unknown key "{key}".{nearest(key, options)} Rename or remove it.')
+        option = action.option_strings[-1]
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise ValueError(f"--config_file {path}: {key} takes true or false, not {value!r}.")
+            arguments += [option] if value else []
+        elif isinstance(value, (bool, dict)) or (isinstance(value, list) and action.nargs is None):
+            raise ValueError(f"--config_file {path}: {key} takes a single value, not {value!r}.")
+        elif action.nargs is None:
+            arguments.append(f"{option}={value}")
+        else:
+            arguments += [option, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return arguments
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Parse `argv`, preceded by what its `--config_file` holds. Raises ValueError for an unknown option."""
+    args, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        options = [name for action in parser._actions for name in action.option_strings]
+        name = unknown[0].partition("=")[0]
+        raise ValueError(f"unknown option or value {name}.{nearest(name, options)} --help lists all options.")
+    if getattr(args, "config_file", None):
+        return parser.parse_args([*config_arguments(parser, Path(args.config_file)), *argv])
+    return args
+
+
+def check_weights_file(path: str, option: str) -> None:
+    """Raise ValueError when `path` cannot be a weights file: missing, or a folder."""
+    if Path(path).is_dir():
+        inside = sorted(item.name for item in Path(path).glob("*.safetensors"))
+        hint = f" It holds {', '.join(inside[:5])}." if inside else ""
+        raise ValueError(f"{option} {path} is a folder, not a file.{hint} Give the path of one .safetensors file.")
+    if not Path(path).is_file():
+        beside = [str(item) for item in Path(path).parent.glob("*.safetensors")]
+        raise ValueError(f"{option} {path}: there is no such file.{nearest(path, beside)} Check the path.")
+
+
+def check_output_folder(folder: Path, option: str = "--output_dir") -> None:
+    """Create `folder` and prove that a file can be written there. Raises ValueError otherwise."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"{option} {folder}: cannot write there ({reason}). Choose another folder.") from error
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write(temporary)` make the file beside `path`, then put it there in one move."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk is reported without a file name
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Parse `argv` and run `body`; a user's mistake becomes one line on stderr and exit code 2.
+
+    `--debug` (every program of ours has it) shows the traceback instead.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("networks").setLevel(logging.INFO)
+    try:
+        return body(parse_arguments(parser, argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and "free" not in str(error)
+        print(f"error: {error}{'. Free some space; no earlier file was touched.' if full else ''}", file=sys.stderr)
+        return USER_ERROR

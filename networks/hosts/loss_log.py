@@ -1,0 +1,86 @@
+"""The record of a training run: a CSV that grows while it trains, and the curve drawn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from .command_line import write_atomically
+
+SMOOTHING = 0.95  # weight of the past in the smoothed curve
+
+
+@dataclass
+class LossLog:
+    """Losses of a run, written to `path` line by line, so that an interrupted run keeps what it had.
+
+    Columns: step, loss (mean over the step's batches), lr (first optimizer group), val_loss. Empty = not measured.
+    """
+
+    path: Path
+    train: list[tuple[int, float]] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+    def __enter__(self) -> LossLog:
+        self._file = self.path.open("w", encoding="utf-8", newline="\n", buffering=1)
+        self._file.write("step,loss,lr,val_loss\n")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+
+    def add(self, step: int, loss: float | None, lr: float | None, val_loss: float | None = None) -> None:
+        """Record one step; step 0 is the state before training."""
+        if loss is not None:
+            self.train.append((step, loss))
+        if val_loss is not None:
+            self.validation.append((step, val_loss))
+        cells = ["" if value is None else f"{value:.8g}" for value in (loss, lr, val_loss)]
+        self._file.write(",".join([str(step), *cells]) + "\n")
+
+    @property
+    def average(self) -> float:
+        """The smoothed loss of the last step; nan before the first."""
+        return smooth([loss for _, loss in self.train])[-1] if self.train else float("nan")
+
+    def draw(self, path: Path, title: str) -> None:
+        """Write the loss curve as PNG."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+        if self.train:
+            steps, losses = zip(*self.train, strict=True)
+            axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
+            axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="training, smoothed")
+        if self.validation:
+            steps, losses = zip(*self.validation, strict=True)
+            axes.plot(steps, losses, "o-", color="#d95f0e", markersize=6, label="held-out images")
+            for (step, loss), side in zip((self.validation[0], self.validation[-1]), ("left", "right"), strict=True):
+                box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+                place = {"textcoords": "offset points", "xytext": (0, -16), "ha": side, "bbox": box}
+                axes.annotate(f"{loss:.4f}", (step, loss), color="#993404", **place)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.set_title(title)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.tight_layout()
+        write_atomically(path, lambda temporary: figure.savefig(temporary))
+        pyplot.close(figure)
+
+
+def smooth(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
+    """Exponential moving average without the bias of its start: every point is a weighted mean of the values so far."""
+    result, total, norm = [], 0.0, 0.0
+    for value in values:
+        total = weight * total + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        result.append(total / norm)
+    return result

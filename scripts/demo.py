@@ -1,0 +1,236 @@
+"""The demo: teach the embedded emoji model a style that it has never seen, and show it.
+
+It runs the trainer and the generator as a user would (their command lines are printed), makes one picture of what they
+wrote, and checks the result: the loss on captions kept out of the training must fall well below the base model's, the
+colours must go, and strength 0 must be the base model to the last bit. Written to output/demo/:
+emoji-outline.safetensors (the adapter), loss.png, before_after.png, plan.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from networks.hosts.command_line import run_program  # noqa: E402
+
+EMOJI = ROOT / "scripts" / "emoji"
+NAME = "emoji-outline"
+STRENGTHS = (0.0, 0.5, 1.0)
+SHOWN = (
+    "burger",
+    "butterfly",
+    "cactus",
+    "car",
+    "cat",
+    "crown",
+    "donut",
+    "fish",
+    "house",
+    "ice cream",
+    "rocket",
+    "strawberry",
+)
+SEED = 1
+MAX_LOSS_RATIO = 0.5  # held-out loss after training / before
+MAX_COLOUR_RATIO = 0.4  # colour at strength 1 / at strength 0
+
+
+def train_arguments(model: Path, output: Path, steps: int) -> list[str]:
+    """The trainer's command line."""
+    return [
+        f"--pretrained_model_name_or_path={model}",
+        f"--train_data_dir={EMOJI / 'style'}",
+        f"--validation_data_dir={EMOJI / 'heldout'}",
+        f"--validate_every_n_steps={max(25, steps // 5)}",
+        "--network_module=networks.lora",
+        "--network_dim=16",
+        "--network_alpha=16",
+        "--network_args",
+        "conv_dim=16",
+        "conv_alpha=16",
+        "--network_train_unet_only",
+        "--learning_rate=1e-3",
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=10",
+        f"--max_train_steps={steps}",
+        "--train_batch_size=32",
+        "--cache_latents",
+        f"--seed={SEED}",
+        f"--output_dir={output}",
+        f"--output_name={NAME}",
+    ]
+
+
+def draw_arguments(model: Path, output: Path, prompts: Path, steps: int, adapter: Path | None) -> list[str]:
+    """The generator's command line."""
+    arguments = [
+        f"--ckpt={model}",
+        f"--from_file={prompts}",
+        f"--outdir={output}",
+        f"--steps={steps}",
+        "--scale=3",
+        f"--seed={SEED}",
+        f"--batch_size={len(SHOWN)}",
+    ]
+    return arguments + (["--network_module=networks.lora", f"--network_weights={adapter}"] if adapter else [])
+
+
+def run(script: str, arguments: Sequence[str]) -> None:
+    """Run one of our scripts, visibly. Raises ValueError when it fails."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    print(f"\n$ {subprocess.list2cmdline(['python', f'scripts/{script}', *arguments])}", flush=True)
+    code = subprocess.call(command)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise ValueError(f"scripts/{script} failed with exit code {code}; its own message stands above.")
+
+
+def read_images(folder: Path, count: int) -> list[Any]:
+    """The generator's images, in order."""
+    from PIL import Image
+
+    return [Image.open(folder / f"im_{number:06d}.png").convert("RGB") for number in range(count)]
+
+
+def true_images(captions: Sequence[str]) -> list[Any]:
+    """The held-out images in the true style, by caption. Raises ValueError when one is missing."""
+    from PIL import Image
+
+    paths = {
+        path.read_text(encoding="utf-8").strip(): path.with_suffix(".png") for path in (EMOJI / "heldout").glob("*.txt")
+    }
+    missing = [caption for caption in captions if caption not in paths]
+    if missing:
+        raise ValueError(f"{EMOJI / 'heldout'} has no image of {', '.join(missing)}. Restore it from version control.")
+    return [Image.open(paths[caption]).convert("RGB") for caption in captions]
+
+
+def colour(images: Sequence[Any]) -> float:
+    """Mean over all pixels of (largest - smallest channel) / 255: 0 for black, white and grey."""
+    import numpy as np
+
+    stack = np.stack([np.asarray(image, dtype=np.float64) for image in images])
+    return float((stack.max(-1) - stack.min(-1)).mean() / 255)
+
+
+def recognised(images: Sequence[Any], truth: Sequence[Any]) -> float:
+    """Share of images whose nearest true picture (squared pixel distance) is the one of their own caption."""
+    import numpy as np
+
+    drawn, true = (np.stack([np.asarray(image, dtype=np.float64).ravel() for image in row]) for row in (images, truth))
+    distances = ((drawn[:, None] - true[None]) ** 2).sum(-1)
+    return float((distances.argmin(1) == np.arange(len(true))).mean())
+
+
+def make_grid(rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence[str], path: Path, zoom: int = 2) -> None:
+    """Draw labelled rows of images into one PNG."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side, gap, left, top = rows[0][1][0].width * zoom, 6, 110, 26
+    width, height = left + len(columns) * (side + gap) + gap, top + len(rows) * (side + gap) + gap
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    for number, caption in enumerate(columns):
+        pen.text((left + gap + number * (side + gap) + side // 2, top // 2), caption, "black", font, anchor="mm")
+    for number, (label, images) in enumerate(rows):
+        y = top + gap + number * (side + gap)
+        pen.multiline_text((10, y + side // 2), label, "black", font, anchor="lm")
+        for column, image in enumerate(images):
+            big = image.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(big, (left + gap + column * (side + gap), y))
+            pen.rectangle(
+                (left + gap + column * (side + gap) - 1, y - 1, left + gap + column * (side + gap) + side, y + side),
+                outline="#dddddd",
+            )
+    sheet.save(path, optimize=True)
+
+
+def held_out_losses(path: Path) -> tuple[float, float]:
+    """The loss on the held-out images before the first step and after the last one."""
+    with path.open(encoding="utf-8", newline="") as file:
+        values = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
+    return values[0], values[-1]
+
+
+def draw_rows(model: Path, output: Path, steps: int) -> tuple[list[Any], dict[float, list[Any]]]:
+    """Draw the shown captions with the base model alone, and with the adapter at each strength."""
+    images = output / "images"
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir(parents=True)
+    plain, with_strength = images / "base-prompts.txt", images / "prompts.txt"
+    plain.write_text("".join(f"{caption}\n" for caption in SHOWN), encoding="utf-8")
+    lines = [f"{caption} --am {strength}\n" for strength in STRENGTHS for caption in SHOWN]
+    with_strength.write_text("".join(lines), encoding="utf-8")
+    run("gen_img.py", draw_arguments(model, images / "base", plain, steps, None))
+    run("gen_img.py", draw_arguments(model, images / "adapter", with_strength, steps, output / f"{NAME}.safetensors"))
+    drawn = read_images(images / "adapter", len(SHOWN) * len(STRENGTHS))
+    rows = {strength: drawn[i * len(SHOWN) : (i + 1) * len(SHOWN)] for i, strength in enumerate(STRENGTHS)}
+    return read_images(images / "base", len(SHOWN)), rows
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Train, draw, compare. Returns 0, or 1 when the adapter is not what it should be."""
+    start, output, model = time.monotonic(), Path(args.output), Path(args.model)
+    if not (model / "model_index.json").is_file():
+        raise ValueError(f"{model} is missing or incomplete. Restore it from version control.")
+    truth = true_images(SHOWN)
+    run("train_network.py", train_arguments(model, output, args.steps))
+    trained = time.monotonic() - start
+    base, rows = draw_rows(model, output, args.draw_steps)
+    shutil.copyfile(output / f"{NAME}-loss.png", output / "loss.png")
+    shutil.copyfile(output / f"{NAME}-plan.txt", output / "plan.txt")
+    labels = [(f"strength {strength:g}", rows[strength]) for strength in STRENGTHS]
+    make_grid([*labels, ("true style\n(held out)", truth)], SHOWN, output / "before_after.png")
+
+    before, after = held_out_losses(output / f"{NAME}-loss.csv")
+    colours = [colour(rows[strength]) for strength in STRENGTHS]
+    same = all(first.tobytes() == second.tobytes() for first, second in zip(base, rows[0.0], strict=True))
+    print(f"\n{'':28}" + "".join(f"{f'strength {strength:g}':>14}" for strength in STRENGTHS) + f"{'true style':>14}")
+    print(f"{'colour of the images':28}" + "".join(f"{value:14.3f}" for value in [*colours, colour(truth)]))
+    found = "".join(f"{recognised(rows[strength], truth):14.0%}" for strength in STRENGTHS)
+    print(f"{'nearest true outline':28}{found}")
+    print(f"{'loss on held-out images':28}{before:14.4f}{'':14}{after:14.4f}")
+    print(f"\ntraining {trained:.0f} s, everything {time.monotonic() - start:.0f} s")
+    print(f"adapter  {output / f'{NAME}.safetensors'}\npictures {output / 'before_after.png'}, {output / 'loss.png'}")
+    print(f"plan     {output / 'plan.txt'}")
+
+    problems = []
+    if not same:
+        problems.append("at strength 0 the images differ from the base model's.")
+    if not after <= MAX_LOSS_RATIO * before:
+        problems.append(f"the held-out loss is {after / before:.2f} of the base model's, above {MAX_LOSS_RATIO}.")
+    if not colours[-1] <= MAX_COLOUR_RATIO * colours[0]:
+        problems.append(f"the colour is {colours[-1] / colours[0]:.2f} of the base model's, above {MAX_COLOUR_RATIO}.")
+    if args.no_check or not problems:
+        return 0
+    print("\nThe demo FAILED its own checks:\n- " + "\n- ".join(problems), file=sys.stderr)
+    return 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="demo.py", description="Train and show an adapter.", allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=250, help="training steps; default: 250")
+    parser.add_argument("--draw_steps", type=int, default=24, help="steps of drawing one image; default: 24")
+    parser.add_argument("--model", metavar="FOLDER", default=str(EMOJI / "model"), help="default: the embedded model")
+    parser.add_argument(
+        "--output", metavar="FOLDER", default=str(ROOT / "output" / "demo"), help="default: output/demo"
+    )
+    parser.add_argument("--no_check", action="store_true", help="succeed whatever the adapter is like (for tests)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return run_program(demo, parser, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Reference generator: draw images with a diffusers folder of SD 1.x, 2.x or SDXL and any number of network modules.
+
+    python scripts/gen_img.py --ckpt MODEL --prompt "a cat" --outdir out --seed 1 \\
+        --network_module networks.lora --network_weights my-lora.safetensors --network_mul 0.8
+
+Writes im_000000.png, im_000001.png, ...; each PNG carries its prompt, seed and settings as text. An image depends on
+its prompt, seed and settings only, not on the batch in which it is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
+
+import torch  # noqa: E402
+
+from networks.hosts import diffusers as host  # noqa: E402
+from networks.hosts.command_line import (  # noqa: E402
+    check_output_folder,
+    check_weights_file,
+    import_network_module,
+    parse_network_args,
+    run_program,
+)
+from networks.hosts.drawing import (  # noqa: E402
+    SAMPLERS,
+    ImageRequest,
+    batches,
+    draw,
+    parse_prompt_line,
+    read_prompt_file,
+    save_png,
+    set_sampler,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """sd-scripts' names wherever its gen_img has the option."""
+    parser = argparse.ArgumentParser(
+        prog="gen_img.py", description="Draw images with network modules applied.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--ckpt", metavar="FOLDER", help="model in diffusers' layout")
+    add("--outdir", metavar="FOLDER", default="outputs", help="default: outputs")
+    add("--prompt", help="options inside it: --n negative --w --h --d seed --s steps --l scale --am multipliers")
+    add("--from_file", metavar="FILE", help="one prompt a line, with the same options")
+    add("--negative_prompt", default="", help="what the image should not have")
+    add("--W", type=int, help="width in pixels; default: the model's own")
+    add("--H", type=int, help="height in pixels; default: the model's own")
+    add("--steps", type=int, default=50, help="default: 50")
+    add("--scale", type=float, default=7.5, help="guidance; default: 7.5")
+    add("--sampler", choices=sorted(SAMPLERS), help="default: the model's own")
+    add("--seed", type=int, help="of each prompt's first image, the next ones count up; default: random, printed")
+    add("--images_per_prompt", type=int, default=1)
+    add("--batch_size", type=int, default=1, help="images drawn together; more needs more memory")
+    add("--fp16", action="store_true", help="compute in fp16")
+    add("--bf16", action="store_true", help="compute in bf16")
+    add("--sdpa", action="store_true", help="torch's fused attention also on the CPU")
+    add("--network_module", nargs="*", default=[], metavar="MODULE", help="one or more")
+    add("--network_weights", nargs="*", default=[], metavar="FILE", help="one for each module")
+    add("--network_mul", nargs="*", type=float, default=[], metavar="X", help="their strengths; default: 1.0")
+    add(
+        "--network_args",
+        nargs="*",
+        default=[],
+        metavar="ARGS",
+        help='one string for each module: "key=value;key=value"',
+    )
+    add("--network_merge", action="store_true", help="merge the networks into the model's weights first")
+    add("--network_pre_calc", action="store_true", help="merge before each change of strength, restore afterwards")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for what can be seen wrong before the model is loaded."""
+    if not args.ckpt:
+        raise ValueError("--ckpt is missing. Give a model folder in diffusers' layout.")
+    host.check_model_folder(Path(args.ckpt), "--ckpt")
+    if (args.prompt is None) == (args.from_file is None):
+        raise ValueError("give either --prompt TEXT or --from_file FILE.")
+    for name in ("steps", "images_per_prompt", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: it must be at least 1.")
+    count = len(args.network_module)
+    if len(args.network_weights) != count:
+        raise ValueError(
+            f"{count} --network_module but {len(args.network_weights)} --network_weights. Give one file for each."
+        )
+    for name in ("network_mul", "network_args"):
+        if len(getattr(args, name)) > count:
+            raise ValueError(
+                f"--{name} has {len(getattr(args, name))} values for {count} --network_module. Remove some."
+            )
+    if args.network_merge and args.network_pre_calc:
+        raise ValueError("--network_merge and --network_pre_calc exclude each other. Remove one.")
+    for path in args.network_weights:
+        check_weights_file(path, "--network_weights")
+    check_output_folder(Path(args.outdir), "--outdir")
+
+
+class Networks:
+    """The networks applied to a model, and their strengths."""
+
+    def __init__(self, args: argparse.Namespace, parts: host.ModelParts, dtype: torch.dtype) -> None:
+        count = len(args.network_module)
+        self.defaults = tuple(args.network_mul) + (1.0,) * (count - len(args.network_mul))
+        strings = [*args.network_args, *[""] * (count - len(args.network_args))]
+        self.merged, self.pre_calculated = args.network_merge, args.network_pre_calc
+        self.current: tuple[float, ...] | None = None
+        self.active: list[Any] = []
+        device = parts.unet.device
+        rows = zip(args.network_module, args.network_weights, self.defaults, strings, strict=True)
+        for name, path, multiplier, text in rows:
+            keywords = parse_network_args([item for item in text.split(";") if item.strip()])
+            module = import_network_module(name)
+            network, weights = module.create_network_from_weights(
+                multiplier, path, parts.vae, parts.text_encoders, parts.unet, for_inference=True, **keywords
+            )
+            if network is None:
+                raise ValueError(f"--network_module {name} made no network from {path}. Look at what it printed.")
+            if self.merged:
+                network.merge_to(parts.text_encoders, parts.unet, weights, dtype, device)
+            else:
+                network.apply_to(parts.text_encoders, parts.unet)
+                print(f"{path}: {network.load_state_dict(weights, False)}")
+                network.to(dtype).to(device)
+                self.active.append(network)
+            print(f"{'merged' if self.merged else 'applied'} {path} at strength {multiplier}")
+        if self.pre_calculated:
+            for network in self.active:
+                network.backup_weights()
+
+    def set_strengths(self, multipliers: tuple[float, ...] | None) -> None:
+        """Set the strength of every network; None = those of --network_mul. Raises ValueError for a wrong count."""
+        wanted = self.defaults if multipliers is None else multipliers
+        if len(wanted) != len(self.defaults):
+            raise ValueError(f"--am has {len(wanted)} values for {len(self.defaults)} networks. Give one for each.")
+        if self.merged and wanted != self.defaults:
+            raise ValueError("--am cannot change merged networks. Leave out --network_merge.")
+        if wanted == self.current:
+            return
+        if self.pre_calculated and self.current is not None:
+            for network in reversed(self.active):
+                network.restore_weights()
+        for network, multiplier in zip(self.active, wanted, strict=False):
+            network.set_multiplier(multiplier)
+        if self.pre_calculated:
+            for network in self.active:
+                network.pre_calculation()
+        self.current = wanted
+
+
+def read_requests(args: argparse.Namespace, parts: host.ModelParts) -> list[ImageRequest]:
+    """What to draw, in order."""
+    seed = random.randrange(2**32) if args.seed is None else args.seed
+    print(f"seed {seed}")
+    size = parts.native_size
+    defaults = ImageRequest(
+        "", args.negative_prompt, seed, args.H or size, args.W or size, args.steps, args.scale, multipliers=None
+    )
+    if args.from_file:
+        requests = read_prompt_file(Path(args.from_file), defaults, "--from_file")
+    else:
+        requests = [parse_prompt_line(args.prompt, defaults)]
+    for request in requests:
+        parts.check_size(request.height, request.width, "--W, --H")
+    return [replace(item, seed=item.seed + number) for item in requests for number in range(args.images_per_prompt)]
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Load, apply, draw and write."""
+    check_options(args)
+    from tqdm import tqdm
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
+    parts = host.load_model(Path(args.ckpt), device, dtype, "--ckpt", args.sdpa)
+    set_sampler(parts, args.sampler)
+    requests = read_requests(args, parts)
+    networks = Networks(args, parts, dtype)
+    folder, number = Path(args.outdir), 0
+    more = {f"network-{index}": Path(path).name for index, path in enumerate(args.network_weights)}
+    if args.sampler:
+        more["sampler"] = args.sampler
+    with tqdm(total=len(requests), desc="images") as bar:
+        for batch in batches(requests, args.batch_size):
+            networks.set_strengths(batch[0].multipliers)
+            for image, request in zip(draw(parts, batch), batch, strict=True):
+                shown = replace(request, multipliers=networks.current or None)
+                save_png(image, folder / f"im_{number:06d}.png", shown, more)
+                number += 1
+                bar.update()
+    print(f"{number} images in {folder}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the generator; returns the exit code (2 = a mistake in what was asked for)."""
+    return run_program(generate, build_parser(), sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
