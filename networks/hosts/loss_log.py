@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,8 @@ class LossLog:
     path: Path
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
+    smoothed: list[float] = field(default_factory=list)
+    _norm: float = 0.0
 
     def __enter__(self) -> LossLog:
         self._file = self.path.open("w", encoding="utf-8", newline="\n", buffering=1)
@@ -35,6 +36,7 @@ class LossLog:
         """Record one step; step 0 is the state before training."""
         if loss is not None:
             self.train.append((step, loss))
+            self._smooth(loss)
         if val_loss is not None:
             self.validation.append((step, val_loss))
         cells = ["" if value is None else f"{value:.8g}" for value in (loss, lr, val_loss)]
@@ -43,7 +45,13 @@ class LossLog:
     @property
     def average(self) -> float:
         """The smoothed loss of the last step; nan before the first."""
-        return smooth([loss for _, loss in self.train])[-1] if self.train else float("nan")
+        return self.smoothed[-1] if self.smoothed else float("nan")
+
+    def _smooth(self, loss: float) -> None:
+        """Exponential moving average without the bias of its start: a weighted mean of the losses so far."""
+        former = self.smoothed[-1] * self._norm if self.smoothed else 0.0
+        self._norm = SMOOTHING * self._norm + (1 - SMOOTHING)
+        self.smoothed.append((SMOOTHING * former + (1 - SMOOTHING) * loss) / self._norm)
 
     def draw(self, path: Path, title: str) -> None:
         """Write the loss curve as PNG."""
@@ -56,7 +64,7 @@ class LossLog:
         if self.train:
             steps, losses = zip(*self.train, strict=True)
             axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
-            axes.plot(steps, smooth(losses), color="#08519c", linewidth=2, label="training, smoothed")
+            axes.plot(steps, self.smoothed, color="#08519c", linewidth=2, label="training, smoothed")
         if self.validation:
             steps, losses = zip(*self.validation, strict=True)
             axes.plot(steps, losses, "o-", color="#d95f0e", markersize=6, label="held-out images")
@@ -74,13 +82,3 @@ class LossLog:
         figure.tight_layout()
         write_atomically(path, lambda temporary: figure.savefig(temporary))
         pyplot.close(figure)
-
-
-def smooth(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
-    """Exponential moving average without the bias of its start: every point is a weighted mean of the values so far."""
-    result, total, norm = [], 0.0, 0.0
-    for value in values:
-        total = weight * total + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        result.append(total / norm)
-    return result
