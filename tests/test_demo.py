@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 
 import demo
-import pytest
 from PIL import Image
 
 
-@pytest.mark.skipif(not (demo.EMOJI / "model" / "model_index.json").is_file(), reason="no embedded model yet")
 def test_demo_makes_its_files(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "SHOWN", demo.SHOWN[:3])
     arguments = ["--steps=2", "--draw_steps=2", f"--output={tmp_path}"]

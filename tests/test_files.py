@@ -313,7 +313,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     save_file(flux, tmp_path / "flux.safetensors")
     with pytest.raises(ValueError, match="nothing for this network.*double_blocks.*choose a file of this architecture"):
         load(tmp_path / "flux.safetensors")
-    with pytest.raises(ValueError, match="no layer of the file belongs to this model.*double_blocks"):
+    with pytest.raises(ValueError, match="no layer of .*flux.safetensors belongs to this model.*double_blocks"):
         networks.lora.create_network_from_weights(1.0, str(tmp_path / "flux.safetensors"), None, None, sd_unet())
     save_file({"model.diffusion_model.x.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no adapter that we know"):

@@ -107,6 +107,7 @@ class Request:
         dim, alpha: of Linears and 1x1 convolutions; alpha 0 means dim.
         conv_alpha: of larger kernels if the user gives none: it differs between hosts.
         saved: layers of a file that decides dims, forms and alphas; None without a file.
+        source: the file's name, for messages.
     """
 
     arch: ArchSpec
@@ -116,6 +117,7 @@ class Request:
     args: NetArgs
     conv_alpha: float = 1.0
     saved: Mapping[str, SavedLayer] | None = None
+    source: str = "the file"
 
 
 def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, nn.Module]]:
@@ -320,8 +322,8 @@ def _nothing(plan: Plan, request: Request) -> str:
     if request.saved is not None:
         theirs, ours = next(iter(request.saved), "-"), plan.rows[0].saved_name if plan.rows else "-"
         return (
-            f"no layer of the file belongs to this model ({request.arch.title}): the file has names like {theirs}, "
-            f"the model like {ours}; choose a file of this architecture"
+            f"no layer of {request.source} belongs to this model ({request.arch.title}): the file has names like "
+            f"{theirs}, the model like {ours}; choose a file of this architecture"
         )
     reasons = sorted({row.reason for row in plan.rows})
     return (

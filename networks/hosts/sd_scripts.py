@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ..core.optim import Groups, parameter_groups, text_encoder_rates
 from ..core.plan import Plan, Request, build_plan
 from ..core.report import LoadReport, summary
 from ..files import codec, reader
-from ..files.codec import SavedLayer
 
 log = logging.getLogger("networks")
 
@@ -200,12 +199,13 @@ class Entry:
                 raise ValueError(f"{self.name}: neither a file nor its tensors were given")
             weights_sd = reader.read_tensors(file)[0]
         saved, unknown = codec.decode(weights_sd)
+        source = str(file or "the file")
         if unknown and not saved:
-            problems.add(f"{file or 'the file'}: no adapter that we know; its keys look like {unknown[0]}")
+            problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
         models = _Models.of(unet, text_encoder, problems)
-        request = models.request(None, None, args, problems, saved)
+        request = replace(models.request(None, None, args, problems), saved=saved, source=source)
         network = self._build(models, request, problems, multiplier, for_inference)
-        report = network.take(weights_sd, str(file or "weights"))
+        report = network.take(weights_sd, source)
         if report.unexpected:
             log.warning("%s", report)
         return network, weights_sd
@@ -270,18 +270,11 @@ class _Models:
     def roots(self) -> dict[str, nn.Module]:
         return {part.name: model for part, model in self.parts}
 
-    def request(
-        self,
-        dim: int | None,
-        alpha: float | None,
-        args: NetArgs,
-        problems: Problems,
-        saved: Mapping[str, SavedLayer] | None = None,
-    ) -> Request:
+    def request(self, dim: int | None, alpha: float | None, args: NetArgs, problems: Problems) -> Request:
         rank = DEFAULT_DIM if dim is None else int(dim)
         if rank < 1:
             problems.add(f"network_dim={dim} is too small; the least is 1")
         strength = 1.0 if alpha is None else float(alpha)
         if strength < 0:
             problems.add(f"network_alpha={alpha} is negative; write a positive number, or 0 for the dim itself")
-        return Request(self.arch, self.parts, max(1, rank), strength, args, CONV_ALPHA, saved)
+        return Request(self.arch, self.parts, max(1, rank), strength, args, CONV_ALPHA)
