@@ -186,7 +186,10 @@ def generate(args: argparse.Namespace) -> int:
     set_sampler(parts, args.sampler)
     requests = read_requests(args, parts)
     networks = Networks(args, parts, dtype)
-    folder, number = Path(args.outdir), 0
+    folder = Path(args.outdir)
+    number = first = 1 + max(
+        (int(path.stem[3:]) for path in folder.glob("im_*.png") if path.stem[3:].isdigit()), default=-1
+    )
     more = {f"network-{index}": Path(path).name for index, path in enumerate(args.network_weights)}
     if args.sampler:
         more["sampler"] = args.sampler
@@ -198,7 +201,7 @@ def generate(args: argparse.Namespace) -> int:
                 save_png(image, folder / f"im_{number:06d}.png", shown, more)
                 number += 1
                 bar.update()
-    print(f"{number} images in {folder}")
+    print(f"{number - first} images in {folder}")
     return 0
 
 

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,10 @@ from networks.hosts.training import ImageData, build_network, build_optimizer, o
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 VALIDATION_SEED = 0  # the same noise for every run, so that runs can be compared
 VALIDATION_TIMES = (0.15, 0.4, 0.65, 0.9)  # fractions of the noise schedule at which each held-out image is tried
+
+
+class Diverged(ValueError):
+    """The training went astray; what it made is not worth a file."""
 
 
 class Trainer:
@@ -73,9 +78,9 @@ class Trainer:
         set_seed(args.seed)  # also what the network draws its start values from
         self.network = build_network(args, self.parts, self.network_args, self.dtype)
         self.step = 0
-        self.write_plan()
         self.make_data(images, held_out)
         self.prepare()
+        self.write_plan()  # last: a run that fails before its first step leaves an earlier run's files alone
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -94,6 +99,8 @@ class Trainer:
         defaults = ImageRequest("", "", self.args.seed, height, width, steps=30, scale=7.5)
         requests = read_prompt_file(Path(self.args.sample_prompts), defaults, "--sample_prompts")
         for request in requests:
+            if request.multipliers is not None:
+                raise ValueError("--sample_prompts: --am is for gen_img.py; samples are drawn at the full strength.")
             self.parts.check_size(request.height, request.width, f'--sample_prompts "{request.prompt}"')
         return requests
 
@@ -166,6 +173,11 @@ class Trainer:
                 self.save("-interrupted")
                 self.draw_curve()
                 return INTERRUPTED
+            except (ValueError, OSError) as error:
+                if self.step and not isinstance(error, Diverged):  # whatever ended the run, the steps are paid for
+                    with contextlib.suppress(ValueError, OSError):
+                        self.save("-interrupted")
+                raise
             self.save("")
             self.draw_curve()
         return 0
@@ -200,8 +212,8 @@ class Trainer:
         """Forward, backward and, on the last batch of an accumulation, the optimizer's step. Returns the loss."""
         loss = self.batch_loss(batch)
         value = float(loss.detach())
-        if value != value or value == float("inf"):
-            raise ValueError(f"the loss is {value} at step {self.step + 1}. Lower --learning_rate; nothing was saved.")
+        if not math.isfinite(value):
+            raise Diverged(f"the loss is {value} at step {self.step + 1}. Lower --learning_rate; nothing was saved.")
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients:
             if self.accelerator.num_processes > 1:  # the network's own forward never runs, so DDP does not do it
@@ -225,9 +237,8 @@ class Trainer:
         noise = torch.randn(latents.shape, generator=self.generator)
         if self.args.noise_offset:
             noise += self.args.noise_offset * torch.randn(*latents.shape[:2], 1, 1, generator=self.generator)
-        timesteps = torch.randint(self.noise.config.num_train_timesteps, (len(latents),), generator=self.generator).to(
-            self.device
-        )
+        count = self.noise.config.num_train_timesteps
+        timesteps = torch.randint(count, (len(latents),), generator=self.generator).to(self.device)
         captions = [self.train_data.images[index].caption for index in batch["index"].tolist()]
         losses = self.sample_losses(latents, noise, timesteps, captions, batch["time_ids"])
         if self.args.min_snr_gamma:
@@ -316,6 +327,8 @@ class Trainer:
         if not self.is_main:
             return
         path = self.folder / f"{self.args.output_name}{suffix}.safetensors"
+        if not all(bool(p.isfinite().all()) for p in self.network.parameters()):
+            raise Diverged("the weights are NaN or infinite. Lower --learning_rate; earlier files are untouched.")
         dtype = DTYPES[self.args.save_precision] if self.args.save_precision else None
         counts = {
             "ss_steps": self.step,

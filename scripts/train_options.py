@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from networks.hosts.caption_folder import CaptionedImage, read_caption_folder
@@ -90,6 +91,10 @@ AT_LEAST = {
     "lr_warmup_steps": 0,
     "max_grad_norm": 0,
     "learning_rate": 0,
+    "unet_lr": 0,
+    "min_snr_gamma": 0,
+    "noise_offset": 0,
+    "scale_weight_norms": 0,
     "network_dim": 1,
     "validate_every_n_steps": 1,
     "save_every_n_steps": 1,
@@ -107,8 +112,11 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
             raise ValueError(f"--{name} is missing. Give it on the command line or in the config file.")
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} {value}: it must be at least {least}.")
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise ValueError(f"--{name} {value}: it must be a number of at least {least}.")
+    for value in args.text_encoder_lr or ():
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"--text_encoder_lr {value}: it must be a number of at least 0.")
     if args.network_train_unet_only and args.network_train_text_encoder_only:
         raise ValueError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train.")
     network_args = parse_network_args(args.network_args)
@@ -117,6 +125,13 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
         raise ValueError("--sample_every_n_steps draws nothing without --sample_prompts FILE. Add it.")
     if args.validate_every_n_steps and not args.validation_data_dir:
         raise ValueError("--validate_every_n_steps needs --validation_data_dir FOLDER. Add it.")
+    args.output_name = args.output_name.removesuffix(".safetensors")
+    if not args.output_name.strip("."):
+        raise ValueError("--output_name is empty. Give the file a name.")
+    if (Path(args.output_dir) / f"{args.output_name}.safetensors").is_dir():
+        raise ValueError(
+            f"--output_name {args.output_name}: a folder of that name stands in --output_dir. Choose another."
+        )
     if Path(args.output_name).name != args.output_name:
         raise ValueError(f"--output_name {args.output_name} is a path. Give the folder with --output_dir.")
     images = read_caption_folder(Path(args.train_data_dir), args.caption_extension, "--train_data_dir")

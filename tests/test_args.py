@@ -70,6 +70,10 @@ def test_files(tmp_path: Path) -> None:
     assert read(network_reg_dims=f"@{tmp_path / 'dims.toml'}").network_reg_dims == {".*attn1.*": 8, ".*ff.*": 4}
     assert read(network_reg_dims=f"@{tmp_path / 'dims.json'}").network_reg_dims == {".*attn1.*": 8}
     assert read(exclude_patterns=f"@{tmp_path / 'names.txt'}").exclude_patterns == (".*attn1.*", "b{1,2}")
+    (tmp_path / "names.toml").write_text("patterns = ['.*attn1.*', 'b{1,2}']\n")
+    (tmp_path / "dims.txt").write_text(".*attn1.*=8\n# comment\n.*ff.*=4\n")
+    assert read(exclude_patterns=f"@{tmp_path / 'names.toml'}").exclude_patterns == (".*attn1.*", "b{1,2}")
+    assert read(network_reg_dims=f"@{tmp_path / 'dims.txt'}").network_reg_dims == {".*attn1.*": 8, ".*ff.*": 4}
     with pytest.raises(ValueError, match="does not exist"):
         read(network_reg_dims="@nowhere.toml")
 
@@ -97,6 +101,7 @@ def test_files(tmp_path: Path) -> None:
         ({"network_reg_dims": ".*=-1"}, ["too small"]),
         ({"network_reg_dims": ".*=1.5"}, ["whole number"]),
         ({"network_reg_dims": "[1, 2]"}, ["mapping"]),
+        ({"conv_alpha": "4", "conv_dim": "0"}, ["without conv_dim"]),
         ({"blocks": "a-b"}, ["no block number"]),
         ({"blocks": "5-2"}, ["no block number"]),
     ],
@@ -119,6 +124,11 @@ def test_neutral_values_pass_where_the_argument_cannot_apply() -> None:
     read(factor="-1", full_matrix="False", decompose_both="no", use_tucker=False, module_dropout=0, conv_dim="0")
     read(unbalanced_factorization="0", loraplus_lr_ratio="1", exclude_patterns="[]", network_reg_dims="{}")
     read(conv_dim="0", conv_alpha="1", dropout=None)
+
+
+def test_none_is_an_empty_list_or_mapping() -> None:
+    args = read(network_reg_dims="none", only_patterns="None", exclude_patterns="")
+    assert (args.network_reg_dims, args.only_patterns, args.exclude_patterns) == ({}, (), ())
 
 
 def test_every_argument_accepts_its_own_default() -> None:

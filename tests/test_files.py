@@ -326,6 +326,37 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
         load(tmp_path / "loha.safetensors")
 
 
+def test_layers_of_an_unknown_form_are_refused(tmp_path: Path) -> None:
+    """Half a layer read as plain LoRA would load at another strength."""
+    damaged(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for change in ({f"{Q}.dora_scale": torch.ones(16, 1)}, {f"{Q}.lora_up.weight": None}):
+        changed = {k: v for k, v in {**tensors, **change}.items() if v is not None}
+        save_file(changed, tmp_path / "b.safetensors")
+        with pytest.raises(ValueError, match="a form which this version does not know"):
+            load(tmp_path / "b.safetensors")
+    save_file({k: v.to(torch.int8) if k.startswith(Q) else v for k, v in tensors.items()}, tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="not floating point"):
+        load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("header", ["[]", "3", "null", '{"a":1}', '{"a":{}}', '{"a":{"data_offsets":["x","y"]}}'])
+def test_headers_that_are_json_but_no_header(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        reader.read_header(tmp_path / "a.safetensors")
+
+
+def test_ctrl_c_in_a_save_leaves_no_part_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_tensors(tmp_path / "a.safetensors", {"a.w": torch.ones(1)})
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_partly_matching_file_says_what_was_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "a.safetensors"
     damaged(file)

@@ -86,6 +86,90 @@ def test_the_state_of_a_checkpoint_is_exact(tmp_path: Path) -> None:
         other.load_state_dict(state)
 
 
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile, lambda n: nn.Sequential(n)])
+def test_the_state_survives_a_wrapper(wrapper: Any) -> None:
+    """accelerate loads a state through the wrapper of several processes or of compile, which walks by itself."""
+    first = networks.lora.create_network(1.0, 4, 3, None, None, sd_unet(), use_scalar="True", rs_lora="True")
+    randomise(first)
+    state = copy.deepcopy(wrapper(first).state_dict())
+    second = networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), use_scalar="True")
+    wrapped = wrapper(second)
+    wrapped.load_state_dict(state)
+    assert [layer.scale for layer in second.adapted_layers] == [layer.scale for layer in first.adapted_layers]
+    assert all(torch.equal(v, state[k]) for k, v in wrapped.state_dict().items())
+    del state[next(k for k in state if k.endswith("live_scale"))]
+    with pytest.raises(RuntimeError, match="live_scale"):
+        wrapped.load_state_dict(state)
+
+
+def test_a_state_of_another_dim_changes_nothing() -> None:
+    """Copying would broadcast a dim of 1 without a word."""
+    small = networks.lora.create_network(1.0, 1, 1, None, None, sd_unet())
+    network = networks.lora.create_network(1.0, 4, 3, None, None, sd_unet())
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RuntimeError, match="does not fit in .* tensors"):
+        network.load_state_dict(small.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_the_plan_follows_a_loaded_scale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    networks.lora.create_network(1.0, 4, 4, None, None, sd_unet()).save_weights(tmp_path / "a.safetensors", None, {})
+    network = networks.lora.create_network(1.0, 4, 1, None, None, sd_unet())
+    assert {row.scale for row in network.plan.trained} == {0.25}
+    with caplog.at_level(logging.INFO, logger="networks"):
+        network.load_weights(str(tmp_path / "a.safetensors"))
+    assert {(row.scale, row.alpha) for row in network.plan.trained} == {(1.0, 4.0)}
+    assert "take their scale from the file" in caplog.text
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"use_scalar": "True"}, {"module_dropout": "1e-9"}])
+def test_the_strength_is_exact_on_a_half_precision_model(kwargs: dict[str, str]) -> None:
+    """Scale 1/3: rounded to bf16 it would be 0.3340, on every layer and in the same direction."""
+    unet = sd_unet().to(torch.bfloat16)
+    network = networks.lora.create_network(1.0, 3, 1, None, None, unet, **kwargs)
+    network.apply_to(None, unet, False, True)
+    randomise(network)
+    layer = network.adapted_layers[0]
+    if layer.adapter.scalar is not None:
+        layer.adapter.scalar.data.fill_(1.0)
+    x = torch.randn(64, layer.adapter.geometry.in_features, 8, 8, dtype=torch.bfloat16)
+    update = layer.update(x).double()
+    exact = layer.adapter.geometry.op(x.double(), layer.adapter.delta().double())
+    assert float((update * exact).sum() / (exact * exact).sum()) == pytest.approx(1 / 3, rel=5e-4)
+
+
+def test_merging_inside_autocast_is_exact() -> None:
+    unet = sd_unet()
+    network = networks.lora.create_network(1.0, 4, 2, None, None, unet)
+    randomise(network)
+    layer = network.adapted_layers[0]
+    weight = layer.base.weight.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside, norm = layer.new_weight(weight), layer.update_norm()
+    assert torch.equal(inside, layer.new_weight(weight)) and torch.equal(norm, layer.update_norm())
+
+
+def test_multiplier_0_is_the_base_even_for_a_broken_adapter() -> None:
+    unet = sd_unet()
+    base = draw(unet)
+    network = networks.lora.create_network(0.0, 4, 2, None, None, unet)
+    for parameter in network.parameters():
+        parameter.data.fill_(float("nan"))
+    network.apply_to(None, unet, False, True)
+    assert torch.equal(draw(unet), base)
+    network.merge_to(None, unet, None)
+    assert torch.equal(draw(unet), base)
+
+
+def test_attaching_twice_leaves_no_hook_behind() -> None:
+    unet = sd_unet()
+    network = networks.lora.create_network(1.0, 4, 2, None, None, unet, rank_dropout="0.1")
+    network.apply_to(None, unet, False, True)
+    network.apply_to(None, unet, False, True)
+    network.detach()
+    assert not unet._forward_pre_hooks and not unet._forward_hooks
+
+
 def test_parts_that_are_not_trained_leave_the_network() -> None:
     unet, encoder = sd_unet(), text_encoder()
     for flags, wanted in (((False, True), {"unet"}), ((True, False), {"text_encoder"})):

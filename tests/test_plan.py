@@ -101,6 +101,16 @@ def test_blocks(models: Any) -> None:
         ({"exclude_patterns": ".*"}, ["no layer is left to train", "excluded by"]),
         ({"use_tucker": "True"}, ["use_tucker has no effect", "conv_dim"]),
         ({"algo": "lokr", "decompose_both": "True"}, ["decompose_both has no effect"]),
+        ({"algo": "lokr", "conv_dim": "100", "use_tucker": "True"}, ["use_tucker has no effect"]),
+        ({"network_reg_dims": "{'.*attn.*': 2, '.*attn2.*': 3}"}, ["'.*attn2.*' decides no layer", "first match wins"]),
+        (
+            {"network_reg_dims": ".*attn1.*=2", "exclude_patterns": ".*attn1.*"},
+            ["network_reg_dims", "decides no layer"],
+        ),
+        ({"network_reg_lrs": ".*mid_block.*=0.1", "blocks": "1"}, ["network_reg_lrs", "decides no layer"]),
+        ({"exclude_patterns": ".*attn1.*", "include_patterns": ".*attn1.*"}, ["exclude_patterns", "decides no layer"]),
+        ({"algo": "lokr", "full_matrix": "True", "network_reg_alphas": ".*=2"}, ["network_reg_alphas", "no layer"]),
+        ({"conv_dim": "4", "only_patterns": ".*attn1.*"}, ["conv_dim has no effect"]),
         ({"algo": "lokr", "full_matrix": "True", "rank_dropout": "0.1"}, ["no trained layer has a rank activation"]),
         ({"blocks": "none", "exclude_patterns": ".*self_attn.*,.*mlp.*"}, ["no layer is left"]),
     ],
@@ -110,6 +120,16 @@ def test_no_argument_without_effect(models: Any, kwargs: dict[str, str], words: 
         networks.lora.plan(8, 4, *models, **kwargs)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_conv_dim_alone_may_let_a_linear_in(models: Any) -> None:
+    found = rows(networks.lora.plan(8, 4, *models, conv_dim="4", only_patterns=".*time_emb_proj"))
+    assert found and all(name.endswith("time_emb_proj") for name in found)
+
+
+def test_a_ratio_for_a_part_that_is_not_there(models: Any) -> None:
+    with pytest.raises(ValueError, match="loraplus_text_encoder_lr_ratio has no effect"):
+        networks.lora.plan(8, 4, None, models[1], loraplus_text_encoder_lr_ratio="4")
 
 
 def test_mistakes_of_text_and_of_selection_come_together(models: Any) -> None:

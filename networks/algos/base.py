@@ -137,6 +137,8 @@ class Adapter(nn.Module):
         if own.keys() != tensors.keys():
             raise ValueError(f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(own))}")
         for suffix, p in own.items():
+            if not tensors[suffix].is_floating_point():
+                raise ValueError(f"{suffix} is of type {tensors[suffix].dtype}, not floating point")
             if _squeezed(tensors[suffix].shape) != _squeezed(p.shape):
                 raise ValueError(f"{suffix} is {tuple(tensors[suffix].shape)}, this network wants {tuple(p.shape)}")
 

@@ -116,5 +116,5 @@ def _inapplicable(values: Mapping[str, Any], spelled: Mapping[str, str], problem
             problems.add(
                 f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {', '.join(arg.algos)}"
             )
-    if "conv_alpha" in spelled and "conv_dim" not in spelled:
+    if values["conv_alpha"] not in (None, 0.0, 1.0) and not values["conv_dim"]:
         problems.add("conv_alpha is given without conv_dim: give both, or neither")

@@ -178,7 +178,9 @@ def _regex(text: Any) -> str:
 def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
     found = _structure(raw)
     if isinstance(found, str):
-        found = split_top(found)
+        found = [] if found.lower() in NOT_GIVEN else split_top(found)
+    if isinstance(found, dict) and len(found) == 1:  # TOML has no list at its top: patterns = [...]
+        found = next(iter(found.values()))
     if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
         raise ValueError("is not a list of regular expressions; write ['.*attn.*', '.*mlp.*'], or @file.txt")
     return tuple(_regex(item) for item in found)
@@ -186,6 +188,10 @@ def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
 
 def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
     found = _structure(raw)
+    if isinstance(found, list) and all(isinstance(line, str) for line in found):
+        found = ",".join(found)  # a file with one regex=value per line
+    if isinstance(found, str) and found.lower() in NOT_GIVEN:
+        return {}
     form = "write {'.*attn.*': 8} or .*attn.*=8,.*mlp.*=4, or @file.toml"
     if isinstance(found, str):
         pairs = [part.rsplit("=", 1) for part in split_top(found)]

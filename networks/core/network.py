@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -88,6 +90,9 @@ class Network(nn.Module):
             raise ValueError("no layer is left to train: no part of the model is both trained and targeted")
         for layer in self.adapted_layers:
             layer.attach()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         if any(layer.dropouts for layer in self.adapted_layers):
             used = {row.part for row, _ in self.layers}
             self._hooks = [h for part, root in self._roots.items() if part in used for h in _watch(root, self.runtime)]
@@ -170,9 +175,15 @@ class Network(nn.Module):
             ValueError: they do not fit, or none belongs to this network.
         """
         saved, unknown = codec.decode(tensors)
-        unexpected = [key.partition(".")[0] for key in unknown]
+        unexpected: list[str] = []
         found: dict[str, SavedLayer] = {}
         wrong: list[str] = []
+        for key in unknown:
+            name, _, suffix = key.partition(".")
+            if name in self._layers or name in self._aliases:
+                wrong.append(f"{name}: it has {suffix}, a form which this version does not know")
+            else:
+                unexpected.append(name)
         for name, layer in saved.items():
             own = name if name in self._layers else self._aliases.get(name, "")
             if own not in self._layers:
@@ -195,8 +206,25 @@ class Network(nn.Module):
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
             adapted.take_alpha(layer.alpha)
+        self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
         return LoadReport(source, tuple(found), missing, tuple(dict.fromkeys(unexpected)))
+
+    def _follow_scales(self) -> None:
+        """After a load: the plan states the scale that is in force, and the log says where it is another."""
+        changed = {}
+        for name, (row, layer) in self._layers.items():
+            if not math.isclose(row.scale, layer.scale, rel_tol=1e-6):
+                changed[name] = replace(row, alpha=layer.alpha, scale=layer.scale)
+                self._layers[name] = changed[name], layer
+        if changed:
+            first = next(iter(changed.values()))
+            log.info(
+                "%d layers take their scale from the file, not from network_alpha: %s has %g",
+                len(changed), first.saved_name, first.scale,
+            )  # fmt: skip
+            rows = tuple(changed.get(row.saved_name, row) for row in self.plan.rows)
+            self.plan = replace(self.plan, rows=rows)
 
     # -- state
 
@@ -222,12 +250,21 @@ class Network(nn.Module):
     def _take_live(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Copy by name: torch's own walk is quadratic in the number of layers."""
         own = self.state_dict(keep_vars=True)
+        shared = own.keys() & state.keys()
+        wrong = sorted(key for key in shared if own[key].shape != state[key].shape)
+        if wrong:
+            key, count = wrong[0], len(wrong)
+            raise RuntimeError(
+                f"the state does not fit in {count} tensors, e.g. {key}: {tuple(state[key].shape)} in the state, "
+                f"{tuple(own[key].shape)} here; use the dim and arguments that it was trained with"
+            )
         with torch.no_grad():
-            for key in own.keys() & state.keys():
+            for key in shared:
                 own[key].copy_(state[key])
         for layer in self.adapted_layers:
             scale = state.get(f"{layer.lora_name}.{LIVE_SCALE}")
             layer.scale = layer.scale if scale is None else float(scale)
+        self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
 
 

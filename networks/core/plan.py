@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from ..algos import ALGOS
+from ..algos import ALGOS, Layout
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs, Problems
 from ..files.codec import SavedLayer
 from ..tensors.geometry import Geometry
-from . import report
+from . import effects, report
 from .select import Candidate, Patterns, candidates
 
 
@@ -54,6 +54,11 @@ class PlanRow:
     @property
     def trained(self) -> bool:
         return not self.reason
+
+    @property
+    def layout(self) -> Layout:
+        """Of a trained layer."""
+        return ALGOS[self.algo].layout(self.geometry, self.dim, **self.options)
 
     @property
     def bytes(self) -> int:
@@ -136,8 +141,8 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, nn
             modules[row.saved_name] = candidate.module
         rows.append(row)
     plan = Plan(request.arch.title, tuple(rows))
-    planner.check(plan)
-    return replace(plan, notes=tuple(planner.notes)), modules
+    notes = effects.check(plan, request, planner.deciding, problems)
+    return replace(plan, notes=tuple(notes)), modules
 
 
 class _Planner:
@@ -145,7 +150,7 @@ class _Planner:
 
     def __init__(self, request: Request, problems: Problems) -> None:
         self.request, self.args, self.problems = request, request.args, problems
-        self.notes: list[str] = []
+        self.deciding: set[tuple[str, str]] = set()  # (argument, what of it): had its way with some layer
         a = self.args
         self.exclude = Patterns("exclude_patterns", a.exclude_patterns)
         self.default_exclude = Patterns("default", request.arch.exclude)
@@ -178,10 +183,12 @@ class _Planner:
         else:
             dim, alpha = self._dim(c), self._alpha(c)
             if dim == 0:
+                self._note(c, scaled=False)
                 return replace(row, reason="dim 0")
             algorithm = ALGOS[self.args.algo]
             options = self.args.pick(algorithm.options)
         layout = algorithm.layout(g, dim, **options)
+        self._note(c, layout.rank is not None)
         scale = 1.0
         if layout.rank is not None and alpha:
             folded = saved is not None or not self.args.rs_lora
@@ -214,6 +221,7 @@ class _Planner:
             return c.reason
         excluded = self.exclude.first(c) or (saved is None and self.default_exclude.first(c))
         if excluded and not self.include.first(c):
+            self.deciding.add((self.exclude.argument, excluded))
             return f"excluded by {excluded!r}"
         if self.only and not self.only.first(c):
             return "not in only_patterns"
@@ -222,6 +230,15 @@ class _Planner:
             if block not in self.args.blocks:
                 return "in no numbered block" if block is None else f"block {block} is not in blocks"
         return ""
+
+    def _note(self, c: Candidate, scaled: bool) -> None:
+        """Remember which expressions decide this layer; alpha decides nothing where there is no rank."""
+        for patterns in (self.dims, self.lrs, *([self.alphas] if scaled else [])):
+            pattern = patterns.first(c)
+            if pattern is not None:
+                self.deciding.add((patterns.argument, pattern))
+        if c.by_conv_dim:
+            self.deciding.add(("conv_dim", ""))
 
     # -- values
 
@@ -266,66 +283,3 @@ class _Planner:
         count = self.request.arch.block_count
         if any(block >= count for block in self.args.blocks or ()):
             self.problems.add(f"blocks: {self.request.arch.title} has the blocks 0 to {count - 1}")
-
-    def check(self, plan: Plan) -> None:
-        """An argument without effect is a mistake, or at least worth a note."""
-        trained, a = plan.trained, self.args
-        if not trained:
-            if not self.problems.messages:
-                self.problems.add(_nothing(plan, self.request))
-            return
-        if self.request.saved is not None:
-            decided = sorted(a.given & _DECIDED_BY_FILE)
-            if decided:
-                self.notes.append(f"{', '.join(decided)}: not used, the file decides dims, alphas and forms")
-            return
-        kernels = any(row.geometry.has_kernel for row in trained)
-        if a.use_tucker and not kernels:
-            more = "" if a.conv_dim else "; give conv_dim to train convolutions"
-            self.problems.add(f"use_tucker has no effect: no trained layer has a kernel above 1x1{more}")
-        if a.conv_dim and not kernels and not any("conv" in row.kind.lower() for row in trained):
-            self.problems.add("conv_dim has no effect: no trained layer is a convolution with a kernel above 1x1")
-        if a.decompose_both and not any("w1_a" in _shapes(row) for row in trained):
-            self.problems.add(
-                "decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim"
-            )
-        unscaled = [row for row in trained if ALGOS[row.algo].layout(row.geometry, row.dim, **row.options).rank is None]
-        if unscaled:
-            hint = (
-                "" if a.full_matrix else " (the dim reaches half of the larger factor: full_matrix=True says so openly)"
-            )
-            self.notes.append(
-                f"{len(unscaled)} of {len(trained)} layers have whole factors, so scale 1 whatever alpha and rs_lora "
-                f"say{hint}"
-            )
-        if a.dropout or a.rank_dropout:
-            without = sum(not row.rank_axis for row in trained)
-            if without == len(trained):
-                self.problems.add("dropout and rank_dropout have no effect: no trained layer has a rank activation")
-            elif without:
-                self.notes.append(
-                    f"{without} of {len(trained)} layers have no rank activation: no dropout, rank_dropout"
-                )
-
-
-_DECIDED_BY_FILE = frozenset(
-    "conv_dim conv_alpha network_reg_dims network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
-    "unbalanced_factorization".split()
-)
-
-
-def _shapes(row: PlanRow) -> Mapping[str, tuple[int, ...]]:
-    return ALGOS[row.algo].layout(row.geometry, row.dim, **row.options).shapes
-
-
-def _nothing(plan: Plan, request: Request) -> str:
-    if request.saved is not None:
-        theirs, ours = next(iter(request.saved), "-"), plan.rows[0].saved_name if plan.rows else "-"
-        return (
-            f"no layer of {request.source} belongs to this model ({request.arch.title}): the file has names like "
-            f"{theirs}, the model like {ours}; choose a file of this architecture"
-        )
-    reasons = sorted({row.reason for row in plan.rows})
-    return (
-        f"no layer is left to train; the reasons: {'; '.join(reasons[:6]) or 'the model has no Linear or convolution'}"
-    )

@@ -24,6 +24,7 @@ class Candidate:
         dotted_name: its path in this model, without wrapper levels.
         trainer_name: its path in the trainer's own model; the same unless the classes are another library's.
         reason: why the architecture leaves it out; "" if it can be trained.
+        by_conv_dim: only a dim for larger kernels lets it in.
     """
 
     part: Part
@@ -33,6 +34,7 @@ class Candidate:
     module: nn.Module
     geometry: Geometry
     reason: str
+    by_conv_dim: bool
 
     @property
     def own_saved_name(self) -> str:
@@ -51,15 +53,18 @@ def candidates(part: Part, model: nn.Module, convolutions: bool) -> Iterator[Can
         if geometry is None:
             continue
         dotted = _WRAPPER.sub("", path).lstrip(".")
-        reason = ""
+        reason, by_conv_dim = "", False
         if classes.isdisjoint(part.containers):
             if classes.isdisjoint(part.conv_containers):
                 reason = f"outside {', '.join((*part.containers, *part.conv_containers))}"
-            elif not convolutions:
-                reason = "in a convolutional block: give conv_dim to train it"
-        elif geometry.has_kernel and not convolutions:
-            reason = "kernel above 1x1: give conv_dim to train it"
-        yield Candidate(part, dotted, part.trainer_name(dotted), part.saved_name(dotted), module, geometry, reason)
+            else:
+                reason, by_conv_dim = "in a convolutional block: give conv_dim to train it", True
+        elif geometry.has_kernel:
+            reason, by_conv_dim = "kernel above 1x1: give conv_dim to train it", True
+        if by_conv_dim and convolutions:
+            reason = ""
+        names = dotted, part.trainer_name(dotted), part.saved_name(dotted)
+        yield Candidate(part, *names, module, geometry, reason, by_conv_dim)
 
 
 def _walk(module: nn.Module, path: str, classes: frozenset[str]) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:

@@ -60,6 +60,12 @@ class SavedLayer:
         return all(t.dtype == torch.float64 for t in self.tensors.values())
 
 
+def is_adapter(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of an adapter file (any program's), not of a model."""
+    endings = {key.partition(".")[2] for key in keys}
+    return recognise(endings) is not None or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in keys)
+
+
 def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[str]]:
     """Group a file's tensors into layers; the second list holds the keys that no algorithm of ours knows."""
     groups: dict[str, dict[str, Tensor]] = {}
@@ -70,8 +76,9 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
     for name, group in groups.items():
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
-        if algorithm is None or not group.keys() <= set(algorithm.keys.values()):
-            unknown += [f"{name}.{suffix}" for suffix in group]
+        known = set() if algorithm is None else set(algorithm.keys.values())
+        if algorithm is None or not group.keys() <= known:
+            unknown += [f"{name}.{suffix}" for suffix in group if suffix not in known]
             continue
         layers[name] = SavedLayer(name, algorithm, group, None if alpha is None else float(alpha))
     return layers, unknown

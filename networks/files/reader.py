@@ -38,13 +38,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raise ValueError(_damaged(file, "its first bytes are no safetensors header"))
         try:
             entries: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as error:
+            metadata = dict(entries.pop("__metadata__", None) or {})
+            needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+            shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             raise ValueError(_damaged(file, f"its header is unreadable ({error})")) from None
-    metadata = entries.pop("__metadata__", None) or {}
-    needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if file.stat().st_size < needed:
         raise ValueError(_damaged(file, f"it should have {needed} bytes but has {file.stat().st_size}"))
-    return Header({key: tuple(entry["shape"]) for key, entry in entries.items()}, metadata)
+    return Header(shapes, metadata)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

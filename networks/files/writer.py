@@ -110,9 +110,11 @@ def _replace(file: Path, header: bytes, payload: memoryview) -> None:
         # mkstemp makes files private; an adapter is an ordinary file.
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, file)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C, too, must leave nothing half-written
         if name and os.path.exists(name):
             os.unlink(name)
+        if not isinstance(error, OSError):
+            raise
         raise OSError(error.errno, _explain(error, file, len(header) + len(payload))) from error
 
 

@@ -43,7 +43,7 @@ def parse_network_args(items: Sequence[str] | None, option: str = "--network_arg
             raise ValueError(
                 f'{option} "{item}" is not of the form key=value. Write it as "{item}=VALUE" or remove it.'
             )
-        result[key] = value
+        result[key.strip()] = value.strip()
     return result
 
 
@@ -53,10 +53,16 @@ def import_network_module(name: str) -> ModuleType:
     Raises ValueError when there is none of that name, with the nearest one of the same package.
     """
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if not (name == error.name or name.startswith(f"{error.name}.")):
             raise  # the module exists; something that it needs does not
+    else:
+        if not hasattr(module, "create_network"):
+            raise ValueError(
+                f"--network_module {name} is no network module: it has no create_network. Try networks.lora."
+            )
+        return module
     parent = name.rpartition(".")[0] or "networks"
     try:
         package = importlib.import_module(parent)

@@ -95,7 +95,10 @@ def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
             values[field] = convert(text.strip())
         except ValueError as error:
             raise ValueError(f'prompt "{line}": --{name} cannot be "{text.strip()}". Give a number.') from error
-    return replace(defaults, **values)
+    request = replace(defaults, **values)
+    if min(request.steps, request.width, request.height) < 1:
+        raise ValueError(f'prompt "{line}": --s, --w and --h must be at least 1.')
+    return request
 
 
 def read_prompt_file(path: Path, defaults: ImageRequest, option: str) -> list[ImageRequest]:
@@ -105,7 +108,7 @@ def read_prompt_file(path: Path, defaults: ImageRequest, option: str) -> list[Im
     """
     if not path.is_file():
         raise ValueError(f"{option} {path}: there is no such file. Give a text file with one prompt a line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     requests = [parse_prompt_line(line, defaults) for line in lines if line and not line.startswith("#")]
     if not requests:
         raise ValueError(f"{option} {path} holds no prompt. Write one a line.")

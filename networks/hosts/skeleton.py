@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..args.spec import nearest
-from ..files import reader
+from ..files import codec, reader
 
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
@@ -133,7 +133,7 @@ def _from_folder(folder: Path) -> Skeleton:
 def _from_header(path: Path) -> Skeleton:
     """The release that a checkpoint's attention layers fit; a variant with other layers is refused."""
     shapes = reader.read_header(path).shapes
-    if any(key.endswith((".lora_down.weight", ".hada_w1_a", ".lokr_w1", ".lora_A.weight")) for key in shapes):
+    if codec.is_adapter(shapes):
         raise ValueError(f"{path} is an adapter, not a model; give the model that it was trained for")
     wanted = sorted(shape for key, shape in shapes.items() if _is_cross_attention(key))
     for blueprint in BLUEPRINTS.values():

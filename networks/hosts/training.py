@@ -60,11 +60,14 @@ def build_network(args: argparse.Namespace, parts: ModelParts, network_args: dic
         print(f"merged {path} at strength {multiplier}")
 
     keywords: dict[str, Any] = dict(network_args)
+    if args.network_dropout is not None:
+        keywords.setdefault("dropout", args.network_dropout)
     if args.dim_from_weights:
+        if args.network_dim is not None:
+            print("--network_dim is not used: --dim_from_weights takes ranks and alphas from the file")
+        args.network_dim = args.network_alpha = None  # and the metadata must not say otherwise
         network, _ = module.create_network_from_weights(1, args.network_weights, vae, text_encoder, unet, **keywords)
     else:
-        if args.network_dropout is not None:
-            keywords.setdefault("dropout", args.network_dropout)
         network = module.create_network(
             1.0,
             args.network_dim,
@@ -86,9 +89,8 @@ def build_network(args: argparse.Namespace, parts: ModelParts, network_args: dic
         print(network.load_weights(args.network_weights))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        for encoder in parts.text_encoders:  # transformers 5 renamed it
-            name = "activation_checkpointing_enable"
-            getattr(encoder, name if hasattr(encoder, name) else "gradient_checkpointing_enable")()
+        for encoder in parts.text_encoders:
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for model in (unet, *parts.text_encoders):
             model.train()  # the libraries checkpoint in train mode only; these models have no dropout
         network.enable_gradient_checkpointing()

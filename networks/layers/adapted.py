@@ -122,6 +122,17 @@ class AdaptedLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + LIVE_SCALE] = torch.tensor(self.scale, dtype=torch.float64)
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        """For wrappers (data-parallel, compile), whose own walk never reaches the network's load_state_dict."""
+        scale = state_dict.pop(prefix + LIVE_SCALE, None)
+        if scale is None:
+            missing.append(prefix + LIVE_SCALE)
+        else:
+            self.scale = float(scale)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+
     # -- the formula
 
     def _strength(self, multiplier: float | Tensor) -> float | Tensor:
@@ -135,8 +146,9 @@ class AdaptedLayer(nn.Module):
             raise ValueError("one multiplier per sample cannot be merged into a weight: set a single number")
         if m == 0:
             return weight
-        delta = self._wide_adapter().delta() * self._strength(m)
-        return weight + delta.to(device=weight.device, dtype=weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):  # hosts merge inside their autocast, too
+            delta = self._wide_adapter().delta() * self._strength(m)
+            return weight + delta.to(device=weight.device, dtype=weight.dtype)
 
     def _wide_adapter(self) -> Adapter:
         """The adapter in fp32 at least: some hosts cast a network to half precision before they merge it."""
@@ -201,7 +213,8 @@ class AdaptedLayer(nn.Module):
         """Frobenius norm of the true update scale * scalar * dW, 0-d."""
         strength = self._strength(1.0)
         size = strength.abs() if isinstance(strength, Tensor) else abs(strength)
-        return self.adapter.norm() * size
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return self._wide_adapter().norm() * size
 
 
 _NONE = Dropouts()

@@ -46,13 +46,13 @@ class CallGate:
         scale = self.scale
         if not isinstance(scale, Tensor):
             return update if scale == 1.0 else update * scale
-        scale = scale.to(update.dtype)
-        if scale.dim() == 0:
+        if scale.dim() == 0:  # 0-d tensors do not promote: the strength stays exact, the update keeps its dtype
             return update * scale
         samples, values = update.shape[0], scale.shape[0]
         if samples % values:
             raise ValueError(f"{values} multipliers for a batch of {samples}: give one value, or one per sample")
-        return update * scale.repeat(samples // values).reshape(-1, *[1] * (update.dim() - 1))
+        each = scale.repeat(samples // values).reshape(-1, *[1] * (update.dim() - 1))
+        return (update * each).to(update.dtype)
 
     def rank(self, h: Tensor, dim: int) -> Tensor:
         h = self.output(h)
@@ -75,4 +75,4 @@ def rank_mask(shape: list[int] | tuple[int, ...], p: float, like: Tensor) -> Ten
 
 def module_mask(p: float, like: Tensor) -> Tensor:
     """0-d: 0 with probability p, otherwise 1."""
-    return (torch.rand((), device=like.device) >= p).to(like.dtype)
+    return (torch.rand((), device=like.device) >= p).to(torch.promote_types(like.dtype, torch.float32))

@@ -1,0 +1,113 @@
+"""An argument without effect is a mistake, or at least worth a note: what a finished plan says about the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..args.parse import Problems
+
+if TYPE_CHECKING:
+    from .plan import Plan, PlanRow, Request
+
+_DECIDED_BY_FILE = frozenset(
+    "conv_dim conv_alpha network_reg_dims network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
+    "unbalanced_factorization".split()
+)
+_TUCKER = {"mid", "t1", "t2"}
+
+
+def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems: Problems) -> list[str]:
+    """Report arguments that change nothing.
+
+    Args:
+        deciding: (argument, pattern) of every expression that had its way with some layer.
+
+    Returns:
+        Notes for the user, one sentence each.
+    """
+    trained, args = plan.trained, request.args
+    if not trained:
+        if not problems.messages:
+            problems.add(_nothing(plan, request))
+        return []
+    notes: list[str] = []
+    _expressions(request, deciding, problems)
+    _dropouts(trained, args, problems, notes)
+    _loraplus(trained, request, problems)
+    if request.saved is not None:
+        decided = sorted(args.given & _DECIDED_BY_FILE)
+        if decided:
+            notes.append(f"{', '.join(decided)}: not used, the file decides dims, alphas and forms")
+        return notes
+    _forms(trained, args, ("conv_dim", "") in deciding, problems, notes)
+    return notes
+
+
+def _expressions(request: Request, deciding: set[tuple[str, str]], problems: Problems) -> None:
+    """Every regular expression must win somewhere. Those that match nothing at all were reported at selection."""
+    arguments: dict[str, Sequence[str] | Mapping[str, Any]] = {
+        "exclude_patterns": request.args.exclude_patterns,
+        "network_reg_lrs": request.args.network_reg_lrs,
+    }
+    if request.saved is None:
+        arguments["network_reg_dims"] = request.args.network_reg_dims
+        arguments["network_reg_alphas"] = request.args.network_reg_alphas
+    for argument, patterns in arguments.items():
+        for pattern in patterns:
+            reported = any(argument in message and repr(pattern) in message for message in problems.messages)
+            if (argument, pattern) not in deciding and not reported:
+                problems.add(
+                    f"{argument}: {pattern!r} decides no layer: those that it matches are left out, have no use for "
+                    "it, or belong to an earlier expression (the first match wins)"
+                )
+
+
+def _dropouts(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list[str]) -> None:
+    if not (args.dropout or args.rank_dropout):
+        return
+    without = sum(not row.rank_axis for row in trained)
+    if without == len(trained):
+        problems.add("dropout and rank_dropout have no effect: no trained layer has a rank activation")
+    elif without:
+        notes.append(f"{without} of {len(trained)} layers have no rank activation: no dropout, rank_dropout")
+
+
+def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
+    denoiser, args = request.arch.denoiser.name, request.args
+    parts = {row.part == denoiser for row in trained}
+    for argument, here in (("loraplus_unet_lr_ratio", True), ("loraplus_text_encoder_lr_ratio", False)):
+        if getattr(args, argument) not in (None, 1.0) and here not in parts:
+            problems.add(f"{argument} has no effect: no layer of that part is trained")
+
+
+def _forms(trained: Sequence[PlanRow], args: Any, conv: bool, problems: Problems, notes: list[str]) -> None:
+    shapes = [row.layout.shapes.keys() for row in trained]
+    if args.use_tucker and not any(_TUCKER & names for names in shapes):
+        more = "" if args.conv_dim else "; give conv_dim to train convolutions"
+        problems.add(f"use_tucker has no effect: no trained layer has a low-rank kernel above 1x1{more}")
+    if args.conv_dim and not conv:
+        problems.add("conv_dim has no effect: no trained layer is in a convolutional block or has a kernel above 1x1")
+    if args.decompose_both and not any("w1_a" in names for names in shapes):
+        problems.add("decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim")
+    unscaled = sum(row.layout.rank is None for row in trained)
+    if unscaled:
+        hint = (
+            "" if args.full_matrix else " (the dim reaches half of the larger factor; full_matrix=True says so openly)"
+        )
+        notes.append(
+            f"{unscaled} of {len(trained)} layers have whole factors, so scale 1 whatever alpha and rs_lora say{hint}"
+        )
+
+
+def _nothing(plan: Plan, request: Request) -> str:
+    if request.saved is not None:
+        theirs, ours = next(iter(request.saved), "-"), plan.rows[0].saved_name if plan.rows else "-"
+        return (
+            f"no layer of {request.source} belongs to this model ({request.arch.title}): the file has names like "
+            f"{theirs}, the model like {ours}; choose a file of this architecture"
+        )
+    reasons = sorted({row.reason for row in plan.rows})
+    return (
+        f"no layer is left to train; the reasons: {'; '.join(reasons[:6]) or 'the model has no Linear or convolution'}"
+    )
