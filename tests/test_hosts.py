@@ -210,6 +210,12 @@ def test_learning_rates() -> None:
     assert rates(*network.prepare_optimizer_params(1e-5, 1e-3))["text_encoder2"] == 1e-5
 
 
+def test_surplus_rates_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    network = networks.lora.create_network(1.0, 4, 1, None, text_encoder(), sd_unet())
+    network.prepare_optimizer_params_with_multiple_te_lrs([1e-3, 2e-3], 1e-3, 1e-3)
+    assert "0.002" in caplog.text and "1 text encoders" in caplog.text
+
+
 def test_a_rate_of_0_leaves_a_part_out(caplog: pytest.LogCaptureFixture) -> None:
     unet, encoder = sd_unet(), text_encoder()
     network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)

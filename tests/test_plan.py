@@ -144,6 +144,11 @@ def test_notes_count_what_a_layer_goes_without(models: Any) -> None:
     assert any("no rank activation" in note for note in plan.notes)
 
 
+def test_a_dim_above_the_full_rank_is_noted(models: Any) -> None:
+    assert any("above the full rank" in note for note in networks.lora.plan(17, 1, *models).notes)
+    assert not any("above the full rank" in note for note in networks.lora.plan(16, 1, *models).notes)
+
+
 def test_the_algorithm_follows_entry_and_argument(models: Any) -> None:
     assert {row.algo for row in networks.loha.plan(2, 1, *models).trained} == {"loha"}
     by_argument = networks.lora.plan(2, 1, *models, algo="lokr", factor="4")

@@ -41,7 +41,7 @@ def calls():
 
 def train(assets: Path, output: Path, *more: str, model: str = "sd", network: str = NETWORK, steps: int = 2) -> int:
     """Run the trainer; later options win over these."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # one per process, and it keeps its first precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test may run several
     return train_network.main(
         [
             f"--pretrained_model_name_or_path={assets / model}",
@@ -77,7 +77,7 @@ def find(calls, wanted: str):
 
 def test_calls_come_in_sd_scripts_order(assets, tmp_path, calls):
     options = ["--network_dropout=0.1", "--gradient_checkpointing", "--scale_weight_norms=1", "--unet_lr=1e-3"]
-    options += ["--text_encoder_lr", "1e-4", "--network_args", "a=1", "regex=x=y", "a=True"]
+    options += ["--text_encoder_lr", "1e-4", "--network_args", "regex=x=y", "a=True"]
     assert train(assets, tmp_path, *options, network="standin_network", steps=1) == 0
     expected = ["create_network", "prepare_network", "apply_to", "enable_gradient_checkpointing"]
     expected += ["prepare_optimizer_params_with_multiple_te_lrs", "prepare_grad_etc", "on_epoch_start", "on_step_start"]
@@ -297,6 +297,8 @@ BAD_INPUT = {
     "weights missing": (["--network_weights={tmp}/none.safetensors"], "there is no such file"),
     "weights are a folder": (["--network_weights={assets}"], "is a folder, not a file"),
     "dims from nothing": (["--dim_from_weights"], "needs --network_weights"),
+    "argument twice": (["--network_args", "conv_dim=4", "conv_dim=8"], "has conv_dim twice"),
+    "value of another type": (["--network_dim=x"], "invalid int value"),
     "negative rate": (["--unet_lr=-1"], "--unet_lr -1.0: it must be a number of at least 0"),
     "rate that is no number": (["--text_encoder_lr", "nan"], "--text_encoder_lr nan"),
     "weight that is no number": (["--scale_weight_norms=nan"], "--scale_weight_norms nan"),

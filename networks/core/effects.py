@@ -90,6 +90,12 @@ def _forms(trained: Sequence[PlanRow], args: Any, conv: bool, problems: Problems
         problems.add("conv_dim has no effect: no trained layer is in a convolutional block or has a kernel above 1x1")
     if args.decompose_both and not any("w1_a" in names for names in shapes):
         problems.add("decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim")
+    above = [row for row in trained if row.layout.rank_axis and row.dim > min(row.shape[0], row.geometry.columns)]
+    if above:
+        notes.append(
+            f"{len(above)} of {len(trained)} layers have a dim above the full rank of their weight, such as "
+            f"{above[0].dotted_name} ({above[0].dim} above {min(above[0].shape[0], above[0].geometry.columns)})"
+        )
     unscaled = sum(row.layout.rank is None for row in trained)
     if unscaled:
         hint = (

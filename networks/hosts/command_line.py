@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from ..args.spec import nearest as nearest_name
 from ..args.spec import read_toml as parse_toml
@@ -43,6 +43,8 @@ def parse_network_args(items: Sequence[str] | None, option: str = "--network_arg
             raise ValueError(
                 f'{option} "{item}" is not of the form key=value. Write it as "{item}=VALUE" or remove it.'
             )
+        if key.strip() in result:
+            raise ValueError(f"{option} has {key.strip()} twice. Remove one.")
         result[key.strip()] = value.strip()
     return result
 
@@ -117,8 +119,13 @@ def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     return arguments
 
 
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(f"{message}. --help lists all options.")
+
+
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`, preceded by what its `--config_file` holds. Raises ValueError for an unknown option."""
+    setattr(parser, "error", _refuse)  # noqa: B010 - argparse's own prints the whole usage and leaves
     args, unknown = parser.parse_known_args(list(argv))
     if unknown:
         options = [name for action in parser._actions for name in action.option_strings]

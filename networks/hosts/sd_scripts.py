@@ -73,6 +73,11 @@ class LoRANetwork(Network):
     ) -> Groups:
         """(groups, descriptions); None takes the default, 0 leaves a part out."""
         encoders = [part.name for part in self.arch.text_encoders]
+        if isinstance(text_encoder_lr, Sequence) and len(text_encoder_lr) > len(encoders):
+            surplus = list(text_encoder_lr)[len(encoders) :]
+            log.warning(
+                "text_encoder_lr: %s not used, %s has %d text encoders", surplus, self.arch.title, len(encoders)
+            )
         rates = text_encoder_rates(text_encoder_lr, default_lr, encoders)
         rates[self.arch.denoiser.name] = default_lr if unet_lr is None else unet_lr
         groups, descriptions = parameter_groups(self.layers, rates)
