@@ -78,7 +78,7 @@ def test_core_imports_only_torch_and_safetensors() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    for file in [*FILES, *(ROOT / "scripts").glob("*.py")]:
+    for file in [*FILES, *(ROOT / "scripts").rglob("*.py")]:
         count = len(file.read_text(encoding="utf-8").splitlines())
         assert count <= 350, f"{file.name} has {count} lines"
     for file in PACKAGE.glob("*.py"):
