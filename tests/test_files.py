@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +261,22 @@ def test_a_failed_save_leaves_the_old_file(
 
 
 def test_a_full_disk_while_writing(tmp_path: Path) -> None:
-    """The real thing where the system has it: a file system without room."""
-    full = Path("/dev/full")
-    if full.exists():  # Linux only; the row above covers the others
-        with pytest.raises(OSError), full.open("wb") as stream:
-            stream.write(b"x" * 10000)
-            stream.flush()
+    """A real limit in the middle of the data, where the system has one (not on Windows); a folder that is a file."""
+    if os.name == "posix":
+        code = (
+            "import resource, sys, torch\n"
+            "from networks.files.writer import write_tensors\n"
+            "write_tensors(sys.argv[1], {'a.w': torch.ones(4)})\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "try: write_tensors(sys.argv[1], {'a.w': torch.zeros(100_000)})\n"
+            "except OSError as error: print(error)\n"
+        )
+        (tmp_path / "limit").mkdir()
+        small = tmp_path / "limit" / "a.safetensors"
+        command = [sys.executable, "-c", code, str(small)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        assert "cannot write" in done.stdout and "untouched" in done.stdout
+        assert load_file(small)["a.w"].tolist() == [1] * 4 and os.listdir(small.parent) == ["a.safetensors"]
     file = tmp_path / "folder" / "a.safetensors"
     (tmp_path / "folder").write_text("a file where a folder should be")
     with pytest.raises(OSError, match="cannot write|not allowed"):
@@ -335,6 +347,8 @@ def test_layers_of_an_unknown_form_are_refused(tmp_path: Path) -> None:
         save_file(changed, tmp_path / "b.safetensors")
         with pytest.raises(ValueError, match="a form which this version does not know"):
             load(tmp_path / "b.safetensors")
+        with pytest.raises(ValueError, match="b.safetensors.*a form which this version does not know"):
+            networks.lora.create_network_from_weights(1.0, str(tmp_path / "b.safetensors"), None, None, sd_unet())
     save_file({k: v.to(torch.int8) if k.startswith(Q) else v for k, v in tensors.items()}, tmp_path / "c.safetensors")
     with pytest.raises(ValueError, match="not floating point"):
         load(tmp_path / "c.safetensors")

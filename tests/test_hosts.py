@@ -339,6 +339,12 @@ def test_options_for_training_work_with_dim_from_weights(tmp_path: Path, caplog:
     assert any(layer.adapter.geometry.has_kernel for layer in again.adapted_layers)
     assert {row.plus_ratio for row, _ in again.layers} == {4}
     assert again.adapted_layers[0].dropouts.rank_dropout == 0.1
+    # The same command line again, on the file that it made: what it left out is not in the file.
+    again.save_weights(tmp_path / "b.safetensors", None, {})
+    third, _ = networks.lokr.create_network_from_weights(
+        1, str(tmp_path / "b.safetensors"), None, None, unet, factor="2", exclude_patterns=".*attn1.*"
+    )
+    assert len(third.adapted_layers) == len(again.adapted_layers)
 
 
 def test_no_dropout_while_the_host_draws_samples_in_train_mode() -> None:

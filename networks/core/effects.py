@@ -45,18 +45,15 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
 
 
 def _expressions(request: Request, deciding: set[tuple[str, str]], problems: Problems) -> None:
-    """Every regular expression must win somewhere. Those that match nothing at all were reported at selection."""
-    arguments: dict[str, Sequence[str] | Mapping[str, Any]] = {
-        "exclude_patterns": request.args.exclude_patterns,
-        "network_reg_lrs": request.args.network_reg_lrs,
-    }
-    if request.saved is None:
+    """Every regular expression must win somewhere."""
+    arguments: dict[str, Sequence[str] | Mapping[str, Any]] = {"network_reg_lrs": request.args.network_reg_lrs}
+    if request.saved is None:  # what was left out when a file was made is not in it
+        arguments["exclude_patterns"] = request.args.exclude_patterns
         arguments["network_reg_dims"] = request.args.network_reg_dims
         arguments["network_reg_alphas"] = request.args.network_reg_alphas
     for argument, patterns in arguments.items():
         for pattern in patterns:
-            reported = any(argument in message and repr(pattern) in message for message in problems.messages)
-            if (argument, pattern) not in deciding and not reported:
+            if (argument, pattern) not in deciding:
                 problems.add(
                     f"{argument}: {pattern!r} decides no layer: those that it matches are left out, have no use for "
                     "it, or belong to an earlier expression (the first match wins)"

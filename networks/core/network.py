@@ -181,7 +181,7 @@ class Network(nn.Module):
         for key in unknown:
             name, _, suffix = key.partition(".")
             if name in self._layers or name in self._aliases:
-                wrong.append(f"{name}: it has {suffix}, a form which this version does not know")
+                raise ValueError(codec.unknown_form(source, name, suffix))
             else:
                 unexpected.append(name)
         for name, layer in saved.items():

@@ -13,7 +13,7 @@ from torch import nn
 from ..algos import ALGOS, Layout
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs, Problems
-from ..files.codec import SavedLayer
+from ..files.codec import SavedLayer, unknown_form
 from ..tensors.geometry import Geometry
 from . import effects, report
 from .select import Candidate, Patterns, candidates
@@ -113,6 +113,7 @@ class Request:
         conv_alpha: of larger kernels if the user gives none: it differs between hosts.
         saved: layers of a file that decides dims, forms and alphas; None without a file.
         source: the file's name, for messages.
+        unknown: layer name -> a suffix of it that no algorithm of ours has, in that file.
     """
 
     arch: ArchSpec
@@ -123,6 +124,7 @@ class Request:
     conv_alpha: float = 1.0
     saved: Mapping[str, SavedLayer] | None = None
     source: str = "the file"
+    unknown: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, nn.Module]]:
@@ -216,6 +218,8 @@ class _Planner:
 
     def _reason(self, c: Candidate, saved: SavedLayer | None) -> str:
         if self.request.saved is not None and saved is None:
+            for name in {c.saved_name, c.own_saved_name} & self.request.unknown.keys():
+                self.problems.add(unknown_form(self.request.source, name, self.request.unknown[name]))
             return c.reason or "not in the file"
         if saved is None and c.reason:
             return c.reason
@@ -271,8 +275,8 @@ class _Planner:
     def _check_selection(self) -> None:
         others = [c for c in self.found if c.reason]
         for patterns in (self.exclude, self.include, self.only, self.dims, self.alphas, self.lrs):
-            if patterns:
-                patterns.check(self.trainable, others, self.problems)
+            for pattern in patterns.check(self.trainable, others, self.problems):
+                self.deciding.add((patterns.argument, pattern))  # spoken of already
         if self.include:
             excluded = [c for c in self.trainable if self.exclude.first(c) or self.default_exclude.first(c)]
             if not any(self.include.first(c) for c in excluded):

@@ -93,12 +93,14 @@ class Patterns:
                 return pattern.pattern
         return None
 
-    def check(self, trainable: Sequence[Candidate], others: Sequence[Candidate], problems: Problems) -> None:
-        """Report every pattern that matches no layer which can be trained."""
+    def check(self, trainable: Sequence[Candidate], others: Sequence[Candidate], problems: Problems) -> set[str]:
+        """Report every pattern that matches no layer which can be trained; returns those patterns."""
+        reported: set[str] = set()
         for pattern in self.compiled:
             single = Patterns(self.argument, [pattern.pattern])
             if any(single.first(c) for c in trainable):
                 continue
+            reported.add(pattern.pattern)
             outside = next((c for c in others if single.first(c)), None)
             if outside is not None:
                 problems.add(
@@ -115,3 +117,4 @@ class Patterns:
                 example = trainable[0].dotted_name if trainable else "-"
                 hint = f"layer names look like {example!r}; scripts/plan.py lists them all"
             problems.add(f"{self.argument}: {pattern.pattern!r} matches no layer; {hint}")
+        return reported

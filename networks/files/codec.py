@@ -60,6 +60,11 @@ class SavedLayer:
         return all(t.dtype == torch.float64 for t in self.tensors.values())
 
 
+def unknown_form(source: str, name: str, suffix: str) -> str:
+    """Message: half a layer read as plain LoRA would have another strength, so it is refused."""
+    return f"{source}: {name} has {suffix}, a form which this version does not know; convert the file to a plain one"
+
+
 def is_adapter(keys: Iterable[str]) -> bool:
     """Whether these are the keys of an adapter file (any program's), not of a model."""
     endings = {key.partition(".")[2] for key in keys}

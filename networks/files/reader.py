@@ -72,7 +72,7 @@ def check(path: str | os.PathLike[str]) -> Path:
     file = Path(path)
     if file.is_dir():
         inside = sorted(p.name for p in file.glob("*.safetensors"))
-        hint = f"; it holds {', '.join(inside[:5])}" if inside else " and holds no .safetensors file"
+        hint = f"; it holds {', '.join(inside[:5])}" if inside else "; it holds no .safetensors file"
         raise ValueError(f"{file} is a folder, not a weight file{hint}")
     if not file.exists():
         near = sorted(p.name for p in file.parent.glob("*.safetensors"))[:5] if file.parent.is_dir() else []

@@ -137,14 +137,13 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> arg
 
 
 def check_weights_file(path: str, option: str) -> None:
-    """Raise ValueError when `path` cannot be a weights file: missing, or a folder."""
-    if Path(path).is_dir():
-        inside = sorted(item.name for item in Path(path).glob("*.safetensors"))
-        hint = f" It holds {', '.join(inside[:5])}." if inside else ""
-        raise ValueError(f"{option} {path} is a folder, not a file.{hint} Give the path of one .safetensors file.")
-    if not Path(path).is_file():
-        beside = [str(item) for item in Path(path).parent.glob("*.safetensors")]
-        raise ValueError(f"{option} {path}: there is no such file.{nearest(path, beside)} Check the path.")
+    """Raise ValueError when `path` is no complete .safetensors file; only its header is read."""
+    from ..files.reader import read_header
+
+    try:
+        read_header(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def check_output_folder(folder: Path, option: str = "--output_dir") -> None:

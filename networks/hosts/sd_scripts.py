@@ -207,8 +207,9 @@ class Entry:
         source = str(file or "the file")
         if unknown and not saved:
             problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
+        forms = {name: suffix for name, _, suffix in (key.partition(".") for key in unknown)}
         models = _Models.of(unet, text_encoder, problems)
-        request = replace(models.request(None, None, args, problems), saved=saved, source=source)
+        request = replace(models.request(None, None, args, problems), saved=saved, source=source, unknown=forms)
         network = self._build(models, request, problems, multiplier, for_inference)
         report = network.take(weights_sd, source)
         if report.unexpected:
