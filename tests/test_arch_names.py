@@ -6,13 +6,10 @@ and block number that the trainer's own network module gives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
+from toy_models import Recorded, recorded
 
 import networks.lora
 from networks.archs import ARCHS
@@ -20,28 +17,29 @@ from networks.archs.detect import detect, unwrap
 from networks.core.plan import Plan
 from networks.hosts.skeleton import skeleton
 
-NAMES = Path(__file__).parent / "names"
 BUILT_IN = {"sd": "sd15", "sdxl": "sdxl"}
-# Trained by default, and with conv_dim: the counts that users of the trainers know.
-COUNTS = {"sd": (192, 278, 72), "sdxl": (722, 788, 264)}
-
-
-@dataclass(frozen=True)
-class Recorded:
-    part: str
-    dotted: str
-    cls: str
-    shape: tuple[int, ...]
-    saved: str
-    block: str
-
-
-def recorded(arch: str) -> Iterator[Recorded]:
-    for line in (NAMES / f"{arch}.txt").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            part, dotted, cls, shape, saved, block = line.split("\t")
-            sizes = tuple(map(int, shape.split("x"))) if shape != "-" else ()
-            yield Recorded(part, dotted, cls, sizes, saved, block)
+# Denoiser layers trained by default, and under the arguments of WIDEST; text encoder layers under
+# those: the counts that users of the trainers know.
+COUNTS = {
+    "sd": (192, 278, 72),
+    "sdxl": (722, 788, 264),
+    "flux": (304, 312, 72 + 168),
+    "chroma": (228, 230, 168),
+    "sd3": (263, 271, 72 + 192 + 168),
+    "lumina": (180, 184, 182),
+    "hunyuan_image": (320, 320, 0),
+    "anima": (280, 514, 196),
+}
+WIDEST = {
+    "sd": {"conv_dim": "2"},
+    "sdxl": {"conv_dim": "2"},
+    "flux": {"in_dims": "[2,2,2,2,2]", "train_t5xxl": "True"},
+    "chroma": {"in_dims": "[2,0,0,0,2]", "train_t5xxl": "true"},
+    "sd3": {"emb_dims": "2,2,2,2,2,2", "train_t5xxl": "1"},
+    "lumina": {"embedder_dims": "[2, 2, 2]"},
+    "hunyuan_image": {},
+    "anima": {"train_llm_adapter": "True", "include_patterns": "['.*']"},
+}
 
 
 def trainer_models(arch: str, drop: str = "") -> dict[str, nn.Module]:
@@ -72,8 +70,9 @@ def leaf(entry: Recorded) -> nn.Module:
 
 def trainer_plan(arch: str, drop: str = "", **kwargs: str) -> Plan:
     roots = trainer_models(arch, drop)
-    unet = roots.pop("unet")
-    return networks.lora.plan(4, 1, list(roots.values()), unet, **kwargs)
+    spec = next(spec for spec in ARCHS if spec.name == arch)
+    encoders = [roots.get(part.name) for part in spec.text_encoders]
+    return networks.lora.plan(4, 1, encoders, roots[spec.denoiser.name], **kwargs)
 
 
 def saved_names(plan: Plan) -> list[str]:
@@ -83,7 +82,7 @@ def saved_names(plan: Plan) -> list[str]:
 @pytest.mark.parametrize("arch", COUNTS)
 def test_trainer_model(arch: str) -> None:
     wanted = {entry.saved: entry for entry in recorded(arch) if entry.saved != "-"}
-    plan = trainer_plan(arch, conv_dim="2")
+    plan = trainer_plan(arch, **WIDEST[arch])
     assert sorted(saved_names(plan)) == sorted(wanted)
     spec = next(spec for spec in ARCHS if spec.name == arch)
     for row in plan.trained:
@@ -91,14 +90,15 @@ def test_trainer_model(arch: str) -> None:
         assert (row.part, row.dotted_name, row.shape) == (entry.part, entry.dotted, entry.shape)
         if entry.block != "-":
             assert spec.block_of(row.dotted_name) == int(entry.block), row.dotted_name
-    default, convolutional, text = COUNTS[arch]
-    assert len(wanted) == convolutional + text
+    default, widest, text = COUNTS[arch]
+    assert len(wanted) == widest + text
     plain = trainer_plan(arch)
-    assert sum(row.part == "unet" for row in plain.trained) == default
+    assert sum(row.part == spec.denoiser.name for row in plain.trained) == default
+    assert default in spec.usual and not plain.warnings
     assert not any(row.geometry.has_kernel for row in plain.trained)
 
 
-@pytest.mark.parametrize("arch", COUNTS)
+@pytest.mark.parametrize("arch", BUILT_IN)
 def test_diffusers_model_is_saved_under_the_same_names(arch: str) -> None:
     wanted = {entry.saved: entry.shape for entry in recorded(arch) if entry.saved != "-"}
     model = skeleton(BUILT_IN[arch])
@@ -114,7 +114,7 @@ def test_names_survive_transformers_5(arch: str) -> None:
     assert saved_names(trainer_plan(arch, drop="text_model.")) == saved_names(trainer_plan(arch))
 
 
-@pytest.mark.parametrize("arch", COUNTS)
+@pytest.mark.parametrize("arch", BUILT_IN)
 def test_block_selection_is_the_same_for_both_classes(arch: str) -> None:
     model = skeleton(BUILT_IN[arch])
     for blocks in ("1-8", "11,12", "13-24" if arch == "sd" else "13-22"):
@@ -157,8 +157,9 @@ def test_wrappers_do_not_reach_names_or_detection() -> None:
 def test_every_architecture_is_recorded_and_told_apart() -> None:
     assert {arch.name for arch in ARCHS} == set(COUNTS)
     for arch in ARCHS:
-        assert detect(trainer_models(arch.name)["unet"]) is arch
-        assert detect(skeleton(BUILT_IN[arch.name]).unet) is arch
+        assert detect(trainer_models(arch.name)[arch.denoiser.name]) is arch
+        if arch.name in BUILT_IN:
+            assert detect(skeleton(BUILT_IN[arch.name]).unet) is arch
     with pytest.raises(ValueError, match="class Linear; known: .*UNet2DConditionModel"):
         detect(nn.Linear(2, 2))
 

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_parts import draw, randomise, sd_unet, text_encoder
+from toy_models import signal, toy
 
 import networks.lora
+from networks.archs import ARCHS
 from networks.args.table import TABLE
 
+FLUX_KINDS = [name for name, _ in next(arch for arch in ARCHS if arch.name == "flux").layer_dims]
+SD3_KINDS = [name for name, _ in next(arch for arch in ARCHS if arch.name == "sd3").layer_dims]
 CONV = {"conv_dim": "2"}
 LOKR = {"algo": "lokr", "factor": "2"}
 # argument -> (arguments on both sides, the argument's value)
@@ -40,6 +44,35 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "loraplus_unet_lr_ratio": ({}, "4"),
     "loraplus_text_encoder_lr_ratio": ({}, "4"),
 }
+DIMS = {"block_dims": ",".join(["4"] * 25)}
+CONV_DIMS = {**DIMS, "conv_block_dims": ",".join(["2"] * 25)}
+EFFECTS |= {
+    "block_dims": ({}, ",".join(map(str, range(1, 26)))),
+    "block_alphas": (DIMS, ",".join(["2"] * 25)),
+    "conv_block_dims": (DIMS, ",".join(["2"] * 25)),
+    "conv_block_alphas": (CONV_DIMS, ",".join(["2"] * 25)),
+    "down_lr_weight": ({}, "cosine"),
+    "mid_lr_weight": ({}, "0.5"),
+    "up_lr_weight": ({}, "linear+.5"),
+    "block_lr_zero_threshold": ({"down_lr_weight": "0.1,0.1,0.1"}, "0.2"),
+}
+# Arguments of layers that only some architectures have: (architecture, value).
+OF_ARCHS: dict[str, tuple[str, str]] = {
+    **{name: ("flux", "2") for name in FLUX_KINDS},
+    **{name: ("sd3", "2") for name in SD3_KINDS},
+    **{name: ("lumina", "2") for name in ("refiner_dim", "attn_dim", "mlp_dim", "mod_dim")},
+    "in_dims": ("flux", "[2,0,2,0,1]"),
+    "emb_dims": ("sd3", "2,2,2,2,2,2"),
+    "embedder_dims": ("lumina", "2,0,2"),
+    "train_blocks": ("flux", "single"),
+    "train_double_block_indices": ("flux", "1"),
+    "train_single_block_indices": ("flux", "none"),
+    "train_block_indices": ("sd3", "0"),
+    "train_t5xxl": ("flux", "True"),
+    "train_llm_adapter": ("anima", "True"),
+}
+NEUTRAL = {"train_blocks": "all", "train_t5xxl": "False", "train_llm_adapter": "0"}
+NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
 ONLY_LOGGED = {"verbose", "allow_unknown"}
 
 
@@ -58,6 +91,32 @@ def observed(**kwargs: str) -> tuple[Any, ...]:
     return shapes, scales, rates, draw(unet).detach().sum().item()
 
 
+def observed_on(arch: str, **kwargs: str) -> tuple[Any, ...]:
+    """Shapes, strengths, and a forward pass, on a stand-in for the trainer's model."""
+    spec, models = next(spec for spec in ARCHS if spec.name == arch), toy(arch)
+    encoders, denoiser = [models.get(part.name) for part in spec.text_encoders], models[spec.denoiser.name]
+    network = networks.lora.create_network(1.0, 4, 1, None, encoders, denoiser, **kwargs)
+    network.apply_to(encoders, denoiser, True, True)
+    shapes = [(name, tuple(p.shape)) for name, p in network.named_parameters()]
+    randomise(network)
+    return shapes, [layer.scale for layer in network.adapted_layers], denoiser(signal()).sum().item()
+
+
+@pytest.mark.parametrize("name", OF_ARCHS)
+def test_effect_on_its_architecture(name: str) -> None:
+    arch, value = OF_ARCHS[name]
+    assert observed_on(arch) == observed_on(arch)
+    assert observed_on(arch) != observed_on(arch, **{name: value})
+
+
+@pytest.mark.parametrize("name", OF_ARCHS)
+def test_refused_elsewhere(name: str) -> None:
+    """With the architectures that have it; a neutral value passes."""
+    with pytest.raises(ValueError, match=f"{name} has no effect on Stable Diffusion 1.x / 2.x; it belongs to"):
+        networks.lora.plan(4, 1, None, sd_unet(), **{name: OF_ARCHS[name][1]})
+    networks.lora.plan(4, 1, None, sd_unet(), **{name: NEUTRAL.get(name, "none")})
+
+
 @pytest.mark.parametrize("name", EFFECTS)
 def test_effect(name: str) -> None:
     common, value = EFFECTS[name]
@@ -66,7 +125,7 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
-    assert EFFECTS.keys() | ONLY_LOGGED == {arg.name for arg in TABLE}
+    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED == {arg.name for arg in TABLE}
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")
     assert "attn1.to_q" in caplog.text and "unknown argument foo" in caplog.text

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from .anima import ANIMA
+from .flux import CHROMA, FLUX
+from .hunyuan_image import HUNYUAN_IMAGE
+from .lumina import LUMINA
 from .sd import SD, SDXL
+from .sd3 import SD3
 from .spec import ArchSpec
 
-ARCHS: tuple[ArchSpec, ...] = (SDXL, SD)
+ARCHS: tuple[ArchSpec, ...] = (SDXL, SD, FLUX, CHROMA, SD3, LUMINA, HUNYUAN_IMAGE, ANIMA)
 
 __all__ = ["ARCHS", "ArchSpec"]

@@ -6,16 +6,18 @@ Saved names are the trainers': for SD the diffusers names of the layers, for SDX
 
 from __future__ import annotations
 
-from .spec import ArchSpec, Pairs, Part, Signature
+from .spec import ArchSpec, BlockLevels, Pairs, Part, Signature
 
 TRANSFORMER = ("Transformer2DModel",)
 CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
+# The same classes under the names which they have had over the versions of their library.
 CLIP = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 # transformers 5 dropped the text_model level of CLIPTextModel; no reader knows the shorter names.
 CLIP_RENAME: Pairs = tuple((top, f"text_model.{top}") for top in ("encoder.", "embeddings.", "final_layer_norm"))
 
 
-def _clip(number: int | None) -> Part:
+def clip(number: int | None) -> Part:
+    """A CLIP text encoder: `lora_te`, or `lora_te1`, `lora_te2` where there are several."""
     suffix = "" if number is None else str(number)
     return Part(f"text_encoder{suffix}", f"lora_te{suffix}", CLIP, rename=CLIP_RENAME)
 
@@ -84,20 +86,26 @@ def _sdxl_blocks() -> tuple[tuple[str, int], ...]:
 SD = ArchSpec(
     name="sd",
     title="Stable Diffusion 1.x / 2.x",
+    entry="lora",
     signatures=(Signature("UNet2DConditionModel", lacks=("add_embedding", "label_emb")),),
     denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL),
-    text_encoders=(_clip(None),),
+    text_encoders=(clip(None),),
     blocks=_sd_blocks(),
+    levels=BlockLevels(first=0, down=12, mid=1, up=12),
+    usual=frozenset({192}),
 )
 
 SDXL = ArchSpec(
     name="sdxl",
     title="Stable Diffusion XL",
+    entry="lora",
     signatures=(
         Signature("SdxlUNet2DConditionModel"),
         Signature("UNet2DConditionModel", has=("add_embedding",)),
     ),
     denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_sdxl_rename()),
-    text_encoders=(_clip(1), _clip(2)),
+    text_encoders=(clip(1), clip(2)),
     blocks=_sdxl_blocks(),
+    levels=BlockLevels(first=1, down=9, mid=3, up=9),
+    usual=frozenset({722}),
 )

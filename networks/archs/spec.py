@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 Pairs = tuple[tuple[str, str], ...]
@@ -27,6 +28,8 @@ class Part:
         conv_containers: class names that join when a dim for larger kernels is given.
         rename: (prefix of the model's own dotted name, prefix of the trainer's), first match wins: models with
             another library's classes are saved under the trainer's names.
+        argument: the part is trained only if this argument is True; "" = always.
+        optional: (argument, class names that join the containers if it is True).
     """
 
     name: str
@@ -34,6 +37,8 @@ class Part:
     containers: tuple[str, ...]
     conv_containers: tuple[str, ...] = ()
     rename: Pairs = ()
+    argument: str = ""
+    optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def trainer_name(self, dotted_name: str) -> str:
         """The dotted name which this layer has in the trainer's own model."""
@@ -47,29 +52,120 @@ class Part:
 
 
 @dataclass(frozen=True)
+class BlockAxis:
+    """A row of numbered blocks below one name.
+
+    Attributes:
+        prefix: of a trainer's dotted name, up to the number: `double_blocks.`.
+        first: the number which its block 0 has in `blocks=`.
+        argument: selects among these blocks by their own numbers; "" if there is none.
+    """
+
+    prefix: str
+    first: int = 0
+    argument: str = ""
+
+    def index(self, trainer_name: str) -> int | None:
+        """The block's own number, or None for layers elsewhere."""
+        if not trainer_name.startswith(self.prefix):
+            return None
+        number = trainer_name[len(self.prefix) :].partition(".")[0]
+        return int(number) if number.isdigit() else None
+
+
+@dataclass(frozen=True)
+class BlockLevels:
+    """Depths of a UNet, for the learning rates by block: numbers of blocks on the way down, in the middle, up.
+
+    Attributes:
+        first: block number of the first one on the way down; the others follow it.
+    """
+
+    first: int
+    down: int
+    mid: int
+    up: int
+
+    def rates(self, down: list[float], mid: list[float], up: list[float]) -> dict[int, float]:
+        """Block number -> factor on the learning rate."""
+        return {self.first + i: rate for i, rate in enumerate([*down, *mid, *up])}
+
+
+@dataclass(frozen=True)
 class ArchSpec:
     """An architecture.
 
     Attributes:
         name, title: for the machine and for people.
+        entry: the module that stands for it, `lora_flux`; its own name asserts this architecture.
         signatures: denoiser classes that mark it.
         denoiser, text_encoders: its parts; text encoders in the order in which hosts hand them over.
         blocks: (prefix of a trainer's dotted name, block number), for `blocks=`.
+        axes: the same for models whose blocks carry their number in the name.
         exclude: regular expressions left out by default.
+        layer_dims: (argument, regular expression on the trainer's dotted name): the dim of a kind of layer; the first
+            that is given and matches wins, 0 leaves the layer out.
+        extra_dims: (argument, regular expressions): layers outside the containers, trained if the argument, a list with
+            one dim for each expression, says so.
+        block_sets: (name, regular expression): what `train_blocks=name` trains; `all` is understood everywhere.
+        levels: for learning rates by depth, where an architecture has them.
+        usual: numbers of denoiser layers that are trained by default, over the released models.
     """
 
     name: str
     title: str
+    entry: str
     signatures: tuple[Signature, ...]
     denoiser: Part
     text_encoders: tuple[Part, ...] = ()
     blocks: tuple[tuple[str, int], ...] = field(default=())
+    axes: tuple[BlockAxis, ...] = ()
     exclude: tuple[str, ...] = ()
+    layer_dims: Pairs = ()
+    extra_dims: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    block_sets: Pairs = ()
+    levels: BlockLevels | None = None
+    usual: frozenset[int] = frozenset()
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """Arguments which only architectures with such layers have."""
+        names = {name for name, _ in self.layer_dims} | {name for name, _ in self.extra_dims}
+        names |= {axis.argument for axis in self.axes} | {part.argument for part in self.parts}
+        names |= {name for part in self.parts for name, _ in part.optional}
+        if self.block_sets:
+            names.add("train_blocks")
+        if self.levels:
+            names |= {"down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"}
+        return frozenset(names - {""})
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.text_encoders, self.denoiser)
+
+    def kind_of(self, trainer_name: str, given: frozenset[str]) -> str | None:
+        """The first of the given layer_dims arguments that speaks of this denoiser layer."""
+        return next(
+            (name for name, regex in self.layer_dims if name in given and re.fullmatch(regex, trainer_name)), None
+        )
+
+    def extra_of(self, trainer_name: str) -> tuple[str, int] | None:
+        """(argument, position in its list) of a denoiser layer outside the containers."""
+        for name, expressions in self.extra_dims:
+            for i, regex in enumerate(expressions):
+                if re.fullmatch(regex, trainer_name):
+                    return name, i
+        return None
 
     def block_of(self, trainer_name: str) -> int | None:
         """The block number of a denoiser layer, or None for layers outside all blocks."""
+        for axis in self.axes:
+            index = axis.index(trainer_name)
+            if index is not None:
+                return axis.first + index
         return next((n for prefix, n in self.blocks if trainer_name.startswith(prefix)), None)
 
     @property
-    def block_count(self) -> int:
-        return 1 + max((n for _, n in self.blocks), default=-1)
+    def block_count(self) -> int | None:
+        """How many blocks there are, if that is the same in every model of the architecture."""
+        return 1 + max(n for _, n in self.blocks) if self.blocks else None

@@ -10,10 +10,14 @@ _TYPES = {
     "int": "number",
     "float": "number",
     "choice": "",
+    "word": "a name",
     "patterns": "`['regex', ...]`",
     "regex_int": "`{'regex': 8}`",
     "regex_float": "`{'regex': 1e-4}`",
     "blocks": "`0-7,20-24`",
+    "ints": "`4,8,16`",
+    "floats": "`1,0.5,1`",
+    "rates": "`1,0.5,0` or `cosine+0.25`",
 }
 
 
@@ -46,7 +50,7 @@ def _type(arg: Arg) -> str:
 def _default(arg: Arg) -> str:
     if arg.name == "algo":
         return "the entry's"
-    return "-" if arg.default in (None, (), {}) else str(arg.default)
+    return "-" if arg.default in (None, (), {}) or arg.kind == "rates" else str(arg.default)
 
 
 def _only(arg: Arg) -> str:

@@ -110,6 +110,11 @@ def _choice(arg: Arg, raw: Any) -> str:
     return text
 
 
+def _word(arg: Arg, raw: Any) -> str:
+    """A name which the architecture explains."""
+    return _text(raw).lower()
+
+
 def _from_file(text: str) -> Any:
     """`@file`: TOML or JSON by its ending, otherwise one item per line (# starts a comment)."""
     path = Path(text[1:].strip()).expanduser()
@@ -229,18 +234,94 @@ def _blocks(arg: Arg, raw: Any) -> tuple[int, ...] | None:
     return tuple(sorted(numbers))
 
 
+def _integers(arg: Arg, raw: Any) -> tuple[int | None, ...]:
+    """A list of whole numbers, `4,,8` or `[4, 0, 8]`; an empty item is None: not given."""
+    return tuple(None if item is None else _integer(arg, item) for item in _items(raw))
+
+
+def _numbers(arg: Arg, raw: Any) -> tuple[float | None, ...]:
+    """The same with fractions."""
+    return tuple(None if item is None else _number(arg, item) for item in _items(raw))
+
+
+def _items(raw: Any) -> list[Any]:
+    found = _structure(raw)
+    if isinstance(found, dict) and len(found) == 1:  # TOML has no list at its top: values = [...]
+        found = next(iter(found.values()))
+    if isinstance(found, str):
+        text = found.strip()
+        found = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
+        found = [] if found.lower() in NOT_GIVEN else found.split(",")
+    elif isinstance(found, (int, float)):
+        found = [found]
+    if not isinstance(found, (list, tuple)):
+        raise ValueError("is not a list of numbers; write 4,8,16")
+    return [None if item is None or str(item).strip() == "" else item for item in found]
+
+
+CURVES: dict[str, Callable[[float], float]] = {  # position 0 to 1 -> factor
+    "sine": lambda t: math.sin(math.pi * t / 2),
+    "cosine": lambda t: math.sin(math.pi * (1 - t) / 2),
+    "linear": lambda t: t,
+    "reverse_linear": lambda t: 1 - t,
+    "zeros": lambda t: 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Factors on the learning rate, by depth: a list, or a named curve plus an offset."""
+
+    values: tuple[float, ...] = ()
+    curve: str = ""
+    offset: float = 0.0
+
+    def expand(self, count: int) -> list[float]:
+        """One factor for each of `count` depths; a list that is too short goes on with 1.
+
+        Raises:
+            ValueError: the list is too long.
+        """
+        if self.curve:
+            return [CURVES[self.curve](i / max(1, count - 1)) + self.offset for i in range(count)]
+        if len(self.values) > count:
+            raise ValueError(f"has {len(self.values)} values, but there are {count} blocks")
+        return [*self.values, *[1.0] * (count - len(self.values))]
+
+    def __bool__(self) -> bool:
+        return bool(self.values or self.curve)
+
+
+def _rates(arg: Arg, raw: Any) -> Rates:
+    """`0,0.5,1`, or `cosine+0.25`; an empty item is 0, as in the trainer."""
+    if isinstance(raw, Rates):
+        return raw
+    if isinstance(raw, str):
+        name, _, offset = raw.strip().partition("+")
+        if name.strip().lower() in CURVES:
+            return Rates(curve=name.strip().lower(), offset=_number(arg, offset or 0))
+        if re.fullmatch(r"[a-z_]+", name.strip().lower()) and name.strip().lower() not in NOT_GIVEN:
+            known = ", ".join(CURVES)
+            raise ValueError(f"is no curve; write one of {known}, or numbers{nearest(name.strip(), CURVES)}")
+    return Rates(tuple(0.0 if item is None else item for item in _numbers(arg, raw)))
+
+
 KINDS: dict[str, Callable[[Arg, Any], Any]] = {
     "bool": _boolean,
     "int": _integer,
     "float": _number,
     "choice": _choice,
+    "word": _word,
     "patterns": _patterns,
     "regex_int": _regex_map,
     "regex_float": _regex_map,
     "blocks": _blocks,
+    "ints": _integers,
+    "floats": _numbers,
+    "rates": _rates,
 }
 NUMBERS = ("int", "float")
-LISTS = ("patterns", "regex_int", "regex_float")
+LISTS = ("patterns", "regex_int", "regex_float", "ints", "floats", "rates")
 
 
 def nearest(word: str, known: Iterable[str], introduction: str = "; did you mean {}?") -> str:

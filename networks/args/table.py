@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import Arg
+from .spec import Arg, Rates
 
 ALGOS = ("lora", "loha", "lokr")
 _RANK = "rank and strength"
@@ -10,7 +10,39 @@ _FORM = "form of the factors"
 _DROP = "dropout"
 _WHERE = "which layers"
 _LR = "learning rates"
+_KIND = "layers by kind, where an architecture has them"
 _OTHER = "other"
+
+LAYER_DIMS = {
+    "img_attn_dim": "the image attention in double blocks (FLUX.1, Chroma)",
+    "txt_attn_dim": "the text attention in double blocks (FLUX.1, Chroma)",
+    "img_mlp_dim": "the image MLP in double blocks (FLUX.1, Chroma)",
+    "txt_mlp_dim": "the text MLP in double blocks (FLUX.1, Chroma)",
+    "img_mod_dim": "the image modulation in double blocks (FLUX.1)",
+    "txt_mod_dim": "the text modulation in double blocks (FLUX.1)",
+    "single_dim": "linear1 and linear2 in single blocks (FLUX.1, Chroma)",
+    "single_mod_dim": "the modulation in single blocks (FLUX.1)",
+    "context_attn_dim": "the context attention (SD3)",
+    "context_mlp_dim": "the context MLP (SD3)",
+    "context_mod_dim": "the context modulation (SD3)",
+    "x_attn_dim": "the image attention, both of them (SD3)",
+    "x_mlp_dim": "the image MLP (SD3)",
+    "x_mod_dim": "the image modulation (SD3)",
+    "refiner_dim": "the two refiners (Lumina)",
+    "attn_dim": "the attention (Lumina)",
+    "mlp_dim": "the feed-forward layers (Lumina)",
+    "mod_dim": "the modulation (Lumina)",
+}
+EXTRA_DIMS = {
+    "in_dims": "img_in, time_in, vector_in, guidance_in, txt_in (FLUX.1, Chroma)",
+    "emb_dims": "context, t, x and y embedder, modulation and linear of the final layer (SD3)",
+    "embedder_dims": "x, t and caption embedder (Lumina)",
+}
+BLOCK_INDICES = {
+    "train_double_block_indices": "double blocks (FLUX.1, Chroma)",
+    "train_single_block_indices": "single blocks, counted from 0 (FLUX.1, Chroma)",
+    "train_block_indices": "joint blocks (SD3)",
+}
 
 TABLE: tuple[Arg, ...] = (
     Arg(
@@ -138,7 +170,8 @@ TABLE: tuple[Arg, ...] = (
         "blocks",
         "blocks",
         None,
-        "train only these blocks of the denoiser, `0-7,20-24`; SD has 25 and SDXL 23 of them",
+        "train only these blocks of the denoiser, `0-7,20-24`; SD has 25 and SDXL 23 of them, the single blocks of "
+        "FLUX.1 come after its 19 double blocks",
         _WHERE,
     ),
     Arg(
@@ -166,6 +199,80 @@ TABLE: tuple[Arg, ...] = (
         "the same for the text encoders alone",
         _LR,
         neutral=(1,),
+        minimum=0,
+    ),
+    Arg(
+        "block_dims",
+        "ints",
+        (),
+        "dim of each block of the denoiser in place of network_dim, one number for every block (25 for SD, 23 for "
+        "SDXL, counted as `blocks` does); 0 leaves a block out",
+        _RANK,
+        minimum=0,
+    ),
+    Arg(
+        "block_alphas",
+        "floats",
+        (),
+        "alpha of each block, with block_dims; an empty item means network_alpha",
+        _RANK,
+        minimum=0,
+    ),
+    Arg(
+        "conv_block_dims",
+        "ints",
+        (),
+        "dim of each block's convolutions with a kernel above 1x1, with block_dims",
+        _RANK,
+        minimum=0,
+    ),
+    Arg(
+        "conv_block_alphas",
+        "floats",
+        (),
+        "alpha of each block's convolutions, with conv_block_dims; an empty item means conv_alpha",
+        _RANK,
+        minimum=0,
+    ),
+    *(
+        Arg(name, "int", None, f"dim of {what}, in place of network_dim; 0 leaves them out", _KIND, minimum=0)
+        for name, what in LAYER_DIMS.items()
+    ),
+    *(
+        Arg(name, "ints", (), f"dims of layers outside the blocks: {what}; 0 = not trained", _KIND, minimum=0)
+        for name, what in EXTRA_DIMS.items()
+    ),
+    Arg(
+        "train_blocks",
+        "word",
+        "all",
+        "which kind of blocks to train: all, double, single (FLUX.1, Chroma, HunyuanImage); all, transformer, "
+        "refiners, noise_refiner, context_refiner (Lumina)",
+        _KIND,
+    ),
+    *(
+        Arg(name, "blocks", None, f"train only these {what}; `all` or `none` are words, too", _KIND)
+        for name, what in BLOCK_INDICES.items()
+    ),
+    Arg("train_t5xxl", "bool", False, "train the T5 text encoder too (FLUX.1, SD3)", _KIND),
+    Arg("train_llm_adapter", "bool", False, "train the adapter behind the text encoder too (Anima)", _KIND),
+    Arg(
+        "down_lr_weight",
+        "rates",
+        Rates(),
+        "factor on the learning rate of each block on the way down, shallow to deep (12 for SD, 9 for SDXL); or a "
+        "curve: sine, cosine, linear, reverse_linear, zeros, with +x added; 0 leaves a block out",
+        _LR,
+        minimum=0,
+    ),
+    Arg("mid_lr_weight", "rates", Rates(), "the same for the middle (1 for SD, 3 for SDXL)", _LR, minimum=0),
+    Arg("up_lr_weight", "rates", Rates(), "the same on the way up, deep to shallow", _LR, minimum=0),
+    Arg(
+        "block_lr_zero_threshold",
+        "float",
+        0.0,
+        "factors of those lists up to this value count as 0",
+        _LR,
         minimum=0,
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),

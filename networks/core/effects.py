@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
 
 _DECIDED_BY_FILE = frozenset(
-    "conv_dim conv_alpha network_reg_dims network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
+    "conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas network_reg_dims "
+    "network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
     "unbalanced_factorization".split()
 )
 _TUCKER = {"mid", "t1", "t2"}
@@ -40,6 +41,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
         if decided:
             notes.append(f"{', '.join(decided)}: not used, the file decides dims, alphas and forms")
         return notes
+    _kinds(request, deciding, problems)
     _forms(trained, args, ("conv_dim", "") in deciding, problems, notes)
     return notes
 
@@ -76,6 +78,13 @@ def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems) 
     for argument, here in (("loraplus_unet_lr_ratio", True), ("loraplus_text_encoder_lr_ratio", False)):
         if getattr(args, argument) not in (None, 1.0) and here not in parts:
             problems.add(f"{argument} has no effect: no layer of that part is trained")
+
+
+def _kinds(request: Request, deciding: set[tuple[str, str]], problems: Problems) -> None:
+    """A dim for a kind of layer must reach one."""
+    for argument in {name for name, _ in request.arch.layer_dims} & request.args.given:
+        if (argument, "") not in deciding:
+            problems.add(f"{argument} has no effect: no such layer is left to train, or network_reg_dims decides them")
 
 
 def _forms(trained: Sequence[PlanRow], args: Any, conv: bool, problems: Problems, notes: list[str]) -> None:

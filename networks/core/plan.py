@@ -16,6 +16,7 @@ from ..args.parse import NetArgs, Problems
 from ..files.codec import SavedLayer, unknown_form
 from ..tensors.geometry import Geometry
 from . import effects, report
+from .blocks import BlockChoices
 from .select import Candidate, Patterns, candidates
 
 
@@ -28,6 +29,8 @@ class PlanRow:
         algo, dim, alpha, options: what it gets.
         scale: effective strength at multiplier 1.
         lr: absolute learning rate from a regular expression, or None for that of its part.
+        block: its block number, if it has one.
+        block_rate: factor on the learning rate from its block, or None without such factors.
         plus_ratio: LoRA+ factor on the learning rate of the plus parameters.
         rank_axis: whether dropouts on the rank activation reach it.
         reason: why it is left out; "" if it is trained.
@@ -46,6 +49,8 @@ class PlanRow:
     options: Mapping[str, Any] = field(default_factory=dict)
     scale: float = 0.0
     lr: float | None = None
+    block: int | None = None
+    block_rate: float | None = None
     plus_ratio: float = 1.0
     rank_axis: bool = False
     parameters: int = 0
@@ -74,11 +79,13 @@ class Plan:
         title: of the architecture.
         rows: all layers, trained or not, in model order.
         notes: what a user should know, one sentence each.
+        warnings: what looks wrong, one sentence each.
     """
 
     title: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @cached_property
     def trained(self) -> tuple[PlanRow, ...]:
@@ -144,11 +151,11 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, nn
         rows.append(row)
     plan = Plan(request.arch.title, tuple(rows))
     notes = effects.check(plan, request, planner.deciding, problems)
-    return replace(plan, notes=tuple(notes)), modules
+    return replace(plan, notes=tuple(notes), warnings=tuple(planner.unusual())), modules
 
 
 class _Planner:
-    """Precedence in one place: file > regular expression > default, for dim and alpha."""
+    """Precedence in one place: file > regular expression > kind of layer > block > default, for dim and alpha."""
 
     def __init__(self, request: Request, problems: Problems) -> None:
         self.request, self.args, self.problems = request, request.args, problems
@@ -161,9 +168,11 @@ class _Planner:
         self.dims = Patterns("network_reg_dims", a.network_reg_dims)
         self.alphas = Patterns("network_reg_alphas", a.network_reg_alphas)
         self.lrs = Patterns("network_reg_lrs", a.network_reg_lrs)
-        convolutions = bool(a.conv_dim) or request.saved is not None
-        self.found = [c for part, model in request.parts for c in candidates(part, model, convolutions)]
+        convolutions = bool(a.conv_dim or a.conv_block_dims) or request.saved is not None
+        on = {name for name in request.arch.arguments if a.values[name] is True}
+        self.found = [self._admit(c) for part, m in request.parts for c in candidates(part, m, convolutions, on)]
         self.trainable = [c for c in self.found if not c.reason]
+        self.blocks = BlockChoices(request, [c.trainer_name for c in self.found if self._of_denoiser(c)], problems)
         self._check_selection()
 
     def row(self, c: Candidate) -> PlanRow:
@@ -184,9 +193,9 @@ class _Planner:
             options |= {"use_scalar": True} if self.args.use_scalar else {}
         else:
             dim, alpha = self._dim(c), self._alpha(c)
-            if dim == 0:
+            if dim == 0 or self.blocks.rate(c.trainer_name) == 0 and self._of_denoiser(c):
                 self._note(c, scaled=False)
-                return replace(row, reason="dim 0")
+                return replace(row, reason="dim 0" if dim == 0 else "its block has the learning rate factor 0")
             algorithm = ALGOS[self.args.algo]
             options = self.args.pick(algorithm.options)
         layout = algorithm.layout(g, dim, **options)
@@ -195,7 +204,7 @@ class _Planner:
         if layout.rank is not None and alpha:
             folded = saved is not None or not self.args.rs_lora
             scale = alpha / (layout.rank if folded else math.sqrt(layout.rank))
-        denoiser = c.part is self.request.arch.denoiser
+        denoiser = self._of_denoiser(c)
         return replace(
             row,
             algo=algorithm.algo,
@@ -204,6 +213,8 @@ class _Planner:
             options=options,
             scale=scale,
             lr=self._lr(c),
+            block=self.request.arch.block_of(c.trainer_name) if denoiser else None,
+            block_rate=self.blocks.rate(c.trainer_name) if denoiser else None,
             plus_ratio=self._plus(denoiser),
             rank_axis=layout.rank_axis,
             parameters=layout.parameters,
@@ -229,11 +240,33 @@ class _Planner:
             return f"excluded by {excluded!r}"
         if self.only and not self.only.first(c):
             return "not in only_patterns"
-        if self.args.blocks is not None and c.part is self.request.arch.denoiser:
-            block = self.request.arch.block_of(c.trainer_name)
-            if block not in self.args.blocks:
-                return "in no numbered block" if block is None else f"block {block} is not in blocks"
-        return ""
+        return self.blocks.reason(c.trainer_name) if self._of_denoiser(c) and not self._is_extra(c) else ""
+
+    def _of_denoiser(self, c: Candidate) -> bool:
+        return c.part is self.request.arch.denoiser
+
+    def _is_extra(self, c: Candidate) -> bool:
+        return self.request.arch.extra_of(c.trainer_name) is not None
+
+    def _admit(self, c: Candidate) -> Candidate:
+        """A layer outside the containers joins if its own argument gives it a dim."""
+        extra = self.request.arch.extra_of(c.trainer_name) if c.reason and self._of_denoiser(c) else None
+        if extra is None:
+            return c
+        return replace(c, reason="" if self._extra_dim(*extra) else f"give {extra[0]} to train it", by_conv_dim=False)
+
+    def _extra_dim(self, argument: str, position: int) -> int:
+        dims = getattr(self.args, argument)
+        return (dims[position] or 0) if position < len(dims) else 0
+
+    def unusual(self) -> list[str]:
+        """A warning if the denoiser has another number of layers than every released model of its architecture."""
+        arch = self.request.arch
+        count = sum(c.default and self._of_denoiser(c) and not self.default_exclude.first(c) for c in self.found)
+        if not arch.usual or count in arch.usual:
+            return []
+        usual = ", ".join(map(str, sorted(arch.usual)))
+        return [f"{arch.title} usually has {usual} layers to train, this model has {count}: is it the right model?"]
 
     def _note(self, c: Candidate, scaled: bool) -> None:
         """Remember which expressions decide this layer; alpha decides nothing where there is no rank."""
@@ -243,6 +276,15 @@ class _Planner:
                 self.deciding.add((patterns.argument, pattern))
         if c.by_conv_dim:
             self.deciding.add(("conv_dim", ""))
+        kind = self._kind(c)
+        if kind is not None and self.dims.first(c) is None:
+            self.deciding.add((kind, ""))
+
+    def _kind(self, c: Candidate) -> str | None:
+        if not self._of_denoiser(c):
+            return None
+        extra = self.request.arch.extra_of(c.trainer_name)
+        return extra[0] if extra else self.request.arch.kind_of(c.trainer_name, self.args.given)
 
     # -- values
 
@@ -250,12 +292,25 @@ class _Planner:
         pattern = self.dims.first(c)
         if pattern is not None:
             return int(self.args.network_reg_dims[pattern])
-        return int(self.args.conv_dim) if c.geometry.has_kernel else self.request.dim
+        extra = self.request.arch.extra_of(c.trainer_name) if self._of_denoiser(c) else None
+        if extra is not None:
+            return self._extra_dim(*extra)
+        kind = self._kind(c)
+        if kind is not None:
+            return int(getattr(self.args, kind))
+        kernel = c.geometry.has_kernel
+        own = self.blocks.dim(c.trainer_name, kernel) if self._of_denoiser(c) else None
+        if own is not None:
+            return own
+        return int(self.args.conv_dim or 0) if kernel else self.request.dim
 
     def _alpha(self, c: Candidate) -> float:
         pattern = self.alphas.first(c)
         if pattern is not None:
             return float(self.args.network_reg_alphas[pattern])
+        own = self.blocks.alpha(c.trainer_name, c.geometry.has_kernel) if self._of_denoiser(c) else None
+        if own is not None:
+            return own
         if not c.geometry.has_kernel:
             return self.request.alpha
         return self.request.conv_alpha if self.args.conv_alpha is None else self.args.conv_alpha
@@ -284,6 +339,3 @@ class _Planner:
                     "include_patterns rescues nothing: no exclude pattern matches these layers "
                     "(to train nothing else, use only_patterns)"
                 )
-        count = self.request.arch.block_count
-        if any(block >= count for block in self.args.blocks or ()):
-            self.problems.add(f"blocks: {self.request.arch.title} has the blocks 0 to {count - 1}")

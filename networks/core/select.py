@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,6 +25,7 @@ class Candidate:
         trainer_name: its path in the trainer's own model; the same unless the classes are another library's.
         reason: why the architecture leaves it out; "" if it can be trained.
         by_conv_dim: only a dim for larger kernels lets it in.
+        default: trained when no argument says otherwise (an exclude pattern of the architecture apart).
     """
 
     part: Part
@@ -35,6 +36,7 @@ class Candidate:
     geometry: Geometry
     reason: str
     by_conv_dim: bool
+    default: bool
 
     @property
     def own_saved_name(self) -> str:
@@ -42,21 +44,30 @@ class Candidate:
         return f"{self.part.prefix}_{self.dotted_name}".replace(".", "_")
 
 
-def candidates(part: Part, model: nn.Module, convolutions: bool) -> Iterator[Candidate]:
+def candidates(
+    part: Part, model: nn.Module, convolutions: bool, switched_on: Collection[str] = ()
+) -> Iterator[Candidate]:
     """All Linears and convolutions of a model, each once, in module order.
 
     Args:
         convolutions: whether kernels above 1x1 have a dim; the part's conv_containers join then.
+        switched_on: names of the boolean arguments that are True; the part may wait for one of them.
     """
+    containers = part.containers + tuple(c for name, more in part.optional if name in switched_on for c in more)
     for path, module, classes in _walk(unwrap(model), "", frozenset()):
         geometry = Geometry.of(module)
         if geometry is None:
             continue
         dotted = _WRAPPER.sub("", path).lstrip(".")
         reason, by_conv_dim = "", False
-        if classes.isdisjoint(part.containers):
-            if classes.isdisjoint(part.conv_containers):
-                reason = f"outside {', '.join((*part.containers, *part.conv_containers))}"
+        if part.argument and part.argument not in switched_on:
+            reason = f"give {part.argument}=True to train it"
+        elif classes.isdisjoint(containers):
+            waiting = next((name for name, more in part.optional if not classes.isdisjoint(more)), "")
+            if waiting:
+                reason = f"give {waiting}=True to train it"
+            elif classes.isdisjoint(part.conv_containers):
+                reason = f"outside {', '.join((*containers, *part.conv_containers))}"
             else:
                 reason, by_conv_dim = "in a convolutional block: give conv_dim to train it", True
         elif geometry.has_kernel:
@@ -64,7 +75,8 @@ def candidates(part: Part, model: nn.Module, convolutions: bool) -> Iterator[Can
         if by_conv_dim and convolutions:
             reason = ""
         names = dotted, part.trainer_name(dotted), part.saved_name(dotted)
-        yield Candidate(part, *names, module, geometry, reason, by_conv_dim)
+        default = not part.argument and not classes.isdisjoint(part.containers) and not geometry.has_kernel
+        yield Candidate(part, *names, module, geometry, reason, by_conv_dim, default)
 
 
 def _walk(module: nn.Module, path: str, classes: frozenset[str]) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:

@@ -35,6 +35,8 @@ class LoRANetwork(Network):
     def __init__(self, arch: ArchSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.arch = arch
+        # FLUX.1's and SD3's trainers read it to decide which encoders stay in memory.
+        self.train_t5xxl = any(row.part == "text_encoder3" for row in self.plan.trained)
 
     # -- set up
 
@@ -150,10 +152,12 @@ class Entry:
     Attributes:
         name: the module's own.
         algo: the algorithm it stands for.
+        archs: architectures that the name asserts; none = every one.
     """
 
     name: str
     algo: str
+    archs: tuple[str, ...] = ()
 
     def create_network(
         self,
@@ -174,7 +178,7 @@ class Entry:
         problems = Problems(self.name)
         # The host sends --network_dropout twice, once as a keyword of its own.
         args = parse({"neuron_dropout": neuron_dropout or None, **kwargs}, self.algo, problems)
-        models = _Models.of(unet, text_encoder, problems)
+        models = _Models.of(self, unet, text_encoder, problems)
         request = models.request(network_dim, network_alpha, args, problems)
         return self._build(models, request, problems, multiplier)
 
@@ -208,7 +212,7 @@ class Entry:
         if unknown and not saved:
             problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
         forms = {name: suffix for name, _, suffix in (key.partition(".") for key in unknown)}
-        models = _Models.of(unet, text_encoder, problems)
+        models = _Models.of(self, unet, text_encoder, problems)
         request = replace(models.request(None, None, args, problems), saved=saved, source=source, unknown=forms)
         network = self._build(models, request, problems, multiplier, for_inference)
         report = network.take(weights_sd, source)
@@ -231,7 +235,7 @@ class Entry:
         """
         problems = Problems(self.name)
         args = parse(kwargs, self.algo, problems)
-        models = _Models.of(unet, text_encoder, problems)
+        models = _Models.of(self, unet, text_encoder, problems)
         plan, _ = build_plan(models.request(network_dim, network_alpha, args, problems), problems)
         problems.stop()
         return plan
@@ -246,6 +250,8 @@ class Entry:
         log.info("%s %s from %s: %s", self.name, __version__, Path(__file__).parent.parent, plan.title)
         for line in plan.to_text().splitlines() if request.args.verbose else summary(plan):
             log.info("%s", line)
+        for warning in plan.warnings:
+            log.warning("%s", warning)
         return network
 
 
@@ -257,7 +263,7 @@ class _Models:
     parts: tuple[tuple[Part, nn.Module], ...]
 
     @classmethod
-    def of(cls, unet: nn.Module, text_encoder: TextEncoders, problems: Problems) -> _Models:
+    def of(cls, entry: Entry, unet: nn.Module, text_encoder: TextEncoders, problems: Problems) -> _Models:
         """Text encoders come as a model, a list with gaps, or None."""
         try:
             arch = detect(unet)
@@ -265,8 +271,14 @@ class _Models:
             problems.add(str(error))
             problems.stop()
             raise
+        if entry.archs and arch.name not in entry.archs:
+            problems.add(f"this model is {arch.title}: use --network_module networks.{arch.entry}")
         encoders = list(text_encoder) if isinstance(text_encoder, Sequence) else [text_encoder]
-        if len(encoders) > len(arch.text_encoders) and any(m is not None for m in encoders[len(arch.text_encoders) :]):
+        if (
+            arch.text_encoders
+            and len(encoders) > len(arch.text_encoders)
+            and any(m is not None for m in encoders[len(arch.text_encoders) :])
+        ):
             problems.add(f"{arch.title} has {len(arch.text_encoders)} text encoders, but {len(encoders)} were given")
         pairs = zip(arch.text_encoders, encoders, strict=False)  # hosts may hand over fewer than there are
         given = [(part, model) for part, model in pairs if model is not None]
