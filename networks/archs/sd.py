@@ -15,6 +15,14 @@ CLIP = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 # transformers 5 dropped the text_model level of CLIPTextModel; no reader knows the shorter names.
 CLIP_RENAME: Pairs = tuple((top, f"text_model.{top}") for top in ("encoder.", "embeddings.", "final_layer_norm"))
 
+# What sd-scripts' image generation does with cross attention when a prompt has several parts.
+REGIONS: Pairs = (
+    ("text", r".*\.attn2\.to_[kv]"),
+    ("query", r".*\.attn2\.to_q"),
+    ("out", r".*\.attn2\.to_out\.0"),
+    ("plain", r"(.*\.)?time_emb.*"),
+)
+
 
 def clip(number: int | None) -> Part:
     """A CLIP text encoder: `lora_te`, or `lora_te1`, `lora_te2` where there are several."""
@@ -93,6 +101,7 @@ SD = ArchSpec(
     blocks=_sd_blocks(),
     levels=BlockLevels(first=0, down=12, mid=1, up=12),
     usual=frozenset({192}),
+    regions=REGIONS,
 )
 
 SDXL = ArchSpec(
@@ -108,4 +117,5 @@ SDXL = ArchSpec(
     blocks=_sdxl_blocks(),
     levels=BlockLevels(first=1, down=9, mid=3, up=9),
     usual=frozenset({722}),
+    regions=REGIONS,
 )

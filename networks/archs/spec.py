@@ -110,6 +110,8 @@ class ArchSpec:
         block_sets: (name, regular expression): what `train_blocks=name` trains; `all` is understood everywhere.
         levels: for learning rates by depth, where an architecture has them.
         usual: numbers of denoiser layers that are trained by default, over the released models.
+        regions: (role in regional prompts, regular expression on the trainer's dotted name) of denoiser layers, see
+            layers.region; none = the architecture has no regional prompts.
     """
 
     name: str
@@ -126,6 +128,7 @@ class ArchSpec:
     block_sets: Pairs = ()
     levels: BlockLevels | None = None
     usual: frozenset[int] = frozenset()
+    regions: Pairs = ()
 
     @property
     def arguments(self) -> frozenset[str]:
@@ -156,6 +159,10 @@ class ArchSpec:
                 if re.fullmatch(regex, trainer_name):
                     return name, i
         return None
+
+    def region_role(self, trainer_name: str) -> str:
+        """What a denoiser layer does in regional prompts; "" for layers that know nothing of them."""
+        return next((role for role, regex in self.regions if re.fullmatch(regex, trainer_name)), "")
 
     def block_of(self, trainer_name: str) -> int | None:
         """The block number of a denoiser layer, or None for layers outside all blocks."""

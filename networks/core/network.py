@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..files import codec, reader, writer
 from ..files.codec import SavedLayer
 from ..layers.adapted import LIVE_SCALE, AdaptedLayer, Runtime
 from ..layers.dropout import Dropouts
+from ..layers.region import Region, reshape_attention
 from .plan import Plan, PlanRow
 from .report import LoadReport
 
@@ -53,6 +54,7 @@ class Network(nn.Module):
         self.runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
         self._roots = dict(roots)
         self._hooks: list[Any] = []
+        self._region_hooks: list[Any] = []
         chosen = Dropouts(**(dropouts or {}))
         self._layers: dict[str, tuple[PlanRow, AdaptedLayer]] = {}
         for row in plan.trained:
@@ -104,6 +106,7 @@ class Network(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self.leave_region()
 
     # -- strength
 
@@ -114,6 +117,28 @@ class Network(nn.Module):
             self.runtime.multiplier = float(values[0]) if values.numel() == 1 else values
         else:
             self.runtime.multiplier = float(multiplier)
+
+    # -- regional prompts
+
+    def enter_region(
+        self, index: int, mask: Tensor, roles: Mapping[str, str], attention: Iterable[tuple[str, nn.Module]] = ()
+    ) -> None:
+        """Act in one region of the picture from now on, see layers.region.
+
+        Args:
+            index: of the sub-prompt.
+            mask: [H, W], 0 to 1.
+            roles: saved name -> role.
+            attention: (role, layer) of the model, from the one network that looks after its cross attention.
+        """
+        self.leave_region()
+        self.runtime.region = Region(index, mask, roles)
+        self._region_hooks = reshape_attention(attention, self.runtime.region)
+
+    def leave_region(self) -> None:
+        for hook in self._region_hooks:
+            hook.remove()
+        self.runtime.region, self._region_hooks = None, []
 
     # -- weight space
 

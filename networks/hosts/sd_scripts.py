@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..archs.detect import detect
+from ..archs.detect import detect, unwrap
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs, Problems, parse
 from ..core.network import Network
@@ -133,6 +133,37 @@ class LoRANetwork(Network):
 
     def set_enabled(self, is_enabled: bool) -> None:
         self.runtime.enabled = is_enabled
+
+    def set_region(self, sub_prompt_index: int, is_last_network: bool, mask: Tensor) -> None:
+        """Act in a region of the picture, for the sub-prompt of this number; mask [H, W], 0 to 1.
+
+        Raises:
+            ValueError: the architecture has no regional prompts.
+        """
+        if not self.arch.regions:
+            raise ValueError(f"regional prompts are for Stable Diffusion and SDXL, this model is {self.arch.title}")
+        denoiser = self.arch.denoiser
+        roles = {
+            row.saved_name: self.arch.region_role(denoiser.trainer_name(row.dotted_name)) if row.part == denoiser.name
+            else "encoder"
+            for row, _ in self.layers
+        }  # fmt: skip
+        model = unwrap(self._roots[denoiser.name])
+        attention = [(self.arch.region_role(name), layer) for name, layer in model.named_modules() if is_last_network]
+        self.enter_region(sub_prompt_index, mask, roles, attention)
+
+    def set_current_generation(
+        self,
+        batch_size: int,
+        num_sub_prompts: int,
+        width: int,
+        height: int,
+        shared: dict[Any, Any],
+        ds_ratio: float | None = None,
+    ) -> None:
+        """A batch begins; `shared` is the same dict for all networks. Sizes need no `ds_ratio`: layers tell theirs."""
+        assert self.runtime.region is not None, "set_current_generation before set_region"
+        self.runtime.region.start(batch_size, num_sub_prompts, (height, width), shared)
 
     # -- lists that the host's tools read
 

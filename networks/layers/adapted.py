@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..algos import Adapter
 from ..tensors import base_weight
 from .dropout import CallGate, Dropouts, module_mask, rank_mask
+from .region import Region
 
 LIVE_SCALE = "live_scale"  # marks a live state among the keys; a file has alpha instead
 
@@ -30,12 +31,14 @@ class Runtime:
     enabled: False lets the base model through untouched.
     sampling: the model's own forward was entered without gradients (hosts draw sample images in train mode).
     for_inference: made for generation; such networks are never put into eval mode by some hosts.
+    region: this network's place in a picture of several prompts, or None.
     """
 
     multiplier: float | Tensor = 1.0
     enabled: bool = True
     sampling: bool = False
     for_inference: bool = False
+    region: Region | None = None
 
 
 @dataclass
@@ -163,6 +166,8 @@ class AdaptedLayer(nn.Module):
         runtime = self.runtime
         if not runtime.enabled or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
             return y
+        if runtime.region is not None:
+            return runtime.region.add(self.lora_name, lambda x, y: self.update(x).to(y.dtype), x, y)
         return y + self.update(x).to(y.dtype)
 
     def update(self, x: Tensor) -> Tensor:
