@@ -1,10 +1,16 @@
 """`--network_module networks.loha`: LoHa on every architecture we know; `algo=` takes another algorithm."""
 
-from .hosts.sd_scripts import Entry, LoRANetwork
+from .hosts.entry import Entry, LoRANetwork
 
-_ENTRY = Entry(name=__name__, algo="loha")
-create_network = _ENTRY.create_network
-create_network_from_weights = _ENTRY.create_network_from_weights
-plan = _ENTRY.plan
+create_network, create_network_from_weights, create_arch_network, create_arch_network_from_weights, plan = Entry(
+    __name__, "loha"
+).functions
 
-__all__ = ["LoRANetwork", "create_network", "create_network_from_weights", "plan"]
+__all__ = [
+    "LoRANetwork",
+    "create_arch_network",
+    "create_arch_network_from_weights",
+    "create_network",
+    "create_network_from_weights",
+    "plan",
+]

@@ -65,14 +65,22 @@ class NetArgs:
         return {name: self.values[name] for name in names}
 
 
-def parse(raw: Mapping[str, Any], default_algo: str, problems: Problems) -> NetArgs:
+def parse(
+    raw: Mapping[str, Any],
+    default_algo: str,
+    problems: Problems,
+    host: str = "sd_scripts",
+    options: Mapping[str, Any] | None = None,
+) -> NetArgs:
     """Read all arguments; mistakes go to `problems` and leave the default behind.
 
     Args:
         raw: spelling -> text or typed value; None = not given (trainers pass options through that way).
         default_algo: the algorithm if no `algo` is given.
+        host: whose defaults apply.
+        options: network_dim and network_alpha of the call, which some defaults follow.
     """
-    values = {arg.name: arg.default for arg in TABLE}
+    values = {arg.name: arg.default_at(host, options or {}) for arg in TABLE}
     spelled: dict[str, str] = {}
     unknown: list[str] = []
     for key, text in raw.items():
@@ -116,5 +124,5 @@ def _inapplicable(values: Mapping[str, Any], spelled: Mapping[str, str], problem
             problems.add(
                 f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {', '.join(arg.algos)}"
             )
-    if values["conv_alpha"] not in (None, 0.0, 1.0) and not values["conv_dim"]:
+    if "conv_alpha" in spelled and values["conv_alpha"] not in (0.0, 1.0) and not values["conv_dim"]:
         problems.add("conv_alpha is given without conv_dim: give both, or neither")

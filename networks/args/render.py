@@ -20,6 +20,8 @@ _TYPES = {
     "rates": "`1,0.5,0` or `cosine+0.25`",
 }
 
+_HOSTS = {"sd_scripts": "sd-scripts", "musubi": "musubi-tuner"}
+
 
 def markdown() -> str:
     """One table, grouped; generated text, so edit the rows in table.py instead."""
@@ -50,7 +52,9 @@ def _type(arg: Arg) -> str:
 def _default(arg: Arg) -> str:
     if arg.name == "algo":
         return "the entry's"
-    return "-" if arg.default in (None, (), {}) or arg.kind == "rates" else str(arg.default)
+    plain = "-" if arg.default in (None, (), {}) or arg.kind == "rates" else str(arg.default)
+    values = {host: f"`{value}`" if isinstance(value, str) else str(value) for host, value in arg.per_host}
+    return "; ".join([plain] * (len(values) < len(_HOSTS)) + [f"{_HOSTS[host]}: {v}" for host, v in values.items()])
 
 
 def _only(arg: Arg) -> str:

@@ -10,7 +10,7 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class Arg:
         neutral: further values that ask for nothing, accepted where the argument cannot apply.
         minimum, below: bounds of a number: minimum <= value < below.
         choices: of an enumeration.
+        per_host: (host, default there) where hosts differ; the name of a trainer's option stands for its value.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Arg:
     minimum: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    per_host: tuple[tuple[str, Any], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,6 +60,11 @@ class Arg:
             ValueError: with the reason and an example of what to write.
         """
         return KINDS[self.kind](self, raw)
+
+    def default_at(self, host: str, options: Mapping[str, Any]) -> Any:
+        """The default under a host, with the values of its options."""
+        value = dict(self.per_host).get(host, self.default)
+        return options.get(value, self.default) if isinstance(value, str) else value
 
     def is_neutral(self, value: Any) -> bool:
         return value == self.default or value in self.neutral or (self.kind in LISTS and not value)

@@ -62,8 +62,17 @@ TABLE: tuple[Arg, ...] = (
         _RANK,
         neutral=(0,),
         minimum=0,
+        per_host=(("musubi", "network_dim"),),
     ),
-    Arg("conv_alpha", "float", None, "alpha of those convolutions; 1 if only conv_dim is given", _RANK, minimum=0),
+    Arg(
+        "conv_alpha",
+        "float",
+        None,
+        "alpha of those convolutions",
+        _RANK,
+        minimum=0,
+        per_host=(("sd_scripts", 1.0), ("musubi", "network_alpha")),
+    ),
     Arg(
         "rs_lora",
         "bool",

@@ -92,7 +92,7 @@ def _forms(trained: Sequence[PlanRow], args: Any, conv: bool, problems: Problems
     if args.use_tucker and not any(_TUCKER & names for names in shapes):
         more = "" if args.conv_dim else "; give conv_dim to train convolutions"
         problems.add(f"use_tucker has no effect: no trained layer has a low-rank kernel above 1x1{more}")
-    if args.conv_dim and not conv:
+    if "conv_dim" in args.given and args.conv_dim and not conv:
         problems.add("conv_dim has no effect: no trained layer is in a convolutional block or has a kernel above 1x1")
     if args.decompose_both and not any("w1_a" in names for names in shapes):
         problems.add("decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim")

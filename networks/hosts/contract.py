@@ -1,0 +1,301 @@
+"""What all hosts' calls have in common: the network's methods, the models handed over, and how both become a network.
+
+The calls themselves, by name and signature, are in sd_scripts.py and musubi.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..archs.detect import detect
+from ..archs.spec import ArchSpec, Part
+from ..args.parse import NetArgs, Problems, parse
+from ..core.network import Network
+from ..core.optim import Groups, parameter_groups
+from ..core.plan import Plan, Request, build_plan
+from ..core.report import LoadReport, summary
+from ..files import codec
+
+log = logging.getLogger("networks")
+
+TextEncoders = nn.Module | Sequence[nn.Module | None] | None
+DEFAULT_DIM = 4  # of every module of these hosts, when --network_dim is not given
+
+
+class HostNetwork(Network):
+    """A network with the methods that all hosts call alike. Where they differ in arguments, `*models` takes any: what
+    the host hands over is known from the creation."""
+
+    def __init__(self, arch: ArchSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.arch = arch
+
+    # -- set up
+
+    def apply_to(
+        self,
+        text_encoder: TextEncoders,
+        unet: nn.Module | None,
+        apply_text_encoder: bool = True,
+        apply_unet: bool = True,
+    ) -> None:
+        """Attach; parts that are not to be trained leave the network."""
+        parts = [self.arch.denoiser.name] if apply_unet else []
+        parts += [part.name for part in self.arch.text_encoders] if apply_text_encoder else []
+        self.attach(parts)
+
+    def load_weights(self, file: str) -> LoadReport:
+        """Take over an adapter file; the report is printed by the host."""
+        report = self.load(file)
+        if report.missing or report.unexpected:
+            log.warning("%s", report)
+        return report
+
+    def enable_gradient_checkpointing(self) -> None:
+        """The base model checkpoints its own blocks; an adapter needs nothing for it."""
+
+    def prepare_grad_etc(self, *models: Any) -> None:
+        """Gradients were settled with the optimizer groups; a part with learning rate 0 has none."""
+
+    # -- optimizer
+
+    def groups(self, rates: Mapping[str, float | None]) -> Groups:
+        """(groups, descriptions) for the optimizer.
+
+        Args:
+            rates: part -> learning rate; None or 0 leaves it out.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        groups, descriptions = parameter_groups(self.layers, rates)
+        for part in sorted({row.part for row, _ in self.layers}):
+            if not rates[part] and not any(text.startswith(part) for text in descriptions):
+                log.warning("%s: learning rate 0, not trained", part)
+        if not groups:
+            raise ValueError("nothing to train: every learning rate is 0; give --learning_rate")
+        return groups, descriptions
+
+    def get_trainable_params(self) -> list[nn.Parameter]:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    # -- training
+
+    def on_epoch_start(self, *models: Any) -> None:
+        self.train()
+
+    def on_step_start(self, *models: Any) -> None:
+        """Nothing of ours depends on the step."""
+
+    def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
+        """(layers shrunk, mean norm, maximum norm) of the true, scaled updates."""
+        return self.limit_norms(float(max_norm_value))
+
+    def save_weights(
+        self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        self.save(file, dtype, metadata)
+
+    # -- inference
+
+    def is_mergeable(self) -> bool:
+        return True
+
+    def merge_to(
+        self,
+        text_encoder: TextEncoders,
+        unet: nn.Module | None,
+        weights_sd: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Merge at the network's multiplier. `dtype` is the host's wish for the intermediate result; we compute in
+        fp32 or wider and round once, to the dtype of the base weight. `non_blocking` is a hint that we do not need."""
+        if weights_sd:
+            self.take(weights_sd)
+        self.merge(torch.device(device) if device is not None else None)
+
+    def set_enabled(self, is_enabled: bool) -> None:
+        """In training, too: some hosts run a teacher's pass with the adapters off."""
+        self.runtime.enabled = is_enabled
+
+    # -- lists that the hosts' tools read
+
+    @property
+    def unet_loras(self) -> list[nn.Module]:
+        return [layer for row, layer in self.layers if row.part == self.arch.denoiser.name]
+
+    @property
+    def text_encoder_loras(self) -> list[nn.Module]:
+        return [layer for row, layer in self.layers if row.part != self.arch.denoiser.name]
+
+
+Kind = TypeVar("Kind", bound=HostNetwork)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """From a host's call to a network.
+
+    Attributes:
+        name: the module that users type, `networks.lokr`.
+        algo: the algorithm it stands for.
+        archs: architectures that the name asserts; none = every one.
+    """
+
+    name: str
+    algo: str
+    archs: tuple[str, ...] = ()
+
+    def new(
+        self,
+        kind: type[Kind],
+        host: str,
+        multiplier: float,
+        dim: int | None,
+        alpha: float | None,
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        raw: Mapping[str, Any],
+    ) -> Kind:
+        """A new network for training.
+
+        Args:
+            host: whose defaults apply.
+            raw: the network arguments as the host hands them over.
+
+        Raises:
+            ValueError: all mistakes of the call in one message.
+        """
+        problems = Problems(self.name)
+        request = self._request(host, dim, alpha, text_encoder, unet, raw, problems)
+        return self._build(kind, request, problems, multiplier)
+
+    def from_tensors(
+        self,
+        kind: type[Kind],
+        host: str,
+        multiplier: float,
+        tensors: Mapping[str, Tensor],
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        for_inference: bool,
+        raw: Mapping[str, Any],
+        source: str = "the file",
+    ) -> Kind:
+        """A network with the dims, forms, alphas and values of a file; options for training may be given too.
+
+        Raises:
+            ValueError: all mistakes of the call in one message.
+        """
+        problems = Problems(self.name)
+        saved, unknown = codec.decode(tensors)
+        if unknown and not saved:
+            problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
+        forms = {name: suffix for name, _, suffix in (key.partition(".") for key in unknown)}
+        request = self._request(host, None, None, text_encoder, unet, raw, problems)
+        request = replace(request, saved=saved, source=source, unknown=forms)
+        network = self._build(kind, request, problems, multiplier, for_inference)
+        report = network.take(tensors, source)
+        if report.unexpected:
+            log.warning("%s", report)
+        return network
+
+    def plan(
+        self,
+        network_dim: int | None,
+        network_alpha: float | None,
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        host: str = "sd_scripts",
+        **kwargs: Any,
+    ) -> Plan:
+        """What that host's call would build; models may be on the meta device.
+
+        Raises:
+            ValueError: as the call itself.
+        """
+        problems = Problems(self.name)
+        request = self._request(host, network_dim, network_alpha, text_encoder, unet, kwargs, problems)
+        plan, _ = build_plan(request, problems)
+        problems.stop()
+        return plan
+
+    def _request(
+        self,
+        host: str,
+        dim: int | None,
+        alpha: float | None,
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        raw: Mapping[str, Any],
+        problems: Problems,
+    ) -> Request:
+        rank = DEFAULT_DIM if dim is None else int(dim)
+        if rank < 1:
+            problems.add(f"network_dim={dim} is too small; the least is 1")
+        strength = 1.0 if alpha is None else float(alpha)
+        if strength < 0:
+            problems.add(f"network_alpha={alpha} is negative; write a positive number, or 0 for the dim itself")
+        options = {"network_dim": max(1, rank), "network_alpha": strength}
+        args = parse(raw, self.algo, problems, host, options)
+        models = _Models.of(self, unet, text_encoder, problems)
+        return models.request(max(1, rank), strength, args)
+
+    def _build(
+        self, kind: type[Kind], request: Request, problems: Problems, multiplier: float, for_inference: bool = False
+    ) -> Kind:
+        plan, modules = build_plan(request, problems)
+        problems.stop()
+        dropouts = request.args.pick(("dropout", "rank_dropout", "module_dropout"))
+        roots = {part.name: model for part, model in request.parts}
+        network = kind(request.arch, plan, modules, roots, dropouts, multiplier, for_inference)
+        log.info("%s %s from %s: %s", self.name, __version__, Path(__file__).parent.parent, plan.title)
+        for line in plan.to_text().splitlines() if request.args.verbose else summary(plan):
+            log.info("%s", line)
+        for warning in plan.warnings:
+            log.warning("%s", warning)
+        return network
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The host's models, told apart: which architecture, and which part each of them is."""
+
+    arch: ArchSpec
+    parts: tuple[tuple[Part, nn.Module], ...]
+
+    @classmethod
+    def of(cls, caller: Caller, unet: nn.Module, text_encoder: TextEncoders, problems: Problems) -> _Models:
+        """Text encoders come as a model, a list with gaps, or None."""
+        try:
+            arch = detect(unet)
+        except ValueError as error:
+            problems.add(str(error))
+            problems.stop()
+            raise
+        if caller.archs and arch.name not in caller.archs:
+            problems.add(f"this model is {arch.title}: use --network_module networks.{arch.entry}")
+        encoders = list(text_encoder) if isinstance(text_encoder, Sequence) else [text_encoder]
+        if (
+            arch.text_encoders
+            and len(encoders) > len(arch.text_encoders)
+            and any(m is not None for m in encoders[len(arch.text_encoders) :])
+        ):
+            problems.add(f"{arch.title} has {len(arch.text_encoders)} text encoders, but {len(encoders)} were given")
+        pairs = zip(arch.text_encoders, encoders, strict=False)  # hosts may hand over fewer than there are
+        given = [(part, model) for part, model in pairs if model is not None]
+        return cls(arch, (*given, (arch.denoiser, unet)))
+
+    def request(self, dim: int, alpha: float, args: NetArgs) -> Request:
+        return Request(self.arch, self.parts, dim, alpha, args)

@@ -1,0 +1,66 @@
+"""kohya-ss/musubi-tuner and its forks (Sarania's and DustyL's blissful-tuner). They never train text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.optim import Groups
+from .contract import Caller, HostNetwork
+
+HOST = "musubi"
+
+
+class MusubiNetwork(HostNetwork):
+    """A network with the methods that these trainers call."""
+
+    def prepare_optimizer_params(self, unet_lr: float | None = 1e-4, **kwargs: Any) -> Groups:
+        """(groups, descriptions). A fork also sends `text_encoder_lr=0`, which has no meaning without encoders.
+
+        Raises:
+            ValueError: the learning rate is 0 or missing.
+        """
+        return self.groups({self.arch.denoiser.name: unet_lr})
+
+
+class MusubiCalls(Caller):
+    """The functions which these hosts call in an entry."""
+
+    def create_arch_network(
+        self,
+        multiplier: float,
+        network_dim: int | None,
+        network_alpha: float | None,
+        vae: Any,
+        text_encoders: Sequence[nn.Module] | None,
+        unet: nn.Module,
+        neuron_dropout: float | None = None,
+        **kwargs: Any,
+    ) -> MusubiNetwork:
+        """A new network for training; vae and text encoders are not used.
+
+        Raises:
+            ValueError: all mistakes of the call in one message.
+        """
+        raw = {"neuron_dropout": neuron_dropout or None, **kwargs}
+        return self.new(MusubiNetwork, HOST, multiplier, network_dim, network_alpha, None, unet, raw)
+
+    def create_arch_network_from_weights(
+        self,
+        multiplier: float,
+        weights_sd: Mapping[str, Tensor],
+        text_encoders: Sequence[nn.Module] | None = None,
+        unet: nn.Module | None = None,
+        for_inference: bool = False,
+        **kwargs: Any,
+    ) -> MusubiNetwork:
+        """A network with the dims, forms, alphas and values of a file's tensors.
+
+        Raises:
+            ValueError: all mistakes of the call in one message.
+        """
+        if unet is None:
+            raise ValueError(f"{self.name}: no model was given (unet=None), so there is nothing to adapt")
+        return self.from_tensors(MusubiNetwork, HOST, multiplier, weights_sd, None, unet, for_inference, kwargs)
