@@ -4,7 +4,7 @@ The folder is a regular package that extends its `__path__`: trainers keep a fol
 theirs which we do not offer must stay importable beside ours.
 """
 
-import pkgutil
+from ._version import __version__ as __version__
+from .hosts.beside import watch
 
-__path__ = pkgutil.extend_path(__path__, __name__)
-__version__ = "0.1.0"
+__path__ = watch(__name__, __path__)

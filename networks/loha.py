@@ -1,6 +1,7 @@
 """`--network_module networks.loha`: LoHa on every architecture we know; `algo=` takes another algorithm."""
 
 from .hosts.entry import Entry, LoRANetwork
+from .hosts.key_merge import merge_weights_to_tensor
 
 create_network, create_network_from_weights, create_arch_network, create_arch_network_from_weights, plan = Entry(
     __name__, "loha"
@@ -12,5 +13,6 @@ __all__ = [
     "create_arch_network_from_weights",
     "create_network",
     "create_network_from_weights",
+    "merge_weights_to_tensor",
     "plan",
 ]

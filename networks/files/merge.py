@@ -19,6 +19,6 @@ def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0) ->
     Raises:
         ValueError: the file's tensors do not fit the weight.
     """
-    adapter = saved.build(Geometry.of_weight(weight.shape))
+    adapter = saved.build(Geometry.of_weight(weight.shape)).to(weight.device)
     layer = AdaptedLayer(saved.name, nn.Identity(), adapter, saved.scale(adapter.record.rank))
     return layer.new_weight(weight, multiplier).detach()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
+from .._version import __version__
 from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs, Problems, parse

@@ -1,0 +1,46 @@
+"""Modules that only a trainer's folder of our name has: they stay importable, and the log says where they come from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+from .._version import __version__
+
+log = logging.getLogger(__name__)
+
+
+class Observer(MetaPathFinder):
+    """Finds nothing itself: it looks before the other finders do, and reports.
+
+    Args:
+        package: our import name.
+        home: our folder.
+    """
+
+    def __init__(self, package: str, home: str) -> None:
+        self.package, self.home = package, os.path.join(os.path.normcase(home), "")
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.rpartition(".")[0] != self.package or not isinstance(path, list):
+            return None
+        path[:] = pkgutil.extend_path(path, self.package)  # musubi-tuner adds its folder to sys.path late
+        spec = PathFinder.find_spec(fullname, path)
+        origin = spec.origin if spec else None
+        if origin and not os.path.normcase(origin).startswith(self.home):
+            log.info("%s is not part of kohya-networks %s: taken from %s", fullname, __version__, origin)
+        return None
+
+
+def watch(package: str, path: list[str]) -> list[str]:
+    """Start to observe; returns the package's search path with the folders that sys.path has now."""
+    sys.meta_path.insert(0, Observer(package, path[0]))
+    return pkgutil.extend_path(path, package)

@@ -1,0 +1,193 @@
+"""Merging into weights that a trainer loads one by one, found by their key: no model object exists yet.
+
+`merge_weights_to_tensor` is what a trainer calls that knows LoHa and LoKr; `extend` teaches a trainer that does not
+(scripts/launch.py calls it). Both compute in fp32 and round once, to the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..files import codec
+from ..files.merge import merged_weight
+
+log = logging.getLogger(__name__)
+
+LOADER, READER = "load_safetensors_with_lora_and_fp8", "load_safetensors_with_fp8_optimization_and_hook"
+PREFIXES = ("lora_unet_", "")  # of a saved name, before the weight's key; text encoders come renamed, without one
+PLAIN = frozenset({"lora_down.weight", "lora_up.weight", "alpha"})  # the form that every trainer merges itself
+
+
+def merge_weights_to_tensor(
+    model_weight: Tensor,
+    lora_name: str,
+    lora_sd: Mapping[str, Tensor],
+    lora_weight_keys: MutableSet[str],
+    multiplier: float,
+    calc_device: torch.device | str,
+) -> Tensor:
+    """W' for one weight [O, I, *kernel] of any dtype, fp8 included; the weight itself if the file has nothing for it.
+
+    Keys that were used leave `lora_weight_keys`.
+
+    Raises:
+        ValueError: the file's tensors do not fit, or are of a form that we do not know.
+    """
+    keys = [key for key in lora_weight_keys if key.startswith(f"{lora_name}.")]
+    layer = _decode({key: lora_sd[key] for key in keys}, "the file").get(lora_name)
+    if layer is None:
+        return model_weight
+    for key in keys:
+        lora_weight_keys.discard(key)
+    return _merge(model_weight, [(layer, multiplier)], calc_device).to(model_weight.device)
+
+
+def _merge(weight: Tensor, layers: Iterable[tuple[codec.SavedLayer, float]], device: torch.device | str) -> Tensor:
+    """W' on `device`, in the weight's dtype."""
+    wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
+    for layer, multiplier in layers:
+        try:
+            wide = merged_weight(layer, wide, multiplier)
+        except ValueError as error:
+            raise ValueError(f"{layer.name}: {error}") from None
+    if weight.itemsize == 1:  # a cast to fp8 does not saturate: what is above the largest value would become NaN
+        limit = torch.finfo(weight.dtype).max
+        wide = wide.clamp(-limit, limit)
+    return wide.to(weight.dtype)
+
+
+def _decode(tensors: Mapping[str, Tensor], source: str) -> dict[str, codec.SavedLayer]:
+    layers, unknown = codec.decode(tensors)
+    if unknown:
+        name, _, suffix = unknown[0].partition(".")
+        raise ValueError(codec.unknown_form(source, name, suffix))
+    return layers
+
+
+@dataclass
+class _File:
+    """The layers of one adapter file which the trainer leaves to us."""
+
+    source: str
+    layers: dict[str, codec.SavedLayer]
+    multiplier: float
+    used: set[str] = field(default_factory=set)
+
+    def take(self, flat_key: str) -> codec.SavedLayer | None:
+        for prefix in PREFIXES:
+            if layer := self.layers.get(prefix + flat_key):
+                self.used.add(layer.name)
+                return layer
+        return None
+
+    def report(self) -> None:
+        """Say what was merged.
+
+        Raises:
+            ValueError: nothing was.
+        """
+        missed = sorted(self.layers.keys() - self.used)
+        if self.layers and not self.used:
+            raise ValueError(
+                f"{self.source}: no weight of this model belongs to its {len(self.layers)} layers, e.g. {missed[0]}; "
+                "choose a file that was trained on this model"
+            )
+        if missed:
+            log.warning("%s: no weight for %d of its layers, e.g. %s", self.source, len(missed), missed[0])
+        if self.used:
+            kinds = sorted({self.layers[name].algorithm.algo for name in self.used})
+            log.info(
+                "%s: %d layers (%s) merged at %g by kohya-networks %s",
+                self.source, len(self.used), ", ".join(kinds), self.multiplier, __version__,
+            )  # fmt: skip
+
+
+def _divide(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what the trainer merges, what we merge): plain LoRA layers stay with the trainer."""
+    forms: dict[str, set[str]] = {}
+    for key in tensors:
+        name, _, suffix = key.partition(".")
+        forms.setdefault(name, set()).add(suffix)
+    plain = {name for name, suffixes in forms.items() if suffixes <= PLAIN}
+    theirs = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in plain}
+    return theirs, {key: tensor for key, tensor in tensors.items() if key not in theirs}
+
+
+def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]:
+    """One per file, 1 where none is given. A bare number is the default of an option that takes a list."""
+    values = [float(given)] * count if isinstance(given, (int, float)) else [float(value) for value in given or ()]
+    return (values + [1.0] * count)[:count]
+
+
+def extend(lora_utils: ModuleType) -> None:
+    """Let the module's loader merge what it does not know: LoHa, LoKr, Tucker forms.
+
+    Its own code still merges plain LoRA. Nothing of the trainer is edited: the functions are wrapped in memory.
+    """
+    load: Callable[..., Any] | None = getattr(lora_utils, LOADER, None)
+    read: Callable[..., Any] | None = getattr(lora_utils, READER, None)
+    if load is None or read is None:
+        log.warning("%s has changed: it merges plain LoRA only, as it comes", lora_utils.__name__)
+        return
+    load_parameters, read_parameters = inspect.signature(load), inspect.signature(read)
+
+    @functools.wraps(load)
+    def load_and_merge(*args: Any, **kwargs: Any) -> Any:
+        call = load_parameters.bind(*args, **kwargs)
+        given = call.arguments.get("lora_weights_list")
+        if not given:
+            return load(*args, **kwargs)
+        strengths = _strengths(call.arguments.get("lora_multipliers"), len(given))
+        divided = [_divide(tensors) for tensors in given]
+        files = []
+        for number, ((_, ours), strength) in enumerate(zip(divided, strengths, strict=True), start=1):
+            source = f"adapter file {number} of {len(given)}"
+            files.append(_File(source, _decode(ours, source), strength))
+        call.arguments["lora_weights_list"] = [theirs for theirs, _ in divided]
+        call.arguments["lora_multipliers"] = strengths
+
+        @functools.wraps(read)
+        def read_and_merge(*args: Any, **kwargs: Any) -> Any:
+            inner = read_parameters.bind(*args, **kwargs)
+            theirs = inner.arguments.get("weight_hook")
+            inner.arguments["weight_hook"] = _hook(theirs, files, call.arguments["calc_device"])
+            return read(*inner.args, **inner.kwargs)
+
+        setattr(lora_utils, READER, read_and_merge)  # the loader finds it by its global name
+        try:
+            result = load(*call.args, **call.kwargs)
+        finally:
+            setattr(lora_utils, READER, read)
+        for file in files:
+            file.report()
+        return result
+
+    setattr(lora_utils, LOADER, load_and_merge)
+
+
+def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: torch.device) -> Callable[..., Tensor]:
+    """The trainer's hook on each weight that it reads, followed by ours."""
+
+    def merge(key: str, weight: Tensor, keep_on_calc_device: bool = False) -> Tensor:
+        if theirs is not None:
+            weight = theirs(key, weight, keep_on_calc_device=keep_on_calc_device)
+        if not key.endswith(".weight"):
+            return weight
+        flat = key.removesuffix(".weight").replace(".", "_")
+        found = [(layer, file.multiplier) for file in files if (layer := file.take(flat)) is not None]
+        if not found:
+            return weight
+        merged = _merge(weight, found, device)
+        return merged if keep_on_calc_device else merged.to(weight.device)
+
+    return merge

@@ -1,0 +1,99 @@
+"""Running a trainer's script as `python SCRIPT` would, but with our modules before the trainer's own."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+from .command_line import nearest
+
+STARTERS = ("accelerate", "python", "python3", "torchrun")
+# Modules of the trainers that merge adapter files into a model's weights by key names.
+MERGERS = ("library.lora_utils", "musubi_tuner.utils.lora_utils")
+
+
+def find_script(name: str) -> Path:
+    """The script which the user named.
+
+    Raises:
+        ValueError: there is none, with the nearest name.
+    """
+    if name.startswith("-"):
+        raise ValueError(f"option {name} comes before the script: give the script first, its options after it.")
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}. Give the path of the script, or change into its folder.")
+    scripts = sorted(file.name for file in folder.glob("*.py"))
+    if path.is_dir():
+        some = f"It holds {', '.join(scripts[:5])}." if scripts else "It holds no script."
+        raise ValueError(f"{name} is a folder, not a script. {some}")
+    if name in STARTERS:
+        raise ValueError(f"{name} comes first, not last: {name} ... launch.py SCRIPT ...")
+    guess = nearest(path.name, scripts) or (f" It holds {', '.join(scripts[:5])}." if scripts else "")
+    raise ValueError(f"there is no script {path.name} in {folder.resolve()}.{guess}")
+
+
+def arrange_path(script: Path, ours: Path) -> None:
+    """Put our root first on sys.path and the script's folder second.
+
+    The trainer's own packages come last, for a checkout that was never installed. Worker processes get the same list,
+    also where they are spawned.
+    """
+    launcher = os.path.normcase(ours / "scripts")  # python put it first; there, too, are a train_network and a gen_img
+    rest = [entry for entry in sys.path if os.path.normcase(os.path.abspath(entry or ".")) != launcher]
+    home = script.resolve().parent
+    own = [str(folder) for parent in (home, *home.parents[:2]) for folder in _sources(parent)]
+    sys.path[:] = [str(ours), str(home), *rest, *own]
+
+
+def _sources(checkout: Path) -> list[Path]:
+    """Folders that a trainer's installation would put on sys.path: sd-scripts' root, musubi-tuner's src."""
+    marks = {checkout: checkout / "library" / "train_util.py", checkout / "src": checkout / "src" / "musubi_tuner"}
+    return [folder for folder, mark in marks.items() if mark.exists()]
+
+
+def run(script: Path, arguments: Sequence[str], ours: Path) -> None:
+    """Run the script as `__main__`; `ours` is the folder that holds our package."""
+    arrange_path(script, ours)
+    sys.meta_path.insert(0, _AfterImport(MERGERS, _extend_merger))
+    sys.argv[:] = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def _extend_merger(module: ModuleType) -> None:
+    from .key_merge import extend  # torch only comes in when the trainer has it, too
+
+    extend(module)
+
+
+class _AfterImport(MetaPathFinder):
+    """Calls `act(module)` right after a named module was executed, before its importer takes names from it."""
+
+    def __init__(self, names: Sequence[str], act: Callable[[ModuleType], None]) -> None:
+        self.names, self.act = tuple(names), act
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.names:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.act(module)
+
+            setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - this one loader, not its class
+        return spec

@@ -1,0 +1,41 @@
+"""Run any trainer or generator script of sd-scripts or musubi-tuner with this checkout's network modules first.
+
+    python scripts/launch.py train_network.py ... --network_module networks.lokr
+    accelerate launch scripts/launch.py train_network.py ... --network_module networks.lokr
+
+The script comes first, all that follows belongs to it. It does not matter how or whether this package is installed, or
+whether the script stands in the trainer's root or in musubi-tuner's src/musubi_tuner. The scripts that merge adapter
+files into a model by key names (anima_minimal_inference.py, hunyuan_image_minimal_inference.py and those of
+musubi-tuner) then merge every kind of file that this package can save.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
+
+from networks.hosts import launching  # noqa: E402
+from networks.hosts.command_line import USER_ERROR  # noqa: E402
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 2 for a mistake in the script's name; otherwise the script's own exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else USER_ERROR
+    try:
+        script = launching.find_script(arguments[0])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    launching.run(script, arguments[1:], ROOT)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

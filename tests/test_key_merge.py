@@ -1,0 +1,266 @@
+"""Merging by key while a trainer loads its weights: the numbers of our formula, for every form of file."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import networks.loha
+import networks.lokr
+from networks.hosts import key_merge
+
+LAUNCH = Path(__file__).resolve().parents[1] / "scripts" / "launch.py"
+SHAPES = {"q": (24, 36), "mlp": (48, 24), "last": (64, 64), "conv": (16, 8, 3, 3)}
+DTYPES = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed)) * 0.3
+
+
+def kron(w1: Tensor, w2: Tensor) -> Tensor:
+    """torch.kron over the first two axes; further ones belong to w2."""
+    if w2.dim() == 2:
+        return torch.kron(w1, w2)
+    return torch.stack([torch.kron(w1, w2[:, :, i, j]) for i in range(3) for j in range(3)], -1).unflatten(-1, (3, 3))
+
+
+def lokr(whole1: bool, whole2: bool, left: tuple[int, int], right: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    """Tensors of rank 2 and alpha 3 with suffixes, and their scaled product in float64."""
+    w1, w2 = random(*left, seed=1), random(*right, seed=2)
+    a1, b1, a2, b2 = random(left[0], 2, seed=3), random(2, left[1], seed=4), random(right[0], 2), random(2, right[1])
+    tensors = {"lokr_w1": w1} if whole1 else {"lokr_w1_a": a1, "lokr_w1_b": b1}
+    tensors |= {"lokr_w2": w2} if whole2 else {"lokr_w2_a": a2, "lokr_w2_b": b2}
+    scale = 1.0 if whole1 and whole2 else 1.5
+    exact = kron(
+        w1.double() if whole1 else a1.double() @ b1.double(), w2.double() if whole2 else a2.double() @ b2.double()
+    )
+    return {**tensors, "alpha": torch.tensor(3.0)}, exact * scale
+
+
+def loha(rows: int, columns: int) -> tuple[dict[str, Tensor], Tensor]:
+    a, b, c, d = random(rows, 2), random(2, columns), random(rows, 2, seed=5), random(2, columns, seed=6)
+    tensors = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": torch.tensor(3.0)}
+    return tensors, (a.double() @ b.double()) * (c.double() @ d.double()) * 1.5
+
+
+FORMS: dict[str, tuple[str, Callable[[], tuple[dict[str, Tensor], Tensor]]]] = {
+    "whole": ("q", lambda: lokr(True, True, (4, 6), (6, 6))),
+    "low rank w2": ("last", lambda: lokr(True, False, (8, 8), (8, 8))),
+    "low rank w1": ("mlp", lambda: lokr(False, True, (8, 4), (6, 6))),
+    "both low rank": ("last", lambda: lokr(False, False, (8, 8), (8, 8))),
+    "convolution": ("conv", lambda: lokr(True, True, (4, 2), (4, 4, 3, 3))),
+    "loha": ("q", lambda: loha(24, 36)),
+}
+
+
+def nearest_value(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    return exact.float().to(dtype).float()
+
+
+def check(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """As near as one rounding to the dtype; fp32 sums may differ in their last bits from float64."""
+    assert found.dtype == dtype
+    spacing = torch.finfo(dtype).eps * exact.abs().max()
+    difference = (found.float() - nearest_value(exact, dtype)).abs()
+    assert difference.max() <= spacing and (difference > 0).float().mean() < (1.0 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_function_which_trainers_call(form: str, dtype: torch.dtype) -> None:
+    name, make = FORMS[form]
+    tensors, delta = make()
+    file = {f"lora_unet_{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    file |= {"lora_unet_q_other.lokr_w1": random(2, 2), "lora_unet_q_other.lokr_w2": random(2, 2)}
+    keys = set(file)
+    weight = random(*SHAPES[name], seed=9).to(dtype)
+    merge = networks.loha.merge_weights_to_tensor if form == "loha" else networks.lokr.merge_weights_to_tensor
+    merged = merge(weight, f"lora_unet_{name}", file, keys, -0.7, torch.device("cpu"))
+    check(merged, weight.to(torch.float32).double() - 0.7 * delta, dtype)
+    assert keys == {"lora_unet_q_other.lokr_w1", "lora_unet_q_other.lokr_w2"}
+    again = merge(weight, f"lora_unet_{name}", file, keys, -0.7, "cpu")
+    assert again is weight  # its keys are used up
+
+
+def test_fp8_saturates_instead_of_overflowing() -> None:
+    weight = torch.full((2, 2), 440.0).to(torch.float8_e4m3fn)
+    file = {"a.lokr_w1": torch.ones(1, 1), "a.lokr_w2": torch.full((2, 2), 500.0)}
+    merged = networks.lokr.merge_weights_to_tensor(weight, "a", file, set(file), 1.0, "cpu")
+    assert merged.float().tolist() == [[448.0] * 2] * 2
+
+
+# ---- a trainer's loader, in the shape which sd-scripts and musubi-tuner share ----
+
+LORA_UTILS = """
+import torch
+from safetensors.torch import load_file
+
+def load_safetensors_with_fp8_optimization_and_hook(model_files, fp8, device, weight_hook=None):
+    result = {}
+    for key, value in load_file(model_files).items():
+        result[key] = weight_hook(key, value, keep_on_calc_device=False) if weight_hook else value
+    return result
+
+def load_safetensors_with_lora_and_fp8(model_files, lora_weights_list, lora_multipliers, fp8, calc_device):
+    files = lora_weights_list or []
+    assert len(lora_multipliers or []) == len(files)
+    def hook(key, weight, keep_on_calc_device=False):
+        name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
+        for file, multiplier in zip(files, lora_multipliers):
+            if name + ".lora_down.weight" in file:
+                weight = weight + multiplier * file[name + ".lora_up.weight"] @ file[name + ".lora_down.weight"]
+        return weight
+    return load_safetensors_with_fp8_optimization_and_hook(
+        model_files, fp8, calc_device, weight_hook=hook if files else None
+    )
+"""
+
+
+@pytest.fixture
+def trainer() -> ModuleType:
+    module = ModuleType("lora_utils")
+    exec(LORA_UTILS, vars(module))
+    key_merge.extend(module)
+    return module
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
+    weights = {f"{name}.weight": random(*shape, seed=9) for name, shape in SHAPES.items()}
+    weights["deep.er.q.weight"], weights["q.bias"] = random(24, 36), random(24)
+    save_file(weights, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors", weights
+
+
+def one_file(prefix: str = "lora_unet_") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A file with several forms, and what it adds."""
+    file, deltas = {}, {}
+    for form, name in (
+        ("whole", "deep_er_q"),
+        ("low rank w1", "mlp"),
+        ("both low rank", "last"),
+        ("convolution", "conv"),
+    ):
+        tensors, delta = FORMS[form][1]()
+        file |= {f"{prefix}{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+        deltas[name.replace("_", ".") + ".weight"] = delta
+    return file, deltas
+
+
+def load(trainer: ModuleType, path: Path, files: Any, multipliers: Any) -> dict[str, Tensor]:
+    return trainer.load_safetensors_with_lora_and_fp8(str(path), files, multipliers, False, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", ""])
+def test_several_files_and_plain_layers(
+    trainer: ModuleType, model: tuple[Path, dict[str, Tensor]], prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, weights = model
+    first, deltas = one_file(prefix)
+    tensors, hada = loha(24, 36)
+    second = {f"{prefix}deep_er_q.{suffix}": tensor for suffix, tensor in tensors.items()}
+    up, down = random(24, 2, seed=7), random(2, 36, seed=8)
+    second |= {"lora_unet_q.lora_up.weight": up, "lora_unet_q.lora_down.weight": down}
+    with caplog.at_level(logging.INFO):
+        found = load(trainer, path, [first, second], [0.7, -0.4])
+    exact = {key: value.double() for key, value in weights.items()}
+    for key, delta in deltas.items():
+        exact[key] += 0.7 * delta
+    exact["deep.er.q.weight"] += -0.4 * hada
+    exact["q.weight"] += -0.4 * up.double() @ down.double()  # by the trainer's own code
+    assert found.keys() == exact.keys() and torch.equal(found["q.bias"], weights["q.bias"])
+    for key in exact:
+        torch.testing.assert_close(found[key].double(), exact[key], rtol=1e-6, atol=1e-6)
+    assert "adapter file 1 of 2: 4 layers (lokr) merged at 0.7" in caplog.text
+    assert "adapter file 2 of 2: 1 layers (loha) merged at -0.4" in caplog.text
+
+
+def test_without_adapters_nothing_is_touched(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> None:
+    for files in (None, []):
+        found = load(trainer, model[0], files, None)
+        assert all(torch.equal(found[key], value) for key, value in model[1].items())
+
+
+@pytest.mark.parametrize(("given", "used"), [(0.5, 0.5), (None, 1.0), ([], 1.0), ([0.5, 3.0], 0.5)])
+def test_multipliers(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]], given: Any, used: float) -> None:
+    """A bare number is the default of --lora_multiplier, which the trainers themselves stumble over."""
+    file, deltas = one_file()
+    found = load(trainer, model[0], [file], given)
+    delta = found["conv.weight"].double() - model[1]["conv.weight"].double()
+    torch.testing.assert_close(delta, used * deltas["conv.weight"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: {f"x{key}": value for key, value in file.items()}, "no weight of this model belongs to its 4"),
+        (lambda file: {**file, "lora_unet_mlp.strange": torch.ones(1)}, "lora_unet_mlp has strange"),
+        (lambda file: {**file, "lora_unet_mlp.lokr_w1_a": torch.ones(3, 2)}, "lora_unet_mlp: lokr factors of a 18 x"),
+        (lambda file: {"lora_unet_q.lora_A.weight": torch.ones(2, 36)}, "lora_unet_q has lora_A.weight"),
+    ],
+)
+def test_what_cannot_be_merged_stops(
+    trainer: ModuleType,
+    model: tuple[Path, dict[str, Tensor]],
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    message: str,
+) -> None:
+    read = trainer.load_safetensors_with_fp8_optimization_and_hook
+    with pytest.raises(ValueError, match=message):
+        load(trainer, model[0], [change(one_file()[0])], [1.0])
+    assert trainer.load_safetensors_with_fp8_optimization_and_hook is read
+
+
+def test_layers_without_a_weight_are_named(
+    trainer: ModuleType, model: tuple[Path, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = {key.replace("mlp", "mlpp"): value for key, value in one_file()[0].items()}
+    load(trainer, model[0], [file], [1.0])
+    assert "no weight for 1 of its layers, e.g. lora_unet_mlpp" in caplog.text
+
+
+def test_a_loader_of_another_shape_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    module = ModuleType("lora_utils")
+    key_merge.extend(module)
+    assert "lora_utils has changed" in caplog.text and not hasattr(module, key_merge.LOADER)
+
+
+SCRIPT = """
+import sys
+from library.models import load_safetensors_with_lora_and_fp8 as load  # bound before anyone could replace it
+from safetensors.torch import load_file, save_file
+model, adapter, out = sys.argv[1:]
+save_file(load(model, [load_file(adapter)], [0.7], False, "cpu"), out)
+"""
+
+
+def test_the_launcher_extends_a_trainer(tmp_path: Path, model: tuple[Path, dict[str, Tensor]]) -> None:
+    """The same script started by python leaves the weights as they were."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "__init__.py").touch()
+    (library / "lora_utils.py").write_text(LORA_UTILS)
+    (library / "models.py").write_text("from library.lora_utils import load_safetensors_with_lora_and_fp8\n")
+    script, adapter, out = (tmp_path / name for name in ("anima_minimal_inference.py", "a.safetensors", "out"))
+    script.write_text(SCRIPT)
+    file, deltas = one_file()
+    save_file(file, adapter)
+    for starter, strength in (([], 0.0), ([str(LAUNCH)], 0.7)):
+        command = [sys.executable, *starter, str(script), str(model[0]), str(adapter), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = load_file(out)
+        for key, delta in deltas.items():
+            exact = model[1][key].double() + strength * delta
+            torch.testing.assert_close(found[key].double(), exact, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,129 @@
+"""scripts/launch.py: any script of a trainer, as `python SCRIPT` would run it, with our modules first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = ROOT / "scripts" / "launch.py"
+
+SHOW = """
+import json, os, sys
+sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    import gen_img, library.tool, networks.lokr, networks.only_here
+    print(json.dumps({
+        "argv": sys.argv, "file": __file__, "first": sys.path[0], "cwd": os.getcwd(),
+        "gen_img": gen_img.__file__, "lokr": networks.lokr.__file__, "only": networks.only_here.__file__,
+    }))
+    sys.exit(7)
+"""
+
+WORKERS = """
+import sys
+from torch.utils.data import DataLoader, Dataset
+
+class Names(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        import networks.lora
+        return networks.lora.__file__
+
+if __name__ == "__main__":
+    print(*DataLoader(Names(), batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """sd-scripts' layout: no `__init__.py` in networks, scripts with names that we have too."""
+    home = tmp_path / "sd-scripts"
+    files = {
+        "train_network.py": SHOW,
+        "workers.py": WORKERS,
+        "gen_img.py": "",
+        "library/__init__.py": "",
+        "library/train_util.py": "",
+        "library/tool.py": "",
+        "networks/lora.py": "PREFIX = 'bare'\n",
+        "networks/only_here.py": "",
+        "networks/helper.py": "import lora, library.tool, networks.loha\nprint(lora.PREFIX, networks.loha.__file__)\n",
+    }
+    for name, text in files.items():
+        path = home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return home
+
+
+def launch(*arguments: str, cwd: Path, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, *before, str(LAUNCH), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_the_script_sees_what_python_would_show_it(checkout: Path, tmp_path: Path) -> None:
+    """Its arguments, its name, its own neighbours (not ours of the same name), and its exit code comes out."""
+    script = os.path.join("sd-scripts", "train_network.py")
+    done = launch(script, "--help", "--network_args", "a=b", cwd=tmp_path)
+    assert done.returncode == 7, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["argv"] == [script, "--help", "--network_args", "a=b"] and seen["file"] == script
+    assert seen["cwd"] == str(tmp_path) and seen["first"] == str(ROOT)
+    assert seen["gen_img"] == str(checkout / "gen_img.py")
+    assert seen["lokr"] == str(ROOT / "networks" / "lokr.py")
+    assert seen["only"] == str(checkout / "networks" / "only_here.py")
+
+
+def test_a_helper_script_of_the_networks_folder(checkout: Path) -> None:
+    """Its bare `import lora` is the neighbour, as ever; the trainer's library is found without an installation."""
+    done = launch("networks/helper.py", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["bare", str(ROOT / "networks" / "loha.py")]
+
+
+def test_spawned_workers_find_ours(checkout: Path) -> None:
+    done = launch("workers.py", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(ROOT / "networks" / "lora.py")] * 2
+
+
+def test_under_accelerate(checkout: Path) -> None:
+    before = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1")
+    (checkout / "done.py").write_text("import sys, networks.lora\nprint(sys.argv[1:], networks.lora.__file__)\n")
+    done = launch("done.py", "--x", "1", cwd=checkout, before=before)
+    assert done.returncode == 0, done.stderr
+    assert f"['--x', '1'] {ROOT / 'networks' / 'lora.py'}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train_netwrok.py"], "there is no script train_netwrok.py in {home}. Did you mean train_network.py?"),
+        (["train_network"], "Did you mean train_network.py?"),
+        (["zzz.py"], "It holds gen_img.py, train_network.py, workers.py."),
+        (["library"], "library is a folder, not a script. It holds __init__.py, tool.py, train_util.py."),
+        (["nowhere/train_network.py"], "there is no folder nowhere."),
+        (["--network_dim", "4", "train_network.py"], "option --network_dim comes before the script"),
+        (["accelerate", "launch", "train_network.py"], "accelerate comes first"),
+    ],
+)
+def test_mistakes(checkout: Path, arguments: list[str], message: str) -> None:
+    done = launch(*arguments, cwd=checkout)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and message.format(home=checkout) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_script_it_explains_itself(tmp_path: Path) -> None:
+    assert launch(cwd=tmp_path).returncode == 2
+    done = launch("--help", cwd=tmp_path)
+    assert done.returncode == 0 and "accelerate launch scripts/launch.py" in done.stdout
