@@ -1,13 +1,17 @@
 """`--network_module networks.loha`: LoHa on every architecture we know; `algo=` takes another algorithm."""
 
-from .hosts.entry import Entry, LoRANetwork
+from .hosts.entry import Entry
 from .hosts.key_merge import merge_weights_to_tensor
+from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
 
 create_network, create_network_from_weights, create_arch_network, create_arch_network_from_weights, plan = Entry(
     __name__, "loha"
 ).functions
+LoRANetwork = network_class(__name__)
 
 __all__ = [
+    "LoRAInfModule",
+    "LoRAModule",
     "LoRANetwork",
     "create_arch_network",
     "create_arch_network_from_weights",

@@ -1,12 +1,18 @@
 """`--network_module networks.lora_hunyuan_image`: HunyuanImage 2.1; `algo=` takes another algorithm than LoRA."""
 
-from .hosts.entry import Entry, LoRANetwork
+from .hosts.entry import Entry
+from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
 
 create_network, create_network_from_weights, create_arch_network, create_arch_network_from_weights, plan = Entry(
     __name__, "lora", ("hunyuan_image",)
 ).functions
+LoRANetwork = network_class(__name__)
+HunyuanImageLoRANetwork = LoRANetwork
 
 __all__ = [
+    "HunyuanImageLoRANetwork",
+    "LoRAInfModule",
+    "LoRAModule",
     "LoRANetwork",
     "create_arch_network",
     "create_arch_network_from_weights",

@@ -373,7 +373,7 @@ def test_the_model_keeps_its_modules_and_its_state() -> None:
 def test_creation_says_what_runs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True")
-    assert f"networks.lora {networks.__version__} from {ROOT / 'networks'}" in caplog.text
+    assert f"networks.lora {networks.__version__} from {ROOT / 'networks' / 'lora.py'}: " in caplog.text
     assert "lora_unet_mid_block_attentions_0_proj_in" in caplog.text
 
 

@@ -192,13 +192,17 @@ def test_a_module_of_the_trainer_is_announced_once(environments: Environments) -
 
 def test_ours_work_where_our_init_never_runs(environments: Environments) -> None:
     """In a lenient editable install `networks` is the trainer's folder, and only names that it lacks are ours."""
-    code = "import networks, networks.hosts.beside as ours; print(networks.__file__, ours.__file__)"
+    code = (
+        "import networks, networks.hosts.beside as ours\nprint(networks.__file__, ours.__file__)\n"
+        "ours.origin('networks.lokr')"
+    )
     environment = {**os.environ, "PYTHONPATH": str(environments.hosts / "sd-scripts")}
     command = [environments.python("editable lenient"), "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=environments.folder)
     assert done.returncode == 0, done.stderr
     init, ours = done.stdout.split()
     assert init == "None" and Path(ours).name == "beside.py"
+    assert "networks is the trainer's own folder" in done.stderr and "scripts/launch.py" in done.stderr
 
 
 def test_no_module_needs_our_init() -> None:

@@ -44,3 +44,15 @@ def watch(package: str, path: list[str]) -> list[str]:
     """Start to observe; returns the package's search path with the folders that sys.path has now."""
     sys.meta_path.insert(0, Observer(package, path[0]))
     return pkgutil.extend_path(path, package)
+
+
+def origin(module: str) -> str:
+    """The file of a module of ours. Where the package around it is the trainer's, a warning says what that means."""
+    package = module.rpartition(".")[0]
+    if package in sys.modules and not hasattr(sys.modules[package], "__version__"):
+        log.warning(
+            "%s is the trainer's own folder, so its modules are used for all names that both have, and ours only for "
+            "the rest: install kohya-networks without -e, or start the trainer with scripts/launch.py",
+            package,
+        )
+    return getattr(sys.modules.get(module), "__file__", None) or module

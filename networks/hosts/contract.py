@@ -9,7 +9,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +23,7 @@ from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request, build_plan
 from ..core.report import LoadReport, summary
 from ..files import codec
+from .beside import origin
 
 log = logging.getLogger("networks")
 
@@ -260,7 +260,7 @@ class Caller:
         dropouts = request.args.pick(("dropout", "rank_dropout", "module_dropout"))
         roots = {part.name: model for part, model in request.parts}
         network = kind(request.arch, plan, modules, roots, dropouts, multiplier, for_inference)
-        log.info("%s %s from %s: %s", self.name, __version__, Path(__file__).parent.parent, plan.title)
+        log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
         for line in plan.to_text().splitlines() if request.args.verbose else summary(plan):
             log.info("%s", line)
         for warning in plan.warnings:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..core.plan import Plan
 from .musubi import MusubiCalls, MusubiNetwork
+from .sd_compat import network_class
 from .sd_scripts import LoRANetwork, SdScriptsCalls
 
 Functions = tuple[
@@ -21,6 +22,10 @@ Functions = tuple[
 
 class Entry(SdScriptsCalls, MusubiCalls):
     """A name that users type, `networks.lokr`. Which of its functions is called tells the host."""
+
+    @property
+    def kind(self) -> type[LoRANetwork]:
+        return network_class(self.name)
 
     @property
     def functions(self) -> Functions:

@@ -85,6 +85,11 @@ class LoRANetwork(HostNetwork):
 class SdScriptsCalls(Caller):
     """The functions which this host calls in an entry."""
 
+    @property
+    def kind(self) -> type[LoRANetwork]:
+        """The class of the networks."""
+        return LoRANetwork
+
     def create_network(
         self,
         multiplier: float,
@@ -103,7 +108,7 @@ class SdScriptsCalls(Caller):
         """
         # The host sends --network_dropout twice, once as a keyword of its own.
         raw = {"neuron_dropout": neuron_dropout or None, **kwargs}
-        return self.new(LoRANetwork, HOST, multiplier, network_dim, network_alpha, text_encoder, unet, raw)
+        return self.new(self.kind, HOST, multiplier, network_dim, network_alpha, text_encoder, unet, raw)
 
     def create_network_from_weights(
         self,
@@ -130,6 +135,6 @@ class SdScriptsCalls(Caller):
             weights_sd = reader.read_tensors(file)[0]
         source = str(file or "the file")
         network = self.from_tensors(
-            LoRANetwork, HOST, multiplier, weights_sd, text_encoder, unet, for_inference, kwargs, source
+            self.kind, HOST, multiplier, weights_sd, text_encoder, unet, for_inference, kwargs, source
         )
         return network, weights_sd

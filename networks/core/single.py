@@ -1,0 +1,44 @@
+"""One adapted layer outside any network, for programs that build their networks themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..algos import ALGOS
+from ..layers.adapted import AdaptedLayer, Runtime
+from ..layers.dropout import Dropouts
+from ..tensors.geometry import Geometry
+
+
+class SingleLayer(AdaptedLayer):
+    """An adapter of `algo` with its own strength on one Linear or convolution.
+
+    Args:
+        name: the saved name.
+        alpha: scale is alpha / dim; None and 0 stand for the dim.
+        dropouts: dropout, rank_dropout, module_dropout.
+
+    Raises:
+        ValueError: the layer is of another kind.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        algo: str,
+        dim: int,
+        alpha: float | None,
+        dropouts: Mapping[str, float],
+        multiplier: float = 1.0,
+        for_inference: bool = False,
+    ) -> None:
+        geometry = Geometry.of(module)
+        if geometry is None:
+            raise ValueError(f"{name}: {type(module).__name__} is neither a Linear nor a convolution")
+        adapter = ALGOS[algo](geometry, dim)
+        runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
+        super().__init__(name, module, adapter, 1.0, Dropouts(**dropouts), runtime)
+        self.take_alpha(float(alpha or 0))
