@@ -96,12 +96,14 @@ def test_the_argument_table_knows_the_algorithms() -> None:
 
     assert tuple(ALGOS) == ALGO_NAMES
     for algo, cls in ALGOS.items():
-        for option in cls.options:
+        for option in cls.options | cls.features:
             arg = BY_NAME[option]
             assert arg.algos is None or algo in arg.algos, f"{option} is taken by {algo} but refused by the parser"
     for arg in TABLE:
         for algo in arg.algos or ():
-            assert arg.name in ALGOS[algo].options, f"{arg.name} is promised for {algo}, which does not take it"
+            assert arg.name in ALGOS[algo].options | ALGOS[algo].features, (
+                f"{arg.name} is promised for {algo}, which does not take it"
+            )
     names = [name for arg in TABLE for name in arg.names]
     assert len(names) == len(set(names))
 

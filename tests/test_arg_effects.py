@@ -44,6 +44,10 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "loraplus_unet_lr_ratio": ({}, "4"),
     "loraplus_text_encoder_lr_ratio": ({}, "4"),
 }
+EFFECTS |= {
+    "use_dora": ({}, "True"),
+    "wd_on_output": ({"use_dora": "True"}, "False"),
+}
 DIMS = {"block_dims": ",".join(["4"] * 25)}
 CONV_DIMS = {**DIMS, "conv_block_dims": ",".join(["2"] * 25)}
 EFFECTS |= {
@@ -69,11 +73,13 @@ OF_ARCHS: dict[str, tuple[str, str]] = {
     "train_single_block_indices": ("flux", "none"),
     "train_block_indices": ("sd3", "0"),
     "train_t5xxl": ("flux", "True"),
+    "split_qkv": ("flux", "True"),
     "train_llm_adapter": ("anima", "True"),
 }
-NEUTRAL = {"train_blocks": "all", "train_t5xxl": "False", "train_llm_adapter": "0"}
+NEUTRAL = {"split_qkv": "off", "train_blocks": "all", "train_t5xxl": "False", "train_llm_adapter": "0"}
 NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
 ONLY_LOGGED = {"verbose", "allow_unknown"}
+AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py
 
 
 def observed(**kwargs: str) -> tuple[Any, ...]:
@@ -125,7 +131,7 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
-    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED == {arg.name for arg in TABLE}
+    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | AFTER_A_STEP == {arg.name for arg in TABLE}
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")
     assert "attn1.to_q" in caplog.text and "unknown argument foo" in caplog.text

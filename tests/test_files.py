@@ -342,7 +342,7 @@ def test_layers_of_an_unknown_form_are_refused(tmp_path: Path) -> None:
     """Half a layer read as plain LoRA would load at another strength."""
     damaged(tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
-    for change in ({f"{Q}.dora_scale": torch.ones(16, 1)}, {f"{Q}.lora_up.weight": None}):
+    for change in ({f"{Q}.lora_other": torch.ones(16, 1)}, {f"{Q}.lora_up.weight": None}):
         changed = {k: v for k, v in {**tensors, **change}.items() if v is not None}
         save_file(changed, tmp_path / "b.safetensors")
         with pytest.raises(ValueError, match="a form which this version does not know"):

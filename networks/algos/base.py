@@ -7,15 +7,18 @@ An algorithm knows shapes and formulas only. Scale (alpha), multiplier, dropout 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, jvp
 
-from ..tensors.geometry import Geometry, cast_to_input
+from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import Gate
+
+CHUNK = 1 << 22  # elements of dW that are built at a time where only its norms are wanted
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,18 @@ class Layout:
         shapes: parameter name -> shape, `scalar` (0-d) included.
         rank: the rank that alpha is divided by; None if the form has none (its scale is then 1).
         rank_axis: whether there is a rank activation, on which dropouts can act.
+        stacked: how many adapters of that rank a file holds as one.
     """
 
     shapes: dict[str, tuple[int, ...]]
     rank: int | None
     rank_axis: bool
+    stacked: int = 1
+
+    @property
+    def saved_rank(self) -> int | None:
+        """The rank that readers of the file see, and divide its alpha by."""
+        return None if self.rank is None else self.rank * self.stacked
 
     @property
     def parameters(self) -> int:
@@ -46,6 +56,9 @@ class Adapter(nn.Module):
     keys: ClassVar[dict[str, str]]  # parameter -> suffix in a file
     required: ClassVar[tuple[frozenset[str], ...]]  # one of these sets of suffixes marks the algorithm
     fold: ClassVar[tuple[str, ...]]  # the first of these that exists takes up the learnt scalar at save
+    # Arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv: adapters of the
+    # parts of a layer, stacked, are one of the same kind (`stack`).
+    features: ClassVar[frozenset[str]] = frozenset({"use_dora", "wd_on_output"})
 
     scalar: nn.Parameter | None
 
@@ -83,6 +96,15 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """dW[start:stop]."""
+        return self.delta()[start:stop]
+
+    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+        """`apply_delta` of a Linear for some of its output rows only."""
+        weight = torch.cat([self.rows(*piece) for piece in pieces])
+        return gate.output(self.geometry.op(x, cast_to_input(weight, x)))
+
     def flops(self, tokens: int) -> tuple[float, float]:
         """Cost of (factored, materialised) forward + backward for T tokens, by the closed forms; inf = no such form."""
         raise NotImplementedError
@@ -90,6 +112,34 @@ class Adapter(nn.Module):
     def norm(self) -> Tensor:
         """Frobenius norm of dW, 0-d, without scale and scalar."""
         return torch.linalg.vector_norm(self.delta())
+
+    def norm_sq(
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+    ) -> Tensor:
+        """||W + c dW||^2 of every output row [O], or of every input column [I], without the whole sum at once.
+
+        Args:
+            weight: W, or the rows of W that `pieces` lists.
+        """
+        g, sums, at = self.geometry, [], 0
+        for start, stop in _chunks(pieces or ((0, g.out_features),), max(1, CHUNK // g.columns)):
+            whole = weight[at : at + stop - start] + strength * self.rows(start, stop)
+            at += stop - start
+            squares = whole.reshape(whole.shape[0], g.in_features, -1).square().sum(-1)
+            sums.append(squares.sum(1) if on_output else squares.sum(0))
+        return torch.cat(sums) if on_output else torch.stack(sums).sum(0)
+
+    def gradient_norm_sq(self) -> Tensor:
+        """Squared row norms [O] of the change of dW along the gradients of its factors; without the scalar."""
+        own = {name: p for name, p in self.named_parameters() if name != "scalar"}
+        values = {name: p.detach() for name, p in own.items()}
+        tangents = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
+        change = jvp(lambda given: functional_call(self, given, ()), (values,), (tangents,))[1]
+        return change.flatten(1).square().sum(1)
+
+    def forward(self) -> Tensor:
+        """dW, for torch's functional tools."""
+        return self.delta()
 
     # -- shared by all
 
@@ -117,6 +167,20 @@ class Adapter(nn.Module):
             name = next(name for name in self.fold if name in tensors)
             tensors[name] = tensors[name] * self.scalar.detach()
         return {self.keys[name]: tensor for name, tensor in tensors.items()}
+
+    @classmethod
+    def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Saved tensors of the layer whose parts, from the first output row down, have these, with split_qkv."""
+        raise NotImplementedError
+
+    @classmethod
+    def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The inverse of `stack` for parts of these output sizes.
+
+        Raises:
+            ValueError: the tensors are no such stack.
+        """
+        raise NotImplementedError
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
@@ -157,6 +221,28 @@ class Adapter(nn.Module):
 
     def _by_suffix(self) -> dict[str, nn.Parameter]:
         return {self.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
+
+
+def _chunks(pieces: Pieces, step: int) -> Iterator[tuple[int, int]]:
+    for start, stop in pieces:
+        for first in range(start, stop, step):
+            yield first, min(stop, first + step)
+
+
+def unstack_diagonal(name: str, stacked: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The blocks [size, R, ...] of a block-diagonal [sum of sizes, n R, ...].
+
+    Raises:
+        ValueError: it has another shape, or something outside its blocks.
+    """
+    n = len(sizes)
+    if stacked.shape[0] != sum(sizes) or stacked.shape[1] % n:
+        raise ValueError(f"{name} {tuple(stacked.shape)} is no stack of {n} parts with {tuple(sizes)} rows")
+    columns = stacked.shape[1] // n
+    blocks = [rows[:, i * columns : (i + 1) * columns] for i, rows in enumerate(stacked.split(list(sizes)))]
+    if sum(int(block.count_nonzero()) for block in blocks) != int(stacked.count_nonzero()):
+        raise ValueError(f"{name} mixes the parts of its layer: it was trained without split_qkv")
+    return blocks
 
 
 def _squeezed(shape: torch.Size) -> tuple[int, ...]:

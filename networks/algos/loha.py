@@ -15,16 +15,16 @@ Parameters (saved as hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, hada_t1, hada_t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..tensors.geometry import Geometry
-from ..tensors.low_rank import Gate, low_rank
+from ..tensors.geometry import Geometry, Pieces
+from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right
-from .base import Adapter, Layout
+from .base import Adapter, Layout, unstack_diagonal
 
 
 class LoHa(Adapter):
@@ -41,6 +41,7 @@ class LoHa(Adapter):
     }
     required = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
     fold = ("w1_a",)
+    features = Adapter.features | {"split_qkv"}
 
     w2_a: nn.Parameter
 
@@ -86,6 +87,26 @@ class LoHa(Adapter):
         Q = Q.reshape(-1, *self.geometry.weight_shape[1:])
         return low_rank(self.geometry, x, Q, P, _FirstIndex(gate, self.dim))
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        p = dict(self.named_parameters())
+        (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
+        rows = (a1[start:stop] @ b1) * (a2[start:stop] @ b2)
+        return rows.reshape(-1, *self.geometry.weight_shape[1:])
+
+    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+        P, Q = self._product(self.factors(x))
+        P = torch.cat([P[start:stop] for start, stop in pieces])
+        return low_rank(self.geometry, x, Q, P, _FirstIndex(gate, self.dim))
+
+    def norm_sq(
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+    ) -> Tensor:
+        """By the factored form where R^2 is small; else in chunks."""
+        if self.dim > 4 or pieces is not None:
+            return super().norm_sq(weight, strength, on_output, pieces)
+        P, Q = self._product(dict(self.named_parameters()))
+        return sum_norm_sq(weight, strength * P, Q.reshape(-1, *self.geometry.weight_shape[1:]), on_output)
+
     def norm(self) -> Tensor:
         """By the Gram matrices of P and Q, R^2 x R^2, where they are cheaper than dW."""
         if self.dim**3 > 2 * self.geometry.out_features:
@@ -97,6 +118,17 @@ class LoHa(Adapter):
         g, R = self.geometry, self.dim
         O, J, N = g.out_features, g.columns, g.out_features * g.columns
         return 6.0 * tokens * R * R * (J * g.groups + O), 6.0 * tokens * N + 16 * N * R
+
+    @classmethod
+    def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        joined = {name: torch.block_diag(*(pack[name] for pack in packs)) for name in ("hada_w1_a", "hada_w2_a")}
+        return joined | {name: torch.cat([pack[name] for pack in packs]) for name in ("hada_w1_b", "hada_w2_b")}
+
+    @classmethod
+    def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        parts = {name: unstack_diagonal(name, tensors[name], sizes) for name in ("hada_w1_a", "hada_w2_a")}
+        chunks = {name: tensors[name].chunk(len(sizes)) for name in ("hada_w1_b", "hada_w2_b")}
+        return [{name: each[i] for name, each in {**parts, **chunks}.items()} for i in range(len(sizes))]
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.factor import factorization
-from ..tensors.geometry import Geometry, cast_to_input
+from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import NO_GATE, Gate
 from ..tensors.tucker import core_times_right
 from .base import Adapter, Layout, kaiming_
@@ -160,11 +160,13 @@ class LoKr(Adapter):
 
     def _costs(self, ratio: float) -> tuple[float, float]:
         """Products per output position of a whole w2: (w2 then w1, w1 then w2); ratio = input / output positions."""
-        (A, C), (B, D, *_) = self.record.shapes.get("w1") or self._w1_shape(), self.record.shapes["w2"]
+        (A, C), (B, D, *_) = self._w1_shape(), self.record.shapes["w2"]
         K = self.geometry.kernel_size
         return B * C * D * K + A * B * C, ratio * A * C * D + A * B * D * K
 
     def _w1_shape(self) -> tuple[int, int]:
+        if "w1" in self.record.shapes:
+            return self.record.shapes["w1"][0], self.record.shapes["w1"][1]
         return self.record.shapes["w1_a"][0], self.record.shapes["w1_b"][1]
 
     def _w1_first(self, ratio: float) -> bool:
@@ -179,8 +181,45 @@ class LoKr(Adapter):
             return float("inf"), materialised
         if "w2" in self.record.shapes:
             return 6.0 * tokens * min(self._costs(1.0)), materialised
-        A, C = self.record.shapes.get("w1") or self._w1_shape()
+        A, C = self._w1_shape()
         return 6.0 * tokens * R * (J + A * C + O), materialised
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        p = dict(self.named_parameters())
+        w1, w2 = self._w1(p), self._w2(p)
+        B = w2.shape[0]
+        first = start // B
+        blocks = torch.einsum("ac,bd...->abcd...", w1[first : -(-stop // B)], w2)
+        rows = blocks.reshape(-1, *self.geometry.weight_shape[1:])
+        return rows[start - first * B : stop - first * B]
+
+    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+        """Whole blocks of w2's rows stay factored: they are rows of w1."""
+        p = self.factors(x)
+        w1, B = cast_to_input(self._w1(p), x), self.geometry.out_features // self._w1_shape()[0]
+        if any(start % B or stop % B for start, stop in pieces):
+            return super().apply_rows(x, gate, pieces)
+        return self._linear(x, p, torch.cat([w1[start // B : stop // B] for start, stop in pieces]), gate)
+
+    def norm_sq(
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+    ) -> Tensor:
+        """<W, kron(w1, w2)> by contraction with w2 and then w1; ||kron||^2 of a row is a product of two rows'."""
+        if pieces is not None:
+            return super().norm_sq(weight, strength, on_output, pieces)
+        p = dict(self.named_parameters())
+        w1, w2 = self._w1(p), self._w2(p)
+        (A, C), (B, D) = w1.shape, w2.shape[:2]
+        W, w2 = weight.reshape(A, B, C, D, -1), w2.reshape(B, D, -1)
+        if on_output:
+            cross = torch.einsum("abc,ac->ab", torch.einsum("abcdk,bdk->abc", W, w2), w1)
+            own = torch.outer(w1.square().sum(1), w2.square().sum((1, 2)))
+            squares = W.square().sum((2, 3, 4))
+        else:
+            cross = torch.einsum("acd,ac->cd", torch.einsum("abcdk,bdk->acd", W, w2), w1)
+            own = torch.outer(w1.square().sum(0), w2.square().sum((0, 2)))
+            squares = W.square().sum((0, 1, 4))
+        return (squares + 2 * strength * cross + strength**2 * own).flatten().clamp_min(0)
 
     def norm(self) -> Tensor:
         """||kron(w1, w2)|| = ||w1|| ||w2||."""

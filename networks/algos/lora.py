@@ -13,16 +13,16 @@ Parameters (saved as lora_down.weight, lora_mid.weight, lora_up.weight)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..tensors.geometry import Geometry
-from ..tensors.low_rank import Gate, low_rank
+from ..tensors.geometry import Geometry, Pieces
+from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
 from ..tensors.tucker import core_times_right
-from .base import Adapter, Layout, kaiming_
+from .base import Adapter, Layout, kaiming_, unstack_diagonal
 
 
 class LoRA(Adapter):
@@ -32,6 +32,7 @@ class LoRA(Adapter):
     keys = {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"}
     required = (frozenset({"lora_up.weight", "lora_down.weight"}),)
     fold = ("up",)
+    features = Adapter.features | {"split_qkv"}
 
     down: nn.Parameter
     mid: nn.Parameter
@@ -63,10 +64,35 @@ class LoRA(Adapter):
         up_OR = self.up.flatten(1)
         if rank_mask_R is not None:
             up_OR = up_OR * rank_mask_R
-        down_RIK: Tensor = self.down
-        if "mid" in self.record.shapes:
-            down_RIK = core_times_right(self.mid, self.down.flatten(1))
-        return (up_OR @ down_RIK.flatten(1)).reshape(self.geometry.weight_shape)
+        return (up_OR @ self._right().flatten(1)).reshape(self.geometry.weight_shape)
+
+    def _right(self) -> Tensor:
+        """[R, I, *kernel]: down, with the core of the Tucker form in it."""
+        return core_times_right(self.mid, self.down.flatten(1)) if "mid" in self.record.shapes else self.down
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = self.up[start:stop].flatten(1) @ self._right().flatten(1)
+        return rows.reshape(-1, *self.geometry.weight_shape[1:])
+
+    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+        p = self.factors(x)
+        up_OR = torch.cat([p["up"][start:stop] for start, stop in pieces])
+        return low_rank(self.geometry, x, p["down"], up_OR, gate)
+
+    def norm_sq(
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+    ) -> Tensor:
+        up_OR = self.up.flatten(1)
+        if pieces is not None:
+            up_OR = torch.cat([up_OR[start:stop] for start, stop in pieces])
+        return sum_norm_sq(weight, strength * up_OR, self._right(), on_output)
+
+    def gradient_norm_sq(self) -> Tensor:
+        if "mid" in self.record.shapes or self.up.grad is None or self.down.grad is None:
+            return super().gradient_norm_sq()
+        left = torch.cat([self.up.detach(), self.up.grad], 1).flatten(1)
+        right = torch.cat([self.down.grad, self.down.detach()]).flatten(1)
+        return product_norm_sq(left, right)
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         p, geometry = self.factors(x), self.geometry
@@ -92,8 +118,19 @@ class LoRA(Adapter):
         """By the Gram matrices, R x R each: ||up down||^2 = sum(up^T up * down down^T)."""
         if "mid" in self.record.shapes:
             return super().norm()
-        up, down = self.up.flatten(1), self.down.flatten(1)
-        return torch.sqrt(((up.T @ up) * (down @ down.T)).sum().clamp_min(0))
+        return torch.sqrt(product_norm_sq(self.up.flatten(1), self.down.flatten(1)).sum())
+
+    @classmethod
+    def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        up = torch.block_diag(*(pack["lora_up.weight"] for pack in packs))
+        return {"lora_down.weight": torch.cat([pack["lora_down.weight"] for pack in packs]), "lora_up.weight": up}
+
+    @classmethod
+    def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        ups = unstack_diagonal("lora_up.weight", tensors["lora_up.weight"], sizes)
+        downs = tensors["lora_down.weight"].chunk(len(sizes))
+        pairs = zip(downs, ups, strict=True)
+        return [{"lora_down.weight": down, "lora_up.weight": up} for down, up in pairs]
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

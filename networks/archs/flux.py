@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, Part, Signature
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
 DOUBLE_BLOCKS = 19
@@ -39,6 +39,7 @@ FLUX = ArchSpec(
     ),
     extra_dims=(("in_dims", ("img_in", r"time_in\..*", r"vector_in\..*", r"guidance_in\..*", "txt_in")),),
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
+    fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({304}),
 )
 

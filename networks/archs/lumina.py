@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Signature
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
 
 GEMMA2 = ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")
 
@@ -28,5 +28,6 @@ LUMINA = ArchSpec(
         ("noise_refiner", r"noise_refiner\..*"),
         ("context_refiner", r"context_refiner\..*"),
     ),
+    fused_rows=(FusedRows(r".*\.attention\.qkv", 1, 2),),
     usual=frozenset({180}),
 )

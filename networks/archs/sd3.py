@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import t5
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, Part, Signature
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
 
 SD3 = ArchSpec(
     name="sd3",
@@ -35,5 +35,6 @@ SD3 = ArchSpec(
             ),
         ),
     ),
+    fused_rows=(FusedRows(r"joint_blocks\..*\.qkv", 1, 2),),
     usual=frozenset({237, 263, 377}),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -18,6 +18,52 @@ class Signature:
 
 
 @dataclass(frozen=True)
+class Rename:
+    """Another library's name of a layer -> the trainer's.
+
+    Attributes:
+        own: regular expression on the whole dotted name in this model.
+        trainer: the trainer's dotted name, with groups as in `re.Match.expand`.
+        position, count: where the trainer has one fused layer for `count` of this model's: the place, from 0, of this
+            one in the order of the output rows; count 1 = one to one.
+        swapped: the two halves of the output rows are in the other order.
+    """
+
+    own: str
+    trainer: str
+    position: int = 0
+    count: int = 1
+    swapped: bool = False
+
+
+def fused(own: tuple[str, ...], trainer: str) -> tuple[Rename, ...]:
+    """Layers of this model, in row order, that are one layer of the trainer's."""
+    return tuple(Rename(name, trainer, i, len(own)) for i, name in enumerate(own))
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """A layer that computes several projections of its I inputs at once.
+
+    Attributes:
+        pattern: regular expression on the whole trainer's dotted name.
+        square: how many of them, from the first row down, have I rows.
+        rest: into how many equal ones the other rows divide.
+    """
+
+    pattern: str
+    square: int
+    rest: int
+
+    def sizes(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Output rows of each; () if the layer is another shape."""
+        left = rows - self.square * columns
+        if left <= 0 or left % self.rest:
+            return ()
+        return (columns,) * self.square + (left // self.rest,) * self.rest
+
+
+@dataclass(frozen=True)
 class Part:
     """One trained model of an architecture: the denoiser or a text encoder.
 
@@ -28,6 +74,7 @@ class Part:
         conv_containers: class names that join when a dim for larger kernels is given.
         rename: (prefix of the model's own dotted name, prefix of the trainer's), first match wins: models with
             another library's classes are saved under the trainer's names.
+        layouts: the same by regular expressions, for models that also divide layers otherwise; before `rename`.
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
     """
@@ -37,11 +84,23 @@ class Part:
     containers: tuple[str, ...]
     conv_containers: tuple[str, ...] = ()
     rename: Pairs = ()
+    layouts: tuple[Rename, ...] = ()
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
+    def layout_of(self, dotted_name: str) -> Rename | None:
+        """The first of `layouts` that speaks of this layer, its trainer's name filled in."""
+        for one in self.layouts:
+            match = re.fullmatch(one.own, dotted_name)
+            if match:
+                return replace(one, trainer=match.expand(one.trainer))
+        return None
+
     def trainer_name(self, dotted_name: str) -> str:
         """The dotted name which this layer has in the trainer's own model."""
+        layout = self.layout_of(dotted_name)
+        if layout is not None:
+            return layout.trainer
         for old, new in self.rename:
             if dotted_name.startswith(old):
                 return new + dotted_name[len(old) :]
@@ -109,6 +168,7 @@ class ArchSpec:
             one dim for each expression, says so.
         block_sets: (name, regular expression): what `train_blocks=name` trains; `all` is understood everywhere.
         levels: for learning rates by depth, where an architecture has them.
+        fused_rows: denoiser layers that hold several projections, for `split_qkv`.
         usual: numbers of denoiser layers that are trained by default, over the released models.
         regions: (role in regional prompts, regular expression on the trainer's dotted name) of denoiser layers, see
             layers.region; none = the architecture has no regional prompts.
@@ -127,6 +187,7 @@ class ArchSpec:
     extra_dims: tuple[tuple[str, tuple[str, ...]], ...] = ()
     block_sets: Pairs = ()
     levels: BlockLevels | None = None
+    fused_rows: tuple[FusedRows, ...] = ()
     usual: frozenset[int] = frozenset()
     regions: Pairs = ()
 
@@ -138,6 +199,8 @@ class ArchSpec:
         names |= {name for part in self.parts for name, _ in part.optional}
         if self.block_sets:
             names.add("train_blocks")
+        if self.fused_rows:
+            names.add("split_qkv")
         if self.levels:
             names |= {"down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold"}
         return frozenset(names - {""})
@@ -151,6 +214,13 @@ class ArchSpec:
         return next(
             (name for name, regex in self.layer_dims if name in given and re.fullmatch(regex, trainer_name)), None
         )
+
+    def split_of(self, trainer_name: str, rows: int, columns: int) -> tuple[int, ...]:
+        """Output rows of the projections in a denoiser layer; () for a layer that is only one."""
+        for one in self.fused_rows:
+            if re.fullmatch(one.pattern, trainer_name):
+                return one.sizes(rows, columns)
+        return ()
 
     def extra_of(self, trainer_name: str) -> tuple[str, int] | None:
         """(argument, position in its list) of a denoiser layer outside the containers."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .spec import Arg, Rates
 
 ALGOS = ("lora", "loha", "lokr")
+ADDITIVE = ("lora", "loha", "lokr")
 _RANK = "rank and strength"
 _FORM = "form of the factors"
 _DROP = "dropout"
@@ -98,6 +99,34 @@ TABLE: tuple[Arg, ...] = (
         "Tucker form of convolutions with a kernel above 1x1: far fewer parameters",
         _FORM,
         aliases=("use_cp", "use_conv_cp"),
+    ),
+    Arg(
+        "use_dora",
+        "bool",
+        False,
+        "DoRA (2402.09353): a learnt length for every row of the changed weight beside its direction; layers with "
+        "dropout, rank_dropout or split_qkv stay plain",
+        _FORM,
+        aliases=("dora", "dora_wd", "weight_decompose"),
+        algos=ADDITIVE,
+    ),
+    Arg(
+        "wd_on_output",
+        "bool",
+        True,
+        "with use_dora: lengths of the output rows (exact in LyCORIS and PEFT); False: of the input columns (exact in "
+        "ComfyUI, Forge, A1111, InvokeAI and LyCORIS)",
+        _FORM,
+        algos=ADDITIVE,
+    ),
+    Arg(
+        "split_qkv",
+        "bool",
+        False,
+        "an adapter of its own for each projection of a fused layer (query, key, value, MLP); saved as one with a "
+        "block-diagonal factor, at full strength in every reader (FLUX.1, Chroma, SD3, Lumina, HunyuanImage)",
+        _FORM,
+        algos=("lora", "loha"),
     ),
     Arg(
         "use_scalar",
@@ -282,6 +311,22 @@ TABLE: tuple[Arg, ...] = (
         0.0,
         "factors of those lists up to this value count as 0",
         _LR,
+        minimum=0,
+    ),
+    Arg(
+        "ggpo_sigma",
+        "float",
+        None,
+        "GGPO: noise on the weight in training, in proportion to the rows of the changed weight; with ggpo_beta",
+        _OTHER,
+        minimum=0,
+    ),
+    Arg(
+        "ggpo_beta",
+        "float",
+        None,
+        "GGPO: the same in proportion to the square of the update's gradient; with ggpo_sigma",
+        _OTHER,
         minimum=0,
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),

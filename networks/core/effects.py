@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +37,16 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _expressions(request, deciding, problems)
     _dropouts(trained, args, problems, notes)
     _loraplus(trained, request, problems)
+    _dora(trained, args, problems, notes)
+    if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
+        problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
     if request.saved is not None:
         decided = sorted(args.given & _DECIDED_BY_FILE)
         if decided:
             notes.append(f"{', '.join(decided)}: not used, the file decides dims, alphas and forms")
         return notes
     _kinds(request, deciding, problems)
+    _splits(trained, request, problems)
     _forms(trained, args, ("conv_dim", "") in deciding, problems, notes)
     return notes
 
@@ -78,6 +83,28 @@ def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems) 
     for argument, here in (("loraplus_unet_lr_ratio", True), ("loraplus_text_encoder_lr_ratio", False)):
         if getattr(args, argument) not in (None, 1.0) and here not in parts:
             problems.add(f"{argument} has no effect: no layer of that part is trained")
+
+
+def _dora(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list[str]) -> None:
+    on = [row for row in trained if row.dora]
+    off = Counter(row.plain for row in trained if row.plain)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in off.items())
+    if off and not on:
+        problems.add(f"use_dora is left on no layer: off on {reasons}; leave one of the two out")
+    elif args.use_dora and on:
+        notes.append(f"DoRA on {len(on)} layers" + (f", off on {reasons}" if off else ""))
+    if "wd_on_output" in args.given and not args.wd_on_output and not on:
+        problems.add("wd_on_output has no effect without use_dora")
+    if any(row.dora == "output" for row in on):
+        notes.append(
+            "DoRA on the output side is exact in LyCORIS and PEFT; ComfyUI and Forge divide by the norm of the base "
+            "weight alone, A1111 and InvokeAI misread it: wd_on_output=False is exact in all of these but PEFT"
+        )
+
+
+def _splits(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
+    if request.args.split_qkv and "split_qkv" in request.arch.arguments and not any(row.split for row in trained):
+        problems.add("split_qkv has no effect: no layer with fused projections is left to train")
 
 
 def _kinds(request: Request, deciding: set[tuple[str, str]], problems: Problems) -> None:

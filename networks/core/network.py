@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..algos import ALGOS
 from ..files import codec, reader, writer
 from ..files.codec import SavedLayer
 from ..layers.adapted import LIVE_SCALE, AdaptedLayer, Runtime
 from ..layers.dropout import Dropouts
+from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
+from ..layers.site import Site
 from .plan import Plan, PlanRow
 from .report import LoadReport
+from .select import Bases
 
 log = logging.getLogger(__name__)
 
@@ -33,21 +35,23 @@ class Network(nn.Module):
 
     Args:
         plan: what to build.
-        modules: saved name -> base layer, for the plan's trained rows.
+        modules: saved name -> base module, or modules and their rows, for the plan's trained rows.
         roots: part name -> the model that the host calls.
         dropouts: dropout, rank_dropout, module_dropout, for all layers.
         multiplier: strength.
         for_inference: dropouts never act.
+        perturbation: (sigma, beta) of GGPO, or None.
     """
 
     def __init__(
         self,
         plan: Plan,
-        modules: Mapping[str, nn.Module],
+        modules: Mapping[str, nn.Module | Bases],
         roots: Mapping[str, nn.Module],
         dropouts: Mapping[str, float] | None = None,
         multiplier: float = 1.0,
         for_inference: bool = False,
+        perturbation: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         self.plan = plan
@@ -59,8 +63,13 @@ class Network(nn.Module):
         self._layers: dict[str, tuple[PlanRow, AdaptedLayer]] = {}
         for row in plan.trained:
             name = row.saved_name
-            adapter = ALGOS[row.algo](row.geometry, row.dim, row.options)
-            layer = AdaptedLayer(name, modules[name], adapter, row.scale, chosen, self.runtime)
+            bases = modules[name]
+            pairs: Bases = ((bases, None),) if isinstance(bases, nn.Module) else bases
+            sites = [Site(module, pieces) for module, pieces in pairs]
+            noise = Perturbation(*perturbation) if perturbation else None
+            layer = AdaptedLayer(
+                name, sites, row.make_adapter(), row.scale, chosen, self.runtime, row.dora, perturbation=noise
+            )
             self._layers[name] = row, layer
             self.add_module(name, layer)
         self._aliases = {row.own_saved_name: name for name, (row, _) in self._layers.items()}
@@ -95,7 +104,7 @@ class Network(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if any(layer.dropouts for layer in self.adapted_layers):
+        if any(layer.dropouts or layer.perturbation for layer in self.adapted_layers):
             used = {row.part for row, _ in self.layers}
             self._hooks = [h for part, root in self._roots.items() if part in used for h in _watch(root, self.runtime)]
 
@@ -231,6 +240,7 @@ class Network(nn.Module):
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
             adapted.take_alpha(layer.alpha)
+            adapted.take_magnitude(layer.magnitude)
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
         return LoadReport(source, tuple(found), missing, tuple(dict.fromkeys(unexpected)))
@@ -294,8 +304,12 @@ class Network(nn.Module):
 
 
 def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
-    if not isinstance(layer.adapter, saved.algorithm):
+    if layer.adapter.algo != saved.algorithm.algo:
         raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
+    side, own = saved.side(layer.adapter.geometry), layer.side
+    if side and side != own:
+        remedy = "give use_dora=True" if not own else f"give wd_on_output={side == 'output'}"
+        raise ValueError(f"the file has DoRA magnitudes on the {side} side, this network has not: {remedy}")
     layer.adapter.fits(saved.tensors)
 
 

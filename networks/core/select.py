@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from ..archs.detect import unwrap
 from ..archs.spec import Part
 from ..args.parse import Problems
-from ..tensors.geometry import Geometry
+from ..tensors.geometry import Geometry, Pieces
+
+Bases = tuple[tuple[nn.Module, "Pieces | None"], ...]
 
 _WRAPPER = re.compile(r"(?:^|\.)_orig_mod(?=\.|$)")
 
@@ -23,6 +25,7 @@ class Candidate:
     Attributes:
         dotted_name: its path in this model, without wrapper levels.
         trainer_name: its path in the trainer's own model; the same unless the classes are another library's.
+        bases: the modules it stands for, each with the rows of the layer that it computes (None = all).
         reason: why the architecture leaves it out; "" if it can be trained.
         by_conv_dim: only a dim for larger kernels lets it in.
         default: trained when no argument says otherwise (an exclude pattern of the architecture apart).
@@ -32,15 +35,23 @@ class Candidate:
     dotted_name: str
     trainer_name: str
     saved_name: str
-    module: nn.Module
+    bases: Bases
     geometry: Geometry
     reason: str
     by_conv_dim: bool
     default: bool
+    own_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every dotted name by which a user may speak of it."""
+        return (*(self.own_names or (self.dotted_name,)), self.trainer_name)
 
     @property
     def own_saved_name(self) -> str:
         """The saved name that this model's own path would give: files under such names load too."""
+        if self.own_names:
+            return self.saved_name
         return f"{self.part.prefix}_{self.dotted_name}".replace(".", "_")
 
 
@@ -53,6 +64,7 @@ def candidates(
         convolutions: whether kernels above 1x1 have a dim; the part's conv_containers join then.
         switched_on: names of the boolean arguments that are True; the part may wait for one of them.
     """
+    waiting: dict[str, dict[int, Candidate]] = {}
     containers = part.containers + tuple(c for name, more in part.optional if name in switched_on for c in more)
     for path, module, classes in _walk(unwrap(model), "", frozenset()):
         geometry = Geometry.of(module)
@@ -63,9 +75,9 @@ def candidates(
         if part.argument and part.argument not in switched_on:
             reason = f"give {part.argument}=True to train it"
         elif classes.isdisjoint(containers):
-            waiting = next((name for name, more in part.optional if not classes.isdisjoint(more)), "")
-            if waiting:
-                reason = f"give {waiting}=True to train it"
+            switch = next((name for name, more in part.optional if not classes.isdisjoint(more)), "")
+            if switch:
+                reason = f"give {switch}=True to train it"
             elif classes.isdisjoint(part.conv_containers):
                 reason = f"outside {', '.join((*containers, *part.conv_containers))}"
             else:
@@ -76,7 +88,44 @@ def candidates(
             reason = ""
         names = dotted, part.trainer_name(dotted), part.saved_name(dotted)
         default = not part.argument and not classes.isdisjoint(part.containers) and not geometry.has_kernel
-        yield Candidate(part, *names, module, geometry, reason, by_conv_dim, default)
+        layout = part.layout_of(dotted)
+        bases: Bases = ((module, None),)
+        if layout is not None and layout.swapped:
+            half = geometry.out_features // 2
+            bases = ((module, ((half, 2 * half), (0, half))),)
+        found = Candidate(part, *names, bases, geometry, reason, by_conv_dim, default)
+        if layout is None or layout.count == 1:
+            yield found
+            continue
+        group = waiting.setdefault(layout.trainer, {})
+        group[layout.position] = found
+        if len(group) == layout.count:
+            yield _join([group[i] for i in range(layout.count)])
+            del waiting[layout.trainer]
+    if waiting:
+        name, group = next(iter(waiting.items()))
+        raise ValueError(
+            f"this model lacks a projection of {name}: it has only {[c.dotted_name for c in group.values()]}"
+        )
+
+
+def _join(parts: Sequence[Candidate]) -> Candidate:
+    """The one layer that several modules make together, as the trainer has it."""
+    bases, start = [], 0
+    for part in parts:
+        stop = start + part.geometry.out_features
+        bases.append((part.bases[0][0], ((start, stop),)))
+        start = stop
+    names = tuple(part.dotted_name for part in parts)
+    head = names[0].rpartition(".")[0]
+    tails = ", ".join(name.removeprefix(f"{head}.") for name in names)
+    return replace(
+        parts[0],
+        dotted_name=f"{head}.({tails})",
+        bases=tuple(bases),
+        geometry=replace(parts[0].geometry, out_features=start),
+        own_names=names,
+    )
 
 
 def _walk(module: nn.Module, path: str, classes: frozenset[str]) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
@@ -101,7 +150,7 @@ class Patterns:
     def first(self, candidate: Candidate) -> str | None:
         """The first pattern that matches."""
         for pattern in self.compiled:
-            if pattern.fullmatch(candidate.dotted_name) or pattern.fullmatch(candidate.trainer_name):
+            if any(pattern.fullmatch(name) for name in candidate.names):
                 return pattern.pattern
         return None
 

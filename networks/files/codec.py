@@ -16,9 +16,11 @@ from torch import Tensor
 
 from ..algos import Adapter, recognise
 from ..layers.adapted import AdaptedLayer
+from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
 
 DIALECT = "portable"
+MAGNITUDE = "dora_scale"
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,31 @@ class SavedLayer:
         algorithm: the class whose keys it has.
         tensors: suffix -> tensor, without alpha.
         alpha: None if the file has none (scale 1).
+        magnitude: of DoRA, [O, 1, ..] or [1, I, ..]; None for plain layers.
     """
 
     name: str
     algorithm: type[Adapter]
     tensors: dict[str, Tensor]
     alpha: float | None
+    magnitude: Tensor | None = None
+
+    def side(self, geometry: Geometry) -> str:
+        """Where the magnitude sits, "output" or "input"; "" without one.
+
+        Raises:
+            ValueError: it fits neither side.
+        """
+        if self.magnitude is None:
+            return ""
+        shape = tuple(self.magnitude.shape)
+        for side in ("output", "input"):
+            wanted = magnitude_shape(geometry, side == "output")
+            if shape == wanted or shape == wanted[:2]:
+                return side
+        if shape == (geometry.out_features,):  # PEFT's form
+            return "output"
+        raise ValueError(f"{MAGNITUDE} {shape} fits neither the rows nor the columns of {geometry.weight_shape}")
 
     def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
         """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
@@ -81,11 +102,12 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
     for name, group in groups.items():
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
+        magnitude = group.pop(MAGNITUDE, None) if algorithm is not None else None
         known = set() if algorithm is None else set(algorithm.keys.values())
         if algorithm is None or not group.keys() <= known:
             unknown += [f"{name}.{suffix}" for suffix in group if suffix not in known]
             continue
-        layers[name] = SavedLayer(name, algorithm, group, None if alpha is None else float(alpha))
+        layers[name] = SavedLayer(name, algorithm, group, None if alpha is None else float(alpha), magnitude)
     return layers, unknown
 
 
@@ -95,5 +117,7 @@ def encode(layers: Iterable[AdaptedLayer]) -> dict[str, Tensor]:
     for layer in layers:
         for suffix, tensor in layer.adapter.pack().items():
             tensors[f"{layer.lora_name}.{suffix}"] = tensor
+        if layer.magnitude is not None:
+            tensors[f"{layer.lora_name}.{MAGNITUDE}"] = layer.magnitude.detach()
         tensors[f"{layer.lora_name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     return tensors

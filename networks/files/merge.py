@@ -19,6 +19,10 @@ def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0) ->
     Raises:
         ValueError: the file's tensors do not fit the weight.
     """
-    adapter = saved.build(Geometry.of_weight(weight.shape)).to(weight.device)
-    layer = AdaptedLayer(saved.name, nn.Identity(), adapter, saved.scale(adapter.record.rank))
+    geometry = Geometry.of_weight(weight.shape)
+    adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
+    base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    scale = saved.scale(adapter.record.saved_rank)
+    layer = AdaptedLayer(saved.name, base, adapter, scale, dora=saved.side(geometry))
+    layer.take_magnitude(saved.magnitude)
     return layer.new_weight(weight, multiplier).detach()

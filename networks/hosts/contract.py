@@ -20,7 +20,8 @@ from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs, Problems, parse
 from ..core.network import Network
 from ..core.optim import Groups, parameter_groups
-from ..core.plan import Plan, Request, build_plan
+from ..core.plan import Plan, Request
+from ..core.planner import build_plan
 from ..core.report import LoadReport, summary
 from ..files import codec
 from .beside import origin
@@ -38,6 +39,13 @@ class HostNetwork(Network):
     def __init__(self, arch: ArchSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.arch = arch
+
+    @classmethod
+    def variant(cls, args: NetArgs, problems: Problems) -> type[HostNetwork]:
+        """The class for these arguments; hosts look up what a network can do by its methods."""
+        if args.ggpo_sigma is not None:
+            problems.add("ggpo_sigma has no effect here: this trainer does not tell a network when a step is over")
+        return cls
 
     # -- set up
 
@@ -256,12 +264,16 @@ class Caller:
         self, kind: type[Kind], request: Request, problems: Problems, multiplier: float, for_inference: bool = False
     ) -> Kind:
         plan, modules = build_plan(request, problems)
+        made = kind.variant(request.args, problems)
+        assert issubclass(made, kind)
         problems.stop()
-        dropouts = request.args.pick(("dropout", "rank_dropout", "module_dropout"))
+        a = request.args
+        dropouts = a.pick(("dropout", "rank_dropout", "module_dropout"))
+        noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
         roots = {part.name: model for part, model in request.parts}
-        network = kind(request.arch, plan, modules, roots, dropouts, multiplier, for_inference)
+        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise)
         log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
-        for line in plan.to_text().splitlines() if request.args.verbose else summary(plan):
+        for line in plan.to_text().splitlines() if a.verbose else summary(plan):
             log.info("%s", line)
         for warning in plan.warnings:
             log.warning("%s", warning)

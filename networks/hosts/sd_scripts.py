@@ -6,9 +6,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..archs.detect import unwrap
+from ..args.parse import NetArgs, Problems
 from ..core.optim import Groups, text_encoder_rates
 from ..files import reader
 from .contract import Caller, HostNetwork, TextEncoders
@@ -25,6 +27,10 @@ class LoRANetwork(HostNetwork):
         super().__init__(*args, **kwargs)
         # FLUX.1's and SD3's trainers read it to decide which encoders stay in memory.
         self.train_t5xxl = any(row.part == "text_encoder3" for row in self.plan.trained)
+
+    @classmethod
+    def variant(cls, args: NetArgs, problems: Problems) -> type[LoRANetwork]:
+        return cls if args.ggpo_sigma is None else type("PerturbedNetwork", (PerturbedCalls, cls), {})
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self,
@@ -80,6 +86,36 @@ class LoRANetwork(HostNetwork):
         """A batch begins; `shared` is the same dict for all networks. Sizes need no `ds_ratio`: layers tell theirs."""
         assert self.runtime.region is not None, "set_current_generation before set_region"
         self.runtime.region.start(batch_size, num_sub_prompts, (height, width), shared)
+
+
+class PerturbedCalls(LoRANetwork):
+    """With GGPO: what the host calls around a step, and logs, where a network has it."""
+
+    def update_grad_norms(self) -> None:
+        """Before the gradients are cleared."""
+        for layer in self.adapted_layers:
+            if layer.perturbation is not None:
+                layer.perturbation.see_gradients(layer)
+
+    def update_norms(self) -> None:
+        for layer in self.adapted_layers:
+            if layer.perturbation is not None:
+                layer.perturbation.see_weights(layer)
+
+    def weight_norms(self) -> Tensor | None:
+        """Mean row norm of each layer's true update; None before the first step."""
+        return self._means("weight_norms")
+
+    def grad_norms(self) -> Tensor | None:
+        return self._means("gradient_norms")
+
+    def combined_weight_norms(self) -> Tensor | None:
+        return self._means("combined_norms")
+
+    def _means(self, name: str) -> Tensor | None:
+        found = [getattr(layer.perturbation, name) for layer in self.adapted_layers]
+        means = [norms.mean() for norms in found if norms is not None]
+        return torch.stack(means) if means else None
 
 
 class SdScriptsCalls(Caller):

@@ -2,14 +2,14 @@
 
     y = base(x) + multiplier * scale * scalar * op(x, dW)         W' = W + multiplier * scale * scalar * dW
 
-`forward` and `new_weight` are two readings of that line and are tested equal.
+`forward` and `new_weight` are two readings of that line and are tested equal; `magnitude` has the line with DoRA.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from ..algos import Adapter
 from ..tensors import base_weight
 from .dropout import CallGate, Dropouts, module_mask, rank_mask
+from .magnitude import magnitude_shape, norm_sq, ratio
+from .perturbation import Perturbation
 from .region import Region
+from .site import Site, read_whole
 
 LIVE_SCALE = "live_scale"  # marks a live state among the keys; a file has alpha instead
 
@@ -41,84 +44,95 @@ class Runtime:
     region: Region | None = None
 
 
-@dataclass
-class _Base:
-    """The frozen layer, kept out of our parameters and state."""
-
-    module: nn.Module
-    forward: Callable[..., Tensor] | None = field(default=None)
-
-
 class AdaptedLayer(nn.Module):
-    """An adapter, its scale, and the layer it changes.
-
-    The base module keeps its class, name, parameters and children; only its instance attribute `forward` is replaced
-    while the layer is attached.
+    """An adapter, its scale, and the base modules it changes.
 
     Args:
         name: the saved name, `lora_unet_..._to_q`.
-        module: the base layer. Its weight is read when it is needed, never kept: hosts move, cast and swap weights.
+        base: the base layer, or the sites on which the adapter sits together.
         scale: alpha / dim, alpha / sqrt(dim), or 1 for a form without rank.
+        dora: the side, "output" or "input", on which magnitudes are learnt; "" for none.
+        perturbation: noise on the weight in training (GGPO), or None.
     """
 
     def __init__(
         self,
         name: str,
-        module: nn.Module,
+        base: nn.Module | Sequence[Site],
         adapter: Adapter,
         scale: float,
         dropouts: Dropouts | None = None,
         runtime: Runtime | None = None,
+        dora: str = "",
+        perturbation: Perturbation | None = None,
     ) -> None:
         super().__init__()
         self.lora_name, self.adapter, self.scale = name, adapter, float(scale)
         self.dropouts, self.runtime = dropouts or _NONE, runtime or Runtime()
-        self._base = _Base(module)
+        self.perturbation = perturbation
+        self.sites = (Site(base),) if isinstance(base, nn.Module) else tuple(base)
+        for site in self.sites:
+            site.layer = self
+        self.register_parameter("magnitude", None)
+        self.on_output = dora != "input"
+        self._start_version: int | None = None
+        if dora:
+            assert not (self.dropouts.dropout or self.dropouts.rank_dropout), "DoRA with a dropout on the rank"
+            like = next(adapter.parameters())
+            self.magnitude = nn.Parameter(like.new_ones(magnitude_shape(adapter.geometry, self.on_output)))
+            self.start_magnitude()
+
+    @property
+    def side(self) -> str:
+        """Where its magnitudes are, "output" or "input"; "" without DoRA."""
+        return "" if self.magnitude is None else "output" if self.on_output else "input"
 
     # -- attachment
 
     @property
     def base(self) -> nn.Module:
-        return self._base.module
+        """The base module of a layer that has one."""
+        return self.sites[0].module
 
     def attach(self) -> None:
-        if self._base.forward is None:
-            self._base.forward = self.base.forward
-            self.base.forward = self.forward
+        self.start_magnitude()
+        for site in self.sites:
+            site.attach()
 
     def detach(self) -> None:
         """Take this adapter out; what is below and above it on the same layer stays."""
-        below, above = self._base.forward, self._above()
-        self._base.forward = None
-        if below is None:
-            return
-        if above is not None:
-            above._base.forward = below
-        elif getattr(below, "__func__", None) is type(self.base).forward:
-            del self.base.forward
-        else:
-            self.base.forward = below
-
-    def _above(self) -> AdaptedLayer | None:
-        """The adapter of another network that was attached on top of this one."""
-        above, forward = None, vars(self.base).get("forward")
-        while isinstance(owner := getattr(forward, "__self__", None), AdaptedLayer) and owner is not self:
-            above, forward = owner, owner._base.forward
-        return above if owner is self else None
+        for site in self.sites:
+            site.detach()
 
     # -- alpha
 
     @property
     def alpha(self) -> float:
         """The value for which plain alpha / rank readers get our scale; a form without rank states its dim."""
-        rank = self.adapter.record.rank
+        rank = self.adapter.record.saved_rank
         return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
 
     def take_alpha(self, alpha: float | None) -> None:
         """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""
-        rank = self.adapter.record.rank
+        rank = self.adapter.record.saved_rank
         if rank is not None:
             self.scale = alpha / rank if alpha else 1.0
+
+    def take_magnitude(self, magnitude: Tensor | None) -> None:
+        """The magnitude of a file; without one the update's own length, so that it acts as the plain one it is."""
+        if self.magnitude is not None:
+            with torch.no_grad():
+                self.magnitude.copy_(self._norms() if magnitude is None else magnitude.reshape(self.magnitude.shape))
+
+    def start_magnitude(self) -> None:
+        """The lengths of W + s dW, unless training or a file has set others. Hosts may load base weights until the
+        layer is attached, so it is called again there."""
+        if self.magnitude is None or any(site.is_meta for site in self.sites):
+            return
+        if self._start_version in (None, self.magnitude._version):
+            with torch.no_grad():
+                self.magnitude.copy_(self._norms())
+            self._start_version = self.magnitude._version
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The live state carries the scale in float64: casting the network must not round it."""
@@ -138,6 +152,11 @@ class AdaptedLayer(nn.Module):
 
     # -- the formula
 
+    @property
+    def strength(self) -> float | Tensor:
+        """scale * scalar: what multiplies dW at multiplier 1."""
+        return self._strength(1.0)
+
     def _strength(self, multiplier: float | Tensor) -> float | Tensor:
         strength, scalar = multiplier * self.scale, self.adapter.scalar
         return strength if scalar is None else strength * scalar.to(torch.promote_types(scalar.dtype, torch.float32))
@@ -150,8 +169,15 @@ class AdaptedLayer(nn.Module):
         if m == 0:
             return weight
         with torch.autocast(weight.device.type, enabled=False):  # hosts merge inside their autocast, too
-            delta = self._wide_adapter().delta() * self._strength(m)
-            return weight + delta.to(device=weight.device, dtype=weight.dtype)
+            adapter, strength = self._wide_adapter(), self.strength
+            delta = (adapter.delta() * strength).to(device=weight.device, dtype=weight.dtype)
+            if self.magnitude is None:
+                return weight + m * delta
+            magnitude = self.magnitude.to(device=weight.device, dtype=weight.dtype)
+            whole = weight + delta
+            kept = 0 if self.on_output else 1
+            norms = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.dim()) if i != kept], keepdim=True)
+            return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)
 
     def _wide_adapter(self) -> Adapter:
         """The adapter in fp32 at least: some hosts cast a network to half precision before they merge it."""
@@ -160,27 +186,78 @@ class AdaptedLayer(nn.Module):
         return copy.deepcopy(self.adapter).float()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the update, in the base output's dtype."""
-        assert self._base.forward is not None, "forward of a layer that is not attached"
-        y = self._base.forward(x, *args, **kwargs)
+        """The output of the one base module, with the update."""
+        return self.run(self.sites[0], x, *args, **kwargs)
+
+    def run(self, site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of one base module, with the update, in the base output's dtype."""
+        assert site.below is not None, "forward of a layer that is not attached"
         runtime = self.runtime
         if not runtime.enabled or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
-            return y
-        if runtime.region is not None:
-            return runtime.region.add(self.lora_name, lambda x, y: self.update(x).to(y.dtype), x, y)
-        return y + self.update(x).to(y.dtype)
+            return site.below(x, *args, **kwargs)
+        gate = CallGate(self._dropped(runtime.multiplier, x))
+        if self.magnitude is not None and not self.on_output and runtime.region is None:
+            y = self._by_input(site, x, gate, *args, **kwargs)
+        else:
+            y = site.below(x, *args, **kwargs)
+            if runtime.region is not None:
+                y = runtime.region.add(self.lora_name, lambda x, y: self._change(site, x, y, gate), x, y)
+            else:
+                y = y + self._change(site, x, y, gate)
+        if self.perturbation is not None and self._trains:
+            noise = self.perturbation.output(self.adapter.geometry, x, site.take_rows)
+            y = y if noise is None else y + CallGate(runtime.multiplier).output(noise.to(y.dtype))
+        return y
 
     def update(self, x: Tensor) -> Tensor:
-        """The adapter's part of the output, in the cheaper of its exact forms."""
+        """The adapter's part of the output of the one base module, without magnitude."""
+        return self._product(self.sites[0], x, self._strength(self._dropped(self.runtime.multiplier, x)))
+
+    def _change(self, site: Site, x: Tensor, y: Tensor, gate: CallGate) -> Tensor:
+        """What is added to the output y of a base module, in its dtype; `gate` holds the multiplier."""
+        if self.magnitude is None:
+            return self._product(site, x, self._strength(gate.scale)).to(y.dtype)
+        geometry, bias = self.adapter.geometry, getattr(site.module, "bias", None)
+        outside = 0.0 if bias is None else geometry.on_outputs(bias.to(y.dtype))
+        if not self.on_output:
+            assert site.below is not None
+            more = gate.output(self._more(x))
+            return site.below(more) - outside + gate.output(self._product(site, x + self._more(x), self.strength))
+        r = ratio(site.take_rows(self.magnitude), self._norms(site).to(self.magnitude.device)).flatten()
+        update = self._product(site, x, self.strength)
+        change = geometry.on_outputs(r - 1).to(y) * (y - outside) + (geometry.on_outputs(r).to(update) * update).to(y)
+        return gate.output(change)
+
+    def _by_input(self, site: Site, x: Tensor, gate: CallGate, *args: Any, **kwargs: Any) -> Tensor:
+        """The output with magnitudes of the input side: one call of the base for both of its terms."""
+        assert site.below is not None
+        more = self._more(x)
+        y = site.below(x + gate.output(more), *args, **kwargs)
+        return y + gate.output(self._product(site, x + more, self.strength)).to(y.dtype)
+
+    def _more(self, x: Tensor) -> Tensor:
+        """(r - 1) x by input features."""
+        assert self.magnitude is not None
+        r = ratio(self.magnitude, self._norms().to(self.magnitude.device)).flatten()
+        return x * self.adapter.geometry.on_inputs(r - 1).to(x)
+
+    def _dropped(self, multiplier: float | Tensor, x: Tensor) -> float | Tensor:
+        """The multiplier, or 0 where module_dropout leaves the call out."""
+        if isinstance(multiplier, Tensor) and multiplier.device != x.device:
+            multiplier = multiplier.to(x.device)
+        p = self._active_dropouts().module_dropout
+        return multiplier * module_mask(p, x) if p else multiplier
+
+    def _product(self, site: Site, x: Tensor, strength: float | Tensor) -> Tensor:
+        """strength * op(x, dW) for the rows of a site, in the cheaper of its exact forms."""
         adapter, drops = self.adapter, self._active_dropouts()
         if adapter.geometry.is_conv and x.dim() == len(adapter.geometry.kernel) + 1:
-            return self.update(x[None])[0]
-        strength = self._strength(self.runtime.multiplier)
+            return self._product(site, x[None], strength)[0]
         if isinstance(strength, Tensor) and strength.device != x.device:
             strength = strength.to(x.device)
-        if drops.module_dropout:
-            strength = strength * module_mask(drops.module_dropout, x)
         gate = CallGate(strength, drops.dropout, drops.rank_dropout)
+        if site.pieces is not None:
+            return adapter.apply_rows(x, gate, site.pieces)
         factored, materialised = adapter.flops(adapter.geometry.tokens(x))
         # Elementwise dropout needs the rank activation, which only the factored form has.
         if factored <= materialised or (drops.dropout and adapter.record.rank_axis):
@@ -192,31 +269,75 @@ class AdaptedLayer(nn.Module):
             delta = delta.to(x.dtype)
         return gate.output(adapter.geometry.op(x, delta))
 
+    @property
+    def _trains(self) -> bool:
+        return self.training and not self.runtime.sampling and not self.runtime.for_inference
+
     def _active_dropouts(self) -> Dropouts:
-        active = self.training and not self.runtime.sampling and not self.runtime.for_inference
-        return self.dropouts if active else _NONE
+        return self.dropouts if self._trains else _NONE
 
     # -- weight space
 
+    @torch.no_grad()
+    def weight_below(self, site: Site, device: torch.device | None = None) -> Tensor:
+        """The weight below this layer at one of its modules, with what other networks do to it there."""
+        weight, under = site.read(device), site.under()
+        if under is None or under.layer is None or not under.layer.runtime.enabled:
+            return weight
+        if under.pieces is None:
+            return under.layer.new_weight(under.layer.weight_below(under, device))
+        return under.take_rows(under.layer.new_weight(under.layer.whole_weight(device)))
+
+    @torch.no_grad()
+    def whole_weight(self, device: torch.device | None = None) -> Tensor:
+        """The same for the whole layer, its modules put together."""
+        return read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: self.weight_below(site, device))
+
+    def _norms(self, only: Site | None = None) -> Tensor:
+        """||W + s dW|| in the magnitude's shape; on the output side for the rows of one site if asked."""
+        assert self.magnitude is not None
+        adapter, strength = self._wide_adapter(), self.strength
+        sites = self.sites if only is None else (only,)
+        squares = [norm_sq(adapter, self._weight_near(s), strength, self.on_output, s.pieces) for s in sites]
+        if not self.on_output:
+            return torch.stack(squares).sum(0).sqrt().reshape(self.magnitude.shape)
+        roots = {
+            s: square.sqrt().reshape(-1, *self.magnitude.shape[1:]) for s, square in zip(sites, squares, strict=True)
+        }
+        return roots[only] if only is not None else read_whole(sites, self.magnitude.shape, roots.__getitem__)
+
+    def _weight_near(self, site: Site) -> Tensor:
+        """A base weight where the adapter is; hosts swap weights between devices."""
+        weight = self.weight_below(site)
+        return weight.to(self.magnitude.device) if self.magnitude is not None else weight
+
     def merge(self, multiplier: float | None = None, device: torch.device | None = None) -> None:
         """Put W' into the base layer, computed in fp32 or wider and rounded once."""
+        m = self.runtime.multiplier if multiplier is None else multiplier
+        if not isinstance(m, Tensor) and m == 0:
+            return
         with torch.no_grad():
-            base_weight.write(self.base, self.new_weight(base_weight.read(self.base, device), multiplier))
+            W = read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: site.read(device))
+            new = self.new_weight(W, multiplier)
+            for site in self.sites:
+                site.write(site.take_rows(new))
 
     def backup(self) -> None:
         """Remember the base weight for `restore`."""
-        base_weight.backup(self.base)
+        for site in self.sites:
+            base_weight.backup(site.module)
 
     def restore(self) -> None:
         """Put the remembered weight back, bit for bit."""
-        base_weight.restore(self.base)
+        for site in self.sites:
+            base_weight.restore(site.module)
 
     # -- max norm
 
     @torch.no_grad()
     def update_norm(self) -> Tensor:
         """Frobenius norm of the true update scale * scalar * dW, 0-d."""
-        strength = self._strength(1.0)
+        strength = self.strength
         size = strength.abs() if isinstance(strength, Tensor) else abs(strength)
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self._wide_adapter().norm() * size

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Pieces = tuple[tuple[int, int], ...]  # ranges (start, stop) of output rows, in an order
+
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -101,6 +103,14 @@ class Geometry:
             return "Linear"
         groups = f" g={self.groups}" if self.groups > 1 else ""
         return f"Conv{len(self.kernel)}d {'x'.join(map(str, self.kernel))}{groups}"
+
+    def on_outputs(self, vector_O: Tensor) -> Tensor:
+        """One value per output feature, shaped to multiply the layer's output."""
+        return vector_O.reshape(-1, *self.ones)
+
+    def on_inputs(self, vector_I: Tensor) -> Tensor:
+        """One value per input feature, shaped to multiply the layer's input."""
+        return vector_I.repeat(self.groups).reshape(-1, *self.ones)
 
     def tokens(self, x: Tensor) -> int:
         """T: how many output positions one call computes."""

@@ -55,3 +55,23 @@ def low_rank(geometry: Geometry, x: Tensor, down_RIK: Tensor, up_OR: Tensor, gat
         h = geometry.convolve(x, down_RIK.repeat(groups, *[1] * (down_RIK.dim() - 1)), groups)
         h = gate.rank(h.unflatten(1, (groups, -1)), 2).flatten(1, 2)
     return geometry.pointwise(h, up_OR, groups)
+
+
+def product_norm_sq(left_OR: Tensor, right_RJ: Tensor) -> Tensor:
+    """Squared row norms [O] of left @ right, by the Gram matrix of right."""
+    return ((left_OR @ (right_RJ @ right_RJ.T)) * left_OR).sum(1).clamp_min(0)
+
+
+def sum_norm_sq(weight: Tensor, left_OR: Tensor, right_RIK: Tensor, on_output: bool) -> Tensor:
+    """||W + left right||^2 of every output row [O] or every input column [I], without building the product.
+
+    Args:
+        weight: [O, I, *kernel].
+    """
+    W, right = weight.flatten(1), right_RIK.flatten(1)
+    if on_output:
+        cross = ((W @ right.T) * left_OR).sum(1)
+        return (W.square().sum(1) + 2 * cross + product_norm_sq(left_OR, right)).clamp_min(0)
+    cross = ((left_OR.T @ W) * right).sum(0)
+    columns = W.square().sum(0) + 2 * cross + product_norm_sq(right.T, left_OR.T)
+    return columns.reshape(weight.shape[1], -1).sum(1).clamp_min(0)

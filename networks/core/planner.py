@@ -1,0 +1,248 @@
+"""Deciding every layer: what the arguments, the record of the architecture and a file say about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from ..algos import ALGOS, Adapter
+from ..args.parse import Problems
+from ..files.codec import SavedLayer, unknown_form
+from ..layers.magnitude import magnitude_shape
+from ..layers.split import layout_of
+from . import effects
+from .blocks import BlockChoices
+from .plan import Plan, PlanRow, Request
+from .select import Bases, Candidate, Patterns, candidates
+
+
+def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, Bases]]:
+    """Decide every layer. What is wrong goes to `problems`.
+
+    Returns:
+        The plan, and saved name -> base modules of the trained layers.
+    """
+    planner = _Planner(request, problems)
+    rows, modules = [], dict[str, Bases]()
+    for candidate in planner.found:
+        row = planner.row(candidate)
+        if row.trained and row.saved_name in modules:
+            problems.add(f"two layers would be saved as {row.saved_name}; one is {row.dotted_name}")
+        if row.trained:
+            modules[row.saved_name] = candidate.bases
+        rows.append(row)
+    plan = Plan(request.arch.title, tuple(rows))
+    notes = effects.check(plan, request, planner.deciding, problems)
+    return replace(plan, notes=tuple(notes), warnings=tuple(planner.unusual())), modules
+
+
+class _Planner:
+    """Precedence in one place: file > regular expression > kind of layer > block > default, for dim and alpha."""
+
+    def __init__(self, request: Request, problems: Problems) -> None:
+        self.request, self.args, self.problems = request, request.args, problems
+        self.deciding: set[tuple[str, str]] = set()  # (argument, what of it): had its way with some layer
+        a = self.args
+        self.exclude = Patterns("exclude_patterns", a.exclude_patterns)
+        self.default_exclude = Patterns("default", request.arch.exclude)
+        self.include = Patterns("include_patterns", a.include_patterns)
+        self.only = Patterns("only_patterns", a.only_patterns)
+        self.dims = Patterns("network_reg_dims", a.network_reg_dims)
+        self.alphas = Patterns("network_reg_alphas", a.network_reg_alphas)
+        self.lrs = Patterns("network_reg_lrs", a.network_reg_lrs)
+        convolutions = bool(a.conv_dim or a.conv_block_dims) or request.saved is not None
+        on = {name for name in request.arch.arguments if a.values[name] is True}
+        self.found = [self._admit(c) for part, m in request.parts for c in candidates(part, m, convolutions, on)]
+        self.trainable = [c for c in self.found if not c.reason]
+        self.blocks = BlockChoices(request, [c.trainer_name for c in self.found if self._of_denoiser(c)], problems)
+        self._check_selection()
+
+    def row(self, c: Candidate) -> PlanRow:
+        g = c.geometry
+        row = PlanRow(c.part.name, c.dotted_name, c.saved_name, c.own_saved_name, g.kind, g.weight_shape, g)
+        saved = self._saved(c)
+        split = self._split(c, ALGOS[self.args.algo] if saved is None else saved.algorithm)
+        reason = self._reason(c, saved)
+        if reason:
+            return replace(row, reason=reason)
+        if saved is not None:
+            try:
+                dim, options = saved.describe(g)
+                side = saved.side(g)
+                if split:
+                    saved.algorithm.unstack(saved.tensors, split)
+            except ValueError as error:
+                self.problems.add(f"{saved.name}: {error}")
+                return replace(row, reason="the file does not fit it")
+            algorithm, alpha = saved.algorithm, float(dim) if saved.alpha is None else saved.alpha
+            dim, alpha = dim // max(1, len(split)), alpha / max(1, len(split))
+            # The file decides the form; whether a scalar is trained on top of it does not show in a file.
+            options |= {"use_scalar": True} if self.args.use_scalar else {}
+        else:
+            dim, alpha, side = self._dim(c), self._alpha(c), ""
+            if dim == 0 or self.blocks.rate(c.trainer_name) == 0 and self._of_denoiser(c):
+                self._note(c, scaled=False)
+                return replace(row, reason="dim 0" if dim == 0 else "its block has the learning rate factor 0")
+            algorithm = ALGOS[self.args.algo]
+            options = self.args.pick(algorithm.options)
+        side, plain = self._dora(side, split)
+        layout = layout_of(algorithm, g, dim, options, split)
+        self._note(c, layout.rank is not None)
+        scale = 1.0
+        if layout.rank is not None and alpha:
+            folded = saved is not None or not self.args.rs_lora
+            scale = alpha / (layout.rank if folded else math.sqrt(layout.rank))
+        denoiser = self._of_denoiser(c)
+        return replace(
+            row,
+            algo=algorithm.algo,
+            dim=dim,
+            alpha=alpha or float(dim),
+            options=options,
+            scale=scale,
+            lr=self._lr(c),
+            block=self.request.arch.block_of(c.trainer_name) if denoiser else None,
+            block_rate=self.blocks.rate(c.trainer_name) if denoiser else None,
+            plus_ratio=self._plus(denoiser),
+            rank_axis=layout.rank_axis,
+            parameters=layout.parameters + (math.prod(magnitude_shape(g, side == "output")) if side else 0),
+            dora=side,
+            plain=plain,
+            split=split,
+        )
+
+    def _split(self, c: Candidate, algorithm: type[Adapter]) -> tuple[int, ...]:
+        """Output rows of the parts that get an adapter each."""
+        if not self.args.split_qkv or "split_qkv" not in algorithm.features or not self._of_denoiser(c):
+            return ()
+        return self.request.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
+
+    def _dora(self, side: str, split: tuple[int, ...]) -> tuple[str, str]:
+        """(side, why there is none although it was asked for); the file's side comes first."""
+        a = self.args
+        wanted = side or ("output" if a.wd_on_output else "input") if a.use_dora or side else ""
+        reasons = {"dropout": a.dropout, "rank_dropout": a.rank_dropout, "split_qkv": split}
+        plain = next((name for name, on in reasons.items() if on), "") if wanted else ""
+        if plain and side:
+            self.problems.add(f"{plain} does not go with the DoRA magnitudes of {self.request.source}: leave it out")
+        return ("" if plain else wanted), plain
+
+    # -- selection
+
+    def _saved(self, c: Candidate) -> SavedLayer | None:
+        if self.request.saved is None:
+            return None
+        return self.request.saved.get(c.saved_name) or self.request.saved.get(c.own_saved_name)
+
+    def _reason(self, c: Candidate, saved: SavedLayer | None) -> str:
+        if self.request.saved is not None and saved is None:
+            for name in {c.saved_name, c.own_saved_name} & self.request.unknown.keys():
+                self.problems.add(unknown_form(self.request.source, name, self.request.unknown[name]))
+            return c.reason or "not in the file"
+        if saved is None and c.reason:
+            return c.reason
+        excluded = self.exclude.first(c) or (saved is None and self.default_exclude.first(c))
+        if excluded and not self.include.first(c):
+            self.deciding.add((self.exclude.argument, excluded))
+            return f"excluded by {excluded!r}"
+        if self.only and not self.only.first(c):
+            return "not in only_patterns"
+        return self.blocks.reason(c.trainer_name) if self._of_denoiser(c) and not self._is_extra(c) else ""
+
+    def _of_denoiser(self, c: Candidate) -> bool:
+        return c.part is self.request.arch.denoiser
+
+    def _is_extra(self, c: Candidate) -> bool:
+        return self.request.arch.extra_of(c.trainer_name) is not None
+
+    def _admit(self, c: Candidate) -> Candidate:
+        """A layer outside the containers joins if its own argument gives it a dim."""
+        extra = self.request.arch.extra_of(c.trainer_name) if c.reason and self._of_denoiser(c) else None
+        if extra is None:
+            return c
+        return replace(c, reason="" if self._extra_dim(*extra) else f"give {extra[0]} to train it", by_conv_dim=False)
+
+    def _extra_dim(self, argument: str, position: int) -> int:
+        dims = getattr(self.args, argument)
+        return (dims[position] or 0) if position < len(dims) else 0
+
+    def unusual(self) -> list[str]:
+        """A warning if the denoiser has another number of layers than every released model of its architecture."""
+        arch = self.request.arch
+        count = sum(c.default and self._of_denoiser(c) and not self.default_exclude.first(c) for c in self.found)
+        if not arch.usual or count in arch.usual:
+            return []
+        usual = ", ".join(map(str, sorted(arch.usual)))
+        return [f"{arch.title} usually has {usual} layers to train, this model has {count}: is it the right model?"]
+
+    def _note(self, c: Candidate, scaled: bool) -> None:
+        """Remember which expressions decide this layer; alpha decides nothing where there is no rank."""
+        for patterns in (self.dims, self.lrs, *([self.alphas] if scaled else [])):
+            pattern = patterns.first(c)
+            if pattern is not None:
+                self.deciding.add((patterns.argument, pattern))
+        if c.by_conv_dim:
+            self.deciding.add(("conv_dim", ""))
+        kind = self._kind(c)
+        if kind is not None and self.dims.first(c) is None:
+            self.deciding.add((kind, ""))
+
+    def _kind(self, c: Candidate) -> str | None:
+        if not self._of_denoiser(c):
+            return None
+        extra = self.request.arch.extra_of(c.trainer_name)
+        return extra[0] if extra else self.request.arch.kind_of(c.trainer_name, self.args.given)
+
+    # -- values
+
+    def _dim(self, c: Candidate) -> int:
+        pattern = self.dims.first(c)
+        if pattern is not None:
+            return int(self.args.network_reg_dims[pattern])
+        extra = self.request.arch.extra_of(c.trainer_name) if self._of_denoiser(c) else None
+        if extra is not None:
+            return self._extra_dim(*extra)
+        kind = self._kind(c)
+        if kind is not None:
+            return int(getattr(self.args, kind))
+        kernel = c.geometry.has_kernel
+        own = self.blocks.dim(c.trainer_name, kernel) if self._of_denoiser(c) else None
+        if own is not None:
+            return own
+        return int(self.args.conv_dim or 0) if kernel else self.request.dim
+
+    def _alpha(self, c: Candidate) -> float:
+        pattern = self.alphas.first(c)
+        if pattern is not None:
+            return float(self.args.network_reg_alphas[pattern])
+        own = self.blocks.alpha(c.trainer_name, c.geometry.has_kernel) if self._of_denoiser(c) else None
+        if own is not None:
+            return own
+        if not c.geometry.has_kernel:
+            return self.request.alpha
+        return self.request.conv_alpha if self.args.conv_alpha is None else self.args.conv_alpha
+
+    def _lr(self, c: Candidate) -> float | None:
+        pattern = self.lrs.first(c)
+        return None if pattern is None else float(self.args.network_reg_lrs[pattern])
+
+    def _plus(self, denoiser: bool) -> float:
+        a = self.args
+        own = a.loraplus_unet_lr_ratio if denoiser else a.loraplus_text_encoder_lr_ratio
+        ratio = own if own is not None else a.loraplus_lr_ratio
+        return 1.0 if ratio is None else float(ratio)
+
+    # -- checks
+
+    def _check_selection(self) -> None:
+        others = [c for c in self.found if c.reason]
+        for patterns in (self.exclude, self.include, self.only, self.dims, self.alphas, self.lrs):
+            for pattern in patterns.check(self.trainable, others, self.problems):
+                self.deciding.add((patterns.argument, pattern))  # spoken of already
+        if self.include:
+            excluded = [c for c in self.trainable if self.exclude.first(c) or self.default_exclude.first(c)]
+            if not any(self.include.first(c) for c in excluded):
+                self.problems.add(
+                    "include_patterns rescues nothing: no exclude pattern matches these layers "
+                    "(to train nothing else, use only_patterns)"
+                )

@@ -1,0 +1,104 @@
+"""Where an adapter sits: the base modules that it changes. Most layers have one; where a model keeps a trainer's fused
+projection as several modules, one adapter serves them all, each with its own output rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors import base_weight
+from ..tensors.geometry import Pieces
+
+if TYPE_CHECKING:
+    from .adapted import AdaptedLayer
+
+
+class Site:
+    """One base module under one adapter. Not a module itself: the base stays out of our parameters and state.
+
+    The base module keeps its class, name, parameters and children; only its instance attribute `forward` is replaced
+    while the adapter is attached. Its weight is read when it is needed, never kept: hosts move, cast and swap weights.
+
+    Args:
+        pieces: the layer's output rows which this module computes, in its own order; None = all of them.
+    """
+
+    def __init__(self, module: nn.Module, pieces: Pieces | None = None) -> None:
+        self.module, self.pieces = module, pieces
+        self.layer: AdaptedLayer | None = None
+        self.below: Callable[..., Tensor] | None = None  # what the module's forward was before ours
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base module's output plus the update, in the base output's dtype."""
+        assert self.layer is not None and self.below is not None, "forward of a layer that is not attached"
+        return self.layer.run(self, x, *args, **kwargs)
+
+    def attach(self) -> None:
+        if self.below is None:
+            self.below = self.module.forward
+            self.module.forward = self.forward
+
+    def detach(self) -> None:
+        """Take this adapter out; what is below and above it on the same module stays."""
+        below, above = self.below, self._above()
+        self.below = None
+        if below is None:
+            return
+        if above is not None:
+            above.below = below
+        elif getattr(below, "__func__", None) is type(self.module).forward:
+            del self.module.forward
+        else:
+            self.module.forward = below
+
+    def under(self) -> Site | None:
+        """The site of another network right below this one on the same module."""
+        owner = getattr(self.below, "__self__", None)
+        return owner if isinstance(owner, Site) else None
+
+    def _above(self) -> Site | None:
+        """The site of another network that was attached on top of this one."""
+        above, forward = None, vars(self.module).get("forward")
+        while isinstance(owner := getattr(forward, "__self__", None), Site) and owner is not self:
+            above, forward = owner, owner.below
+        return above if owner is self else None
+
+    def take_rows(self, whole: Tensor) -> Tensor:
+        """This module's part of something that has one row (axis 0) per output feature of the layer."""
+        if self.pieces is None:
+            return whole
+        parts = [whole[start:stop] for start, stop in self.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def put_rows(self, whole: Tensor, rows: Tensor) -> None:
+        """The inverse of `take_rows`, in place."""
+        at = 0
+        for start, stop in self.pieces or ((0, whole.shape[0]),):
+            whole[start:stop] = rows[at : at + stop - start]
+            at += stop - start
+
+    @property
+    def is_meta(self) -> bool:
+        weight = getattr(self.module, "weight", None)
+        return isinstance(weight, Tensor) and weight.is_meta
+
+    def read(self, device: Any = None) -> Tensor:
+        """The module's weight, in fp32 or wider."""
+        return base_weight.read(self.module, device)
+
+    def write(self, weight: Tensor) -> None:
+        base_weight.write(self.module, weight)
+
+
+def read_whole(sites: Sequence[Site], shape: Sequence[int], read: Callable[[Site], Tensor]) -> Tensor:
+    """Something with one row per output feature, put together from what `read` gives for each site."""
+    first = read(sites[0])
+    if sites[0].pieces is None:
+        return first
+    whole = first.new_empty(tuple(shape))
+    for site in sites:
+        site.put_rows(whole, first if site is sites[0] else read(site))
+    return whole

@@ -1,0 +1,134 @@
+"""Several adapters on one fused projection: one for each part of its output rows (query, key, value, MLP).
+
+    dW = [dW_1; dW_2; ...]
+
+A file holds them as one adapter of n times the rank with a block-diagonal left factor, which every reader knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..algos import Adapter, Layout
+from ..tensors.geometry import Geometry, Pieces
+from ..tensors.low_rank import Gate
+
+
+def split_layout(
+    algorithm: type[Adapter], geometry: Geometry, dim: int, sizes: Sequence[int], options: Mapping[str, Any]
+) -> Layout:
+    """Layout of the whole; parameter names are those of the parts, numbered."""
+    parts = [algorithm.layout(replace(geometry, out_features=size), dim, **options) for size in sizes]
+    shapes = {f"parts.{i}.{name}": shape for i, part in enumerate(parts) for name, shape in part.shapes.items()}
+    return Layout(shapes, parts[0].rank, parts[0].rank_axis, stacked=len(parts))
+
+
+def layout_of(
+    algorithm: type[Adapter], geometry: Geometry, dim: int, options: Mapping[str, Any], sizes: Sequence[int] = ()
+) -> Layout:
+    """Layout of a layer with one adapter, or with one for each of the parts of these sizes."""
+    if sizes:
+        return split_layout(algorithm, geometry, dim, sizes, options)
+    return algorithm.layout(geometry, dim, **options)
+
+
+def make_adapter(
+    algorithm: type[Adapter], geometry: Geometry, dim: int, options: Mapping[str, Any], sizes: Sequence[int] = ()
+) -> Adapter:
+    """The adapter of `layout_of`."""
+    if sizes:
+        return Split(algorithm, geometry, dim, sizes, options)
+    return algorithm(geometry, dim, options)
+
+
+class Split(Adapter):
+    """Adapters of one algorithm and dim on the parts of a Linear.
+
+    Args:
+        sizes: output rows of the parts, from the first row down.
+    """
+
+    def __init__(
+        self, algorithm: type[Adapter], geometry: Geometry, dim: int, sizes: Sequence[int], options: Mapping[str, Any]
+    ) -> None:
+        nn.Module.__init__(self)
+        assert "split_qkv" in algorithm.features and not geometry.is_conv and sum(sizes) == geometry.out_features
+        self.algo, self.plus = algorithm.algo, algorithm.plus  # type: ignore[misc]
+        self.algorithm, self.sizes = algorithm, tuple(sizes)
+        self.geometry, self.dim, self.chosen = geometry, dim, dict(options)
+        self.record = split_layout(algorithm, geometry, dim, sizes, options)
+        self.register_parameter("scalar", None)  # each part has its own
+        parts = [algorithm(replace(geometry, out_features=size), dim, options) for size in sizes]
+        self.parts = nn.ModuleList(parts)
+
+    def _each(self) -> list[Adapter]:
+        return [part for part in self.parts if isinstance(part, Adapter)]
+
+    def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
+        return torch.cat([_scaled(part, part.delta(rank_mask_R)) for part in self._each()])
+
+    def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
+        return torch.cat([part.apply_delta(x, _ScaledGate(gate, part.scalar)) for part in self._each()], -1)
+
+    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+        """By parts where the pieces are whole ones."""
+        starts = {sum(self.sizes[:i]): part for i, part in enumerate(self._each())}
+        chosen = [starts.get(start) for start, stop in pieces]
+        if any(p is None or p.geometry.out_features != b - a for p, (a, b) in zip(chosen, pieces, strict=True)):
+            return super().apply_rows(x, gate, pieces)
+        return torch.cat([p.apply_delta(x, _ScaledGate(gate, p.scalar)) for p in chosen if p is not None], -1)
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        costs = [part.flops(tokens) for part in self._each()]
+        return sum(a for a, _ in costs), sum(b for _, b in costs)
+
+    def norm(self) -> Tensor:
+        return torch.stack([_scaled(part, part.norm()) for part in self._each()]).norm()
+
+    def gradient_norm_sq(self) -> Tensor:
+        return torch.cat([part.gradient_norm_sq() for part in self._each()])
+
+    def rescale_(self, ratio: float | Tensor) -> None:
+        for part in self._each():
+            part.rescale_(ratio)
+
+    # -- files
+
+    def pack(self) -> dict[str, Tensor]:
+        return self.algorithm.stack([part.pack() for part in self._each()])
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+        wanted = set().union(*(part.pack().keys() for part in self._each()))
+        if wanted != set(tensors):
+            raise ValueError(
+                f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(wanted))}"
+            )
+        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
+            part.fits(own)
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        self.fits(tensors)
+        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
+            part.unpack_(own)
+
+
+def _scaled(part: Adapter, value: Tensor) -> Tensor:
+    return value if part.scalar is None else value * part.scalar
+
+
+class _ScaledGate:
+    """A gate behind a part's own learnt scalar."""
+
+    def __init__(self, gate: Gate, scalar: Tensor | None) -> None:
+        self.gate, self.scalar, self.uniform = gate, scalar, gate.uniform
+
+    def rank(self, h: Tensor, dim: int) -> Tensor:
+        return self.gate.rank(h if self.scalar is None else h * self.scalar, dim)
+
+    def output(self, update: Tensor) -> Tensor:
+        return self.gate.output(update if self.scalar is None else update * self.scalar)
