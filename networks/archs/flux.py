@@ -1,14 +1,57 @@
-"""FLUX.1 and Chroma, under the trainers' classes. Chroma has the same blocks without their modulation layers."""
+"""FLUX.1 and Chroma, under the trainers' classes and diffusers'. Chroma has the same blocks, without modulation."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
 DOUBLE_BLOCKS = 19
+
+# Names that diffusers' double-stream models share: image, text, single blocks.
+IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
+SINGLE_QKV_MLP = (*IMAGE_QKV, "proj_mlp")
+
+DIFFUSERS = (
+    *below(
+        r"transformer_blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        *fused(IMAGE_QKV, "img_attn.qkv"),
+        *fused(TEXT_QKV, "txt_attn.qkv"),
+        Rename("attn.to_out.0", "img_attn.proj"),
+        Rename("attn.to_add_out", "txt_attn.proj"),
+        Rename("ff.net.0.proj", "img_mlp.0"),
+        Rename("ff.net.2", "img_mlp.2"),
+        Rename("ff_context.net.0.proj", "txt_mlp.0"),
+        Rename("ff_context.net.2", "txt_mlp.2"),
+        Rename("norm1.linear", "img_mod.lin"),
+        Rename("norm1_context.linear", "txt_mod.lin"),
+    ),
+    *below(
+        r"single_transformer_blocks\.(\d+)\.",
+        r"single_blocks.\1.",
+        *fused(SINGLE_QKV_MLP, "linear1"),
+        Rename("proj_out", "linear2"),
+        Rename("norm.linear", "modulation.lin"),
+    ),
+    *below(
+        "",
+        "",
+        Rename("x_embedder", "img_in"),
+        Rename("context_embedder", "txt_in"),
+        Rename("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+        Rename("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+        Rename("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+        Rename("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+        Rename("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+        Rename("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+        Rename("proj_out", "final_layer.linear"),
+    ),
+)
 
 
 def t5(argument: str = "train_t5xxl") -> Part:
@@ -20,8 +63,13 @@ FLUX = ArchSpec(
     name="flux",
     title="FLUX.1",
     entry="lora_flux",
-    signatures=(Signature("Flux"),),
-    denoiser=Part("dit", "lora_unet", ("DoubleStreamBlock", "SingleStreamBlock")),
+    signatures=(Signature("Flux"), Signature("FluxTransformer2DModel")),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("DoubleStreamBlock", "SingleStreamBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        layouts=DIFFUSERS,
+    ),
     text_encoders=(clip(1), t5()),
     axes=(
         BlockAxis("double_blocks.", 0, "train_double_block_indices"),
@@ -47,7 +95,16 @@ CHROMA = replace(
     FLUX,
     name="chroma",
     title="Chroma",
-    signatures=(Signature("Chroma"),),
+    signatures=(Signature("Chroma"), Signature("ChromaTransformer2DModel")),
+    denoiser=replace(
+        FLUX.denoiser,
+        containers=(
+            "DoubleStreamBlock",
+            "SingleStreamBlock",
+            "ChromaTransformerBlock",
+            "ChromaSingleTransformerBlock",
+        ),
+    ),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),
 )

@@ -1,17 +1,52 @@
-"""HunyuanImage 2.1, under the trainers' classes. Its text encoders are never trained."""
+"""HunyuanImage 2.1, under the trainers' classes and diffusers'. Its text encoders are never trained."""
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
+from .flux import IMAGE_QKV, SINGLE_QKV_MLP, TEXT_QKV
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
 
 DOUBLE_BLOCKS = 20
+
+DIFFUSERS = (
+    *below(
+        r"transformer_blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        *fused(IMAGE_QKV, "img_attn_qkv"),
+        *fused(TEXT_QKV, "txt_attn_qkv"),
+        Rename("attn.to_out.0", "img_attn_proj"),
+        Rename("attn.to_add_out", "txt_attn_proj"),
+        Rename("ff.net.0.proj", "img_mlp.fc1"),
+        Rename("ff.net.2", "img_mlp.fc2"),
+        Rename("ff_context.net.0.proj", "txt_mlp.fc1"),
+        Rename("ff_context.net.2", "txt_mlp.fc2"),
+        Rename("norm1.linear", "img_mod.linear"),
+        Rename("norm1_context.linear", "txt_mod.linear"),
+    ),
+    *below(
+        r"single_transformer_blocks\.(\d+)\.",
+        r"single_blocks.\1.",
+        *fused(SINGLE_QKV_MLP, "linear1"),
+        Rename("proj_out", "linear2"),
+        Rename("norm.linear", "modulation.linear"),
+    ),
+)
 
 HUNYUAN_IMAGE = ArchSpec(
     name="hunyuan_image",
     title="HunyuanImage 2.1",
     entry="lora_hunyuan_image",
-    signatures=(Signature("HYImageDiffusionTransformer"),),
-    denoiser=Part("dit", "lora_unet", ("MMDoubleStreamBlock", "MMSingleStreamBlock")),
+    signatures=(Signature("HYImageDiffusionTransformer"), Signature("HunyuanImageTransformer2DModel")),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        (
+            "MMDoubleStreamBlock",
+            "MMSingleStreamBlock",
+            "HunyuanImageTransformerBlock",
+            "HunyuanImageSingleTransformerBlock",
+        ),
+        layouts=DIFFUSERS,
+    ),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
     fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),

@@ -1,17 +1,45 @@
-"""Lumina Image 2.0, under the trainers' classes. The text encoder is Gemma 2."""
+"""Lumina Image 2.0, under the trainers' classes and diffusers'. The text encoder is Gemma 2."""
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
+from .flux import IMAGE_QKV
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
 
 GEMMA2 = ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")
+
+DIFFUSERS = (
+    *below(
+        r"(layers|noise_refiner|context_refiner)\.(\d+)\.",
+        r"\1.\2.",
+        *fused(IMAGE_QKV, "attention.qkv"),
+        Rename("attn.to_out.0", "attention.out"),
+        Rename("feed_forward.linear_1", "feed_forward.w1"),
+        Rename("feed_forward.linear_2", "feed_forward.w2"),
+        Rename("feed_forward.linear_3", "feed_forward.w3"),
+        Rename("norm1.linear", "adaLN_modulation.1"),
+    ),
+    *below(
+        "",
+        "",
+        Rename("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        Rename("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        Rename("time_caption_embed.caption_embedder.1", "cap_embedder.1"),
+        Rename("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
+        Rename("norm_out.linear_2", "final_layer.linear"),
+    ),
+)
 
 LUMINA = ArchSpec(
     name="lumina",
     title="Lumina Image 2.0",
     entry="lora_lumina",
-    signatures=(Signature("NextDiT"),),
-    denoiser=Part("dit", "lora_unet", ("JointTransformerBlock", "FinalLayer")),
+    signatures=(Signature("NextDiT"), Signature("Lumina2Transformer2DModel")),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("JointTransformerBlock", "FinalLayer", "Lumina2TransformerBlock", "LuminaLayerNormContinuous"),
+        layouts=DIFFUSERS,
+    ),
     text_encoders=(Part("text_encoder", "lora_te", GEMMA2),),
     axes=(BlockAxis("layers."),),
     # A refiner is told apart first: its layers have the names of the others'.

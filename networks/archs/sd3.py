@@ -1,17 +1,47 @@
-"""Stable Diffusion 3 and 3.5, under the trainers' classes."""
+"""Stable Diffusion 3 and 3.5, under the trainers' classes and diffusers'."""
 
 from __future__ import annotations
 
-from .flux import t5
+from .flux import IMAGE_QKV, TEXT_QKV, t5
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
+
+DIFFUSERS = (
+    *below(
+        r"transformer_blocks\.(\d+)\.",
+        r"joint_blocks.\1.",
+        *fused(IMAGE_QKV, "x_block.attn.qkv"),
+        *fused(TEXT_QKV, "context_block.attn.qkv"),
+        *fused(("attn2.to_q", "attn2.to_k", "attn2.to_v"), "x_block.attn2.qkv"),
+        Rename("attn.to_out.0", "x_block.attn.proj"),
+        Rename("attn.to_add_out", "context_block.attn.proj"),
+        Rename("attn2.to_out.0", "x_block.attn2.proj"),
+        Rename("ff.net.0.proj", "x_block.mlp.fc1"),
+        Rename("ff.net.2", "x_block.mlp.fc2"),
+        Rename("ff_context.net.0.proj", "context_block.mlp.fc1"),
+        Rename("ff_context.net.2", "context_block.mlp.fc2"),
+        Rename("norm1.linear", "x_block.adaLN_modulation.1"),
+        Rename("norm1_context.linear", "context_block.adaLN_modulation.1", swapped=True),  # of the last block
+    ),
+    *below(
+        "",
+        "",
+        Rename("pos_embed.proj", "x_embedder.proj"),
+        Rename("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        Rename("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        Rename("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+        Rename("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+        Rename("proj_out", "final_layer.linear"),
+    ),
+)
 
 SD3 = ArchSpec(
     name="sd3",
     title="Stable Diffusion 3 / 3.5",
     entry="lora_sd3",
-    signatures=(Signature("MMDiT"),),
-    denoiser=Part("dit", "lora_unet", ("SingleDiTBlock",)),
+    signatures=(Signature("MMDiT"), Signature("SD3Transformer2DModel")),
+    denoiser=Part("dit", "lora_unet", ("SingleDiTBlock", "JointTransformerBlock"), layouts=DIFFUSERS),
     text_encoders=(clip(1), clip(2), t5()),
     axes=(BlockAxis("joint_blocks.", 0, "train_block_indices"),),
     layer_dims=(

@@ -22,11 +22,11 @@ class Rename:
     """Another library's name of a layer -> the trainer's.
 
     Attributes:
-        own: regular expression on the whole dotted name in this model.
+        own: the dotted name in this model; a regular expression once it is `below` a prefix.
         trainer: the trainer's dotted name, with groups as in `re.Match.expand`.
         position, count: where the trainer has one fused layer for `count` of this model's: the place, from 0, of this
             one in the order of the output rows; count 1 = one to one.
-        swapped: the two halves of the output rows are in the other order.
+        swapped: a layer with twice as many rows as columns has its halves in the other order (shift and scale).
     """
 
     own: str
@@ -34,6 +34,16 @@ class Rename:
     position: int = 0
     count: int = 1
     swapped: bool = False
+
+
+def below(own: str, trainer: str, *renames: Rename) -> tuple[Rename, ...]:
+    """Layers below a prefix.
+
+    Args:
+        own: regular expression of the prefix in this model.
+        trainer: the trainer's prefix, with groups as in `re.Match.expand`.
+    """
+    return tuple(replace(r, own=own + re.escape(r.own), trainer=trainer + r.trainer) for r in renames)
 
 
 def fused(own: tuple[str, ...], trainer: str) -> tuple[Rename, ...]:

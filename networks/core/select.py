@@ -90,8 +90,8 @@ def candidates(
         default = not part.argument and not classes.isdisjoint(part.containers) and not geometry.has_kernel
         layout = part.layout_of(dotted)
         bases: Bases = ((module, None),)
-        if layout is not None and layout.swapped:
-            half = geometry.out_features // 2
+        half = geometry.out_features // 2
+        if layout is not None and layout.swapped and half == geometry.in_features:
             bases = ((module, ((half, 2 * half), (0, half))),)
         found = Candidate(part, *names, bases, geometry, reason, by_conv_dim, default)
         if layout is None or layout.count == 1:

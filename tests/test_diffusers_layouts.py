@@ -1,0 +1,157 @@
+"""diffusers' classes of the trainers' models: which rows of which trainer's layer each of their layers holds.
+
+The judge is diffusers' own conversion of checkpoints: the trainers' weights are handed to it with every row numbered.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from tiny_parts import randomise
+from torch import Tensor, nn
+from toy_models import Recorded, recorded
+
+import networks.lora
+from networks.archs import ARCHS
+from networks.core.select import candidates
+
+SPECS = {spec.name: spec for spec in ARCHS}
+# architecture -> (diffusers' class, its options for the recorded model, diffusers' conversion of a checkpoint)
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}, "convert_flux_transformer_checkpoint_to_diffusers"),
+    "chroma": ("ChromaTransformer2DModel", {}, "convert_chroma_transformer_checkpoint_to_diffusers"),
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+        },
+        "convert_sd3_transformer_checkpoint_to_diffusers",
+    ),
+    "lumina": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, "convert_lumina2_to_diffusers"),
+    "hunyuan_image": ("HunyuanImageTransformer2DModel", {"guidance_embeds": True}, ""),
+}  # fmt: skip
+
+
+def linears(arch: str) -> list[Recorded]:
+    """The layers of the trainer's denoiser."""
+    part = SPECS[arch].denoiser.name
+    return [entry for entry in recorded(arch) if entry.part == part and entry.shape]
+
+
+def meta_model(arch: str) -> nn.Module:
+    name, options, _ = CASES[arch]
+    with torch.device("meta"):
+        return getattr(diffusers, name)(**options)
+
+
+def found(arch: str, model: nn.Module) -> dict[str, Any]:
+    return {c.trainer_name: c for c in candidates(SPECS[arch].denoiser, model, False)}
+
+
+@pytest.mark.parametrize("arch", CASES)
+def test_the_same_layers_are_trained_under_the_same_names(arch: str) -> None:
+    model = meta_model(arch)
+    plan = importlib.import_module(f"networks.{SPECS[arch].entry}").plan(4, 1, None, model)
+    ours = {row.saved_name: row.shape for row in plan.trained}
+    theirs = {entry.saved: entry.shape for entry in linears(arch)}
+    assert ours.items() <= theirs.items() and len(ours) in SPECS[arch].usual
+
+
+@pytest.mark.parametrize("arch", CASES)
+def test_layers_outside_the_blocks_have_the_trainers_names(arch: str) -> None:
+    """So that in_dims, emb_dims and embedder_dims work on these classes too."""
+    spec, names = SPECS[arch], found(arch, meta_model(arch))
+    for _, expressions in spec.extra_dims:
+        wanted = {entry.dotted for entry in linears(arch) if spec.extra_of(entry.dotted)}
+        assert expressions and wanted <= names.keys()
+
+
+@pytest.mark.parametrize("arch", [name for name, (_, _, conversion) in CASES.items() if conversion])
+def test_rows_are_where_diffusers_conversion_puts_them(arch: str) -> None:
+    convert: Callable[..., dict[str, Tensor]] = getattr(single_file_utils, CASES[arch][2])
+    start, tagged = 0, {}
+    for entry in linears(arch):
+        rows = torch.arange(start, start + entry.shape[0], dtype=torch.float64)
+        tagged[entry.dotted], start = rows[:, None], start + entry.shape[0]
+    checkpoint = _Lenient({f"{name}.weight": rows.clone() for name, rows in tagged.items()})
+    converted = convert(checkpoint)
+    seen = 0
+    for name, candidate in found(arch, meta_model(arch)).items():
+        if name not in tagged:
+            continue
+        own = candidate.own_names or (candidate.dotted_name,)
+        whole = torch.full_like(tagged[name], -1)
+        for dotted, (_, pieces) in zip(own, candidate.bases, strict=True):
+            rows, at = converted[f"{dotted}.weight"], 0
+            for first, last in pieces or ((0, len(whole)),):
+                whole[first:last] = rows[at : at + last - first]
+                at += last - first
+            assert at == len(rows), dotted
+        assert torch.equal(whole, tagged[name]), name
+        seen += 1
+    assert seen >= min(SPECS[arch].usual)
+
+
+class _Lenient(dict):  # type: ignore[type-arg]
+    """A checkpoint in which everything that we do not record (biases, norms, embeddings) is there, too."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.rows = {name: len(tensor) for name, tensor in tensors.items()}
+
+    def pop(self, key: str, *default: Any) -> Any:
+        if key in self or default:
+            return super().pop(key, *default)
+        return torch.zeros(self.rows.get(key.replace(".bias", ".weight"), 12))
+
+
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
+def test_a_file_trained_on_diffusers_classes_is_the_trainers(algo: str, tmp_path: Path) -> None:
+    """FLUX.1, tiny: update of the fused layer, as the trainer's class would apply it, on each of diffusers' layers."""
+    torch.manual_seed(0)
+    options = {
+        "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+        "joint_attention_dim": 12, "pooled_projection_dim": 6, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
+    }  # fmt: skip
+    model = diffusers.FluxTransformer2DModel(**options)
+    x = {
+        "hidden_states": torch.randn(1, 5, 4),
+        "encoder_hidden_states": torch.randn(1, 3, 12),
+        "pooled_projections": torch.randn(1, 6),
+        "timestep": torch.tensor([0.5]),
+        "guidance": torch.tensor([3.0]),
+        "img_ids": torch.zeros(5, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
+    plain = model(**x).sample.detach()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    network = networks.lora.create_network(1.0, 2, 1, None, None, model, algo=algo)
+    network.apply_to(None, model, False, True)
+    randomise(network)
+    network.train()
+    y = model(**x).sample
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+    assert not torch.allclose(y, plain)
+    network.save_weights(str(tmp_path / "a.safetensors"), None, {})
+    network.detach()
+    assert torch.equal(model(**x).sample, plain)
+    loaded, tensors = networks.lora.create_network_from_weights(
+        1.0, str(tmp_path / "a.safetensors"), None, None, model, for_inference=True
+    )
+    loaded.merge_to(None, model, tensors, torch.float32, "cpu")
+    torch.testing.assert_close(model(**x).sample, y.detach(), atol=1e-4, rtol=1e-3)
+    layer = next(layer for row, layer in loaded.layers if row.saved_name.endswith("linear1"))
+    delta = layer.adapter.delta().detach() * layer.scale
+    for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")):
+        name = f"single_transformer_blocks.0.{name}.weight"
+        rows = delta[16 * i : 16 * (i + 1) if i < 3 else None]
+        torch.testing.assert_close(model.get_parameter(name) - weights[name], rows, atol=1e-6, rtol=1e-4)
