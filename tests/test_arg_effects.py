@@ -41,6 +41,7 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "blocks": ({}, "1"),
     "network_reg_lrs": ({}, ".*attn1.*=0.5"),
     "loraplus_lr_ratio": ({}, "4"),
+    "loraplus_mode": ({"loraplus_lr_ratio": "4"}, "reparam"),
     "loraplus_unet_lr_ratio": ({}, "4"),
     "loraplus_text_encoder_lr_ratio": ({}, "4"),
 }
@@ -80,6 +81,7 @@ NEUTRAL = {"split_qkv": "off", "train_blocks": "all", "train_t5xxl": "False", "t
 NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
 ONLY_LOGGED = {"verbose", "allow_unknown"}
 AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py
+IN_FILES = {"save_format"}  # test_dialects.py
 
 
 def observed(**kwargs: str) -> tuple[Any, ...]:
@@ -131,7 +133,7 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
-    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | AFTER_A_STEP == {arg.name for arg in TABLE}
+    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | AFTER_A_STEP | IN_FILES == {arg.name for arg in TABLE}
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")
     assert "attn1.to_q" in caplog.text and "unknown argument foo" in caplog.text

@@ -60,6 +60,7 @@ class Adapter(nn.Module):
     # parts of a layer, stacked, are one of the same kind (`stack`).
     features: ClassVar[frozenset[str]] = frozenset({"use_dora", "wd_on_output"})
 
+    plus_unit = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     scalar: nn.Parameter | None
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
@@ -147,6 +148,20 @@ class Adapter(nn.Module):
         """All parameters, in the dtype in which they meet x."""
         return {name: cast_to_input(p, x) for name, p in self.named_parameters()}
 
+    @property
+    def plus_gain(self) -> float:
+        """What `delta` lacks because of `plus_unit`."""
+        return float(self.plus_unit ** sum(name in self.plus for name in self.record.shapes))
+
+    def fold_plus_(self, unit: float) -> None:
+        """LoRA+ in the parametrisation: from now on a plus parameter holds its value / unit, so that a step of an
+        optimizer moves it by `unit` times as much. The layer's strength makes up for it."""
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if name in self.plus:
+                    p.mul_(self.plus_unit / unit)
+        self.plus_unit = unit
+
     def rescale_(self, ratio: float | Tensor) -> None:
         """Multiply dW by `ratio`, in place and evenly over its factors."""
         factors = [p for name, p in self.named_parameters() if name != "scalar"]
@@ -163,6 +178,8 @@ class Adapter(nn.Module):
     def pack(self) -> dict[str, Tensor]:
         """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""
         tensors = {name: p.detach() for name, p in self.named_parameters() if name != "scalar"}
+        if self.plus_unit != 1:
+            tensors = {name: t * self.plus_unit if name in self.plus else t for name, t in tensors.items()}
         if self.scalar is not None:
             name = next(name for name in self.fold if name in tensors)
             tensors[name] = tensors[name] * self.scalar.detach()
@@ -216,6 +233,8 @@ class Adapter(nn.Module):
         with torch.no_grad():
             for suffix, p in self._by_suffix().items():
                 p.copy_(tensors[suffix].reshape(p.shape))
+            unit, self.plus_unit = self.plus_unit, 1.0
+            self.fold_plus_(unit)
             if self.scalar is not None:
                 self.scalar.fill_(1.0)
 

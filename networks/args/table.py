@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .kinds import BLOCK_INDICES, EXTRA_DIMS, LAYER_DIMS
 from .spec import Arg, Rates
 
 ALGOS = ("lora", "loha", "lokr")
@@ -13,37 +14,6 @@ _WHERE = "which layers"
 _LR = "learning rates"
 _KIND = "layers by kind, where an architecture has them"
 _OTHER = "other"
-
-LAYER_DIMS = {
-    "img_attn_dim": "the image attention in double blocks (FLUX.1, Chroma)",
-    "txt_attn_dim": "the text attention in double blocks (FLUX.1, Chroma)",
-    "img_mlp_dim": "the image MLP in double blocks (FLUX.1, Chroma)",
-    "txt_mlp_dim": "the text MLP in double blocks (FLUX.1, Chroma)",
-    "img_mod_dim": "the image modulation in double blocks (FLUX.1)",
-    "txt_mod_dim": "the text modulation in double blocks (FLUX.1)",
-    "single_dim": "linear1 and linear2 in single blocks (FLUX.1, Chroma)",
-    "single_mod_dim": "the modulation in single blocks (FLUX.1)",
-    "context_attn_dim": "the context attention (SD3)",
-    "context_mlp_dim": "the context MLP (SD3)",
-    "context_mod_dim": "the context modulation (SD3)",
-    "x_attn_dim": "the image attention, both of them (SD3)",
-    "x_mlp_dim": "the image MLP (SD3)",
-    "x_mod_dim": "the image modulation (SD3)",
-    "refiner_dim": "the two refiners (Lumina)",
-    "attn_dim": "the attention (Lumina)",
-    "mlp_dim": "the feed-forward layers (Lumina)",
-    "mod_dim": "the modulation (Lumina)",
-}
-EXTRA_DIMS = {
-    "in_dims": "img_in, time_in, vector_in, guidance_in, txt_in (FLUX.1, Chroma)",
-    "emb_dims": "context, t, x and y embedder, modulation and linear of the final layer (SD3)",
-    "embedder_dims": "x, t and caption embedder (Lumina)",
-}
-BLOCK_INDICES = {
-    "train_double_block_indices": "double blocks (FLUX.1, Chroma)",
-    "train_single_block_indices": "single blocks, counted from 0 (FLUX.1, Chroma)",
-    "train_block_indices": "joint blocks (SD3)",
-}
 
 TABLE: tuple[Arg, ...] = (
     Arg(
@@ -229,6 +199,17 @@ TABLE: tuple[Arg, ...] = (
         neutral=(1,),
         minimum=0,
     ),
+    Arg(
+        "loraplus_mode",
+        "choice",
+        "lr",
+        "how the ratio acts: `lr` by learning rates of their own; `reparam` with one learning rate, as a number in "
+        "front of the plus factors, multiplied out in files: the same under Adam, AdamW, Lion and their like, and the "
+        "way for Prodigy and D-Adaptation, which take one rate. Under SGD it acts as its square; Adafactor with "
+        "scale_parameter cancels it; decoupled weight decay follows the one rate",
+        _LR,
+        choices=("lr", "reparam"),
+    ),
     Arg("loraplus_unet_lr_ratio", "float", None, "the same for the UNet alone", _LR, neutral=(1,), minimum=0),
     Arg(
         "loraplus_text_encoder_lr_ratio",
@@ -328,6 +309,16 @@ TABLE: tuple[Arg, ...] = (
         "GGPO: the same in proportion to the square of the update's gradient; with ggpo_sigma",
         _OTHER,
         minimum=0,
+    ),
+    Arg(
+        "save_format",
+        "choice",
+        "portable",
+        "how files are written: `portable` for every reader of alpha / rank; `blissful` as DustyL's blissful-tuner "
+        "does, for LoRA: alpha as given under RS-LoRA, `use_rslora_flag`, `use_dora_flag`, `dora_layer.weight`, and "
+        "its errors and warnings when a file contradicts the arguments. Either is read back, whatever this says",
+        _OTHER,
+        choices=("portable", "blissful"),
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),

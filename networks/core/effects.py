@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..args.parse import Problems
+from ..files.dialects import DIALECTS, Dialect
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
@@ -37,7 +38,9 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _expressions(request, deciding, problems)
     _dropouts(trained, args, problems, notes)
     _loraplus(trained, request, problems)
+    _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
+    _dialect(trained, DIALECTS[args.save_format], problems)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
         problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
     if request.saved is not None:
@@ -83,6 +86,33 @@ def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems) 
     for argument, here in (("loraplus_unet_lr_ratio", True), ("loraplus_text_encoder_lr_ratio", False)):
         if getattr(args, argument) not in (None, 1.0) and here not in parts:
             problems.add(f"{argument} has no effect: no layer of that part is trained")
+
+
+def _loraplus_mode(trained: Sequence[PlanRow], args: Any, problems: Problems) -> None:
+    if args.loraplus_mode != "reparam":
+        return
+    if all(row.plus_unit == 1 for row in trained):
+        problems.add("loraplus_mode=reparam has no effect without a ratio: give loraplus_lr_ratio=8 or the like")
+    if any(row.plus_unit == 0 for row in trained):
+        problems.add("a LoRA+ ratio of 0 cannot be folded in: leave out loraplus_mode=reparam")
+
+
+def _dialect(trained: Sequence[PlanRow], dialect: Dialect, problems: Problems) -> None:
+    """Whether the files can hold what is trained."""
+    algos = {row.algo for row in trained if dialect.algos and row.algo not in dialect.algos}
+    if algos:
+        problems.add(
+            f"save_format={dialect.name} holds {', '.join(dialect.algos)} only, not {', '.join(sorted(algos))}: that "
+            "program reads the others otherwise; leave it out"
+        )
+    kinds = {row.kind for row in trained if row.dora and dialect.dora_kinds and row.kind not in dialect.dora_kinds}
+    if kinds:
+        problems.add(
+            f"save_format={dialect.name} holds DoRA of {', '.join(dialect.dora_kinds)} only, not of "
+            f"{', '.join(sorted(kinds))}: leave it out, or the convolutions (conv_dim=0)"
+        )
+    if dialect.dora_kinds and any(row.dora == "input" for row in trained):
+        problems.add(f"save_format={dialect.name} holds DoRA of output rows only: leave out wd_on_output=False")
 
 
 def _dora(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list[str]) -> None:

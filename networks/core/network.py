@@ -14,17 +14,20 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..files import codec, reader, writer
-from ..files.codec import SavedLayer
+from ..files.dialects import Form
 from ..layers.adapted import LIVE_SCALE, AdaptedLayer, Runtime
 from ..layers.dropout import Dropouts
 from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.site import Site
+from .loading import match
 from .plan import Plan, PlanRow
 from .report import LoadReport
 from .select import Bases
 
 log = logging.getLogger(__name__)
+
+_PORTABLE = Form()
 
 
 class Network(nn.Module):
@@ -41,6 +44,7 @@ class Network(nn.Module):
         multiplier: strength.
         for_inference: dropouts never act.
         perturbation: (sigma, beta) of GGPO, or None.
+        form: of its files.
     """
 
     def __init__(
@@ -52,8 +56,10 @@ class Network(nn.Module):
         multiplier: float = 1.0,
         for_inference: bool = False,
         perturbation: tuple[float, float] | None = None,
+        form: Form = _PORTABLE,
     ) -> None:
         super().__init__()
+        self.form = form
         self.plan = plan
         self.runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
         self._roots = dict(roots)
@@ -190,17 +196,19 @@ class Network(nn.Module):
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write the portable file, atomically."""
-        ours = {"networks_version": __version__, "networks_dialect": codec.DIALECT}
-        writer.write_tensors(path, codec.encode(self.adapted_layers), dtype, {**(metadata or {}), **ours})
+        """Write a file in the network's form, atomically."""
+        ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
+        writer.write_tensors(path, codec.encode(self.adapted_layers, self.form), dtype, {**(metadata or {}), **ours})
 
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
         """Take over a file.
 
         Raises:
-            ValueError: it is unreadable, does not fit, or has nothing for this network.
+            ValueError: it is unreadable, does not fit, contradicts this network, or has nothing for it.
         """
-        return self.take(reader.read_tensors(path)[0], str(path))
+        tensors, metadata = reader.read_tensors(path)
+        magnitudes = frozenset(name for name, (_, layer) in self._layers.items() if layer.magnitude is not None)
+        return self.take(self.form.check(tensors, metadata, magnitudes, str(path)), str(path))
 
     def take(self, tensors: Mapping[str, Tensor], source: str = "weights") -> LoadReport:
         """Take over the tensors of a file.
@@ -208,34 +216,7 @@ class Network(nn.Module):
         Raises:
             ValueError: they do not fit, or none belongs to this network.
         """
-        saved, unknown = codec.decode(tensors)
-        unexpected: list[str] = []
-        found: dict[str, SavedLayer] = {}
-        wrong: list[str] = []
-        for key in unknown:
-            name, _, suffix = key.partition(".")
-            if name in self._layers or name in self._aliases:
-                raise ValueError(codec.unknown_form(source, name, suffix))
-            else:
-                unexpected.append(name)
-        for name, layer in saved.items():
-            own = name if name in self._layers else self._aliases.get(name, "")
-            if own not in self._layers:
-                unexpected.append(name)
-                continue
-            found[own] = layer
-            try:
-                _check(self._layers[own][1], layer)
-            except ValueError as error:
-                wrong.append(f"{name}: {error}")
-        if wrong:
-            raise ValueError(_misfit(source, wrong))
-        if not found:
-            theirs, ours = next(iter(tensors), "no tensor"), next(iter(self._layers), "-")
-            raise ValueError(
-                f"{source} has nothing for this network: it holds names like {theirs}, this network "
-                f"({self.plan.title}) has names like {ours}; choose a file of this architecture"
-            )
+        found, unexpected = match(tensors, self._layers, self._aliases, source, self.plan.title)
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
@@ -243,7 +224,7 @@ class Network(nn.Module):
             adapted.take_magnitude(layer.magnitude)
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
-        return LoadReport(source, tuple(found), missing, tuple(dict.fromkeys(unexpected)))
+        return LoadReport(source, tuple(found), missing, unexpected)
 
     def _follow_scales(self) -> None:
         """After a load: the plan states the scale that is in force, and the log says where it is another."""
@@ -298,26 +279,9 @@ class Network(nn.Module):
                 own[key].copy_(state[key])
         for layer in self.adapted_layers:
             scale = state.get(f"{layer.lora_name}.{LIVE_SCALE}")
-            layer.scale = layer.scale if scale is None else float(scale)
+            layer.scale = layer.scale if scale is None else float(scale) / layer.adapter.plus_gain
         self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-
-
-def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
-    if layer.adapter.algo != saved.algorithm.algo:
-        raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
-    side, own = saved.side(layer.adapter.geometry), layer.side
-    if side and side != own:
-        remedy = "give use_dora=True" if not own else f"give wd_on_output={side == 'output'}"
-        raise ValueError(f"the file has DoRA magnitudes on the {side} side, this network has not: {remedy}")
-    layer.adapter.fits(saved.tensors)
-
-
-def _misfit(source: str, wrong: Sequence[str]) -> str:
-    return (
-        f"{source} does not fit this network in {len(wrong)} layers, e.g. {wrong[0]}; use the dim and arguments it was "
-        "trained with, or --dim_from_weights, which takes them from the file"
-    )
 
 
 def _watch(root: nn.Module, runtime: Runtime) -> list[Any]:

@@ -30,6 +30,7 @@ class PlanRow:
         block: its block number, if it has one.
         block_rate: factor on the learning rate from its block, or None without such factors.
         plus_ratio: LoRA+ factor on the learning rate of the plus parameters.
+        plus_unit: LoRA+ factor in their parametrisation instead.
         rank_axis: whether dropouts on the rank activation reach it.
         dora: the side on which it has magnitudes, "output" or "input"; "" without DoRA.
         plain: why it has none although use_dora is on.
@@ -53,6 +54,7 @@ class PlanRow:
     block: int | None = None
     block_rate: float | None = None
     plus_ratio: float = 1.0
+    plus_unit: float = 1.0
     rank_axis: bool = False
     parameters: int = 0
     dora: str = ""
@@ -71,7 +73,9 @@ class PlanRow:
 
     def make_adapter(self) -> Adapter:
         """A new adapter for this layer."""
-        return make_adapter(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)
+        adapter = make_adapter(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)
+        adapter.fold_plus_(self.plus_unit)
+        return adapter
 
     @property
     def bytes(self) -> int:

@@ -92,7 +92,7 @@ class _Planner:
         if layout.rank is not None and alpha:
             folded = saved is not None or not self.args.rs_lora
             scale = alpha / (layout.rank if folded else math.sqrt(layout.rank))
-        denoiser = self._of_denoiser(c)
+        denoiser, folded_plus = self._of_denoiser(c), self.args.loraplus_mode == "reparam"
         return replace(
             row,
             algo=algorithm.algo,
@@ -103,7 +103,8 @@ class _Planner:
             lr=self._lr(c),
             block=self.request.arch.block_of(c.trainer_name) if denoiser else None,
             block_rate=self.blocks.rate(c.trainer_name) if denoiser else None,
-            plus_ratio=self._plus(denoiser),
+            plus_ratio=1.0 if folded_plus else self._plus(denoiser),
+            plus_unit=self._plus(denoiser) if folded_plus else 1.0,
             rank_axis=layout.rank_axis,
             parameters=layout.parameters + (math.prod(magnitude_shape(g, side == "output")) if side else 0),
             dora=side,

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow
 
-_FIELDS = ("part", "dotted_name", "saved_name", "kind", "algo", "dim", "alpha", "scale", "lr", "plus_ratio")
+_FIELDS = (
+    "part",
+    "dotted_name",
+    "saved_name",
+    "kind",
+    "algo",
+    "dim",
+    "alpha",
+    "scale",
+    "lr",
+    "plus_ratio",
+    "plus_unit",
+)
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -63,8 +75,10 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
 
 
 def _lr(row: PlanRow) -> str:
-    """x1: the part's learning rate; =1e-05: its own; x1/x16: plus parameters 16 times faster."""
+    """x1: the part's learning rate; =1e-05: its own; x1/x16: plus parameters 16 times faster, by a rate or a unit."""
     base = "x1" if row.lr is None else f"={row.lr:g}"
+    if row.plus_unit != 1:
+        return f"{base}/unit {row.plus_unit:g}"
     return base if row.plus_ratio == 1 else f"{base}/x{row.plus_ratio:g}"
 
 

@@ -7,7 +7,7 @@ effective scale x saved rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from ..algos import Adapter, recognise
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
+from . import dialects
 
-DIALECT = "portable"
-MAGNITUDE = "dora_scale"
+_PORTABLE = dialects.Form()
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SavedLayer:
                 return side
         if shape == (geometry.out_features,):  # PEFT's form
             return "output"
-        raise ValueError(f"{MAGNITUDE} {shape} fits neither the rows nor the columns of {geometry.weight_shape}")
+        raise ValueError(f"a DoRA magnitude {shape} fits neither the rows nor the columns of {geometry.weight_shape}")
 
     def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
         """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
@@ -93,31 +93,41 @@ def is_adapter(keys: Iterable[str]) -> bool:
 
 
 def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[str]]:
-    """Group a file's tensors into layers; the second list holds the keys that no algorithm of ours knows."""
+    """Group a file's tensors into layers, whatever its dialect; the second list holds keys that no algorithm knows."""
+    flags = dialects.Flags.of(tensors)
+    dialect = flags.dialect
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, suffix = key.partition(".")
-        groups.setdefault(name, {})[suffix] = tensor
+        if key not in dialect.flags:
+            name, _, suffix = key.partition(".")
+            groups.setdefault(name, {})[suffix] = tensor
     layers, unknown = {}, []
     for name, group in groups.items():
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
-        magnitude = group.pop(MAGNITUDE, None) if algorithm is not None else None
+        magnitude = group.pop(dialect.magnitude, None) if algorithm is not None else None
         known = set() if algorithm is None else set(algorithm.keys.values())
         if algorithm is None or not group.keys() <= known:
             unknown += [f"{name}.{suffix}" for suffix in group if suffix not in known]
             continue
-        layers[name] = SavedLayer(name, algorithm, group, None if alpha is None else float(alpha), magnitude)
+        value = None if alpha is None else float(alpha)
+        suffix, axis = dialect.rank
+        if value is not None and flags.rs_lora and suffix in group:
+            value *= math.sqrt(group[suffix].shape[axis])
+        layers[name] = SavedLayer(name, algorithm, group, value, magnitude)
     return layers, unknown
 
 
-def encode(layers: Iterable[AdaptedLayer]) -> dict[str, Tensor]:
+def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> dict[str, Tensor]:
     """Saved tensors of live layers, on their device and in their dtype; alpha in fp32."""
     tensors: dict[str, Tensor] = {}
+    dialect = form.dialect
     for layer in layers:
         for suffix, tensor in layer.adapter.pack().items():
             tensors[f"{layer.lora_name}.{suffix}"] = tensor
         if layer.magnitude is not None:
-            tensors[f"{layer.lora_name}.{MAGNITUDE}"] = layer.magnitude.detach()
-        tensors[f"{layer.lora_name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-    return tensors
+            magnitude = layer.magnitude.detach()
+            tensors[f"{layer.lora_name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
+        alpha = form.alpha(layer.alpha, layer.adapter.record.saved_rank)
+        tensors[f"{layer.lora_name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return tensors | form.network_keys(any(layer.magnitude is not None for layer in layers))

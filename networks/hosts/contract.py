@@ -23,7 +23,7 @@ from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request
 from ..core.planner import build_plan
 from ..core.report import LoadReport, summary
-from ..files import codec
+from ..files import codec, dialects
 from .beside import origin
 
 log = logging.getLogger("networks")
@@ -270,8 +270,9 @@ class Caller:
         a = request.args
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
+        form = dialects.Form(dialects.DIALECTS[a.save_format], a.rs_lora)
         roots = {part.name: model for part, model in request.parts}
-        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise)
+        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
         log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
         for line in plan.to_text().splitlines() if a.verbose else summary(plan):
             log.info("%s", line)

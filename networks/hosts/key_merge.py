@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..files import codec
+from ..files import codec, dialects
 from ..files.merge import merged_weight
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def merge_weights_to_tensor(
         ValueError: the file's tensors do not fit, or are of a form that we do not know.
     """
     keys = [key for key in lora_weight_keys if key.startswith(f"{lora_name}.")]
-    layer = _decode({key: lora_sd[key] for key in keys}, "the file").get(lora_name)
+    flags = {key: tensor for key, tensor in lora_sd.items() if "." not in key}  # of the whole file
+    layer = _decode(flags | {key: lora_sd[key] for key in keys}, "the file").get(lora_name)
     if layer is None:
         return model_weight
     for key in keys:
@@ -114,6 +115,8 @@ class _File:
 
 def _divide(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(what the trainer merges, what we merge): plain LoRA layers stay with the trainer."""
+    if dialects.detect(tensors) is not dialects.PORTABLE:  # its alpha may mean something else
+        return {}, dict(tensors)
     forms: dict[str, set[str]] = {}
     for key in tensors:
         name, _, suffix = key.partition(".")

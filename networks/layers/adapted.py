@@ -137,7 +137,7 @@ class AdaptedLayer(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """The live state carries the scale in float64: casting the network must not round it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + LIVE_SCALE] = torch.tensor(self.scale, dtype=torch.float64)
+        destination[prefix + LIVE_SCALE] = torch.tensor(self.scale * self.adapter.plus_gain, dtype=torch.float64)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *rest: Any
@@ -147,7 +147,7 @@ class AdaptedLayer(nn.Module):
         if scale is None:
             missing.append(prefix + LIVE_SCALE)
         else:
-            self.scale = float(scale)
+            self.scale = float(scale) / self.adapter.plus_gain
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 
     # -- the formula
@@ -158,7 +158,7 @@ class AdaptedLayer(nn.Module):
         return self._strength(1.0)
 
     def _strength(self, multiplier: float | Tensor) -> float | Tensor:
-        strength, scalar = multiplier * self.scale, self.adapter.scalar
+        strength, scalar = multiplier * (self.scale * self.adapter.plus_gain), self.adapter.scalar
         return strength if scalar is None else strength * scalar.to(torch.promote_types(scalar.dtype, torch.float32))
 
     def new_weight(self, weight: Tensor, multiplier: float | None = None) -> Tensor:

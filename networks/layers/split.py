@@ -66,6 +66,14 @@ class Split(Adapter):
         parts = [algorithm(replace(geometry, out_features=size), dim, options) for size in sizes]
         self.parts = nn.ModuleList(parts)
 
+    @property
+    def plus_gain(self) -> float:
+        return self._each()[0].plus_gain
+
+    def fold_plus_(self, unit: float) -> None:
+        for part in self._each():
+            part.fold_plus_(unit)
+
     def _each(self) -> list[Adapter]:
         return [part for part in self.parts if isinstance(part, Adapter)]
 

@@ -1,0 +1,183 @@
+"""How programs write adapters, as data: names of the DoRA magnitude, encoding of alpha, flags of the whole file.
+
+`codec` turns keys into layers and back by these records. A key without a dot belongs to the whole network.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A way of writing.
+
+    Attributes:
+        name: of `save_format`.
+        magnitude: suffix of the DoRA magnitude.
+        flat: the magnitude is a vector, [O].
+        rs_flag: key that says whether RS-LoRA layers have their own alpha, to be divided by sqrt(rank); "" = alpha is
+            folded, so that alpha / rank is the scale.
+        dora_flag: key that says whether there are magnitudes; "" = none.
+        rank: (suffix, axis) where an RS-LoRA layer shows its rank.
+        algos: algorithms that it can hold; none = all.
+        dora_kinds: kinds of layer that can have a magnitude; none = all. With these, only output rows have one.
+    """
+
+    name: str
+    magnitude: str
+    flat: bool = False
+    rs_flag: str = ""
+    dora_flag: str = ""
+    rank: tuple[str, int] = ("", 0)
+    algos: tuple[str, ...] = ()
+    dora_kinds: tuple[str, ...] = ()
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return tuple(key for key in (self.rs_flag, self.dora_flag) if key)
+
+
+PORTABLE = Dialect("portable", "dora_scale")
+BLISSFUL = Dialect(
+    "blissful",
+    "dora_layer.weight",
+    flat=True,
+    rs_flag="use_rslora_flag",
+    dora_flag="use_dora_flag",
+    rank=("lora_down.weight", 0),
+    algos=("lora",),
+    dora_kinds=("Linear",),
+)
+DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL)}
+
+
+def detect(keys: Iterable[str]) -> Dialect:
+    """The dialect of a file, by its flags or by the name of its magnitudes."""
+    found = set(keys)
+    for dialect in DIALECTS.values():
+        named = any(key.partition(".")[2] == dialect.magnitude for key in found)
+        if not found.isdisjoint(dialect.flags) or (named and dialect is not PORTABLE):
+            return dialect
+    return PORTABLE
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the keys of a file say about the whole of it; None = nothing.
+
+    Attributes:
+        magnitudes: names of layers that have one.
+        suspicious: how many of its alphas are the square root of their rank, and how many there are.
+    """
+
+    dialect: Dialect
+    rs_lora: bool | None
+    dora: bool | None
+    magnitudes: frozenset[str]
+    suspicious: tuple[int, int]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Flags:
+        dialect = detect(tensors)
+        rs, dora = (bool(tensors[key]) if key in tensors else None for key in (dialect.rs_flag, dialect.dora_flag))
+        pairs = (key.partition(".") for key in tensors)
+        magnitudes = frozenset(name for name, _, suffix in pairs if suffix == dialect.magnitude)
+        return cls(dialect, rs, dora, magnitudes, _alphas_of_roots(tensors))
+
+    @property
+    def has_dora(self) -> bool:
+        """The flag decides; a file without one may have magnitudes all the same."""
+        return bool(self.magnitudes) if self.dora is None else self.dora or bool(self.magnitudes)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the files of one network are like.
+
+    Attributes:
+        rs_lora: whether alpha stays as the user wrote it, under the flag; only in a dialect with that flag.
+    """
+
+    dialect: Dialect = PORTABLE
+    rs_lora: bool = False
+
+    def alpha(self, alpha: float, rank: int | None) -> float:
+        """The alpha to be written, for one that would be right for alpha / rank."""
+        return alpha / math.sqrt(rank) if self.dialect.rs_flag and self.rs_lora and rank else alpha
+
+    def network_keys(self, magnitudes: bool) -> dict[str, Tensor]:
+        """The flags, 0-d floats: they follow the layers' keys in a file, whose first key some programs look at."""
+        values = {self.dialect.rs_flag: self.rs_lora, self.dialect.dora_flag: magnitudes}
+        return {key: torch.tensor(float(value)) for key, value in values.items() if key}
+
+    def check(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dora: frozenset[str], source: str
+    ) -> dict[str, Tensor]:
+        """The tensors to load, after comparing what a file says with what this network is.
+
+        A file which says nothing is held to the network's own dialect; one of ours without flags needs none.
+
+        Args:
+            dora: names of this network's layers with a magnitude.
+
+        Raises:
+            ValueError: RS-LoRA differs, or magnitudes are missing.
+        """
+        flags = Flags.of(tensors)
+        if flags.dialect is PORTABLE and (metadata.get("networks_dialect") == PORTABLE.name or not self.dialect.flags):
+            if self.rs_lora and "networks_dialect" not in metadata and flags.suspicious[0] * 2 > flags.suspicious[1]:
+                log.warning("%s: %s; it is read as alpha / rank", source, _hint(flags))
+            return dict(tensors)
+        if bool(flags.rs_lora) != self.rs_lora:
+            says = "nothing of RS-LoRA" if flags.rs_lora is None else f"{flags.dialect.rs_flag} = {flags.rs_lora}"
+            hint = ""
+            if flags.rs_lora is None and flags.suspicious[0] * 2 > flags.suspicious[1]:
+                hint = f". Hint: {_hint(flags)}"
+            raise ValueError(
+                f"RS-LoRA flag mismatch: {source} says {says}, this network has use_rslora={self.rs_lora}; give "
+                f"use_rslora={bool(flags.rs_lora)}, as it was trained{hint}"
+            )
+        missing = sorted(dora - flags.magnitudes)
+        if dora and not flags.has_dora:
+            raise ValueError(
+                f"DoRA flag mismatch: this network expects DoRA but {source} has no magnitudes; leave out "
+                "use_dora=True, or load a file that was trained with it"
+            )
+        if dora and missing:
+            raise ValueError(
+                f"{source} has no DoRA magnitude for {len(missing)} of {len(dora)} layers: {', '.join(missing[:5])}; "
+                "use the arguments that it was trained with"
+            )
+        if flags.has_dora and not dora:
+            log.warning(
+                "DoRA flag mismatch: %s has DoRA magnitudes but this network does not expect them: they are ignored "
+                "and the rest acts as plain LoRA; add use_dora=True to use them",
+                source,
+            )
+            return {key: t for key, t in tensors.items() if key.partition(".")[2] != flags.dialect.magnitude}
+        return dict(tensors)
+
+
+def _alphas_of_roots(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(alphas that are sqrt(rank), all alphas). Files in bf16 round them, by up to 0.4 %."""
+    found = total = 0
+    for key, alpha in tensors.items():
+        down = tensors.get(f"{key.removesuffix('.alpha')}.lora_down.weight")
+        if key.endswith(".alpha") and down is not None:
+            total += 1
+            found += math.isclose(float(alpha), math.sqrt(down.shape[0]), rel_tol=4e-3, abs_tol=0.01)
+    return found, total
+
+
+def _hint(flags: Flags) -> str:
+    found, total = flags.suspicious
+    return f"{found} of {total} alphas are the square root of their rank, as RS-LoRA with alpha=0 saves them"
