@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy_models import Recorded, recorded
+from toy_models import CONVOLUTIONS, NAMES, Recorded, recorded
 
 import networks.lora
 from networks.archs import ARCHS
@@ -29,6 +29,8 @@ COUNTS = {
     "lumina": (180, 184, 182),
     "hunyuan_image": (320, 320, 0),
     "anima": (280, 514, 196),
+    "wan": (480, 480, 0),
+    "qwen_image": (720, 840, 0),
 }
 WIDEST = {
     "sd": {"conv_dim": "2"},
@@ -39,7 +41,10 @@ WIDEST = {
     "lumina": {"embedder_dims": "[2, 2, 2]"},
     "hunyuan_image": {},
     "anima": {"train_llm_adapter": "True", "include_patterns": "['.*']"},
+    "wan": {},
+    "qwen_image": {"exclude_mod": "False"},
 }
+DIFFUSERS = sorted(path.name.removesuffix(".diffusers.txt") for path in NAMES.glob("*.diffusers.txt"))
 
 
 def trainer_models(arch: str, drop: str = "") -> dict[str, nn.Module]:
@@ -63,8 +68,9 @@ def trainer_models(arch: str, drop: str = "") -> dict[str, nn.Module]:
 def leaf(entry: Recorded) -> nn.Module:
     if entry.cls == "Linear":
         return nn.Linear(entry.shape[1], entry.shape[0])
-    if entry.cls == "Conv2d":
-        return nn.Conv2d(entry.shape[1], entry.shape[0], entry.shape[2:], padding=entry.shape[-1] // 2)
+    if entry.cls in CONVOLUTIONS:
+        convolution: nn.Module = CONVOLUTIONS[entry.cls](entry.shape[1], entry.shape[0], entry.shape[2:])
+        return convolution
     return type(entry.cls, (nn.Module,), {})()
 
 
@@ -89,13 +95,33 @@ def test_trainer_model(arch: str) -> None:
         entry = wanted[row.saved_name]
         assert (row.part, row.dotted_name, row.shape) == (entry.part, entry.dotted, entry.shape)
         if entry.block != "-":
-            assert spec.block_of(row.dotted_name) == int(entry.block), row.dotted_name
+            assert row.block == int(entry.block), row.dotted_name
     default, widest, text = COUNTS[arch]
     assert len(wanted) == widest + text
     plain = trainer_plan(arch)
     assert sum(row.part == spec.denoiser.name for row in plain.trained) == default
     assert default in spec.usual and not plain.warnings
     assert not any(row.geometry.has_kernel for row in plain.trained)
+
+
+@pytest.mark.parametrize("arch", DIFFUSERS)
+def test_diffusers_classes_are_saved_under_the_same_names(arch: str) -> None:
+    """tests/names/<arch>.diffusers.txt: the saved names are those of the layers which diffusers' own conversion of the
+    trainer's model puts there."""
+    entries = recorded(f"{arch}.diffusers")
+    wanted = {entry.saved: entry for entry in entries if entry.saved != "-"}
+    trainer = {entry.saved: entry for entry in recorded(arch) if entry.saved != "-"}
+    assert wanted.keys() == trainer.keys()
+    model = trainer_models(f"{arch}.diffusers")["dit"]
+    assert detect(model).name == arch
+    plan = networks.lora.plan(4, 1, None, model, **WIDEST[arch])
+    assert sorted(saved_names(plan)) == sorted(wanted)
+    for row in plan.trained:
+        entry = wanted[row.saved_name]
+        assert (row.dotted_name, row.shape) == (entry.dotted, entry.shape)
+        assert trainer[row.saved_name].block == ("-" if row.block is None else str(row.block))
+    default = networks.lora.plan(4, 1, None, model)
+    assert len(default.trained) == COUNTS[arch][0] and not default.warnings
 
 
 @pytest.mark.parametrize("arch", BUILT_IN)

@@ -76,8 +76,15 @@ OF_ARCHS: dict[str, tuple[str, str]] = {
     "train_t5xxl": ("flux", "True"),
     "split_qkv": ("flux", "True"),
     "train_llm_adapter": ("anima", "True"),
+    "exclude_mod": ("qwen_image", "False"),
 }
-NEUTRAL = {"split_qkv": "off", "train_blocks": "all", "train_t5xxl": "False", "train_llm_adapter": "0"}
+NEUTRAL = {
+    "exclude_mod": "True",
+    "split_qkv": "off",
+    "train_blocks": "all",
+    "train_t5xxl": "False",
+    "train_llm_adapter": "0",
+}
 NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
 ONLY_LOGGED = {"verbose", "allow_unknown"}
 AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py

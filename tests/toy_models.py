@@ -5,15 +5,18 @@ The forward pass sends a signal through every layer in turn: enough to see that 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 NAMES = Path(__file__).parent / "names"
 SHRINK = 64
+CONVOLUTIONS: dict[str, Any] = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
 KEPT = re.compile(r"(?:^|\.)(?:\w*blocks|layers|block|\w*refiner)\.(\d+)(?:\.|$)")
 
 
@@ -46,10 +49,10 @@ class _Chain:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 out = out + fit(torch.tanh(module(fit(out, module.in_features))), x.shape[-1])
-            elif isinstance(module, nn.Conv2d):
-                side = 4 * module.kernel_size[0]
-                image = fit(out.flatten(1), module.in_channels * side * side)
-                y = torch.tanh(module(image.reshape(-1, module.in_channels, side, side)))
+            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                sides = [max(4, 2 * size) for size in module.kernel_size]
+                image = fit(out.flatten(1), module.in_channels * math.prod(sides))
+                y = torch.tanh(module(image.reshape(-1, module.in_channels, *sides)))
                 out = out + fit(y.flatten(1), x.shape[-1])[:, None]
         return out
 
@@ -79,8 +82,9 @@ def toy(arch: str, blocks: int = 2, seed: int = 0) -> dict[str, nn.Module]:
         sizes = [max(4, size // SHRINK) for size in entry.shape[:2]]
         if entry.cls == "Linear":
             at.add_module(last, nn.Linear(sizes[1], sizes[0]))
-        elif entry.cls == "Conv2d":
-            at.add_module(last, nn.Conv2d(sizes[1], sizes[0], entry.shape[2:], padding=entry.shape[-1] // 2))
+        elif entry.cls in CONVOLUTIONS:
+            padding = tuple(k // 2 for k in entry.shape[2:])
+            at.add_module(last, CONVOLUTIONS[entry.cls](sizes[1], sizes[0], entry.shape[2:], padding=padding))
         else:
             at.add_module(last, type(entry.cls, (nn.Module,), {})())
     return roots

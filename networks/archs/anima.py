@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Signature
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch
 
 QWEN3 = ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2")
 
@@ -19,6 +19,7 @@ ANIMA = ArchSpec(
     ),
     text_encoders=(Part("text_encoder", "lora_te", QWEN3),),
     axes=(BlockAxis("blocks."),),
-    exclude=(r".*(_modulation|_norm|_embedder|final_layer).*",),
+    exclude=(r".*(_norm|_embedder|final_layer).*",),
+    switches=(Switch("exclude_mod", r".*_modulation.*", trained_if=False),),
     usual=frozenset({280}),
 )

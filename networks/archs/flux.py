@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
 DOUBLE_BLOCKS = 19
@@ -75,6 +75,12 @@ FLUX = ArchSpec(
         BlockAxis("double_blocks.", 0, "train_double_block_indices"),
         BlockAxis("single_blocks.", DOUBLE_BLOCKS, "train_single_block_indices"),
     ),
+    # musubi-tuner trains FLUX.1 Kontext without them; this model is of the same classes in both trainers.
+    switches=(
+        Switch(
+            "exclude_mod", r".*\.(img_mod|txt_mod|modulation)\.lin", False, default=True, per_host=(("musubi", False),)
+        ),
+    ),
     layer_dims=(
         ("img_attn_dim", r"double_blocks\..*\.img_attn\..*"),
         ("txt_attn_dim", r"double_blocks\..*\.txt_attn\..*"),
@@ -88,7 +94,7 @@ FLUX = ArchSpec(
     extra_dims=(("in_dims", ("img_in", r"time_in\..*", r"vector_in\..*", r"guidance_in\..*", "txt_in")),),
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
     fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
-    usual=frozenset({304}),
+    usual=frozenset({304, 228}),
 )
 
 CHROMA = replace(
@@ -105,6 +111,7 @@ CHROMA = replace(
             "ChromaSingleTransformerBlock",
         ),
     ),
+    switches=(),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),
 )

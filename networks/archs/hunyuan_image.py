@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV, SINGLE_QKV_MLP, TEXT_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
 
 DOUBLE_BLOCKS = 20
 
@@ -48,6 +48,7 @@ HUNYUAN_IMAGE = ArchSpec(
         layouts=DIFFUSERS,
     ),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
+    switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False, default=True),),
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
     fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({320}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
 
 GEMMA2 = ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")
 
@@ -42,6 +42,7 @@ LUMINA = ArchSpec(
     ),
     text_encoders=(Part("text_encoder", "lora_te", GEMMA2),),
     axes=(BlockAxis("layers."),),
+    switches=(Switch("exclude_mod", r".*adaLN_modulation\..*", trained_if=False, default=True),),
     # A refiner is told apart first: its layers have the names of the others'.
     layer_dims=(
         ("refiner_dim", r"(noise|context)_refiner\..*"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import IMAGE_QKV, TEXT_QKV, t5
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
 
 DIFFUSERS = (
     *below(
@@ -44,6 +44,7 @@ SD3 = ArchSpec(
     denoiser=Part("dit", "lora_unet", ("SingleDiTBlock", "JointTransformerBlock"), layouts=DIFFUSERS),
     text_encoders=(clip(1), clip(2), t5()),
     axes=(BlockAxis("joint_blocks.", 0, "train_block_indices"),),
+    switches=(Switch("exclude_mod", r"joint_blocks\..*\.adaLN_modulation\..*", trained_if=False, default=True),),
     layer_dims=(
         ("context_attn_dim", r".*\.context_block\.attn\..*"),
         ("context_mlp_dim", r".*\.context_block\.mlp\..*"),

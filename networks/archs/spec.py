@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -126,12 +128,13 @@ class BlockAxis:
 
     Attributes:
         prefix: of a trainer's dotted name, up to the number: `double_blocks.`.
-        first: the number which its block 0 has in `blocks=`.
+        first: the number which its block 0 has in `blocks=`; None = it follows the blocks of the axis before, of
+            which released models have different numbers.
         argument: selects among these blocks by their own numbers; "" if there is none.
     """
 
     prefix: str
-    first: int = 0
+    first: int | None = 0
     argument: str = ""
 
     def index(self, trainer_name: str) -> int | None:
@@ -140,6 +143,29 @@ class BlockAxis:
             return None
         number = trainer_name[len(self.prefix) :].partition(".")[0]
         return int(number) if number.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Layers inside the containers which one argument takes in or leaves out.
+
+    Attributes:
+        argument: a boolean one.
+        regex: on the whole trainer's dotted name.
+        trained_if: the value of the argument at which they are trained.
+        default: whether they are trained when it is not given.
+        per_host: (host, the same there) where hosts differ.
+    """
+
+    argument: str
+    regex: str
+    trained_if: bool
+    default: bool = False
+    per_host: tuple[tuple[str, bool], ...] = ()
+
+    def trains(self, value: bool | None, host: str) -> bool:
+        """Whether they are trained, with the argument's value; None = not given."""
+        return dict(self.per_host).get(host, self.default) if value is None else value is self.trained_if
 
 
 @dataclass(frozen=True)
@@ -172,6 +198,7 @@ class ArchSpec:
         blocks: (prefix of a trainer's dotted name, block number), for `blocks=`.
         axes: the same for models whose blocks carry their number in the name.
         exclude: regular expressions left out by default.
+        switches: more layers that are left out or not, each kind by an argument of its own.
         layer_dims: (argument, regular expression on the trainer's dotted name): the dim of a kind of layer; the first
             that is given and matches wins, 0 leaves the layer out.
         extra_dims: (argument, regular expressions): layers outside the containers, trained if the argument, a list with
@@ -193,6 +220,7 @@ class ArchSpec:
     blocks: tuple[tuple[str, int], ...] = field(default=())
     axes: tuple[BlockAxis, ...] = ()
     exclude: tuple[str, ...] = ()
+    switches: tuple[Switch, ...] = ()
     layer_dims: Pairs = ()
     extra_dims: tuple[tuple[str, tuple[str, ...]], ...] = ()
     block_sets: Pairs = ()
@@ -207,6 +235,7 @@ class ArchSpec:
         names = {name for name, _ in self.layer_dims} | {name for name, _ in self.extra_dims}
         names |= {axis.argument for axis in self.axes} | {part.argument for part in self.parts}
         names |= {name for part in self.parts for name, _ in part.optional}
+        names |= {switch.argument for switch in self.switches}
         if self.block_sets:
             names.add("train_blocks")
         if self.fused_rows:
@@ -218,6 +247,25 @@ class ArchSpec:
     @property
     def parts(self) -> tuple[Part, ...]:
         return (*self.text_encoders, self.denoiser)
+
+    def excluded(self, values: Mapping[str, Any], host: str) -> dict[str, str]:
+        """Regular expression -> why such layers are left out, under these arguments of a host's call."""
+        reasons = {regex: f"excluded by default: {regex}" for regex in self.exclude}
+        for switch in self.switches:
+            if not switch.trains(values.get(switch.argument), host):
+                reasons[switch.regex] = f"give {switch.argument}={switch.trained_if} to train it"
+        return reasons
+
+    def fit(self, trainer_names: Collection[str]) -> ArchSpec:
+        """The record with the block numbers of one model, whose denoiser has these layers."""
+        axes: list[BlockAxis] = []
+        following = 0
+        for axis in self.axes:
+            first = following if axis.first is None else axis.first
+            axes.append(replace(axis, first=first))
+            indices = [index for index in map(axis.index, trainer_names) if index is not None]
+            following = first + 1 + max(indices, default=-1)
+        return replace(self, axes=tuple(axes))
 
     def kind_of(self, trainer_name: str, given: frozenset[str]) -> str | None:
         """The first of the given layer_dims arguments that speaks of this denoiser layer."""
@@ -249,6 +297,7 @@ class ArchSpec:
         for axis in self.axes:
             index = axis.index(trainer_name)
             if index is not None:
+                assert axis.first is not None, "fit the record to the model first"
                 return axis.first + index
         return next((n for prefix, n in self.blocks if trainer_name.startswith(prefix)), None)
 

@@ -49,10 +49,12 @@ class NetArgs:
     Attributes:
         values: name -> value, defaults filled in.
         given: names that the user wrote (and that did not mean "not given").
+        host: whose defaults apply where they are not the table's but an architecture's.
     """
 
     values: Mapping[str, Any]
     given: frozenset[str] = frozenset()
+    host: str = "sd_scripts"
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,7 +107,7 @@ def parse(
     values["algo"] = values["algo"] or default_algo
     _unknown(unknown, values["allow_unknown"], problems)
     _inapplicable(values, spelled, problems)
-    return NetArgs(values, frozenset(spelled))
+    return NetArgs(values, frozenset(spelled), host)
 
 
 def _unknown(keys: list[str], allowed: bool, problems: Problems) -> None:

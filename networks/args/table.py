@@ -175,6 +175,15 @@ TABLE: tuple[Arg, ...] = (
     ),
     Arg("only_patterns", "patterns", (), "train only the layers that match one of these", _WHERE),
     Arg(
+        "exclude_mod",
+        "bool",
+        None,
+        "whether the modulation layers are left out; not given, it is as in the trainer: left out on Qwen-Image, "
+        "HunyuanVideo, FramePack, Z-Image, Kandinsky 5, Ideogram 4 and Anima, on FLUX.1 under musubi-tuner alone",
+        _WHERE,
+        neutral=(True,),
+    ),
+    Arg(
         "blocks",
         "blocks",
         None,

@@ -44,7 +44,10 @@ class _Planner:
         self.deciding: set[tuple[str, str]] = set()  # (argument, what of it): had its way with some layer
         a = self.args
         self.exclude = Patterns("exclude_patterns", a.exclude_patterns)
-        self.default_exclude = Patterns("default", request.arch.exclude)
+        self.left_out = request.arch.excluded(a.values, a.host)
+        self.default_exclude = Patterns("default", self.left_out)
+        off = {switch.regex for switch in request.arch.switches if switch.argument in a.given} & self.left_out.keys()
+        self.switched_off = Patterns("given", off)
         self.include = Patterns("include_patterns", a.include_patterns)
         self.only = Patterns("only_patterns", a.only_patterns)
         self.dims = Patterns("network_reg_dims", a.network_reg_dims)
@@ -54,7 +57,9 @@ class _Planner:
         on = {name for name in request.arch.arguments if a.values[name] is True}
         self.found = [self._admit(c) for part, m in request.parts for c in candidates(part, m, convolutions, on)]
         self.trainable = [c for c in self.found if not c.reason]
-        self.blocks = BlockChoices(request, [c.trainer_name for c in self.found if self._of_denoiser(c)], problems)
+        names = [c.trainer_name for c in self.found if self._of_denoiser(c)]
+        self.request = replace(request, arch=request.arch.fit(names))
+        self.blocks = BlockChoices(self.request, names, problems)
         self._check_selection()
 
     def row(self, c: Candidate) -> PlanRow:
@@ -142,10 +147,11 @@ class _Planner:
             return c.reason or "not in the file"
         if saved is None and c.reason:
             return c.reason
-        excluded = self.exclude.first(c) or (saved is None and self.default_exclude.first(c))
-        if excluded and not self.include.first(c):
-            self.deciding.add((self.exclude.argument, excluded))
-            return f"excluded by {excluded!r}"
+        excluded = self.exclude.first(c)
+        by_arch = (self.default_exclude if saved is None else self.switched_off).first(c)
+        if (excluded or by_arch) and not self.include.first(c):
+            self.deciding.add((self.exclude.argument, excluded or ""))
+            return f"excluded by {excluded!r}" if excluded else self.left_out[by_arch or ""]
         if self.only and not self.only.first(c):
             return "not in only_patterns"
         return self.blocks.reason(c.trainer_name) if self._of_denoiser(c) and not self._is_extra(c) else ""
@@ -170,7 +176,8 @@ class _Planner:
     def unusual(self) -> list[str]:
         """A warning if the denoiser has another number of layers than every released model of its architecture."""
         arch = self.request.arch
-        count = sum(c.default and self._of_denoiser(c) and not self.default_exclude.first(c) for c in self.found)
+        excluded = Patterns("default", arch.excluded({}, self.args.host))
+        count = sum(c.default and self._of_denoiser(c) and not excluded.first(c) for c in self.found)
         if not arch.usual or count in arch.usual:
             return []
         usual = ", ".join(map(str, sorted(arch.usual)))

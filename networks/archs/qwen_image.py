@@ -1,0 +1,18 @@
+"""Qwen-Image with its Edit and Layered models; the trainer's classes have diffusers' names."""
+
+from __future__ import annotations
+
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch
+
+QWEN_IMAGE = ArchSpec(
+    name="qwen_image",
+    title="Qwen-Image",
+    entry="lora_qwen_image",
+    signatures=(Signature("QwenImageTransformer2DModel"),),
+    denoiser=Part("dit", "lora_unet", ("QwenImageTransformerBlock",)),
+    axes=(BlockAxis("transformer_blocks."),),
+    # The trainer's own default pattern, .*(_mod_).*, is tested on img_mod.1 and matches nothing, so that its files
+    # have these layers; they load whole, since a file decides its layers.
+    switches=(Switch("exclude_mod", r".*\.(img|txt)_mod\..*", trained_if=False),),
+    usual=frozenset({720}),
+)
