@@ -180,7 +180,7 @@ class _Planner:
         count = sum(c.default and self._of_denoiser(c) and not excluded.first(c) for c in self.found)
         if not arch.usual or count in arch.usual:
             return []
-        usual = ", ".join(map(str, sorted(arch.usual)))
+        usual = " or ".join(map(str, sorted(arch.usual)))
         return [f"{arch.title} usually has {usual} layers to train, this model has {count}: is it the right model?"]
 
     def _note(self, c: Candidate, scaled: bool) -> None:
