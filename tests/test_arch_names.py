@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy_models import CONVOLUTIONS, NAMES, Recorded, recorded
+from toy_models import CONVOLUTIONS, Recorded, recorded
 
 import networks.lora
 from networks.archs import ARCHS
@@ -44,7 +44,6 @@ WIDEST = {
     "wan": {},
     "qwen_image": {"exclude_mod": "False"},
 }
-DIFFUSERS = sorted(path.name.removesuffix(".diffusers.txt") for path in NAMES.glob("*.diffusers.txt"))
 
 
 def trainer_models(arch: str, drop: str = "") -> dict[str, nn.Module]:
@@ -102,26 +101,6 @@ def test_trainer_model(arch: str) -> None:
     assert sum(row.part == spec.denoiser.name for row in plain.trained) == default
     assert default in spec.usual and not plain.warnings
     assert not any(row.geometry.has_kernel for row in plain.trained)
-
-
-@pytest.mark.parametrize("arch", DIFFUSERS)
-def test_diffusers_classes_are_saved_under_the_same_names(arch: str) -> None:
-    """tests/names/<arch>.diffusers.txt: the saved names are those of the layers which diffusers' own conversion of the
-    trainer's model puts there."""
-    entries = recorded(f"{arch}.diffusers")
-    wanted = {entry.saved: entry for entry in entries if entry.saved != "-"}
-    trainer = {entry.saved: entry for entry in recorded(arch) if entry.saved != "-"}
-    assert wanted.keys() == trainer.keys()
-    model = trainer_models(f"{arch}.diffusers")["dit"]
-    assert detect(model).name == arch
-    plan = networks.lora.plan(4, 1, None, model, **WIDEST[arch])
-    assert sorted(saved_names(plan)) == sorted(wanted)
-    for row in plan.trained:
-        entry = wanted[row.saved_name]
-        assert (row.dotted_name, row.shape) == (entry.dotted, entry.shape)
-        assert trainer[row.saved_name].block == ("-" if row.block is None else str(row.block))
-    default = networks.lora.plan(4, 1, None, model)
-    assert len(default.trained) == COUNTS[arch][0] and not default.warnings
 
 
 @pytest.mark.parametrize("arch", BUILT_IN)

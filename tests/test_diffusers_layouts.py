@@ -37,6 +37,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "lumina": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, "convert_lumina2_to_diffusers"),
     "hunyuan_image": ("HunyuanImageTransformer2DModel", {"guidance_embeds": True}, ""),
+    "wan": (
+        "WanTransformer3DModel",
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        "convert_wan_transformer_to_diffusers",
+    ),
+    "qwen_image": ("QwenImageTransformer2DModel", {}, ""),
 }  # fmt: skip
 
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, below
 
-BLOCK = r"(blocks\.\d+)\."
+DIFFUSERS = below(
+    r"blocks\.(\d+)\.",
+    r"blocks.\1.",
+    Rename("attn1.to_q", "self_attn.q"),
+    Rename("attn1.to_k", "self_attn.k"),
+    Rename("attn1.to_v", "self_attn.v"),
+    Rename("attn1.to_out.0", "self_attn.o"),
+    Rename("attn2.to_q", "cross_attn.q"),
+    Rename("attn2.to_k", "cross_attn.k"),
+    Rename("attn2.to_v", "cross_attn.v"),
+    Rename("attn2.to_out.0", "cross_attn.o"),
+    Rename("attn2.add_k_proj", "cross_attn.k_img"),
+    Rename("attn2.add_v_proj", "cross_attn.v_img"),
+    Rename("ffn.net.0.proj", "ffn.0"),
+    Rename("ffn.net.2", "ffn.2"),
+)
 
 WAN = ArchSpec(
     name="wan",
     title="Wan 2.1 / 2.2",
     entry="lora_wan",
     signatures=(Signature("WanModel"), Signature("WanTransformer3DModel")),
-    denoiser=Part(
-        "dit",
-        "lora_unet",
-        ("WanAttentionBlock", "WanTransformerBlock"),
-        layouts=(
-            Rename(BLOCK + r"attn1\.to_([qkv])", r"\1.self_attn.\2"),
-            Rename(BLOCK + r"attn1\.to_out\.0", r"\1.self_attn.o"),
-            Rename(BLOCK + r"attn2\.to_([qkv])", r"\1.cross_attn.\2"),
-            Rename(BLOCK + r"attn2\.to_out\.0", r"\1.cross_attn.o"),
-            Rename(BLOCK + r"attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
-            Rename(BLOCK + r"ffn\.net\.0\.proj", r"\1.ffn.0"),
-            Rename(BLOCK + r"ffn\.net\.2", r"\1.ffn.2"),
-        ),
-    ),
+    denoiser=Part("dit", "lora_unet", ("WanAttentionBlock", "WanTransformerBlock"), layouts=DIFFUSERS),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({300, 400, 480}),
 )
