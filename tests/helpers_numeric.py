@@ -115,7 +115,16 @@ class Case:
 
 
 # Values for options that are not switches. A new option without a value here fails `values_of`.
-VALUES: dict[str, tuple[Any, ...]] = {"factor": (9,)}
+VALUES: dict[str, tuple[Any, ...]] = {"factor": (9,), "block_size": (3,)}
+
+
+# Options under which a training pass has no random choice.
+STEADY: dict[str, dict[str, Any]] = {"dylora": {"block_size": 1 << 30}}
+
+
+def options_for(algo: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that the algorithm has, and what keeps it steady."""
+    return {name: value for name, value in options.items() if name in ALGOS[algo].options} | STEADY.get(algo, {})
 
 
 def values_of(algorithm: type[Adapter], option: str) -> tuple[Any, ...]:
@@ -159,6 +168,7 @@ def make_network(
         modules[saved] = module
     network = Network(Plan("Zoo", tuple(rows)), modules, {"unet": zoo}, dropouts, multiplier)
     first = next(zoo.parameters())
+    network.train(not ALGOS[case.algo].stepwise)  # or its random choices would be part of every comparison
     return network.to(first.dtype)
 
 
@@ -248,6 +258,8 @@ DENSE: dict[str, Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]] = {
     "lora": dense_lora,
     "loha": dense_loha,
     "lokr": dense_lokr,
+    "dylora": dense_lora,
+    "lora_fa": dense_lora,
 }
 
 

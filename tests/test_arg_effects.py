@@ -32,6 +32,7 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "decompose_both": ({"algo": "lokr", "network_reg_dims": ".*=1"}, "True"),
     "full_matrix": ({**LOKR, "network_reg_dims": ".*=2"}, "True"),
     "unbalanced_factorization": (LOKR, "True"),
+    "block_size": ({"algo": "dylora"}, "2"),
     "dropout": ({}, "0.5"),
     "rank_dropout": ({}, "0.5"),
     "module_dropout": ({}, "0.5"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import make_layer, randomise
+from helpers_numeric import make_layer, options_for, randomise
 from tiny_parts import draw, sd_unet
 from torch import nn
 
@@ -20,7 +20,7 @@ from networks.tensors.geometry import Geometry
 def perturbed(algo: str, sigma: float = 0.5, beta: float = 0.25) -> AdaptedLayer:
     torch.manual_seed(0)
     base = make_layer("linear")
-    adapter = ALGOS[algo](Geometry.of(base), 4, {}).double()
+    adapter = ALGOS[algo](Geometry.of(base), 4, options_for(algo, {})).double()
     randomise(adapter)
     layer = AdaptedLayer("x", base, adapter, 0.75, runtime=Runtime(0.5), perturbation=Perturbation(sigma, beta))
     layer.attach()
@@ -43,7 +43,7 @@ def test_statistics_are_of_the_true_update(algo: str) -> None:
     step = 1e-7
     with torch.no_grad():
         for p in layer.adapter.parameters():
-            p.add_(p.grad, alpha=step)
+            p.add_(0 if p.grad is None else p.grad, alpha=step)
         change = 0.75 * (layer.adapter.delta() - before) / step
     torch.testing.assert_close(noise.gradient_norms, change.norm(dim=1), rtol=1e-4, atol=1e-6)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .base import Adapter, Layout
+from .dylora import DyLoRA
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
+from .lora_fa import LoRAFA
 
-ALGOS: dict[str, type[Adapter]] = {cls.algo: cls for cls in (LoRA, LoHa, LoKr)}
+ALGOS: dict[str, type[Adapter]] = {cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA)}
 
 
 def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:

@@ -30,12 +30,14 @@ class Layout:
         rank: the rank that alpha is divided by; None if the form has none (its scale is then 1).
         rank_axis: whether there is a rank activation, on which dropouts can act.
         stacked: how many adapters of that rank a file holds as one.
+        frozen: how many of the values are never trained.
     """
 
     shapes: dict[str, tuple[int, ...]]
     rank: int | None
     rank_axis: bool
     stacked: int = 1
+    frozen: int = 0
 
     @property
     def saved_rank(self) -> int | None:
@@ -59,6 +61,10 @@ class Adapter(nn.Module):
     # Arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv: adapters of the
     # parts of a layer, stacked, are one of the same kind (`stack`).
     features: ClassVar[frozenset[str]] = frozenset({"use_dora", "wd_on_output"})
+    frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without gradient and optimizer state
+    unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
+    saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
+    stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
 
     plus_unit = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     scalar: nn.Parameter | None
@@ -69,7 +75,7 @@ class Adapter(nn.Module):
         self.record = self.layout(geometry, dim, **self.chosen)
         self.register_parameter("scalar", None)
         for name, shape in self.record.shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in self.frozen))
         with torch.no_grad():
             self.reset_parameters()
 
@@ -142,11 +148,23 @@ class Adapter(nn.Module):
         """dW, for torch's functional tools."""
         return self.delta()
 
+    # -- a training step
+
+    def begin(self, x: Tensor) -> None:
+        """A training pass begins: what is random about `values` until `end` is drawn here, by tensor operations."""
+
+    def end(self) -> None:
+        """It is over: `values` is what a file would hold."""
+
     # -- shared by all
 
+    def values(self) -> dict[str, Tensor]:
+        """All parameters as they act now, differentiable where they are trained."""
+        return dict(self.named_parameters())
+
     def factors(self, x: Tensor) -> dict[str, Tensor]:
-        """All parameters, in the dtype in which they meet x."""
-        return {name: cast_to_input(p, x) for name, p in self.named_parameters()}
+        """The same in the dtype in which they meet x."""
+        return {name: cast_to_input(p, x) for name, p in self.values().items()}
 
     @property
     def plus_gain(self) -> float:
@@ -164,12 +182,17 @@ class Adapter(nn.Module):
 
     def rescale_(self, ratio: float | Tensor) -> None:
         """Multiply dW by `ratio`, in place and evenly over its factors."""
-        factors = [p for name, p in self.named_parameters() if name != "scalar"]
+        factors = [p for name, p in self.named_parameters() if name != "scalar" and name not in self.frozen]
         with torch.no_grad():
             for p in factors:
                 p.mul_(ratio ** (1 / len(factors)))
 
     # -- files
+
+    @classmethod
+    def form(cls) -> str:
+        """The algorithm whose saved keys it has."""
+        return cls.saved_as or cls.algo
 
     @classmethod
     def recognises(cls, suffixes: set[str]) -> bool:

@@ -61,17 +61,20 @@ class LoRA(Adapter):
             nn.init.zeros_(self.scalar)
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
-        up_OR = self.up.flatten(1)
+        p = self.values()
+        up_OR = p["up"].flatten(1)
         if rank_mask_R is not None:
             up_OR = up_OR * rank_mask_R
-        return (up_OR @ self._right().flatten(1)).reshape(self.geometry.weight_shape)
+        return (up_OR @ self._right(p).flatten(1)).reshape(self.geometry.weight_shape)
 
-    def _right(self) -> Tensor:
+    @staticmethod
+    def _right(p: Mapping[str, Tensor]) -> Tensor:
         """[R, I, *kernel]: down, with the core of the Tucker form in it."""
-        return core_times_right(self.mid, self.down.flatten(1)) if "mid" in self.record.shapes else self.down
+        return core_times_right(p["mid"], p["down"].flatten(1)) if "mid" in p else p["down"]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        rows = self.up[start:stop].flatten(1) @ self._right().flatten(1)
+        p = self.values()
+        rows = p["up"][start:stop].flatten(1) @ self._right(p).flatten(1)
         return rows.reshape(-1, *self.geometry.weight_shape[1:])
 
     def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
@@ -82,10 +85,11 @@ class LoRA(Adapter):
     def norm_sq(
         self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
     ) -> Tensor:
-        up_OR = self.up.flatten(1)
+        p = self.values()
+        up_OR = p["up"].flatten(1)
         if pieces is not None:
             up_OR = torch.cat([up_OR[start:stop] for start, stop in pieces])
-        return sum_norm_sq(weight, strength * up_OR, self._right(), on_output)
+        return sum_norm_sq(weight, strength * up_OR, self._right(p), on_output)
 
     def gradient_norm_sq(self) -> Tensor:
         if "mid" in self.record.shapes or self.up.grad is None or self.down.grad is None:
@@ -118,7 +122,8 @@ class LoRA(Adapter):
         """By the Gram matrices, R x R each: ||up down||^2 = sum(up^T up * down down^T)."""
         if "mid" in self.record.shapes:
             return super().norm()
-        return torch.sqrt(product_norm_sq(self.up.flatten(1), self.down.flatten(1)).sum())
+        p = self.values()
+        return torch.sqrt(product_norm_sq(p["up"].flatten(1), p["down"].flatten(1)).sum())
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

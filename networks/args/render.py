@@ -42,7 +42,8 @@ def _names(arg: Arg) -> str:
 
 def _type(arg: Arg) -> str:
     if arg.choices:
-        return " / ".join(f"`{choice}`" for choice in arg.choices)
+        also = {choice: [f"`{word}`" for word, meant in arg.words if meant == choice] for choice in arg.choices}
+        return " / ".join(" = ".join([f"`{choice}`", *also[choice]]) for choice in arg.choices)
     bounds = ""
     if arg.minimum is not None and arg.kind in ("int", "float"):
         bounds = f" >= {arg.minimum:g}" if arg.below is None else f" {arg.minimum:g} to below {arg.below:g}"

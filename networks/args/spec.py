@@ -33,6 +33,7 @@ class Arg:
         neutral: further values that ask for nothing, accepted where the argument cannot apply.
         minimum, below: bounds of a number: minimum <= value < below.
         choices: of an enumeration.
+        words: (other spelling, choice).
         per_host: (host, default there) where hosts differ; the name of a trainer's option stands for its value.
     """
 
@@ -47,6 +48,7 @@ class Arg:
     minimum: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    words: tuple[tuple[str, str], ...] = ()
     per_host: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -112,6 +114,7 @@ def _number(arg: Arg, raw: Any) -> float:
 
 def _choice(arg: Arg, raw: Any) -> str:
     text = _text(raw).lower()
+    text = dict(arg.words).get(text, text)
     if text not in arg.choices:
         raise ValueError(f"is none of {', '.join(arg.choices)}{nearest(text, arg.choices)}")
     return text

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+from .forms import ALGOS, FORM, FORMS
 from .kinds import BLOCK_INDICES, EXTRA_DIMS, LAYER_DIMS
 from .spec import Arg, Rates
 
-ALGOS = ("lora", "loha", "lokr")
-ADDITIVE = ("lora", "loha", "lokr")
 _RANK = "rank and strength"
-_FORM = "form of the factors"
 _DROP = "dropout"
 _WHERE = "which layers"
 _LR = "learning rates"
@@ -21,8 +19,9 @@ TABLE: tuple[Arg, ...] = (
         "choice",
         None,
         "the algorithm; every entry takes every algorithm, its own name is only the default",
-        _FORM,
+        FORM,
         choices=ALGOS,
+        words=(("locon", "lora"),),
     ),
     Arg(
         "conv_dim",
@@ -62,75 +61,7 @@ TABLE: tuple[Arg, ...] = (
         minimum=0,
     ),
     Arg("network_reg_alphas", "regex_float", {}, "alpha by regular expression; the first match wins", _RANK, minimum=0),
-    Arg(
-        "use_tucker",
-        "bool",
-        False,
-        "Tucker form of convolutions with a kernel above 1x1: far fewer parameters",
-        _FORM,
-        aliases=("use_cp", "use_conv_cp"),
-    ),
-    Arg(
-        "use_dora",
-        "bool",
-        False,
-        "DoRA (2402.09353): a learnt length for every row of the changed weight beside its direction; layers with "
-        "dropout, rank_dropout or split_qkv stay plain",
-        _FORM,
-        aliases=("dora", "dora_wd", "weight_decompose"),
-        algos=ADDITIVE,
-    ),
-    Arg(
-        "wd_on_output",
-        "bool",
-        True,
-        "with use_dora: lengths of the output rows (exact in LyCORIS and PEFT); False: of the input columns (exact in "
-        "ComfyUI, Forge, A1111, InvokeAI and LyCORIS)",
-        _FORM,
-        algos=ADDITIVE,
-    ),
-    Arg(
-        "split_qkv",
-        "bool",
-        False,
-        "an adapter of its own for each projection of a fused layer (query, key, value, MLP); saved as one with a "
-        "block-diagonal factor, at full strength in every reader (FLUX.1, Chroma, SD3, Lumina, HunyuanImage)",
-        _FORM,
-        algos=("lora", "loha"),
-    ),
-    Arg(
-        "use_scalar",
-        "bool",
-        False,
-        "a learnt factor in front of each update, from 0; the other factors then all start random",
-        _FORM,
-    ),
-    Arg(
-        "factor",
-        "int",
-        -1,
-        "upper bound of the smaller Kronecker factor; -1 splits next to the square root",
-        _FORM,
-        algos=("lokr",),
-        minimum=-1,
-    ),
-    Arg("decompose_both", "bool", False, "low rank for the smaller factor too", _FORM, algos=("lokr",)),
-    Arg(
-        "full_matrix",
-        "bool",
-        False,
-        "both factors whole, whatever the dim; the scale is then 1 and alpha has no effect",
-        _FORM,
-        algos=("lokr",),
-    ),
-    Arg(
-        "unbalanced_factorization",
-        "bool",
-        False,
-        "swap the two factors of the output side",
-        _FORM,
-        algos=("lokr",),
-    ),
+    *FORMS,
     Arg(
         "dropout",
         "float",

@@ -61,7 +61,7 @@ def match(
 
 
 def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
-    if layer.adapter.algo != saved.algorithm.algo:
+    if (layer.adapter.saved_as or layer.adapter.algo) != saved.algorithm.form():
         raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
     side, own = saved.side(layer.adapter.geometry), layer.side
     if side and side != own:

@@ -29,8 +29,11 @@ def parameter_groups(layers: Iterable[tuple[PlanRow, AdaptedLayer]], rates: Mapp
         rate = rates.get(row.part) if row.lr is None else row.lr
         block = None if row.block_rate is None else row.block
         rate = (rate or 0.0) * (1.0 if row.block_rate is None else row.block_rate)
-        for name, parameter in layer.named_parameters():
-            plus = row.plus_ratio != 1 and name.rpartition(".")[2] in layer.adapter.plus
+        for path, parameter in layer.named_parameters():
+            name = path.rpartition(".")[2]
+            if name in layer.adapter.frozen:
+                continue
+            plus = row.plus_ratio != 1 and name in layer.adapter.plus
             lr = rate * (row.plus_ratio if plus else 1.0)
             parameter.requires_grad_(lr > 0)
             if lr > 0:

@@ -71,6 +71,9 @@ class _Planner:
         if reason:
             return replace(row, reason=reason)
         if saved is not None:
+            wanted = ALGOS[self.args.algo]
+            if wanted.form() == saved.algorithm.form():  # several ways to train make files of one form
+                saved = replace(saved, algorithm=wanted)
             try:
                 dim, options = saved.describe(g)
                 side = saved.side(g)
@@ -81,8 +84,8 @@ class _Planner:
                 return replace(row, reason="the file does not fit it")
             algorithm, alpha = saved.algorithm, float(dim) if saved.alpha is None else saved.alpha
             dim, alpha = dim // max(1, len(split)), alpha / max(1, len(split))
-            # The file decides the form; whether a scalar is trained on top of it does not show in a file.
-            options |= {"use_scalar": True} if self.args.use_scalar else {}
+            # The file decides the form; some options do not show in one.
+            options |= self.args.pick(algorithm.unsaved & algorithm.options & self.args.given)
         else:
             dim, alpha, side = self._dim(c), self._alpha(c), ""
             if dim == 0 or self.blocks.rate(c.trainer_name) == 0 and self._of_denoiser(c):

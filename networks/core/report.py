@@ -46,7 +46,8 @@ def totals(plan: Plan) -> dict[str, Any]:
         "trained_by_part": dict(Counter(row.part for row in plan.trained)),
         "parameters": parameters,
         "bytes": 4 * parameters,
-        "training_bytes": 16 * parameters,  # weight, gradient and two moments of AdamW
+        # weight, gradient and two moments of AdamW
+        "training_bytes": 16 * parameters - 12 * sum(row.layout.frozen for row in plan.trained),
     }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,28 +19,10 @@ from ..tensors import base_weight
 from .dropout import CallGate, Dropouts, module_mask, rank_mask
 from .magnitude import magnitude_shape, norm_sq, ratio
 from .perturbation import Perturbation
-from .region import Region
+from .runtime import Runtime
 from .site import Site, read_whole
 
 LIVE_SCALE = "live_scale"  # marks a live state among the keys; a file has alpha instead
-
-
-@dataclass
-class Runtime:
-    """What all layers of one network share; plain values, so that a change reaches every layer at once.
-
-    multiplier: the user's strength; one number, or a tensor [N] with one value per sample.
-    enabled: False lets the base model through untouched.
-    sampling: the model's own forward was entered without gradients (hosts draw sample images in train mode).
-    for_inference: made for generation; such networks are never put into eval mode by some hosts.
-    region: this network's place in a picture of several prompts, or None.
-    """
-
-    multiplier: float | Tensor = 1.0
-    enabled: bool = True
-    sampling: bool = False
-    for_inference: bool = False
-    region: Region | None = None
 
 
 class AdaptedLayer(nn.Module):
@@ -195,6 +176,9 @@ class AdaptedLayer(nn.Module):
         runtime = self.runtime
         if not runtime.enabled or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
             return site.below(x, *args, **kwargs)
+        stepwise = self.adapter.stepwise and self._trains
+        if stepwise:
+            self.adapter.begin(x)
         gate = CallGate(self._dropped(runtime.multiplier, x))
         if self.magnitude is not None and not self.on_output and runtime.region is None:
             y = self._by_input(site, x, gate, *args, **kwargs)
@@ -207,6 +191,8 @@ class AdaptedLayer(nn.Module):
         if self.perturbation is not None and self._trains:
             noise = self.perturbation.output(self.adapter.geometry, x, site.take_rows)
             y = y if noise is None else y + CallGate(runtime.multiplier).output(noise.to(y.dtype))
+        if stepwise:
+            self.adapter.end()
         return y
 
     def update(self, x: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ def split_layout(
     """Layout of the whole; parameter names are those of the parts, numbered."""
     parts = [algorithm.layout(replace(geometry, out_features=size), dim, **options) for size in sizes]
     shapes = {f"parts.{i}.{name}": shape for i, part in enumerate(parts) for name, shape in part.shapes.items()}
-    return Layout(shapes, parts[0].rank, parts[0].rank_axis, stacked=len(parts))
+    frozen = sum(part.frozen for part in parts)
+    return Layout(shapes, parts[0].rank, parts[0].rank_axis, stacked=len(parts), frozen=frozen)
 
 
 def layout_of(
@@ -58,7 +59,8 @@ class Split(Adapter):
     ) -> None:
         nn.Module.__init__(self)
         assert "split_qkv" in algorithm.features and not geometry.is_conv and sum(sizes) == geometry.out_features
-        self.algo, self.plus = algorithm.algo, algorithm.plus  # type: ignore[misc]
+        for name in ("algo", "plus", "frozen", "saved_as", "stepwise"):
+            setattr(self, name, getattr(algorithm, name))
         self.algorithm, self.sizes = algorithm, tuple(sizes)
         self.geometry, self.dim, self.chosen = geometry, dim, dict(options)
         self.record = split_layout(algorithm, geometry, dim, sizes, options)
@@ -76,6 +78,14 @@ class Split(Adapter):
 
     def _each(self) -> list[Adapter]:
         return [part for part in self.parts if isinstance(part, Adapter)]
+
+    def begin(self, x: Tensor) -> None:
+        for part in self._each():
+            part.begin(x)
+
+    def end(self) -> None:
+        for part in self._each():
+            part.end()
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return torch.cat([_scaled(part, part.delta(rank_mask_R)) for part in self._each()])

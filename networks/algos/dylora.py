@@ -1,0 +1,63 @@
+"""DyLoRA: LoRA whose first b ranks are a good LoRA, too, for every b (2210.07558).
+
+    dW_b = R / b * up[:, :b] . down[:b]             R / b makes the scale alpha / R of the layer alpha / b
+
+Each training pass draws one block of `block_size` ranks at random: the ranks up to its end act, those of the block
+alone learn. Otherwise all R act. A file is a LoRA, and cut to its first b ranks with the same alpha it is dW_b.
+
+Parameters, start values and saved keys are LoRA's, without its Tucker form and scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..tensors.geometry import Geometry
+from .base import Layout
+from .lora import LoRA
+
+
+class DyLoRA(LoRA):
+    algo = "dylora"
+    saved_as = "lora"
+    options = frozenset({"block_size"})
+    unsaved = frozenset({"block_size"})
+    stepwise = True
+
+    def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(geometry, dim, options)
+        self.block_size: int = self.chosen.get("block_size", 1)
+        self.block: Tensor | None = None  # 0-d, of the pass that is under way
+
+    @classmethod
+    def layout(cls, geometry: Geometry, dim: int, block_size: int = 1) -> Layout:  # type: ignore[override]
+        return super().layout(geometry, dim)
+
+    def begin(self, x: Tensor) -> None:
+        self.block = torch.randint(-(-self.dim // self.block_size), (), device=x.device)
+
+    def end(self) -> None:
+        self.block = None
+
+    def values(self) -> dict[str, Tensor]:
+        if self.block is None:
+            return super().values()
+        device = self.down.device
+        rank, first = torch.arange(self.dim, device=device), self.block.to(device) * self.block_size
+        active = (first + self.block_size).clamp(max=self.dim)
+        learns, acts = (rank >= first) & (rank < active), (rank < active).to(self.down.dtype)
+        ones = [1] * len(self.geometry.kernel)
+        rows, columns = learns.reshape(-1, 1, *ones), learns.reshape(1, -1, *ones)
+        ratio = (acts * self.dim / active.to(acts.dtype)).reshape(1, -1, *ones)
+        down = torch.where(rows, self.down, self.down.detach())
+        return {"down": down, "up": torch.where(columns, self.up, self.up.detach()) * ratio}
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        if "lora_mid.weight" in tensors:
+            raise ValueError("lora_mid.weight: the Tucker form has no nested ranks; train on with algo=lora")
+        return super().describe(geometry, tensors)[0], {}

@@ -1,0 +1,36 @@
+"""LoRA-FA: LoRA whose down factor keeps its random start (2308.03303).
+
+    dW = up . down, down frozen
+
+The down factor has neither gradient nor optimizer state, and the layer's input is not kept for the backward pass.
+Parameters, forms and saved keys are LoRA's; start of down: N(0, sqrt(2 / (I + R))).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from ..tensors.geometry import Geometry
+from .base import Layout
+from .lora import LoRA
+
+
+class LoRAFA(LoRA):
+    algo = "lora_fa"
+    saved_as = "lora"
+    frozen = frozenset({"down"})
+
+    @classmethod
+    def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:
+        own = super().layout(geometry, dim, use_tucker, use_scalar)
+        return Layout(own.shapes, own.rank, own.rank_axis, frozen=math.prod(own.shapes["down"]))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.normal_(self.down, std=math.sqrt(2 / (self.geometry.in_features * self.geometry.groups + self.dim)))
+
+    def values(self) -> dict[str, Tensor]:
+        """Detached, too: some hosts switch the gradient of every parameter on."""
+        return super().values() | {"down": self.down.detach()}

@@ -1,0 +1,93 @@
+"""Rows of the argument table that choose the form of an algorithm."""
+
+from __future__ import annotations
+
+from .spec import Arg
+
+ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa")
+ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa")
+FORM = "form of the factors"
+
+FORMS: tuple[Arg, ...] = (
+    Arg(
+        "use_tucker",
+        "bool",
+        False,
+        "Tucker form of convolutions with a kernel above 1x1: far fewer parameters",
+        FORM,
+        aliases=("use_cp", "use_conv_cp"),
+        algos=("lora", "loha", "lokr", "lora_fa"),
+    ),
+    Arg(
+        "use_dora",
+        "bool",
+        False,
+        "DoRA (2402.09353): a learnt length for every row of the changed weight beside its direction; layers with "
+        "dropout, rank_dropout or split_qkv stay plain",
+        FORM,
+        aliases=("dora", "dora_wd", "weight_decompose"),
+        algos=ADDITIVE,
+    ),
+    Arg(
+        "wd_on_output",
+        "bool",
+        True,
+        "with use_dora: lengths of the output rows (exact in LyCORIS and PEFT); False: of the input columns (exact in "
+        "ComfyUI, Forge, A1111, InvokeAI and LyCORIS)",
+        FORM,
+        algos=ADDITIVE,
+    ),
+    Arg(
+        "split_qkv",
+        "bool",
+        False,
+        "an adapter of its own for each projection of a fused layer (query, key, value, MLP); saved as one with a "
+        "block-diagonal factor, at full strength in every reader (FLUX.1, Chroma, SD3, Lumina, HunyuanImage)",
+        FORM,
+        algos=("lora", "loha", "dylora", "lora_fa"),
+    ),
+    Arg(
+        "use_scalar",
+        "bool",
+        False,
+        "a learnt factor in front of each update, from 0; the other factors then all start random",
+        FORM,
+        algos=("lora", "loha", "lokr", "lora_fa"),
+    ),
+    Arg(
+        "factor",
+        "int",
+        -1,
+        "upper bound of the smaller Kronecker factor; -1 splits next to the square root",
+        FORM,
+        algos=("lokr",),
+        minimum=-1,
+    ),
+    Arg("decompose_both", "bool", False, "low rank for the smaller factor too", FORM, algos=("lokr",)),
+    Arg(
+        "full_matrix",
+        "bool",
+        False,
+        "both factors whole, whatever the dim; the scale is then 1 and alpha has no effect",
+        FORM,
+        algos=("lokr",),
+    ),
+    Arg(
+        "unbalanced_factorization",
+        "bool",
+        False,
+        "swap the two factors of the output side",
+        FORM,
+        algos=("lokr",),
+    ),
+    Arg(
+        "block_size",
+        "int",
+        1,
+        "ranks that learn together; a file cut after any number of blocks is a good LoRA (scripts/resize.py cuts)",
+        FORM,
+        aliases=("unit", "dyloRA"),
+        algos=("dylora",),
+        minimum=1,
+    ),
+)

@@ -1,0 +1,205 @@
+"""DyLoRA and LoRA-FA: what sets them apart from LoRA. The rest is in test_algo_matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_numeric import KINDS, assert_close, dense_lora, make_input, make_layer, randomise
+from tiny_parts import draw, sd_unet
+from tiny_parts import randomise as randomise_network
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import networks.dylora
+import networks.lora
+import networks.lora_fa
+from networks.algos import ALGOS
+from networks.files import codec, reader
+from networks.files.merge import merged_weight
+from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.tensors.geometry import Geometry
+
+DIM, BLOCK, SCALE = 8, 3, 0.75  # blocks end after 3, 6 and 8 ranks
+ENDS = (3, 6, 8)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def single(kind: str, dora: str = "", algo: str = "dylora") -> AdaptedLayer:
+    base = make_layer(kind)
+    options = {"block_size": BLOCK} if algo == "dylora" else {}
+    adapter = ALGOS[algo](Geometry.of(base), DIM, options).double()
+    randomise(adapter)
+    layer = AdaptedLayer("lora_unet_x", base, adapter, SCALE, runtime=Runtime(0.7), dora=dora).double()
+    layer.take_magnitude(None)
+    layer.attach()
+    return layer
+
+
+def cut(layer: AdaptedLayer, rank: int) -> dict[str, Tensor]:
+    """The file's first ranks with the alpha as it is: what the trainers' script does."""
+    tensors = codec.encode([layer])
+    down, up = "lora_unet_x.lora_down.weight", "lora_unet_x.lora_up.weight"
+    return tensors | {down: tensors[down][:rank], up: tensors[up][:, :rank]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_pass_is_the_file_cut_to_a_random_rank(kind: str) -> None:
+    layer = single(kind)
+    x, W = make_input(kind), layer.base.weight
+    layer.eval()
+    assert_close(layer.base(x), layer.base(x), "deterministic")
+    layer.detach()
+    plain = layer.base(x)
+    layer.attach()
+    updates = {}
+    for rank in ENDS:
+        saved = codec.decode(cut(layer, rank))[0]["lora_unet_x"]
+        update = merged_weight(saved, W, 0.7) - W
+        t = {key: tensor for key, tensor in saved.tensors.items()}
+        assert_close(update, 0.7 * SCALE * DIM / rank * dense_lora(t, W.shape), f"alpha / {rank}")
+        updates[rank] = layer.adapter.geometry.op(x, update)
+    assert_close(layer.base(x) - plain, updates[DIM], "all ranks outside training")
+    layer.train()
+    seen = set()
+    for _ in range(24):
+        change = layer.base(x) - plain
+        near = [rank for rank, update in updates.items() if float((change - update).detach().abs().max()) < 1e-9]
+        assert len(near) == 1
+        seen.update(near)
+    assert seen == set(ENDS)
+    for quiet in ("sampling", "for_inference"):
+        setattr(layer.runtime, quiet, True)
+        assert_close(layer.base(x) - plain, updates[DIM], quiet)
+        setattr(layer.runtime, quiet, False)
+    assert_close(layer.new_weight(W) - W, 0.7 * SCALE * layer.adapter.delta(), "weights hold all ranks")
+
+
+@pytest.mark.parametrize("kind", ("linear", "conv_3x3"))
+def test_only_the_drawn_block_learns(kind: str) -> None:
+    layer = single(kind)
+    blocks = set()
+    for _ in range(24):
+        layer.zero_grad()
+        layer.base(make_input(kind)).square().sum().backward()
+        down = layer.adapter.down.grad.flatten(1).abs().sum(1) > 0
+        up = layer.adapter.up.grad.flatten(1).abs().sum(0) > 0
+        assert torch.equal(down, up)
+        blocks.add(tuple(down.nonzero().flatten().tolist()))
+    assert blocks == {(0, 1, 2), (3, 4, 5), (6, 7)}
+
+
+@pytest.mark.parametrize("side", ("output", "input"))
+def test_dora_measures_the_cut_weight(side: str) -> None:
+    layer = single("linear", side)
+    x, W, m = make_input("linear"), layer.base.weight, 0.7
+    layer.detach()
+    plain = layer.base(x)
+    layer.attach()
+    expected = []
+    for rank in ENDS:
+        t = {key.partition(".")[2]: tensor for key, tensor in cut(layer, rank).items()}
+        whole = W + SCALE * DIM / rank * dense_lora(t, W.shape)
+        norms = whole.norm(dim=1 if side == "output" else 0, keepdim=True)
+        expected.append(torch.nn.functional.linear(x, m * (whole * layer.magnitude / norms - W)))
+    for _ in range(8):
+        change = layer.base(x) - plain
+        assert min(float((change - e).detach().abs().max()) for e in expected) < 1e-9
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_recomputation_and_compilation_draw_the_same_block(reentrant: bool) -> None:
+    layer = single("linear")
+    found = []
+    for run in (layer.base, lambda t: checkpoint(layer.base, t, use_reentrant=reentrant)):
+        torch.manual_seed(5)
+        leaf = make_input("linear") * 0 + 1
+        y = run(leaf.requires_grad_())
+        torch.rand(3)
+        y.square().sum().backward()
+        found.append([leaf.grad, layer.adapter.down.grad, layer.adapter.up.grad])
+        layer.zero_grad()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.base, fullgraph=True, backend="eager")
+    assert bool(compiled(make_input("linear")).isfinite().all())
+    assert layer.adapter.block is None
+    torch._dynamo.reset()
+
+
+def file_of(module: Any, path: Path, **arguments: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """A drawn picture of a randomised network, and its file."""
+    unet = sd_unet()
+    network = module.create_network(1.0, 6, 3, None, None, unet, **arguments)
+    network.apply_to(None, unet, False, True)
+    randomise_network(network)
+    network.save_weights(str(path), None, None)
+    network.eval()
+    return draw(unet), reader.read_tensors(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [(networks.dylora, {"unit": "2"}), (networks.lora_fa, {})], ids=("dylora", "lora_fa")
+)
+def test_a_file_is_a_lora_and_trains_on_as_either(module: Any, arguments: dict[str, str], tmp_path: Path) -> None:
+    picture, tensors = file_of(module, tmp_path / "a.safetensors", **arguments)
+    assert {key.partition(".")[2] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    algo = module.__name__.partition(".")[2]
+    for entry, expected in ((networks.lora, "lora"), (module, algo)):
+        unet = sd_unet()
+        extra = arguments if entry is module else {}
+        network, _ = entry.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, None, unet, **extra)
+        network.apply_to(None, unet, False, True)
+        assert {row.algo for row, _ in network.layers} == {expected}
+        assert torch.equal(draw(network.eval() and unet), picture)
+    unet = sd_unet()
+    network = module.create_network(1.0, 6, 3, None, None, unet, **arguments)
+    network.apply_to(None, unet, False, True)
+    network.load_weights(str(tmp_path / "a.safetensors"))
+    assert all(getattr(layer.adapter, "block_size", 2) == 2 for layer in network.adapted_layers)
+    network.eval()
+    assert torch.equal(draw(unet), picture)
+
+
+def test_lora_fa_trains_the_up_factor_alone() -> None:
+    unet = sd_unet()
+    network = networks.lora_fa.create_network(1.0, 6, 3, None, None, unet)
+    network.apply_to(None, unet, False, True)
+    groups, _ = network.prepare_optimizer_params(None, 1e-3, 1e-3)
+    trained = {id(p) for group in groups for p in group["params"]}
+    network.requires_grad_(True)  # as the trainers do
+    draw(unet).square().sum().backward()
+    for layer in network.adapted_layers:
+        assert id(layer.adapter.up) in trained and id(layer.adapter.down) not in trained
+        assert layer.adapter.down.grad is None and layer.adapter.up.grad is not None
+    plan = networks.lora_fa.plan(6, 3, None, unet).to_json()["totals"]
+    ups = sum(layer.adapter.up.numel() for layer in network.adapted_layers)
+    assert plan["training_bytes"] == 4 * plan["parameters"] + 12 * ups
+
+
+def test_lora_fa_starts_as_its_paper_says_and_keeps_no_input() -> None:
+    base = torch.nn.Linear(512, 256).requires_grad_(False)
+    adapter = ALGOS["lora_fa"](Geometry.of(base), 64)
+    assert float(adapter.down.detach().std()) == pytest.approx((2 / (512 + 64)) ** 0.5, rel=0.02)
+    assert not bool(adapter.up.any())
+    layer = AdaptedLayer("x", base, adapter, 1.0)
+    layer.attach()
+    x = torch.randn(4, 512, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        base(x)
+    assert x.shape not in kept
+    before = adapter.down.detach().clone()
+    with torch.no_grad():
+        adapter.up.fill_(1.0)
+    norm = adapter.norm()
+    adapter.rescale_(0.5)
+    assert torch.equal(adapter.down, before)
+    assert float(adapter.norm() / norm) == pytest.approx(0.5)
