@@ -63,8 +63,8 @@ def fit(x: Tensor, width: int) -> Tensor:
     return x.repeat(*[1] * (x.dim() - 1), times)[..., :width]
 
 
-def toy(arch: str, blocks: int = 2, seed: int = 0) -> dict[str, nn.Module]:
-    """Part name -> model, with the first blocks of each row and sizes divided by SHRINK."""
+def toy(arch: str, blocks: int = 2, seed: int = 0, shrink: int = SHRINK) -> dict[str, nn.Module]:
+    """Part name -> model, with the first blocks of each row and sizes divided by `shrink`."""
     torch.manual_seed(seed)
     roots: dict[str, nn.Module] = {}
     for entry in recorded(arch):
@@ -79,7 +79,7 @@ def toy(arch: str, blocks: int = 2, seed: int = 0) -> dict[str, nn.Module]:
             if name not in dict(at.named_children()):
                 at.add_module(name, nn.Module())
             at = at.get_submodule(name)
-        sizes = [max(4, size // SHRINK) for size in entry.shape[:2]]
+        sizes = [max(4, size // shrink) for size in entry.shape[:2]]
         if entry.cls == "Linear":
             at.add_module(last, nn.Linear(sizes[1], sizes[0]))
         elif entry.cls in CONVOLUTIONS:
