@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from networks.hosts.command_line import run_program  # noqa: E402
+from networks.hosts.picture_grid import make_grid  # noqa: E402
 
 EMOJI = ROOT / "scripts" / "emoji"
 NAME = "emoji-outline"
@@ -65,6 +66,7 @@ def train_arguments(model: Path, output: Path, steps: int) -> list[str]:
         f"--max_train_steps={steps}",
         "--train_batch_size=32",
         "--cache_latents",
+        "--no_gradient_checkpointing",
         f"--seed={SEED}",
         f"--output_dir={output}",
         f"--output_name={NAME}",
@@ -131,29 +133,6 @@ def recognised(images: Sequence[Any], truth: Sequence[Any]) -> float:
     drawn, true = (np.stack([np.asarray(image, dtype=np.float64).ravel() for image in row]) for row in (images, truth))
     distances = ((drawn[:, None] - true[None]) ** 2).sum(-1)
     return float((distances.argmin(1) == np.arange(len(true))).mean())
-
-
-def make_grid(rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence[str], path: Path, zoom: int = 2) -> None:
-    """Draw labelled rows of images into one PNG."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side, gap, left, top = rows[0][1][0].width * zoom, 6, 110, 26
-    width, height = left + len(columns) * (side + gap) + gap, top + len(rows) * (side + gap) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    for number, caption in enumerate(columns):
-        pen.text((left + gap + number * (side + gap) + side // 2, top // 2), caption, "black", font, anchor="mm")
-    for number, (label, images) in enumerate(rows):
-        y = top + gap + number * (side + gap)
-        pen.multiline_text((10, y + side // 2), label, "black", font, anchor="lm")
-        for column, image in enumerate(images):
-            big = image.resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(big, (left + gap + column * (side + gap), y))
-            pen.rectangle(
-                (left + gap + column * (side + gap) - 1, y - 1, left + gap + column * (side + gap) + side, y + side),
-                outline="#dddddd",
-            )
-    sheet.save(path, optimize=True)
 
 
 def held_out_losses(path: Path) -> tuple[float, float]:

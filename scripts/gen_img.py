@@ -1,4 +1,4 @@
-"""Reference generator: draw images with a diffusers folder of SD 1.x, 2.x or SDXL and any number of network modules.
+"""Reference generator: draw with a diffusers folder of any family we know and any number of network modules.
 
     python scripts/gen_img.py --ckpt MODEL --prompt "a cat" --outdir out --seed 1 \\
         --network_module networks.lora --network_weights my-lora.safetensors --network_mul 0.8
@@ -33,12 +33,11 @@ from networks.hosts.drawing import (  # noqa: E402
     SAMPLERS,
     ImageRequest,
     batches,
-    draw,
     parse_prompt_line,
     read_prompt_file,
-    save_png,
     set_sampler,
 )
+from networks.hosts.families import Family  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,27 +108,33 @@ def check_options(args: argparse.Namespace) -> None:
 class Networks:
     """The networks applied to a model, and their strengths."""
 
-    def __init__(self, args: argparse.Namespace, parts: host.ModelParts, dtype: torch.dtype) -> None:
+    def __init__(self, args: argparse.Namespace, family: Family, dtype: torch.dtype) -> None:
         count = len(args.network_module)
         self.defaults = tuple(args.network_mul) + (1.0,) * (count - len(args.network_mul))
         strings = [*args.network_args, *[""] * (count - len(args.network_args))]
         self.merged, self.pre_calculated = args.network_merge, args.network_pre_calc
         self.current: tuple[float, ...] | None = None
         self.active: list[Any] = []
-        device = parts.unet.device
+        device = family.device
         rows = zip(args.network_module, args.network_weights, self.defaults, strings, strict=True)
         for name, path, multiplier, text in rows:
             keywords = parse_network_args([item for item in text.split(";") if item.strip()])
             module = import_network_module(name)
             network, weights = module.create_network_from_weights(
-                multiplier, path, parts.vae, parts.text_encoders, parts.unet, for_inference=True, **keywords
+                multiplier,
+                path,
+                family.vae,
+                family.text_encoder_argument,
+                family.denoiser,
+                for_inference=True,
+                **keywords,
             )
             if network is None:
                 raise ValueError(f"--network_module {name} made no network from {path}. Look at what it printed.")
             if self.merged:
-                network.merge_to(parts.text_encoders, parts.unet, weights, dtype, device)
+                network.merge_to(family.text_encoder_argument, family.denoiser, weights, dtype, device)
             else:
-                network.apply_to(parts.text_encoders, parts.unet)
+                network.apply_to(family.text_encoder_argument, family.denoiser)
                 print(f"{path}: {network.load_state_dict(weights, False)}")
                 network.to(dtype).to(device)
                 self.active.append(network)
@@ -158,11 +163,11 @@ class Networks:
         self.current = wanted
 
 
-def read_requests(args: argparse.Namespace, parts: host.ModelParts) -> list[ImageRequest]:
+def read_requests(args: argparse.Namespace, family: Family) -> list[ImageRequest]:
     """What to draw, in order."""
     seed = random.randrange(2**32) if args.seed is None else args.seed
     print(f"seed {seed}")
-    size = parts.native_size
+    size = family.native_size
     defaults = ImageRequest(
         "", args.negative_prompt, seed, args.H or size, args.W or size, args.steps, args.scale, multipliers=None
     )
@@ -171,7 +176,7 @@ def read_requests(args: argparse.Namespace, parts: host.ModelParts) -> list[Imag
     else:
         requests = [parse_prompt_line(args.prompt, defaults)]
     for request in requests:
-        parts.check_size(request.height, request.width, "--W, --H")
+        family.check_size(request.height, request.width, "--W, --H")
     return [replace(item, seed=item.seed + number) for item in requests for number in range(args.images_per_prompt)]
 
 
@@ -182,13 +187,13 @@ def generate(args: argparse.Namespace) -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else torch.float32
-    parts = host.load_model(Path(args.ckpt), device, dtype, "--ckpt", args.sdpa)
-    set_sampler(parts, args.sampler)
-    requests = read_requests(args, parts)
-    networks = Networks(args, parts, dtype)
+    family = host.load_model(Path(args.ckpt), device, dtype, "--ckpt", args.sdpa)
+    set_sampler(family, args.sampler)
+    requests = read_requests(args, family)
+    networks = Networks(args, family, dtype)
     folder = Path(args.outdir)
     number = first = 1 + max(
-        (int(path.stem[3:]) for path in folder.glob("im_*.png") if path.stem[3:].isdigit()), default=-1
+        (int(path.stem[3:]) for path in folder.glob(f"im_*{family.suffix}") if path.stem[3:].isdigit()), default=-1
     )
     more = {f"network-{index}": Path(path).name for index, path in enumerate(args.network_weights)}
     if args.sampler:
@@ -196,9 +201,9 @@ def generate(args: argparse.Namespace) -> int:
     with tqdm(total=len(requests), desc="images") as bar:
         for batch in batches(requests, args.batch_size):
             networks.set_strengths(batch[0].multipliers)
-            for image, request in zip(draw(parts, batch), batch, strict=True):
+            for image, request in zip(family.draw(batch), batch, strict=True):
                 shown = replace(request, multipliers=networks.current or None)
-                save_png(image, folder / f"im_{number:06d}.png", shown, more)
+                family.save(image, folder / f"im_{number:06d}{family.suffix}", shown, more)
                 number += 1
                 bar.update()
     print(f"{number - first} images in {folder}")

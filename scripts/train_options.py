@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
-from networks.hosts.caption_folder import CaptionedImage, read_caption_folder
-from networks.hosts.command_line import check_output_folder, check_weights_file, parse_network_args
+from networks.hosts.caption_folder import Buckets, CaptionedImage, read_caption_folder
+from networks.hosts.command_line import OnOff, check_output_folder, check_weights_file, parse_network_args
+from networks.hosts.diffusers import check_model_folder
+from networks.hosts.families import FAMILIES, DataOptions, FlowOptions
+from networks.hosts.training_state import STATE_FILE
 
 # the names of diffusers.optimization
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -17,7 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
     """All options; flags default to False, so that a config file can set them."""
     parser = argparse.ArgumentParser(
         prog="train_network.py",
-        description="Train a network module (LoRA, LoHa, LoKr, ...) on a diffusers folder of SD 1.x, 2.x or SDXL.",
+        description="Train a network module (LoRA, LoHa, LoKr, ...) on a diffusers folder: "
+        + ", ".join(family.title for family in FAMILIES)
+        + ".",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -32,9 +38,36 @@ def build_parser() -> argparse.ArgumentParser:
     add("--validate_every_n_steps", type=int, metavar="N", help="default: before training and at its end")
     add("--caption_extension", default=".txt", help="default: .txt")
     add("--resolution", metavar="SIZE", help="pixels, or WIDTH,HEIGHT; default: the model's own")
-    add("--train_batch_size", type=int, default=1)
+    add(
+        "--enable_bucket", action="store_true", help="keep the images' shapes, at about --resolution's number of pixels"
+    )
+    add("--min_bucket_reso", type=int, default=256, metavar="PIXELS", help="shortest side; default: 256")
+    add("--max_bucket_reso", type=int, default=1024, metavar="PIXELS", help="longest side; default: 1024")
+    add("--bucket_reso_steps", type=int, default=64, metavar="PIXELS", help="sides are multiples of it; default: 64")
+    add("--max_audio_seconds", type=float, default=240, metavar="S", help="music is cut to this length; default: 240")
+    add("--train_batch_size", type=int, default=1, help="examples a step in each process")
     add("--max_data_loader_n_workers", type=int, default=0, help="default 0: images are read by the main process")
+    add(
+        "--persistent_data_loader_workers",
+        action=OnOff,
+        default=sys.platform != "win32",
+        help="keep workers between epochs: faster, more memory; default: on, but off under Windows and without workers",
+    )
+    add("--pin_memory", action=OnOff, help="lock loaded data in memory, for faster copies to CUDA; default: with CUDA")
     add("--cache_latents", action="store_true", help="encode every image once, before training")
+    add("--cache_latents_to_disk", action="store_true", help="the same, kept in files beside the images")
+    add(
+        "--cache_text_encoder_outputs_to_disk",
+        action="store_true",
+        help="keep text outputs beside the images; they are always computed once when no text encoder is trained",
+    )
+    add(
+        "--offload_encoders",
+        action=OnOff,
+        default=True,
+        help="move text encoders and VAE off the GPU once their outputs are cached: frees 2 GB and more at no cost; "
+        "default: on",
+    )
 
     group = parser.add_argument_group("network")
     add = group.add_argument
@@ -61,12 +94,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr_scheduler", default="constant", choices=SCHEDULERS, help="default: constant")
     add("--lr_warmup_steps", type=int, default=0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add(
+        "--gradient_checkpointing",
+        action=OnOff,
+        default=True,
+        help="keep few intermediate results and compute the others again: 40 to 60 %% less memory for 10 to 30 %% more "
+        "time, same result; default: on",
+    )
+    add("--full_bf16", action="store_true", help="the network itself in bf16, with --mixed_precision bf16")
+    add("--fp8_base", action="store_true", help="store the frozen model's weights in 8 bits: half the memory of bf16")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--max_grad_norm", type=float, default=1.0, help="0 = do not clip; default: 1.0")
     add("--max_train_steps", type=int, default=1600, help="optimizer steps; default: 1600")
     add("--min_snr_gamma", type=float, help="weight the loss by signal-to-noise ratio; 5 is usual")
     add("--noise_offset", type=float, default=0.0, help="constant noise per channel")
+    add("--discrete_flow_shift", type=float, help="flow models: above 1, more noise; default: the family's")
+    add("--timestep_sampling", choices=("sigmoid", "uniform"), default="sigmoid", help="flow models; default: sigmoid")
     add("--seed", type=int, help="same seed, same result; default: a random one, printed")
     add("--sdpa", action="store_true", help="torch's fused attention also on the CPU, where the plain one is faster")
 
@@ -76,6 +119,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_name", default="last", help="file name without ending; default: last")
     add("--save_precision", choices=("float", "fp16", "bf16"), help="default: as trained")
     add("--save_every_n_steps", type=int, metavar="N")
+    add("--save_state", action="store_true", help="with each file, all that --resume needs")
+    add("--resume", metavar="FOLDER", help="continue from a state, as if the run had not been interrupted")
+    add("--logging_dir", metavar="FOLDER", help="losses and learning rates for TensorBoard")
     add("--training_comment", help="goes into the file's metadata")
     add("--sample_prompts", metavar="FILE", help="one prompt a line, with --n --w --h --d --s --l as in gen_img")
     add("--sample_every_n_steps", type=int, metavar="N")
@@ -83,6 +129,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+MODEL = "--pretrained_model_name_or_path"
+NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 AT_LEAST = {
     "train_batch_size": 1,
     "max_train_steps": 1,
@@ -99,17 +147,23 @@ AT_LEAST = {
     "validate_every_n_steps": 1,
     "save_every_n_steps": 1,
     "sample_every_n_steps": 1,
+    "discrete_flow_shift": 0.01,
+    "max_audio_seconds": 0.1,
+    "bucket_reso_steps": 1,
+    "min_bucket_reso": 1,
+    "max_bucket_reso": 1,
 }
 
 
 def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[CaptionedImage], dict[str, str]]:
     """Find what is wrong before anything is loaded.
 
-    Returns the training images, the held-out images and the network arguments. Raises ValueError.
+    Returns the training examples, the held-out ones and the network arguments. Raises ValueError.
     """
-    for name in ("pretrained_model_name_or_path", "train_data_dir", "output_dir"):
+    for name in NEEDED:
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing. Give it on the command line or in the config file.")
+    family = check_model_folder(Path(args.pretrained_model_name_or_path), MODEL)
     for name, least in AT_LEAST.items():
         value = getattr(args, name)
         if value is not None and not (value >= least and math.isfinite(value)):
@@ -119,8 +173,12 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
             raise ValueError(f"--text_encoder_lr {value}: it must be a number of at least 0.")
     if args.network_train_unet_only and args.network_train_text_encoder_only:
         raise ValueError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train.")
+    if args.full_bf16 and args.mixed_precision != "bf16":
+        raise ValueError("--full_bf16 needs --mixed_precision bf16. Add it.")
     network_args = parse_network_args(args.network_args)
     _check_weights(args)
+    if args.resume and not (Path(args.resume) / STATE_FILE).is_file():
+        raise ValueError(f"--resume {args.resume} holds no saved state ({STATE_FILE}). Give a folder NAME-...-state.")
     if args.sample_every_n_steps and not args.sample_prompts:
         raise ValueError("--sample_every_n_steps draws nothing without --sample_prompts FILE. Add it.")
     if args.validate_every_n_steps and not args.validation_data_dir:
@@ -134,12 +192,46 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
         )
     if Path(args.output_name).name != args.output_name:
         raise ValueError(f"--output_name {args.output_name} is a path. Give the folder with --output_dir.")
-    images = read_caption_folder(Path(args.train_data_dir), args.caption_extension, "--train_data_dir")
-    held_out: list[CaptionedImage] = []
-    if args.validation_data_dir:
-        held_out = read_caption_folder(Path(args.validation_data_dir), args.caption_extension, "--validation_data_dir")
+
+    def read(option: str, folder: str) -> list[CaptionedImage]:
+        return read_caption_folder(Path(folder), args.caption_extension, option, family.data_suffixes)
+
+    images = read("--train_data_dir", args.train_data_dir)
+    held_out = read("--validation_data_dir", args.validation_data_dir) if args.validation_data_dir else []
     check_output_folder(Path(args.output_dir))
     return images, held_out, network_args
+
+
+def data_options(args: argparse.Namespace, native: int) -> DataOptions:
+    """How large training data become."""
+    buckets = Buckets(args.min_bucket_reso, args.max_bucket_reso, args.bucket_reso_steps)
+    return DataOptions(
+        parse_resolution(args.resolution, native), buckets if args.enable_bucket else None, args.max_audio_seconds
+    )
+
+
+def flow_options(args: argparse.Namespace) -> FlowOptions:
+    """Which noise levels a flow model is trained at."""
+    return FlowOptions(args.discrete_flow_shift, args.timestep_sampling == "sigmoid")
+
+
+def memory_advice(args: argparse.Namespace) -> str:
+    """What to switch on when memory ran out: the options that are not in use yet, the cheapest first."""
+    advice = []
+    if not args.gradient_checkpointing:
+        advice.append("leave out --no_gradient_checkpointing")
+    if not (args.cache_latents or args.cache_latents_to_disk):
+        advice.append("--cache_latents, after which the VAE leaves the GPU")
+    if not args.network_train_unet_only:
+        advice.append("--network_train_unet_only, after which the text encoders leave it too")
+    if args.mixed_precision == "no":
+        advice.append("--mixed_precision bf16")
+    if args.train_batch_size > 1:
+        advice.append(f"--train_batch_size 1 --gradient_accumulation_steps {args.train_batch_size}")
+    if not args.fp8_base:
+        advice.append("--fp8_base")
+    advice.append("a lower --resolution or --network_dim")
+    return "out of memory. Switch on, in this order, until it fits: " + "; ".join(advice) + "."
 
 
 def _check_weights(args: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
-"""A folder of images, each with its caption in a text file of the same name."""
+"""A folder of images or sounds, each with its caption in a text file of the same name."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,45 +13,96 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
+LYRICS = ".lyrics"  # of the file beside a sound; without one it is instrumental
 
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """One training example on disk."""
+    """One training example on disk; the lyrics of a sound follow its caption, from the second line on."""
 
     path: Path
     caption: str
 
 
-def read_caption_folder(folder: Path, extension: str, option: str) -> list[CaptionedImage]:
-    """Return the folder's images by name, with their captions (first line of the text file).
+@dataclass(frozen=True)
+class Buckets:
+    """Image sizes by shape: sides are multiples of `steps` between `least` and `most` pixels."""
 
-    Raises ValueError when the folder or its images are missing, or a caption is.
+    least: int
+    most: int
+    steps: int
+
+
+def read_caption_folder(
+    folder: Path, extension: str, option: str, suffixes: Sequence[str] = IMAGE_SUFFIXES
+) -> list[CaptionedImage]:
+    """Return the folder's examples by name, with their captions (first line of the text file).
+
+    Raises ValueError when the folder or its examples are missing, or a caption is.
     """
+    what = "images" if IMAGE_SUFFIXES[0] in suffixes else "sounds"
     if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{option} {folder} {what}. Give the folder that holds the images.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        state = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{option} {folder} {state}. Give the folder that holds the {what}.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not paths:
-        inner = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES})
+        inner = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in suffixes})
         hint = f" Its subfolders have some ({', '.join(inner[:3])}): give one of them." if inner else ""
-        raise ValueError(f"{option} {folder} holds no images ({', '.join(IMAGE_SUFFIXES)}).{hint}")
+        raise ValueError(f"{option} {folder} holds no {what} ({', '.join(suffixes)}).{hint}")
     extension = extension if extension.startswith(".") else f".{extension}"
     missing = [path.name for path in paths if not path.with_suffix(extension).is_file()]
     if missing:
         raise ValueError(
-            f"{option} {folder}: {len(missing)} of {len(paths)} images have no caption file ({missing[0]} wants "
+            f"{option} {folder}: {len(missing)} of {len(paths)} {what} have no caption file ({missing[0]} wants "
             f"{Path(missing[0]).with_suffix(extension).name}). Add them, or set --caption_extension."
         )
-    return [CaptionedImage(path, _first_line(path.with_suffix(extension))) for path in paths]
+    captions = [_read_text(path.with_suffix(extension)).partition("\n")[0].strip() for path in paths]
+    if what == "sounds":
+        lyrics = [path.with_suffix(LYRICS) for path in paths]
+        texts = [_read_text(path) if path.is_file() else "[Instrumental]" for path in lyrics]
+        captions = [f"{caption}\n{text}" for caption, text in zip(captions, texts, strict=True)]
+    return [CaptionedImage(path, caption) for path, caption in zip(paths, captions, strict=True)]
 
 
-def _first_line(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").strip().splitlines()
+        return path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"caption file {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-    return lines[0].strip() if lines else ""
+
+
+def bucket_size(path: Path, size: tuple[int, int], buckets: Buckets, multiple: int) -> tuple[int, int]:
+    """Height and width for an image: of all sizes with no more pixels than `size`, the one nearest to its shape.
+
+    Among equally near shapes the largest wins. Sides are multiples of both `buckets.steps` and `multiple`.
+    Raises ValueError when the limits leave no size, or the image cannot be read.
+    """
+    step = math.lcm(buckets.steps, multiple)
+    area, first = size[0] * size[1], math.ceil(buckets.least / step) * step
+    sides = range(first, buckets.most // step * step + 1, step)
+    known = {(height, min(area // height // step * step, sides[-1])) for height in sides} if sides else set()
+    known = {(height, width) for height, width in known if width >= first}
+    if not known:
+        raise ValueError(
+            f"--min_bucket_reso {buckets.least}, --max_bucket_reso {buckets.most}: no size in steps of {step} has "
+            f"{size[1]} x {size[0]} pixels. Widen them, or lower --bucket_reso_steps."
+        )
+    width, height = _sides(path)
+    shape = math.log(height / width)
+    return min(known, key=lambda side: (round(abs(math.log(side[0] / side[1]) - shape), 6), -side[0] * side[1], side))
+
+
+def _sides(path: Path) -> tuple[int, int]:
+    """Width and height as shown, from the file's header."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5  # stored on its side
+            return (image.height, image.width) if turned else (image.width, image.height)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read ({error}). Replace or remove it.") from error
 
 
 def open_rgb(path: Path) -> Image:

@@ -26,6 +26,19 @@ USER_ERROR = 2  # exit code of every mistake that the user can mend
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 
 
+class OnOff(argparse.Action):
+    """A switch that is on or off by default: `--name` and `--no_name`; in a config file, true and false."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, default: bool | None = None, help: str = "") -> None:
+        names = [option_strings[0].replace("--", "--no_", 1), option_strings[0]]
+        super().__init__(names, dest, nargs=0, default=default, help=help)
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, option_string == self.option_strings[-1])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?` for the known name closest to `name`, or an empty string."""
     return nearest_name(name, known, " Did you mean {}?")
@@ -109,7 +122,8 @@ def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         if action.nargs == 0:
             if not isinstance(value, bool):
                 raise ValueError(f"--config_file {path}: {key} takes true or false, not {value!r}.")
-            arguments += [option] if value else []
+            off = [action.option_strings[0]] if isinstance(action, OnOff) else []
+            arguments += [option] if value else off
         elif isinstance(value, (bool, dict)) or (isinstance(value, list) and action.nargs is None):
             raise ValueError(f"--config_file {path}: {key} takes a single value, not {value!r}.")
         elif action.nargs is None:

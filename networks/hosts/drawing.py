@@ -1,7 +1,9 @@
-"""Drawing images with a loaded model: what to draw, prompt files, batches, PNG files that say how they were made."""
+"""Drawing with a loaded model: what to draw, prompt files, batches, PNG files that say how they were made, sheets."""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +15,12 @@ from .command_line import nearest, write_atomically
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .diffusers import ModelParts
+    from .families import Family
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to draw: sizes in pixels, `multipliers` of the networks (None = as they are)."""
+    """One image to draw: sizes in pixels, `multipliers` of the networks (None = as they are); `seconds` of music."""
 
     prompt: str
     negative: str
@@ -28,10 +30,11 @@ class ImageRequest:
     steps: int
     scale: float
     multipliers: tuple[float, ...] | None = None
+    seconds: float = 30.0
 
     def settings(self) -> tuple[Any, ...]:
         """Requests with equal settings can be drawn in one batch."""
-        return (self.height, self.width, self.steps, self.scale, self.multipliers)
+        return (self.height, self.width, self.steps, self.scale, self.multipliers, self.seconds)
 
 
 # sd-scripts' sampler names -> class in diffusers and what differs from the model's own scheduler configuration
@@ -51,14 +54,19 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def set_sampler(parts: ModelParts, name: str | None) -> None:
+def set_sampler(family: Family, name: str | None) -> None:
     """Give the pipeline another sampler with the model's own noise schedule; None leaves it as it is."""
     if name is None:
         return
     import diffusers
 
     class_name, changes = SAMPLERS[name]
-    parts.pipeline.scheduler = getattr(diffusers, class_name).from_config(parts.pipeline.scheduler.config, **changes)
+    config = family.pipeline.scheduler.config
+    if "FlowMatch" in config.get("_class_name", type(family.pipeline.scheduler).__name__):
+        raise ValueError(
+            f"--sampler {name} is for models with a noise schedule, {family.title} has its own. Remove it."
+        )
+    family.pipeline.scheduler = getattr(diffusers, class_name).from_config(config, **changes)
 
 
 def _floats(text: str) -> tuple[float, ...]:
@@ -73,16 +81,18 @@ PROMPT_OPTIONS: dict[str, tuple[str, Any]] = {
     "s": ("steps", int),
     "l": ("scale", float),
     "am": ("multipliers", _floats),
+    "sec": ("seconds", float),
 }
 
 
 def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
-    """Read `prompt --n negative --w 512 --h 512 --d seed --s steps --l scale --am multiplier,...`.
+    """Read `prompt --n negative --w 512 --h 512 --d seed --s steps --l scale --am multiplier,... --sec seconds`.
 
+    A backslash and n in the prompt begin a new line: for music, lyrics follow the first line.
     What the line does not say comes from `defaults`. Raises ValueError for an unknown option or a bad value.
     """
     prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line.strip())
-    values: dict[str, Any] = {"prompt": prompt.strip()}
+    values: dict[str, Any] = {"prompt": prompt.strip().replace("\\n", "\n")}
     for option in options:
         name, _, text = option.partition(" ")
         if name not in PROMPT_OPTIONS:
@@ -96,8 +106,8 @@ def parse_prompt_line(line: str, defaults: ImageRequest) -> ImageRequest:
         except ValueError as error:
             raise ValueError(f'prompt "{line}": --{name} cannot be "{text.strip()}". Give a number.') from error
     request = replace(defaults, **values)
-    if min(request.steps, request.width, request.height) < 1:
-        raise ValueError(f'prompt "{line}": --s, --w and --h must be at least 1.')
+    if min(request.steps, request.width, request.height) < 1 or request.seconds <= 0:
+        raise ValueError(f'prompt "{line}": --s, --w and --h must be at least 1, --sec above 0.')
     return request
 
 
@@ -127,27 +137,6 @@ def batches(requests: Sequence[ImageRequest], size: int) -> Iterator[list[ImageR
         yield batch
 
 
-def draw(parts: ModelParts, requests: Sequence[ImageRequest]) -> list[Image]:
-    """Draw one batch of equal settings. Each image has its own noise, so it does not depend on its neighbours."""
-    import torch
-
-    from .diffusers import decode_latents
-
-    first = requests[0]
-    with torch.no_grad():
-        latents = parts.pipeline(
-            prompt=[request.prompt for request in requests],
-            negative_prompt=[request.negative for request in requests],
-            height=first.height,
-            width=first.width,
-            num_inference_steps=first.steps,
-            guidance_scale=first.scale,
-            generator=[torch.Generator().manual_seed(request.seed) for request in requests],
-            output_type="latent",
-        ).images
-    return decode_latents(parts, latents)
-
-
 def save_png(image: Image, path: Path, request: ImageRequest, more: dict[str, str] | None = None) -> None:
     """Write a PNG whose text says how it was made."""
     from PIL.PngImagePlugin import PngInfo
@@ -165,3 +154,49 @@ def save_png(image: Image, path: Path, request: ImageRequest, more: dict[str, st
     for key, value in {**texts, **(more or {})}.items():
         info.add_itxt(key, value)
     write_atomically(path, lambda temporary: image.save(temporary, pnginfo=info))
+
+
+def read_samples(args: argparse.Namespace, family: Family, size: tuple[int, int]) -> list[ImageRequest]:
+    """What the trainer's --sample_prompts asks for, at `size` = (height, width) unless a line says otherwise."""
+    if not args.sample_prompts:
+        return []
+    defaults = ImageRequest("", "", args.seed, *size, steps=30, scale=7.5)
+    requests = read_prompt_file(Path(args.sample_prompts), defaults, "--sample_prompts")
+    for request in requests:
+        if request.multipliers is not None:
+            raise ValueError("--sample_prompts: --am is for gen_img.py; samples are drawn at the full strength.")
+        family.check_size(request.height, request.width, f'--sample_prompts "{request.prompt}"')
+    return requests
+
+
+class SampleSheet:
+    """Samples of a training run: a file for each in sample/, and one sheet of all, a row for each step."""
+
+    def __init__(self, folder: Path, name: str, family: Family, batch_size: int) -> None:
+        self.folder, self.name, self.family, self.batch_size = folder, name, family, batch_size
+
+    def draw(self, requests: Sequence[ImageRequest], step: int) -> None:
+        """Draw all requests with the model as it is, and the sheet anew."""
+        folder = self.folder / "sample"
+        folder.mkdir(exist_ok=True)
+        numbers = itertools.count()
+        for batch in batches(requests, self.batch_size):
+            for drawn, request in zip(self.family.draw(batch), batch, strict=True):
+                path = folder / f"{self.name}_{step:06d}_{next(numbers):02d}{self.family.suffix}"
+                self.family.save(drawn, path, request)
+        if self.family.suffix == ".png":
+            self._sheet(folder, [request.prompt for request in requests])
+
+    def _sheet(self, folder: Path, prompts: Sequence[str]) -> None:
+        """From the files, so that a resumed run's sheet is whole."""
+        from PIL import Image
+
+        from .picture_grid import make_grid
+
+        rows: dict[int, dict[int, Any]] = {}
+        for path in sorted(folder.glob("*.png")):
+            found = re.fullmatch(rf"{re.escape(self.name)}_(\d+)_(\d+)", path.stem)
+            if found and int(found[2]) < len(prompts):
+                rows.setdefault(int(found[1]), {})[int(found[2])] = Image.open(path).convert("RGB")
+        table = [(f"step {step}", [row.get(i) for i in range(len(prompts))]) for step, row in rows.items()]
+        make_grid(table, prompts, self.folder / f"{self.name}-samples.png")

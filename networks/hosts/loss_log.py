@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,18 +16,27 @@ SMOOTHING = 0.95  # weight of the past in the smoothed curve
 class LossLog:
     """Losses of a run, written to `path` line by line, so that an interrupted run keeps what it had.
 
+    A run that is continued from step `resumed` keeps the rows up to it.
     Columns: step, loss (mean over the step's batches), lr (first optimizer group), val_loss. Empty = not measured.
     """
 
     path: Path
+    resumed: int = 0
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     smoothed: list[float] = field(default_factory=list)
     _norm: float = 0.0
 
     def __enter__(self) -> LossLog:
+        rows = []
+        if self.resumed and self.path.is_file():
+            with self.path.open(encoding="utf-8", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.resumed]
         self._file = self.path.open("w", encoding="utf-8", newline="\n", buffering=1)
         self._file.write("step,loss,lr,val_loss\n")
+        for row in rows:
+            cells = (float(row[key]) if row[key] else None for key in ("loss", "lr", "val_loss"))
+            self.add(int(row["step"]), *cells)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -78,7 +88,7 @@ class LossLog:
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="upper right")
         figure.tight_layout()
         write_atomically(path, lambda temporary: figure.savefig(temporary))
         pyplot.close(figure)

@@ -7,50 +7,79 @@ import ast
 import importlib
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor, nn
 
-from .caption_folder import CaptionedImage, load_pixels
 from .command_line import import_network_module, nearest, parse_network_args
-from .diffusers import ModelParts, encode_images
+from .families import Family
+from .families.noise import Noise
+from .training_data import TrainingData
 
 
-class ImageData(Dataset[dict[str, Any]]):
-    """Captioned images as pixels (3, H, W), or as cached latents (C, h, w)."""
+def make_accelerator(args: argparse.Namespace) -> Any:
+    """accelerate as the options and `accelerate launch` configure it."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    def __init__(self, images: Sequence[CaptionedImage], size: tuple[int, int]) -> None:
-        self.images = images
-        self.size = size
-        self.cache: list[dict[str, Any]] = []
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed_precision fp16 needs a GPU. Use bf16 or no.")
+    if args.logging_dir:
+        from accelerate.utils import is_tensorboard_available
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if self.cache:
-            return self.cache[index]
-        pixels, time_ids = load_pixels(self.images[index].path, self.size)
-        return {"index": index, "pixels": pixels, "time_ids": time_ids}
-
-    def cache_latents(self, parts: ModelParts, seed: int) -> None:
-        """Encode every image once; each gets its own VAE noise from the seed and its position."""
-        items = []
-        for index in range(len(self)):
-            item = self[index]
-            generator = torch.Generator().manual_seed(seed + index)
-            latents = encode_images(parts, item.pop("pixels")[None], generator)
-            items.append({**item, "latents": latents[0].float().cpu()})
-        self.cache = items
+        if not is_tensorboard_available():
+            raise ValueError("--logging_dir needs TensorBoard's writer. Install it: pip install tensorboardX")
+    # SDXL does not use the last layers of its first text encoder, so their adapters get no gradient
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with="tensorboard" if args.logging_dir else None,
+        project_dir=args.logging_dir,
+    )
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # it asks for the loader's batch size, and ours is no loader that accelerate prepares
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if args.logging_dir:
+        accelerator.init_trackers(args.output_name)
+    return accelerator
 
 
-def build_network(args: argparse.Namespace, parts: ModelParts, network_args: dict[str, str], dtype: torch.dtype) -> Any:
+class Objective(nn.Module):
+    """The loss as a module with the network as its child: data-parallel wrappers see the pass through its parameters.
+
+    The model is no child: it is frozen, and neither wrapped nor saved.
+    """
+
+    def __init__(self, network: nn.Module, family: Family, noise: Noise) -> None:
+        super().__init__()
+        self.network = network
+        self.family, self.noise = family, noise
+
+    def forward(self, data: TrainingData, batch: dict[str, Any], latents: Tensor, noise: Tensor, u: Tensor) -> Tensor:
+        """Mean squared error of the denoiser's answer for each sample: (B,), fp32.
+
+        Args:
+            latents, noise: (B, C, ...), fp32.
+            u: (B,), where each sample's noise level lies in their distribution, 0 to 1.
+        """
+        times = self.noise.times(u).to(latents.device)
+        noisy = self.noise.add(latents, noise, times)
+        answer = self.family.predict(noisy, times, data.texts(batch), batch)
+        target = self.noise.target(latents, noise, times)
+        return (answer.float() - target.float()).pow(2).flatten(1).mean(1)
+
+
+def trains_text(args: argparse.Namespace, family: Family) -> bool:
+    """Whether text encoders are trained."""
+    return family.trains_text and not args.network_train_unet_only
+
+
+def build_network(args: argparse.Namespace, family: Family, network_args: dict[str, str], dtype: torch.dtype) -> Any:
     """Import the module, merge base networks, create the network and attach it: sd-scripts' calls in its order."""
     module = import_network_module(args.network_module)
-    vae, text_encoder, unet = parts.vae, parts.text_encoder_argument, parts.unet
+    vae, text_encoder, unet = family.vae, family.text_encoder_argument, family.denoiser
     multipliers = itertools.chain(args.base_weights_multiplier or (), itertools.repeat(1.0))
     for path, multiplier in zip(args.base_weights or (), multipliers, strict=False):
         base, weights = module.create_network_from_weights(
@@ -84,15 +113,22 @@ def build_network(args: argparse.Namespace, parts: ModelParts, network_args: dic
         network.prepare_network(args)
     if args.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
         raise ValueError(f"{args.network_module} cannot do --scale_weight_norms. Remove the option.")
-    network.apply_to(text_encoder, unet, not args.network_train_unet_only, not args.network_train_text_encoder_only)
+    if args.network_train_text_encoder_only and not family.trains_text:
+        raise ValueError(f"--network_train_text_encoder_only: the text encoder of {family.title} is not trained.")
+    text = trains_text(args, family)
+    network.apply_to(text_encoder, unet, text, not args.network_train_text_encoder_only)
     if args.network_weights:
         print(network.load_weights(args.network_weights))
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-        for encoder in parts.text_encoders:
+        encoders = [encoder for encoder in family.text_encoders if encoder is not None] if text else []
+        for encoder in encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for model in (unet, *parts.text_encoders):
-            model.train()  # the libraries checkpoint in train mode only; these models have no dropout
+        for model in (unet, *encoders):
+            model.train()  # the libraries checkpoint in train mode only
+            for part in model.modules():
+                if isinstance(part, nn.Dropout):
+                    part.eval()  # T5 has some, and a frozen model keeps its own answer
         network.enable_gradient_checkpointing()
     return network
 
@@ -151,14 +187,14 @@ COPIED = (
 
 
 def run_metadata(
-    args: argparse.Namespace, parts: ModelParts, network_args: dict[str, str], more: dict[str, Any]
+    args: argparse.Namespace, family: Family, network_args: dict[str, str], more: dict[str, Any]
 ) -> dict[str, str]:
     """sd-scripts' metadata keys that apply here. No clock and no machine, so that equal runs give equal files."""
     values: dict[str, Any] = {f"ss_{name}": getattr(args, name) for name in COPIED}
     values.update(
         more,
-        ss_base_model_version=parts.base_model_version,
-        ss_v2=parts.is_v2,
+        ss_base_model_version=family.base_model_version,
+        ss_v2=family.is_v2,
         ss_optimizer=f"{args.optimizer_type}({','.join(args.optimizer_args or ())})",
         ss_batch_size_per_device=args.train_batch_size,
         ss_sd_model_name=Path(args.pretrained_model_name_or_path).name,

@@ -1,0 +1,23 @@
+"""Model families of our trainer and generator, one record each."""
+
+from __future__ import annotations
+
+from .ace_step import AceStep
+from .base import Condition, DataOptions, Family, FlowOptions
+from .flux import Flux
+from .qwen_image import QwenImage
+from .sd import StableDiffusion, StableDiffusionXL
+from .sd3 import StableDiffusion3
+from .z_image import ZImage
+
+FAMILIES: tuple[type[Family], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    StableDiffusion3,
+    Flux,
+    QwenImage,
+    ZImage,
+    AceStep,
+)
+
+__all__ = ["FAMILIES", "Condition", "DataOptions", "Family", "FlowOptions"]
