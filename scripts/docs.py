@@ -16,9 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
-from networks.args.render import markdown  # noqa: E402
+from networks.archs.render import markdown as architectures  # noqa: E402
+from networks.args.render import algorithms, markdown  # noqa: E402
 
-PARTS = {"arguments": markdown}
+PARTS = {"arguments": markdown, "architectures": architectures, "algorithms": algorithms}
 README = ROOT / "README.md"
 
 

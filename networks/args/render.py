@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .spec import Arg
-from .table import TABLE
+from .table import ALGOS, TABLE
 
 _TYPES = {
     "bool": "True / False",
@@ -32,6 +32,16 @@ def markdown() -> str:
             group = arg.group
             lines.append(f"| **{group}** | | | |")
         lines.append(f"| {_names(arg)} | {_type(arg)} | {_default(arg)} | {arg.help}{_only(arg)} |")
+    return "\n".join(lines) + "\n"
+
+
+def algorithms() -> str:
+    """Which algorithm takes which argument, for those that not all of them take."""
+    rows = [arg for arg in TABLE if arg.algos and set(arg.algos) != set(ALGOS)]
+    lines = [f"| argument | {' | '.join(ALGOS)} |", f"| --- | {' | '.join('---' for _ in ALGOS)} |"]
+    for arg in rows:
+        cells = ["yes" if arg.algos and algo in arg.algos else "-" for algo in ALGOS]
+        lines.append(f"| `{arg.name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
