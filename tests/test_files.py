@@ -379,7 +379,9 @@ def test_a_partly_matching_file_says_what_was_missing(tmp_path: Path, caplog: py
     kept |= {k.replace(Q, "lora_unet_elsewhere"): v for k, v in tensors.items() if k.startswith(Q)}
     save_file(kept, file)
     load(file)
-    assert "1 layers of this network are not in it (1 unet" in caplog.text and "lora_unet_elsewhere" in caplog.text
+    kind = Q.rsplit("_0_", 1)[1]
+    assert f"1 layers of this network are not in it (1 unet: 1 {kind}; e.g. {Q})" in caplog.text
+    assert "1 of its layers have no place here (1 unet: 1 elsewhere; e.g. lora_unet_elsewhere)" in caplog.text
 
 
 def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..archs.detect import unwrap
 from ..files import codec, reader, writer
 from ..files.dialects import Form
 from ..layers.adapted import LIVE_SCALE, AdaptedLayer, Runtime
@@ -112,7 +113,9 @@ class Network(nn.Module):
         self._hooks = []
         if any(layer.dropouts or layer.perturbation for layer in self.adapted_layers):
             used = {row.part for row, _ in self.layers}
-            self._hooks = [h for part, root in self._roots.items() if part in used for h in _watch(root, self.runtime)]
+            self._hooks = [
+                h for part, root in self._roots.items() if part in used for h in _watch(unwrap(root), self.runtime)
+            ]
 
     def detach(self) -> None:
         """Give the model its own forwards back."""
@@ -285,7 +288,7 @@ class Network(nn.Module):
 
 
 def _watch(root: nn.Module, runtime: Runtime) -> list[Any]:
-    """Tell training passes from sampling at the model's own entrance.
+    """Tell training passes from sampling at the model's own entrance: below its wrappers, which hosts take off.
 
     Never inside a layer: reentrant checkpointing runs layers without gradients in training too. A sampling pass puts
     back what was before it, so that a recomputation in a later backward sees its own pass's state.

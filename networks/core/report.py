@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow
 
+_KINDS = 8  # of layers that a load report counts one by one
 _FIELDS = (
     "part",
     "dotted_name",
@@ -123,6 +125,20 @@ class LoadReport:
 
 
 def _examples(names: Sequence[str]) -> str:
-    kinds = Counter(name.split("_")[1] if name.startswith("lora_") else "other" for name in names)
-    counted = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
-    return f" ({counted}; e.g. {names[0]})"
+    """Counted by part and kind of layer: `24 unet: 8 attn1_to_q, 16 mlp_fc1; e.g. ...`."""
+    parts: dict[str, Counter[str]] = {}
+    for name in names:
+        known = name.startswith("lora_")
+        part = name.split("_")[1] if known else "other"
+        parts.setdefault(part, Counter())[_kind(name.removeprefix(f"lora_{part}_"))] += 1
+    counted = []
+    for part, kinds in parts.items():
+        common = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(_KINDS))
+        rest = sum(kinds.values()) - sum(n for _, n in kinds.most_common(_KINDS))
+        counted.append(f"{sum(kinds.values())} {part}: {common}" + (f", {rest} of other kinds" if rest else ""))
+    return f" ({'; '.join(counted)}; e.g. {names[0]})"
+
+
+def _kind(name: str) -> str:
+    """What a layer is, whichever block it is in: the name behind the last block number, other numbers as N."""
+    return re.sub(r"_\d+(?=_)", "_N", re.sub(r".*s(_\d+)+_(?=[a-z])", "", name))

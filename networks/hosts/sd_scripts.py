@@ -38,7 +38,16 @@ class LoRANetwork(HostNetwork):
         unet_lr: float | None,
         default_lr: float | None = None,
     ) -> Groups:
-        """(groups, descriptions); None takes the default, 0 leaves a part out."""
+        """(groups, descriptions); None takes the default, 0 leaves a part out.
+
+        Raises:
+            ValueError: a rate is no number, or nothing is left to train. Never a TypeError: the host would take it for
+                an older signature, call again without the default rate, and hide the message.
+        """
+        given = [*text_encoder_lr] if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
+        for rate in (*given, unet_lr, default_lr):
+            if rate is not None and not isinstance(rate, (int, float)):
+                raise ValueError(f"{rate!r} is no learning rate: write a number, without quotes in a TOML file")
         encoders = [part.name for part in self.arch.text_encoders]
         if isinstance(text_encoder_lr, Sequence) and len(text_encoder_lr) > len(encoders):
             surplus = list(text_encoder_lr)[len(encoders) :]
