@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_parts import randomise, sd_unet
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from toy_models import signal, toy
 
 import networks.loha
@@ -177,3 +178,219 @@ def test_a_model_without_convolutions_does_not_mind_the_default() -> None:
     assert create(dit()).layers
     with pytest.raises(ValueError, match="conv_dim has no effect"):
         create(dit(), "conv_dim=4")
+
+
+# -- values with "=", and how they get through
+
+
+DIMS = [
+    ("network_reg_dims={'.*img_attn.*': 2, '.*txt_mlp.*': 3}", None),
+    ('network_reg_dims={".*img_attn.*": 2, ".*txt_mlp.*": 3}', None),
+    ("network_reg_dims=@{}", ("dims.toml", "'.*img_attn.*' = 2\n'.*txt_mlp.*' = 3\n")),
+    ("network_reg_dims=@{}", ("dims.json", '{".*img_attn.*": 2, ".*txt_mlp.*": 3}')),
+    ("network_reg_dims=@{}", ("dims.txt", "# kind=dim\n.*img_attn.*=2\n.*txt_mlp.*=3\n")),
+]
+
+
+@pytest.mark.parametrize("argument,file", DIMS, ids=["python", "json", "toml file", "json file", "lines"])
+def test_dims_by_expression_without_a_second_equals_sign(
+    argument: str, file: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    if file is not None:
+        (tmp_path / file[0]).write_text(file[1], encoding="utf-8")
+        argument = argument.format(tmp_path / file[0])
+    dims = {row.dotted_name: row.dim for row in create(dit(), argument).plan.trained}
+    assert {dim for name, dim in dims.items() if "img_attn" in name} == {2}
+    assert {dim for name, dim in dims.items() if "txt_mlp" in name} == {3}
+    assert {dim for name, dim in dims.items() if "img_attn" not in name and "txt_mlp" not in name} == {4}
+
+
+def test_the_spelling_of_the_other_host_does_not_survive_here() -> None:
+    with pytest.raises(ValueError, match="too many values"):
+        create(dit(), "network_reg_dims=.*img_attn.*=2")
+
+
+@pytest.mark.parametrize("name", ["network_reg_alphas", "network_reg_lrs"])
+def test_numbers_by_expression(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("'.*img_attn.*' = 0.5\n", encoding="utf-8")
+    for value in ("{'.*img_attn.*': 0.5}", '{".*img_attn.*": 5e-1}', f"@{tmp_path / 'x.toml'}"):
+        rows = create(dit(), f"{name}={value}").plan.trained
+        got = {row.lr if name.endswith("lrs") else row.alpha for row in rows if "img_attn" in row.dotted_name}
+        assert got == {0.5}
+
+
+@pytest.mark.parametrize("name", ["exclude_patterns", "only_patterns"])
+def test_an_equals_sign_inside_an_expression(name: str, tmp_path: Path) -> None:
+    """A look-ahead, `(?=`: by the escape of Python or JSON, or from a file."""
+    wanted = {
+        row.dotted_name for row in create(dit()).plan.trained if ("img_attn" in row.dotted_name) == (name[0] == "o")
+    }
+    (tmp_path / "x.txt").write_text(r".*(?=img_attn).*" + "\n", encoding="utf-8")
+    for value in (r"['.*(?\x3dimg_attn).*']", r'[".*(?\u003dimg_attn).*"]', f"@{tmp_path / 'x.txt'}"):
+        assert {row.dotted_name for row in create(dit(), f"{name}={value}").plan.trained} == wanted
+
+
+# -- what these trainers do to a model that has adapters
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+VARIANTS = {"lora": [], "loha": ["algo=loha"], "lokr": ["algo=lokr"], "dora": ["use_dora=True"]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_block_swap(variant: str) -> None:
+    """Weights are where they belong only while their layer runs: outside, the storage is another one."""
+    model = dit()
+    network = attached(model, *VARIANTS[variant])
+    randomise(network)
+    wanted = model(signal())
+    wanted.square().mean().backward()
+    gradients = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    stored = {module: module.weight.data for module in linears(model)}
+    for module, weight in stored.items():
+        module.weight.data = torch.full_like(weight, torch.nan)
+
+    def swapping(layer: nn.Linear) -> Any:
+        inner = layer.forward  # ours
+
+        def bring() -> None:
+            layer.weight.data = stored[layer].clone()
+
+        def forward(x: Tensor) -> Tensor:
+            bring()
+            y = inner(x)
+            if y.requires_grad:
+                y.register_hook(lambda gradient: bring())  # the backward wants it, too
+            layer.weight.data = torch.full_like(stored[layer], torch.nan)
+            return y
+
+        return forward
+
+    for layer in linears(model):
+        layer.forward = swapping(layer)
+    again = model(signal())
+    torch.testing.assert_close(again, wanted)
+    again.square().mean().backward()
+    for p, gradient in zip(network.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.parametrize("algo", ENTRIES)
+def test_an_expert_is_swapped_in(algo: str) -> None:
+    """Wan 2.2: the whole state of the other expert, loaded strictly and by assignment."""
+    model, other = dit(), dit(seed=1)
+    keys = set(model.state_dict())
+    network = attached(model, algo=algo)
+    randomise(network)
+    assert set(model.state_dict()) == keys
+    states = [{key: t.clone() for key, t in m.state_dict().items()} for m in (model, other)]
+    file = {key: t.clone() for key, t in network.state_dict().items()}
+    first = model(signal())
+    model.load_state_dict(states[1], strict=True, assign=True)
+    second = model(signal())
+    assert not torch.allclose(first, second)
+    plain = attached(other, algo=algo)
+    plain.load_state_dict(file)
+    torch.testing.assert_close(other(signal()), second)
+    model.load_state_dict(states[0], strict=True, assign=True)
+    assert torch.equal(model(signal()), first)
+
+
+@pytest.mark.parametrize("way", ["copied", "data"])
+def test_weights_are_overwritten_while_sampling(way: str) -> None:
+    """Krea 2 with a turbo model: every named parameter and buffer, in place or by its data."""
+    model, turbo = dit(), dit(seed=1)
+    network = attached(model)
+    randomise(network)
+    other = attached(turbo)
+    other.load_state_dict(network.state_dict())
+    wanted = turbo(signal())
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    first = model(signal())
+    for weights, output in ((dict(turbo.named_parameters()), wanted), (kept, first)):
+        for name, tensor in tensors.items():
+            if way == "copied":
+                with torch.no_grad():
+                    tensor.copy_(weights[name])
+            else:
+                tensor.data = weights[name].detach().clone()
+        torch.testing.assert_close(model(signal()), output)
+
+
+def test_blocks_compiled_before_the_network_exists() -> None:
+    """Kandinsky 5: an OptimizedModule around each block does not show in names, and both run the same."""
+    plain = create(dit())
+    model = dit()
+    for name in ("double_blocks", "single_blocks"):
+        blocks = model.get_submodule(name)
+        for number, block in list(blocks.named_children()):
+            setattr(blocks, number, torch.compile(block, backend="eager"))
+    network = attached(model)
+    assert [row.saved_name for row in network.plan.trained] == [row.saved_name for row in plain.plan.trained]
+    assert not any("_orig_mod" in key for key in network.state_dict())
+
+
+def test_a_compiled_layer_runs_without_a_graph_break() -> None:
+    """These trainers compile each block, whole, after the network is attached."""
+    model = dit()
+    network = attached(model)
+    randomise(network)
+    layer = linears(model)[3]
+    x = torch.randn(2, 3, layer.in_features)
+    wanted = layer(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x), wanted)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_precision_off(variant: str) -> None:
+    """Ideogram 4's default: a bf16 model, adapters in fp32, no autocast."""
+    model = dit().to(torch.bfloat16)
+    network = attached(model, *VARIANTS[variant])
+    randomise(network)
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    x = signal().to(torch.bfloat16)
+    out = model(x)
+    assert out.dtype == torch.bfloat16
+    out.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = model(x)
+    torch.testing.assert_close(inside.float(), out.float(), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpointed_without_reentry(variant: str) -> None:
+    model = dit()
+    network = attached(model, *VARIANTS[variant])
+    randomise(network)
+    gradients = []
+    for run in (lambda x: model(x), lambda x: checkpoint(model, x, use_reentrant=False)):
+        network.zero_grad()
+        run(signal()).square().mean().backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_only_the_network_is_kept_in_a_state() -> None:
+    """The hooks of save and resume keep what is an instance of the network's own class."""
+    model = dit()
+    network = attached(model)
+    assert [m for m in (model, network) if isinstance(m, type(network))] == [network]
+
+
+def test_samples_are_drawn_in_train_mode_without_dropout() -> None:
+    model = dit()
+    network = attached(model, "rank_dropout=0.5", "module_dropout=0.5")
+    randomise(network)
+    network.on_epoch_start(model)
+    with torch.no_grad():
+        first, second = model(signal()), model(signal())
+    assert torch.equal(first, second)
+    assert not torch.equal(model(signal()), model(signal()))
