@@ -4,9 +4,14 @@ from .hosts.entry import Entry
 from .hosts.key_merge import merge_weights_to_tensor
 from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
 
-create_network, create_network_from_weights, create_arch_network, create_arch_network_from_weights, plan = Entry(
-    __name__, "loha"
-).functions
+(
+    create_network,
+    create_network_from_weights,
+    create_arch_network,
+    create_arch_network_from_weights,
+    prepare_network,
+    plan,
+) = Entry(__name__, "loha").functions
 LoRANetwork = network_class(__name__)
 
 __all__ = [
@@ -19,4 +24,5 @@ __all__ = [
     "create_network_from_weights",
     "merge_weights_to_tensor",
     "plan",
+    "prepare_network",
 ]

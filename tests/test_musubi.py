@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,11 +63,11 @@ def test_every_entry_offers_the_functions_of_both_hosts(name: str) -> None:
         "create_network_from_weights",
         "create_arch_network",
         "create_arch_network_from_weights",
+        "prepare_network",
         "plan",
     ):
         assert getattr(module, function).__name__ == function
         assert getattr(module, function).__self__.name == f"networks.{name}"
-    assert not hasattr(module, "prepare_network"), "these trainers would call it on the network"
 
 
 @pytest.mark.parametrize("algo", ENTRIES)
@@ -394,3 +395,41 @@ def test_samples_are_drawn_in_train_mode_without_dropout() -> None:
         first, second = model(signal()), model(signal())
     assert torch.equal(first, second)
     assert not torch.equal(model(signal()), model(signal()))
+
+
+# -- the trainer's own options
+
+
+def options(**given: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"optimizer_type": "AdamW8bit", "dit_high_noise": None, **given})
+
+
+def test_dora_is_refused_with_two_experts() -> None:
+    """Its magnitudes belong to the weights of one of them."""
+    network = create(dit(), "use_dora=True")
+    networks.lora.prepare_network(network, options())
+    with pytest.raises(ValueError, match="use_dora does not go with two experts"):
+        network.prepare_network(options(dit_high_noise="high.safetensors"))
+    create(dit()).prepare_network(options(dit_high_noise="high.safetensors"))
+    create(dit()).prepare_network(argparse.Namespace())
+
+
+@pytest.mark.parametrize(
+    "arguments,given,warning",
+    [
+        (["loraplus_lr_ratio=8"], {"optimizer_type": "prodigyopt.Prodigy"}, "loraplus_mode=reparam does LoRA"),
+        (["network_reg_lrs={'.*img_mlp.*': 1}"], {"optimizer_type": "DAdaptAdam"}, "expects one learning rate"),
+        (["loraplus_lr_ratio=8", "loraplus_mode=reparam"], {"optimizer_type": "Prodigy"}, ""),
+        (["loraplus_lr_ratio=8", "loraplus_mode=reparam"], {"optimizer_type": "SGDNesterov"}, "square of the ratio"),
+        (["loraplus_lr_ratio=8"], {"optimizer_type": "AdamW"}, ""),
+        (["use_dora=True"], {"turbo_dit": "turbo.safetensors"}, "other base weights"),
+        ([], {"turbo_dit": "turbo.safetensors"}, ""),
+    ],
+)
+def test_options_that_are_seldom_meant(
+    arguments: list[str], given: dict[str, str], warning: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = create(dit(), *arguments)
+    caplog.clear()
+    network.prepare_network(options(**given))
+    assert warning in caplog.text if warning else not caplog.text

@@ -24,6 +24,7 @@ from ..core.plan import Plan, Request
 from ..core.planner import build_plan
 from ..core.report import LoadReport, summary
 from ..files import codec, dialects
+from . import trainer_options
 from .beside import origin
 
 log = logging.getLogger("networks")
@@ -60,6 +61,14 @@ class HostNetwork(Network):
         parts = [self.arch.denoiser.name] if apply_unet else []
         parts += [part.name for part in self.arch.text_encoders] if apply_text_encoder else []
         self.attach(parts)
+
+    def prepare_network(self, options: Any) -> None:
+        """See the trainer's own options.
+
+        Raises:
+            ValueError: they do not go with this network.
+        """
+        trainer_options.check(self, options)
 
     def load_weights(self, file: str) -> LoadReport:
         """Take over an adapter file; the report is printed by the host."""

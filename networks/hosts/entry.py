@@ -16,6 +16,7 @@ Functions = tuple[
     Callable[..., tuple[LoRANetwork, Mapping[str, Tensor]]],
     Callable[..., MusubiNetwork],
     Callable[..., MusubiNetwork],
+    Callable[..., None],
     Callable[..., Plan],
 ]
 
@@ -30,12 +31,13 @@ class Entry(SdScriptsCalls, MusubiCalls):
     @property
     def functions(self) -> Functions:
         """create_network, create_network_from_weights (sd-scripts); create_arch_network,
-        create_arch_network_from_weights (musubi-tuner); plan."""
+        create_arch_network_from_weights, prepare_network (musubi-tuner); plan."""
         return (
             self.create_network,
             self.create_network_from_weights,
             self.create_arch_network,
             self.create_arch_network_from_weights,
+            self.prepare_network,
             self.plan,
         )
 

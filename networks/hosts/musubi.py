@@ -47,6 +47,10 @@ class MusubiCalls(Caller):
         raw = {"neuron_dropout": neuron_dropout or None, **kwargs}
         return self.new(MusubiNetwork, HOST, multiplier, network_dim, network_alpha, None, unet, raw)
 
+    def prepare_network(self, network: MusubiNetwork, options: Any) -> None:
+        """That an entry has this name makes the trainer call it on the network."""
+        network.prepare_network(options)
+
     def create_arch_network_from_weights(
         self,
         multiplier: float,
