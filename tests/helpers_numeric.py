@@ -152,7 +152,7 @@ def cases() -> list[Case]:
 def make_network(
     case: Case, zoo: nn.Module, multiplier: float = MULTIPLIER, dropouts: Mapping[str, float] | None = None
 ) -> Network:
-    """A real network with one adapted layer per child of `zoo`, in the dtype of its weights."""
+    """A real network with one adapted layer per child of `zoo`, in the dtype of its weights if that can be trained."""
     rows, modules = [], {}
     for name, module in zoo.named_children():
         geometry = Geometry.of(module)
@@ -167,9 +167,9 @@ def make_network(
         )  # fmt: skip
         modules[saved] = module
     network = Network(Plan("Zoo", tuple(rows)), modules, {"unet": zoo}, dropouts, multiplier)
-    first = next(zoo.parameters())
     network.train(not ALGOS[case.algo].stepwise)  # or its random choices would be part of every comparison
-    return network.to(first.dtype)
+    dtype = next(zoo.parameters()).dtype
+    return network.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else network
 
 
 def layers_of(network: Network) -> dict[str, AdaptedLayer]:

@@ -563,8 +563,8 @@ def test_merge_rounds_once(algo: str, base_dtype: torch.dtype, adapter_dtype: to
 
 def test_merge_into_a_weight_that_cannot_be_written_is_refused() -> None:
     base, layer = single("linear", "lora", torch.float32)
-    base.weight = nn.Parameter(base.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match="float8_e4m3fn"):
+    base.weight = nn.Parameter(base.weight.to(torch.int32), requires_grad=False)
+    with pytest.raises(ValueError, match="int32"):
         layer.merge()
 
 

@@ -22,6 +22,7 @@ from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.site import Site
 from .loading import match
+from .merging import check_bases, merge
 from .plan import Plan, PlanRow
 from .report import LoadReport
 from .select import Bases
@@ -161,11 +162,15 @@ class Network(nn.Module):
     # -- weight space
 
     def merge(self, device: torch.device | None = None) -> None:
-        """Put every W' into the base model, rounded once."""
-        for layer in self.adapted_layers:
-            layer.merge(device=device)
+        """Put every W' into the base model, rounded once.
+
+        Raises:
+            ValueError: a base weight cannot be read or written; nothing was changed.
+        """
+        merge(self.adapted_layers, device)
 
     def backup_weights(self) -> None:
+        check_bases(self.adapted_layers)
         for layer in self.adapted_layers:
             layer.backup()
 

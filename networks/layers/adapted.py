@@ -297,16 +297,15 @@ class AdaptedLayer(nn.Module):
         weight = self.weight_below(site)
         return weight.to(self.magnitude.device) if self.magnitude is not None else weight
 
-    def merge(self, multiplier: float | None = None, device: torch.device | None = None) -> None:
-        """Put W' into the base layer, computed in fp32 or wider and rounded once."""
+    def merge(self, multiplier: float | None = None, device: torch.device | None = None) -> base_weight.Rounding:
+        """Put W' into the base layer, computed in fp32 or wider and rounded once; what its form lost in that."""
         m = self.runtime.multiplier if multiplier is None else multiplier
         if not isinstance(m, Tensor) and m == 0:
-            return
+            return base_weight.EXACT
         with torch.no_grad():
             W = read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: site.read(device))
             new = self.new_weight(W, multiplier)
-            for site in self.sites:
-                site.write(site.take_rows(new))
+            return sum((site.change(site.take_rows(W), site.take_rows(new)) for site in self.sites), base_weight.EXACT)
 
     def backup(self) -> None:
         """Remember the base weight for `restore`."""

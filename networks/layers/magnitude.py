@@ -32,6 +32,7 @@ def norm_sq(
 ) -> Tensor:
     """||W + s dW||^2 of every output row or input column; `weight` may be the rows of some pieces only."""
     with torch.autocast(weight.device.type, enabled=False):
+        weight = weight.to(next(adapter.parameters()).dtype)  # a base in fp64 under fp32 adapters
         strength = strength.to(weight.device) if isinstance(strength, Tensor) else strength
         return adapter.norm_sq(weight, strength, on_output, pieces)
 

@@ -89,8 +89,9 @@ class Site:
         """The module's weight, in fp32 or wider."""
         return base_weight.read(self.module, device)
 
-    def write(self, weight: Tensor) -> None:
-        base_weight.write(self.module, weight)
+    def change(self, old: Tensor, new: Tensor) -> base_weight.Rounding:
+        """Store another weight, in the module's own form."""
+        return base_weight.change(self.module, old, new)
 
 
 def read_whole(sites: Sequence[Site], shape: Sequence[int], read: Callable[[Site], Tensor]) -> Tensor:

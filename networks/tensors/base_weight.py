@@ -1,47 +1,140 @@
-"""Reading and writing the weight of a frozen base layer. Merges compute in fp32 (or wider) and round once."""
+"""Reading and writing the weight of a frozen base layer, whatever it is stored as.
+
+Merges compute in fp32 (or wider) and round once, to what the layer stores: plain numbers, float8 with or without the
+trainers' scale, bitsandbytes' int8, nf4 and fp4, torchao's weight-only tensors.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_BACKUPS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+from .forms import Form, Plain, PlainFloat8, ScaledFloat8, Unknown
+from .forms_quantised import BitsAndBytes4, BitsAndBytes8, TorchAO
+
+_FORMS: tuple[Form, ...] = (
+    TorchAO(),
+    BitsAndBytes8(),
+    BitsAndBytes4(),
+    ScaledFloat8(),
+    PlainFloat8(),
+    Plain(),
+    Unknown(),
+)
+_BACKUPS: WeakKeyDictionary[nn.Module, Callable[[nn.Module], None]] = WeakKeyDictionary()
+
+
+def form_of(module: nn.Module) -> Form:
+    """The form of this layer's weight, as it is now: hosts cast and quantise after a network was made."""
+    return next(form for form in _FORMS if form.fits(module))
+
+
+def check(module: nn.Module) -> None:
+    """Whether the weight can be read and written, found out before anything is changed.
+
+    Raises:
+        ValueError: with what was found and what to do.
+    """
+    if not isinstance(module.weight, Tensor) or not module.weight.numel():
+        raise ValueError(
+            f"the weight of {type(module).__name__} is not here (sharded over processes, or emptied by its host): "
+            "merge in one process, on a model that is whole"
+        )
+    form_of(module).check(module)
 
 
 def read(module: nn.Module, device: torch.device | None = None) -> Tensor:
-    """The weight as it is now, in fp32 or wider, detached.
+    """The weight [O, I, *kernel] as it is now, dequantised, in fp32 or wider, detached.
+
+    Args:
+        device: where the answer is wanted; None means where the weight is.
 
     Raises:
-        ValueError: the weight is stored in a form that cannot be read or written back exactly.
+        ValueError: the weight is stored in a form that cannot be read.
     """
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.dtype not in _PLAIN:
-        found = getattr(weight, "dtype", type(weight).__name__)
-        raise ValueError(
-            f"cannot merge into a weight of type {found}: load the model in fp32, fp16 or bf16 to merge, "
-            "or apply the network without merging"
-        )
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.detach().to(device=device or weight.device, dtype=wide)
+    check(module)
+    with torch.no_grad():
+        return form_of(module).read(module, device)
 
 
 def write(module: nn.Module, weight: Tensor) -> None:
-    """Put a weight back in place, so that hosts which hold the parameter see the change."""
+    """Store a weight in the layer's own form, in place, so that hosts which hold its tensors see the change.
+
+    Raises:
+        ValueError: the form cannot be written, or the weight does not fit it; nothing was changed.
+    """
+    check(module)
+    low, high = (value.item() for value in weight.aminmax())
+    if not math.isfinite(low + high):
+        raise ValueError("the merged weight has NaN or infinite values: the adapter is broken, choose an earlier file")
     with torch.no_grad():
-        module.get_parameter("weight").copy_(weight)
+        form_of(module).write(module, weight)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What became of an update when it was stored with few bits. They add up.
+
+    Attributes:
+        title: the form; "" if it is exact enough not to be measured (16 bits and more).
+        kept, update: <stored - W, W' - W> and ||W' - W||^2; their ratio is the strength that is left.
+    """
+
+    title: str = ""
+    kept: float = 0.0
+    update: float = 0.0
+
+    def __add__(self, other: Rounding) -> Rounding:
+        return Rounding(self.title or other.title, self.kept + other.kept, self.update + other.update)
+
+
+EXACT = Rounding()
+LOSS = 0.1  # of the strength; more is worth a warning
+
+
+def change(module: nn.Module, old: Tensor, new: Tensor) -> Rounding:
+    """Store `new` where `read` gave `old`. Equal weights change nothing: not even a quantisation is done again.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    if torch.equal(old, new):
+        return EXACT
+    write(module, new)
+    form = form_of(module)
+    if not form.coarse:
+        return EXACT
+    update = new - old
+    return Rounding(form.title, ((read(module, old.device) - old) * update).sum().item(), update.square().sum().item())
+
+
+def told(roundings: Sequence[Rounding]) -> str:
+    """A warning for the user if a merge lost a part of the strength that can be seen; otherwise ""."""
+    total = sum(roundings, EXACT)
+    share = total.kept / total.update if total.update else 1.0
+    if share >= 1 - LOSS:
+        return ""
+    return (
+        f"merged into {total.title} weights, whose rounding kept {max(0.0, share):.0%} of the update's strength: merge "
+        "into bf16 or fp16 weights and quantise those, or apply the network without merging"
+    )
 
 
 def backup(module: nn.Module) -> None:
     """Remember the weight until it is restored. Networks on one module share the backup, from before any merge."""
     if module not in _BACKUPS:
-        _BACKUPS[module] = module.get_parameter("weight").detach().clone()
+        check(module)
+        _BACKUPS[module] = form_of(module).save(module)
 
 
 def restore(module: nn.Module) -> None:
     """Put the remembered weight back, bit for bit, and forget it; nothing without a backup."""
-    kept = _BACKUPS.pop(module, None)
-    if kept is not None:
-        write(module, kept)
+    put_back = _BACKUPS.pop(module, None)
+    if put_back is not None:
+        with torch.no_grad():
+            put_back(module)

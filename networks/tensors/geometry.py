@@ -17,6 +17,7 @@ from torch import Tensor, nn
 Pieces = tuple[tuple[int, int], ...]  # ranges (start, stop) of output rows, in an order
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)  # the output projection inside nn.MultiheadAttention
 _CONV_CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -45,7 +46,13 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Module) -> Geometry | None:
-        """Geometry of a layer, or None if its kind cannot be adapted."""
+        """Geometry of a layer, or None if its kind cannot be adapted.
+
+        Quantised Linears count: their weight may be packed, but they know their features. A Linear whose weight is
+        used by its parent, which never calls it, does not.
+        """
+        if type(module).__name__ in _NEVER_CALLED:
+            return None
         if isinstance(module, nn.Linear):
             return cls(module.out_features, module.in_features)
         if isinstance(module, _CONV_CLASSES):

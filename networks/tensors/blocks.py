@@ -1,0 +1,95 @@
+"""Weights stored as codes with one scale per block: W = (code - zero) * scale.
+
+The one mathematics of scaled fp8, of int8 with a scale per row and of int8 or int4 with one per group. A block is
+given by its shape, one size per axis of the weight; scales stand in the order of the blocks, in any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight in this form; the tensors are those that a layer holds, not copies.
+
+    Attributes:
+        codes: integers or fp8 numbers, of the weight's shape.
+        scale: one value per block.
+        block: shape of a block; divides the weight's shape.
+        low, high: the range of a code.
+        zero: code of 0 per block, where codes are not symmetric; None means 0 everywhere.
+        unit: what the layer multiplies a code by is scale / unit.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    block: tuple[int, ...]
+    low: float
+    high: float
+    zero: Tensor | None = None
+    unit: float = 1.0
+
+    def decode(self, device: torch.device | None = None) -> Tensor:
+        """W in fp32 or wider. Codes and scales may stand on different devices (block swap moves codes alone)."""
+        device = device or self.codes.device
+        dtype = torch.promote_types(self.scale.dtype, torch.float32)
+        values = _blocks(self.codes.to(device).to(dtype), self.block)
+        if self.zero is not None:
+            values = values - self._per_block(self.zero, values).to(device, dtype)
+        values = values * (self._per_block(self.scale, values).to(device, dtype) / self.unit)
+        return values.reshape(self.codes.shape)
+
+    def encode_(self, weight: Tensor) -> None:
+        """Take another W [as codes], in place: a new scale for every block, each value rounded once to that scale.
+
+        The scale is rounded to its dtype first, upwards where it would be too small for the largest value.
+        """
+        values = _blocks(weight, self.block)
+        axes = tuple(range(1, values.dim(), 2))
+        shifted = self.zero is not None and bool(self.zero.any())
+        if shifted:
+            top, bottom = values.amax(axes, keepdim=True).clamp(min=0), values.amin(axes, keepdim=True).clamp(max=0)
+            scale = self._rounded(top - bottom, self.high - self.low)
+            zero = torch.round(self.low - bottom / scale)
+        else:
+            scale = self._rounded(values.abs().amax(axes, keepdim=True), self.high)
+            zero = torch.zeros_like(scale)
+        codes = values / scale + zero
+        if not self.codes.is_floating_point():
+            codes = codes.round()
+        self.codes.copy_(codes.clamp(self.low, self.high).reshape(self.codes.shape))
+        self.scale.copy_((scale * self.unit).reshape(self.scale.shape))
+        if shifted and self.zero is not None:
+            self.zero.copy_(zero.reshape(self.zero.shape))
+
+    def _rounded(self, size: Tensor, steps: float) -> Tensor:
+        """Step size for a range: representable in the scale's dtype, not 0, and large enough."""
+        info, wide = torch.finfo(self.scale.dtype), size.dtype
+        exact = size * (self.unit / steps)
+        scale = exact.to(self.scale.dtype).to(wide)
+        more = (exact * (1 + 2 * info.eps) + info.smallest_normal * info.eps).to(self.scale.dtype).to(wide)
+        scale = torch.where((scale < exact) | (scale == 0), more, scale)
+        return scale / self.unit
+
+    def _per_block(self, tensor: Tensor, values: Tensor) -> Tensor:
+        return tensor.reshape([n if axis % 2 == 0 else 1 for axis, n in enumerate(values.shape)])
+
+
+def block_of_scale(weight: Sequence[int], scale: Sequence[int]) -> tuple[int, ...] | None:
+    """Shape of a block for a scale [] or [1] (one for all), [O, 1] (per row), [O, blocks, 1]; None for others."""
+    if tuple(scale) in ((), (1,)):
+        return tuple(weight)
+    if len(weight) == 2 and len(scale) in (2, 3) and scale[0] == weight[0] and scale[-1] == 1:
+        blocks = scale[1] if len(scale) == 3 else 1
+        return (1, weight[1] // blocks) if blocks and weight[1] % blocks == 0 else None
+    return None
+
+
+def _blocks(values: Tensor, block: Sequence[int]) -> Tensor:
+    """[a, b] as [a / a', a', b / b', b'] for a block [a', b']."""
+    return values.reshape([n for size, part in zip(values.shape, block, strict=True) for n in (size // part, part)])

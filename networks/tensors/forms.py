@@ -1,0 +1,193 @@
+"""How a frozen layer stores its weight: one record per form, able to read, to write and to remember all bits of it.
+
+Here are the forms that need no library: plain numbers and the trainers' fp8. `forms_quantised` has the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .blocks import Codes, block_of_scale
+
+_HALF_AND_WIDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
+REMEDY = "load the model in fp32, fp16 or bf16, or apply the network without merging and without DoRA"
+
+
+class Form:
+    """A way to store a weight. Instances have no state: the tensors are read from the module at every call.
+
+    Attributes:
+        title: as a person would name it.
+        coarse: so few bits that a merge loses much of a small update.
+    """
+
+    title: ClassVar[str]
+    coarse: ClassVar[bool] = True
+
+    def fits(self, module: Any) -> bool:
+        raise NotImplementedError
+
+    def check(self, module: Any) -> None:
+        """Raise ValueError if the weight cannot be read or written, before anything is changed."""
+
+    def read(self, module: Any, device: torch.device | None) -> Tensor:
+        """W [O, I, *kernel] in fp32 or wider, detached."""
+        raise NotImplementedError
+
+    def write(self, module: Any, weight: Tensor) -> None:
+        """Store W, in place: hosts hold the tensors."""
+        raise NotImplementedError
+
+    def save(self, module: Any) -> Callable[[Any], None]:
+        """Remember all bits; the answer puts them back."""
+        raise NotImplementedError
+
+
+class Plain(Form):
+    """Numbers as they are: fp64, fp32, bf16, fp16."""
+
+    title = "plain"
+    coarse = False
+
+    def fits(self, module: Any) -> bool:
+        return _is_plain(module.weight, _HALF_AND_WIDER)
+
+    def read(self, module: Any, device: torch.device | None) -> Tensor:
+        weight = bare(module)
+        return weight.to(device or weight.device).to(torch.promote_types(weight.dtype, torch.float32))
+
+    def write(self, module: Any, weight: Tensor) -> None:
+        own = bare(module)
+        limit = torch.finfo(own.dtype).max
+        largest = weight.abs().max().item() if weight.numel() else 0.0
+        if largest > limit:
+            raise ValueError(
+                f"the merged weight reaches {largest:.4g}, but {own.dtype} ends at {limit:g}: lower the strength, or "
+                "merge into wider weights"
+            )
+        own.copy_(weight)
+        _forget_codes(module)
+
+    def save(self, module: Any) -> Callable[[Any], None]:
+        kept = bare(module).clone()
+
+        def put_back(target: Any) -> None:
+            bare(target).copy_(kept)
+            _forget_codes(target)
+
+        return put_back
+
+
+class PlainFloat8(Plain):
+    """float8 without a scale (--fp8_base): autocast widens it in the layer's own forward."""
+
+    title = "float8 without a scale"
+    coarse = True
+
+    def fits(self, module: Any) -> bool:
+        return _is_plain(module.weight, _FLOAT8) and not scales_beside(module)
+
+    def read(self, module: Any, device: torch.device | None) -> Tensor:
+        weight = bare(module)
+        return weight.to(device or weight.device).to(torch.float32)  # float8 has no promotion rules
+
+
+class Coded(Form):
+    """Codes with a scale per block, wherever they are kept."""
+
+    def codes(self, module: Any) -> Codes:
+        raise NotImplementedError
+
+    def check(self, module: Any) -> None:
+        self.codes(module)
+
+    def read(self, module: Any, device: torch.device | None) -> Tensor:
+        return self.codes(module).decode(device)
+
+    def write(self, module: Any, weight: Tensor) -> None:
+        self.codes(module).encode_(weight)
+
+    def save(self, module: Any) -> Callable[[Any], None]:
+        own = self.codes(module)
+        kept = [t.clone() for t in (own.codes, own.scale, own.zero) if t is not None]
+
+        def put_back(target: Any) -> None:
+            now = self.codes(target)
+            for tensor, bits in zip([t for t in (now.codes, now.scale, now.zero) if t is not None], kept, strict=True):
+                tensor.copy_(bits)
+
+        return put_back
+
+
+class ScaledFloat8(Coded):
+    """The trainers' --fp8_scaled: a Linear with a buffer scale_weight and a forward of its own."""
+
+    title = "scaled float8"
+
+    def fits(self, module: Any) -> bool:
+        return _is_plain(module.weight, _FLOAT8) and scales_beside(module) == _TRAINERS
+
+    def codes(self, module: Any) -> Codes:
+        weight, scale = bare(module), module.scale_weight
+        assert isinstance(scale, Tensor)
+        block = block_of_scale(weight.shape, scale.shape)
+        if block is None:
+            raise ValueError(
+                f"scale_weight of shape {tuple(scale.shape)} does not fit a weight of {tuple(weight.shape)}: "
+                f"[1], [O, 1] and [O, blocks, 1] are known; {REMEDY}"
+            )
+        limit = torch.finfo(weight.dtype).max
+        return Codes(weight, scale.detach(), block, -limit, limit)
+
+
+class Unknown(Form):
+    """Everything else is refused: to guess at a weight would be silent nonsense."""
+
+    title = "unknown"
+
+    def fits(self, module: Any) -> bool:
+        return True
+
+    def check(self, module: Any) -> None:
+        weight = module.weight
+        found = getattr(weight, "dtype", type(weight).__name__)
+        kind = type(weight).__name__
+        told = f"{found}" if kind in ("Parameter", "Tensor") else f"{kind}, {found}"
+        scales = scales_beside(module)
+        beside = f", with {', '.join(sorted(scales))} beside it" if scales else ""
+        raise ValueError(f"a weight of this form ({told}{beside}, in {type(module).__name__}) cannot be read: {REMEDY}")
+
+
+_TRAINERS = {"scale_weight"}
+
+
+def bare(module: Any) -> Tensor:
+    """The weight without its class, sharing memory: a parameter of bitsandbytes quantises itself when it is moved."""
+    return module.weight.detach().as_subclass(torch.Tensor)
+
+
+def _is_plain(weight: object, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Bits that are the numbers: not a tensor that only looks as if it had this dtype (quanto, sharded tensors)."""
+    return isinstance(weight, Tensor) and weight.dtype in dtypes and not hasattr(weight, "__tensor_flatten__")
+
+
+def has_class(weight: object, package: str, name: str) -> bool:
+    return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(weight).__mro__)
+
+
+def scales_beside(module: Any) -> set[str]:
+    """Names of tensors beside the weight that may scale it."""
+    own = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
+    return {name for name, value in own if "scale" in name and isinstance(value, Tensor)}
+
+
+def _forget_codes(module: Any) -> None:
+    """A Linear8bitLt that keeps fp16 weights caches their codes."""
+    state = getattr(module, "state", None)
+    if has_class(module.weight, "bitsandbytes", "Int8Params") and state is not None:
+        state.CB = state.SCB = None
