@@ -150,7 +150,7 @@ TABLE = {
     "editable lenient": ("host ours host ours", "host ours host ours", "host ours host ours"),
     "editable strict": (OURS_WINS, OURS_WINS, "host - host ours"),
     "editable compat": ("ours ours host -", "ours ours host -", "host - host -"),
-    "launcher": ("ours ours host -", "ours ours host -", "ours ours host -"),
+    "launcher": (OURS_WINS, OURS_WINS, OURS_WINS),
     "lenient + launcher": (OURS_WINS, OURS_WINS, OURS_WINS),
 }
 

@@ -186,6 +186,27 @@ def test_several_files_and_plain_layers(
     assert "adapter file 2 of 2: 1 layers (loha) merged at -0.4" in caplog.text
 
 
+def test_flagged_files_are_ours(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> None:
+    """Plain keys, but alpha is raw: the scale is alpha / sqrt(rank), which no trainer's own merge knows."""
+    up, down = random(24, 4, seed=7), random(4, 36, seed=8)
+    file = {"lora_unet_q.lora_up.weight": up, "lora_unet_q.lora_down.weight": down}
+    file |= {"lora_unet_q.alpha": torch.tensor(3.0), "use_rslora_flag": torch.tensor(1.0)}
+    found = load(trainer, model[0], [file], [0.7])["q.weight"]
+    exact = model[1]["q.weight"].double() + 0.7 * 3 / 2 * up.double() @ down.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_dora(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> None:
+    """Magnitudes of the output rows; the strength is linear from W to W'."""
+    up, down, magnitude = random(24, 4, seed=7), random(4, 36, seed=8), random(24, 1).abs() + 1
+    file = {"lora_unet_q.lora_up.weight": up, "lora_unet_q.lora_down.weight": down, "lora_unet_q.dora_scale": magnitude}
+    found = load(trainer, model[0], [file], [0.7])["q.weight"]
+    base = model[1]["q.weight"].double()
+    moved = base + up.double() @ down.double()
+    whole = moved / moved.norm(dim=1, keepdim=True) * magnitude
+    torch.testing.assert_close(found.double(), base + 0.7 * (whole - base), rtol=1e-5, atol=1e-5)
+
+
 def test_without_adapters_nothing_is_touched(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> None:
     for files in (None, []):
         found = load(trainer, model[0], files, None)

@@ -114,7 +114,10 @@ class _File:
 
 
 def _divide(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(what the trainer merges, what we merge): plain LoRA layers stay with the trainer."""
+    """(what the trainer merges, what we merge): plain LoRA layers stay with the trainer, unless a flag of the file says
+    that alpha is not what it seems."""
+    if not tensors.keys().isdisjoint(dialects.detect(tensors).flags):
+        return {}, dict(tensors)
     if dialects.detect(tensors) is not dialects.PORTABLE:  # its alpha may mean something else
         return {}, dict(tensors)
     forms: dict[str, set[str]] = {}
@@ -133,9 +136,9 @@ def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]
 
 
 def extend(lora_utils: ModuleType) -> None:
-    """Let the module's loader merge what it does not know: LoHa, LoKr, Tucker forms.
+    """Let the module's loader merge what it does not know: LoHa, LoKr, Tucker forms, DoRA.
 
-    Its own code still merges plain LoRA. Nothing of the trainer is edited: the functions are wrapped in memory.
+    Its own code still merges plain LoRA, before ours. Its files stay as they are: the functions are wrapped in memory.
     """
     load: Callable[..., Any] | None = getattr(lora_utils, LOADER, None)
     read: Callable[..., Any] | None = getattr(lora_utils, READER, None)

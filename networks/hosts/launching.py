@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -65,6 +66,7 @@ def run(script: Path, arguments: Sequence[str], ours: Path) -> None:
     """Run the script as `__main__`; `ours` is the folder that holds our package."""
     arrange_path(script, ours)
     sys.meta_path.insert(0, _AfterImport(MERGERS, _extend_merger))
+    sys.meta_path.append(_SecondName(ours / "networks"))
     sys.argv[:] = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
@@ -73,6 +75,21 @@ def _extend_merger(module: ModuleType) -> None:
     from .key_merge import extend  # torch only comes in when the trainer has it, too
 
     extend(module)
+
+
+class _SecondName(MetaPathFinder):
+    """`kohya_networks` for a checkout that is not installed: the same folder once more, as an installation has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "kohya_networks":
+            return None
+        init = self.folder / "__init__.py"
+        return spec_from_file_location(fullname, init, submodule_search_locations=[str(self.folder)])
 
 
 class _AfterImport(MetaPathFinder):

@@ -1,6 +1,6 @@
 """Names that sd-scripts' files, and programs written for them, import from its own modules. Nothing of ours uses them.
 
-The constants come from the architecture records.
+The constants come from the architecture records; lists of classes end with the names that other libraries have.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _text_encoders(arch: ArchSpec, *names: str) -> Constants:
 
 def _blocks(arch: ArchSpec, name: str) -> Constants:
     """Class names of double and of single blocks."""
-    double, single = ([cls for cls in arch.denoiser.containers if kind in cls] for kind in ("Double", "Single"))
+    double, single = ([c for c in arch.denoiser.containers if ("Single" in c) is wanted] for wanted in (False, True))
     return {f"{name}TARGET_REPLACE_MODULE_DOUBLE": double, f"{name}TARGET_REPLACE_MODULE_SINGLE": single}
 
 
