@@ -154,6 +154,20 @@ def test_sdxl_minimal_inference(tmp_path: Path) -> None:
     assert len(changed) == len(network.unet_loras)
 
 
+@pytest.mark.parametrize(
+    "text", ["exclude_patterns=['.*attn1.*'];verbose=True", "verbose = yes; exclude_patterns = .*attn1.*"]
+)
+def test_options_survive_the_splitting_of_image_generation(text: str, tmp_path: Path) -> None:
+    """One string for each network, cut at every ";" and "=": a second "=" in a pair stops the host itself."""
+    networks.lora.create_network(1.0, 4, 1, None, None, sd_unet()).save_weights(tmp_path / "a.safetensors", None, None)
+    pairs = [pair.split("=") for pair in text.split(";")]
+    kwargs = {key: value for key, value in pairs}
+    network, _ = networks.lora.create_network_from_weights(
+        1.0, str(tmp_path / "a.safetensors"), None, [None], sd_unet(), for_inference=True, **kwargs
+    )
+    assert network.adapted_layers and not any("attn1" in layer.lora_name for layer in network.adapted_layers)
+
+
 @pytest.mark.parametrize("form", ["model", "list", "gaps", "none", "meta"])
 def test_forms_of_the_text_encoders(form: str) -> None:
     """Meta: a trainer hands over encoders whose weights are gone, and goes on with stand-ins."""

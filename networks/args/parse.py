@@ -85,7 +85,7 @@ def parse(
     values = {arg.name: arg.default_at(host, options or {}) for arg in TABLE}
     spelled: dict[str, str] = {}
     unknown: list[str] = []
-    for key, text in raw.items():
+    for key, text in ((key.strip(), text) for key, text in raw.items()):  # hosts cut at "=" and ";", blanks stay
         if text is None:
             continue
         arg = BY_NAME.get(key)
