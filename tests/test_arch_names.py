@@ -31,6 +31,15 @@ COUNTS = {
     "anima": (280, 514, 196),
     "wan": (480, 480, 0),
     "qwen_image": (720, 840, 0),
+    "hunyuan_video": (240, 320, 0),
+    "hv_1_5": (756, 756, 0),
+    "framepack": (440, 520, 0),
+    "flux_2": (160, 160, 0),
+    "zimage": (210, 270, 0),
+    "kandinsky": (624, 688, 0),
+    "krea2": (264, 264, 0),
+    "ideogram4": (170, 204, 0),
+    "hidream_o1": (255, 372, 0),
 }
 WIDEST = {
     "sd": {"conv_dim": "2"},
@@ -43,6 +52,15 @@ WIDEST = {
     "anima": {"train_llm_adapter": "True", "include_patterns": "['.*']"},
     "wan": {},
     "qwen_image": {"exclude_mod": "False"},
+    "hunyuan_video": {"exclude_mod": "False"},
+    "hv_1_5": {},
+    "framepack": {"exclude_mod": "False"},
+    "flux_2": {},
+    "zimage": {"exclude_mod": "False", "include_refiner": "True"},
+    "kandinsky": {"exclude_mod": "False"},
+    "krea2": {},
+    "ideogram4": {"exclude_mod": "False"},
+    "hidream_o1": {"conv_dim": "2"},
 }
 
 
@@ -73,9 +91,12 @@ def leaf(entry: Recorded) -> nn.Module:
     return type(entry.cls, (nn.Module,), {})()
 
 
-def trainer_plan(arch: str, drop: str = "", **kwargs: str) -> Plan:
+def trainer_plan(arch: str, drop: str = "", tasks: bool = False, **kwargs: str) -> Plan:
+    """`tasks`: with the trainer's mark on the model that adds layers, where there is one."""
     roots = trainer_models(arch, drop)
     spec = next(spec for spec in ARCHS if spec.name == arch)
+    for name, value, _ in spec.denoiser.tasks if tasks else ():
+        setattr(roots[spec.denoiser.name], name, value)
     encoders = [roots.get(part.name) for part in spec.text_encoders]
     return networks.lora.plan(4, 1, encoders, roots[spec.denoiser.name], **kwargs)
 
@@ -87,7 +108,7 @@ def saved_names(plan: Plan) -> list[str]:
 @pytest.mark.parametrize("arch", COUNTS)
 def test_trainer_model(arch: str) -> None:
     wanted = {entry.saved: entry for entry in recorded(arch) if entry.saved != "-"}
-    plan = trainer_plan(arch, **WIDEST[arch])
+    plan = trainer_plan(arch, tasks=True, **WIDEST[arch])
     assert sorted(saved_names(plan)) == sorted(wanted)
     spec = next(spec for spec in ARCHS if spec.name == arch)
     for row in plan.trained:

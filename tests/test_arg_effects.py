@@ -78,9 +78,11 @@ OF_ARCHS: dict[str, tuple[str, str]] = {
     "split_qkv": ("flux", "True"),
     "train_llm_adapter": ("anima", "True"),
     "exclude_mod": ("qwen_image", "False"),
+    "include_refiner": ("zimage", "True"),
 }
 NEUTRAL = {
     "exclude_mod": "True",
+    "include_refiner": "False",
     "split_qkv": "off",
     "train_blocks": "all",
     "train_t5xxl": "False",

@@ -38,8 +38,8 @@ def csv(count: int, default: Any, **numbered: Any) -> str:
     return ",".join(map(str, values))
 
 
-def models(arch: str) -> tuple[list[Any], Any]:
-    found = toy(arch)
+def models(arch: str, blocks: int = 2) -> tuple[list[Any], Any]:
+    found = toy(arch, blocks)
     spec = SPECS[arch]
     return [found.get(part.name) for part in spec.text_encoders], found[spec.denoiser.name]
 
@@ -159,7 +159,7 @@ def test_t5_is_trained_on_request_and_where_a_file_has_it(tmp_path: Path) -> Non
 def test_train_save_load(arch: str, algo: str, tmp_path: Path) -> None:
     """A few optimizer steps; the file alone gives the same outputs, applied and merged."""
     entry = importlib.import_module(f"networks.{SPECS[arch].entry}")
-    encoders, denoiser = models(arch)
+    encoders, denoiser = models(arch, blocks=1)
     network = entry.create_network(1.0, 4, 2, None, encoders, denoiser, neuron_dropout=None, algo=algo)
     network.apply_to(encoders, denoiser, True, True)
     groups, texts = network.prepare_optimizer_params_with_multiple_te_lrs([1e-4], 2e-4, 1e-4)

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils
+from diffusers.loaders import lora_conversion_utils, single_file_utils
 from tiny_parts import randomise
 from torch import Tensor, nn
 from toy_models import Recorded, recorded
@@ -43,6 +43,18 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "convert_wan_transformer_to_diffusers",
     ),
     "qwen_image": ("QwenImageTransformer2DModel", {}, ""),
+    "hunyuan_video": ("HunyuanVideoTransformer3DModel", {}, "convert_hunyuan_video_transformer_to_diffusers"),
+    "hv_1_5": ("HunyuanVideo15Transformer3DModel", {}, ""),
+    "framepack": ("HunyuanVideoFramepackTransformer3DModel", {}, ""),
+    "flux_2": ("Flux2Transformer2DModel", {}, "convert_flux2_transformer_checkpoint_to_diffusers"),
+    "zimage": ("ZImageTransformer2DModel", {}, ""),
+    "kandinsky": (
+        "Kandinsky5Transformer3DModel",
+        {"model_dim": 4096, "ff_dim": 16384, "num_text_blocks": 4, "num_visual_blocks": 60, "time_dim": 1024},
+        "",
+    ),
+    "krea2": ("Krea2Transformer2DModel", {}, "convert_krea2_transformer_checkpoint_to_diffusers"),
+    "ideogram4": ("Ideogram4Transformer2DModel", {}, "_convert_non_diffusers_ideogram4_lora_to_diffusers"),
 }  # fmt: skip
 
 
@@ -64,14 +76,17 @@ def found(arch: str, model: nn.Module) -> dict[str, Any]:
 
 @pytest.mark.parametrize("arch", CASES)
 def test_the_same_layers_are_trained_under_the_same_names(arch: str) -> None:
-    model = meta_model(arch)
-    plan = importlib.import_module(f"networks.{SPECS[arch].entry}").plan(4, 1, None, model)
-    ours = {row.saved_name: row.shape for row in plan.trained}
+    model, spec = meta_model(arch), SPECS[arch]
+    plan = importlib.import_module(f"networks.{spec.entry}").plan
+    ours = {row.saved_name: row.shape for row in plan(4, 1, None, model).trained}
     theirs = {entry.saved: entry.shape for entry in linears(arch)}
-    assert ours.items() <= theirs.items() and len(ours) in SPECS[arch].usual
+    assert ours.items() <= theirs.items() and len(ours) in spec.usual
+    switched_on = {switch.argument: str(switch.trained_if) for switch in spec.switches}
+    widest = {row.saved_name for row in plan(4, 1, None, model, **switched_on).trained}
+    assert widest == {e.saved for e in linears(arch) if e.saved != "-" and not spec.extra_of(e.dotted)}
 
 
-@pytest.mark.parametrize("arch", CASES)
+@pytest.mark.parametrize("arch", [arch for arch in CASES if SPECS[arch].extra_dims])
 def test_layers_outside_the_blocks_have_the_trainers_names(arch: str) -> None:
     """So that in_dims, emb_dims and embedder_dims work on these classes too."""
     spec, names = SPECS[arch], found(arch, meta_model(arch))
@@ -82,13 +97,14 @@ def test_layers_outside_the_blocks_have_the_trainers_names(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", [name for name, (_, _, conversion) in CASES.items() if conversion])
 def test_rows_are_where_diffusers_conversion_puts_them(arch: str) -> None:
-    convert: Callable[..., dict[str, Tensor]] = getattr(single_file_utils, CASES[arch][2])
-    start, tagged = 0, {}
+    convert, start, tagged = CASES[arch][2], 0, {}
+    of_adapter = convert.startswith("_")  # diffusers converts only adapters of this model: their trained layers
     for entry in linears(arch):
+        if of_adapter and entry.saved == "-":
+            continue
         rows = torch.arange(start, start + entry.shape[0], dtype=torch.float64)
         tagged[entry.dotted], start = rows[:, None], start + entry.shape[0]
-    checkpoint = _Lenient({f"{name}.weight": rows.clone() for name, rows in tagged.items()})
-    converted = convert(checkpoint)
+    converted = (converted_adapter if of_adapter else converted_checkpoint)(convert, tagged)
     seen = 0
     for name, candidate in found(arch, meta_model(arch)).items():
         if name not in tagged:
@@ -104,6 +120,19 @@ def test_rows_are_where_diffusers_conversion_puts_them(arch: str) -> None:
         assert torch.equal(whole, tagged[name]), name
         seen += 1
     assert seen >= min(SPECS[arch].usual)
+
+
+def converted_checkpoint(function: str, tagged: dict[str, Tensor]) -> dict[str, Tensor]:
+    convert: Callable[..., dict[str, Tensor]] = getattr(single_file_utils, function)
+    return convert(_Lenient({f"{name}.weight": rows.clone() for name, rows in tagged.items()}))
+
+
+def converted_adapter(function: str, tagged: dict[str, Tensor]) -> dict[str, Tensor]:
+    convert: Callable[..., dict[str, Tensor]] = getattr(lora_conversion_utils, function)
+    down = {f"{name}.lora_A.weight": torch.ones(1, 1) for name in tagged}
+    found = convert(down | {f"{name}.lora_B.weight": rows.clone() for name, rows in tagged.items()})
+    ends = "transformer.", ".lora_B.weight"
+    return {f"{k.removeprefix(ends[0]).removesuffix(ends[1])}.weight": v for k, v in found.items()}
 
 
 class _Lenient(dict):  # type: ignore[type-arg]

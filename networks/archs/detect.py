@@ -39,4 +39,6 @@ def unwrap(model: Any) -> Any:
 
 
 def _has(model: Any, path: str) -> bool:
-    return getattr(model, path, None) is not None
+    for name in path.split("."):
+        model = getattr(model, name, None)
+    return model is not None

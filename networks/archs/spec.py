@@ -89,6 +89,7 @@ class Part:
         layouts: the same by regular expressions, for models that also divide layers otherwise; before `rename`.
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
+        tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Part:
     layouts: tuple[Rename, ...] = ()
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
 
     def layout_of(self, dotted_name: str) -> Rename | None:
         """The first of `layouts` that speaks of this layer, its trainer's name filled in."""

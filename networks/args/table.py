@@ -115,6 +115,14 @@ TABLE: tuple[Arg, ...] = (
         neutral=(True,),
     ),
     Arg(
+        "include_refiner",
+        "bool",
+        None,
+        "whether the two refiners are trained, too (Z-Image)",
+        _WHERE,
+        neutral=(False,),
+    ),
+    Arg(
         "blocks",
         "blocks",
         None,

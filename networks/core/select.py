@@ -65,8 +65,12 @@ def candidates(
         switched_on: names of the boolean arguments that are True; the part may wait for one of them.
     """
     waiting: dict[str, dict[int, Candidate]] = {}
-    containers = part.containers + tuple(c for name, more in part.optional if name in switched_on for c in more)
-    for path, module, classes in _walk(unwrap(model), "", frozenset()):
+    root = unwrap(model)
+    always = part.containers + tuple(
+        c for n, value, more in part.tasks if getattr(root, n, None) == value for c in more
+    )
+    containers = always + tuple(c for name, more in part.optional if name in switched_on for c in more)
+    for path, module, classes in _walk(root, "", frozenset()):
         geometry = Geometry.of(module)
         if geometry is None:
             continue
@@ -87,7 +91,7 @@ def candidates(
         if by_conv_dim and convolutions:
             reason = ""
         names = dotted, part.trainer_name(dotted), part.saved_name(dotted)
-        default = not part.argument and not classes.isdisjoint(part.containers) and not geometry.has_kernel
+        default = not part.argument and not classes.isdisjoint(always) and not geometry.has_kernel
         layout = part.layout_of(dotted)
         bases: Bases = ((module, None),)
         half = geometry.out_features // 2

@@ -1,0 +1,43 @@
+"""FLUX.2 dev and klein, under the trainer's classes and diffusers'. Their modulation stands outside the blocks."""
+
+from __future__ import annotations
+
+from .flux import IMAGE_QKV, TEXT_QKV
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
+
+DIFFUSERS = (
+    *below(
+        r"transformer_blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        *fused(IMAGE_QKV, "img_attn.qkv"),
+        *fused(TEXT_QKV, "txt_attn.qkv"),
+        Rename("attn.to_out.0", "img_attn.proj"),
+        Rename("attn.to_add_out", "txt_attn.proj"),
+        Rename("ff.linear_in", "img_mlp.0"),
+        Rename("ff.linear_out", "img_mlp.2"),
+        Rename("ff_context.linear_in", "txt_mlp.0"),
+        Rename("ff_context.linear_out", "txt_mlp.2"),
+    ),
+    *below(
+        r"single_transformer_blocks\.(\d+)\.",
+        r"single_blocks.\1.",
+        Rename("attn.to_qkv_mlp_proj", "linear1"),
+        Rename("attn.to_out", "linear2"),
+    ),
+)
+
+FLUX_2 = ArchSpec(
+    name="flux_2",
+    title="FLUX.2",
+    entry="lora_flux_2",
+    signatures=(Signature("Flux2"), Signature("Flux2Transformer2DModel")),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("DoubleStreamBlock", "SingleStreamBlock", "Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+        layouts=DIFFUSERS,
+    ),
+    axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", None)),
+    fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
+    usual=frozenset({80, 112, 160}),
+)

@@ -1,0 +1,24 @@
+"""HiDream-O1: a language model that draws pixels. Its trainer marks the model with the task; diffusers has no class."""
+
+from __future__ import annotations
+
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
+
+VISION = ("Qwen3VLVisionPatchEmbed", "Qwen3VLVisionBlock", "Qwen3VLVisionPatchMerger")
+
+HIDREAM_O1 = ArchSpec(
+    name="hidream_o1",
+    title="HiDream-O1",
+    entry="lora_hidream_o1",
+    # The language model alone has the same class.
+    signatures=(Signature("Qwen3VLForConditionalGeneration", has=("model.x_embedder",)),),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("Qwen3VLTextDecoderLayer", "BottleneckPatchEmbed", "FinalLayer"),
+        tasks=(("hidream_o1_task", "i2i", VISION),),
+    ),
+    axes=(BlockAxis("model.language_model.layers."), BlockAxis("model.visual.blocks.", None)),
+    fused_rows=(FusedRows(r"model\.visual\..*\.qkv", 1, 2),),
+    usual=frozenset({255, 371}),
+)

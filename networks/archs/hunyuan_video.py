@@ -1,0 +1,73 @@
+"""HunyuanVideo, HunyuanVideo 1.5 and FramePack, under the trainer's classes and diffusers'."""
+
+from __future__ import annotations
+
+from .hunyuan_image import DIFFUSERS
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below
+
+DOUBLE_BLOCKS = 20
+# FramePack's trainer has diffusers' classes; those of the second line stand in diffusers' image-to-video models.
+BLOCKS = (
+    "HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock",
+    "HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock",
+)  # fmt: skip
+
+HUNYUAN_VIDEO = ArchSpec(
+    name="hunyuan_video",
+    title="HunyuanVideo",
+    entry="lora",
+    signatures=(Signature("HYVideoDiffusionTransformer"), Signature("HunyuanVideoTransformer3DModel")),
+    denoiser=Part("dit", "lora_unet", ("MMDoubleStreamBlock", "MMSingleStreamBlock", *BLOCKS), layouts=DIFFUSERS),
+    axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
+    switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),
+    fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
+    usual=frozenset({240}),
+)
+
+HV_1_5 = ArchSpec(
+    name="hv_1_5",
+    title="HunyuanVideo 1.5",
+    entry="lora_hv_1_5",
+    signatures=(Signature("HunyuanVideo_1_5_DiffusionTransformer"), Signature("HunyuanVideo15Transformer3DModel")),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("MMDoubleStreamBlock", "HunyuanVideo15TransformerBlock"),
+        layouts=below(
+            r"transformer_blocks\.(\d+)\.",
+            r"double_blocks.\1.",
+            Rename("attn.to_q", "img_attn_q"),
+            Rename("attn.to_k", "img_attn_k"),
+            Rename("attn.to_v", "img_attn_v"),
+            Rename("attn.to_out.0", "img_attn_proj"),
+            Rename("attn.add_q_proj", "txt_attn_q"),
+            Rename("attn.add_k_proj", "txt_attn_k"),
+            Rename("attn.add_v_proj", "txt_attn_v"),
+            Rename("attn.to_add_out", "txt_attn_proj"),
+            Rename("ff.net.0.proj", "img_mlp.fc1"),
+            Rename("ff.net.2", "img_mlp.fc2"),
+            Rename("ff_context.net.0.proj", "txt_mlp.fc1"),
+            Rename("ff_context.net.2", "txt_mlp.fc2"),
+            Rename("norm1.linear", "img_mod.linear"),
+            Rename("norm1_context.linear", "txt_mod.linear"),
+        ),
+    ),
+    axes=(BlockAxis("double_blocks."),),
+    # The trainer's default pattern, .*(_in).*, matches no layer of a block: it trains the modulation, too.
+    switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod)\..*", trained_if=False, default=True),),
+    usual=frozenset({756}),
+)
+
+FRAMEPACK = ArchSpec(
+    name="framepack",
+    title="FramePack",
+    entry="lora_framepack",
+    signatures=(
+        Signature("HunyuanVideoTransformer3DModelPacked"),
+        Signature("HunyuanVideoFramepackTransformer3DModel"),
+    ),
+    denoiser=Part("dit", "lora_unet", BLOCKS),
+    axes=(BlockAxis("transformer_blocks."), BlockAxis("single_transformer_blocks.", DOUBLE_BLOCKS)),
+    switches=(Switch("exclude_mod", r".*\.(norm|norm1|norm1_context)\.linear", trained_if=False),),
+    usual=frozenset({440}),
+)

@@ -1,0 +1,27 @@
+"""Ideogram 4, under the trainer's classes and diffusers'."""
+
+from __future__ import annotations
+
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
+
+IDEOGRAM4 = ArchSpec(
+    name="ideogram4",
+    title="Ideogram 4",
+    entry="lora_ideogram4",
+    signatures=(Signature("Ideogram4Transformer"), Signature("Ideogram4Transformer2DModel")),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("Ideogram4TransformerBlock",),
+        layouts=below(
+            r"layers\.(\d+)\.attention\.",
+            r"layers.\1.attention.",
+            *fused(("to_q", "to_k", "to_v"), "qkv"),
+            Rename("to_out.0", "o"),
+        ),
+    ),
+    axes=(BlockAxis("layers."),),
+    switches=(Switch("exclude_mod", r".*\.adaln_modulation", trained_if=False),),
+    fused_rows=(FusedRows(r"layers\..*\.qkv", 1, 2),),
+    usual=frozenset({170}),
+)

@@ -1,0 +1,42 @@
+"""Krea 2, under the trainer's classes and diffusers'. Every Linear is trained; the modulation is bare parameters."""
+
+from __future__ import annotations
+
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, below
+
+BLOCK = (
+    Rename("attn.to_q", "attn.wq"),
+    Rename("attn.to_k", "attn.wk"),
+    Rename("attn.to_v", "attn.wv"),
+    Rename("attn.to_gate", "attn.gate"),
+    Rename("attn.to_out.0", "attn.wo"),
+    Rename("ff.gate", "mlp.gate"),
+    Rename("ff.up", "mlp.up"),
+    Rename("ff.down", "mlp.down"),
+)
+DIFFUSERS = (
+    *below(r"transformer_blocks\.(\d+)\.", r"blocks.\1.", *BLOCK),
+    *below(r"text_fusion\.(layerwise|refiner)_blocks\.(\d+)\.", r"txtfusion.\1_blocks.\2.", *BLOCK),
+    *below(
+        "",
+        "",
+        Rename("img_in", "first"),
+        Rename("time_embed.linear_1", "tmlp.0"),
+        Rename("time_embed.linear_2", "tmlp.2"),
+        Rename("time_mod_proj", "tproj.1"),
+        Rename("text_fusion.projector", "txtfusion.projector"),
+        Rename("txt_in.linear_1", "txtmlp.1"),
+        Rename("txt_in.linear_2", "txtmlp.3"),
+        Rename("final_layer.linear", "last.linear"),
+    ),
+)
+
+KREA2 = ArchSpec(
+    name="krea2",
+    title="Krea 2",
+    entry="lora_krea2",
+    signatures=(Signature("SingleStreamDiT"), Signature("Krea2Transformer2DModel")),
+    denoiser=Part("dit", "lora_unet", ("SingleStreamDiT", "Krea2Transformer2DModel"), layouts=DIFFUSERS),
+    axes=(BlockAxis("blocks."),),
+    usual=frozenset({264}),
+)

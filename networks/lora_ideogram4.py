@@ -1,0 +1,20 @@
+"""`--network_module networks.lora_ideogram4`: Ideogram 4; `algo=` takes another algorithm than LoRA."""
+
+from .hosts.entry import Entry
+from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
+
+create_network, create_network_from_weights, create_arch_network, create_arch_network_from_weights, plan = Entry(
+    __name__, "lora", ("ideogram4",)
+).functions
+LoRANetwork = network_class(__name__)
+
+__all__ = [
+    "LoRAInfModule",
+    "LoRAModule",
+    "LoRANetwork",
+    "create_arch_network",
+    "create_arch_network_from_weights",
+    "create_network",
+    "create_network_from_weights",
+    "plan",
+]

@@ -1,0 +1,72 @@
+"""What records of architectures say beyond names: numbers of blocks, marks of a trainer, namesakes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from torch import nn
+from toy_models import toy
+
+import networks.lora
+import networks.lora_flux_2
+import networks.lora_hidream_o1
+from networks.archs import ARCHS
+from networks.archs.detect import detect
+from networks.archs.spec import Switch
+
+SPECS = {spec.name: spec for spec in ARCHS}
+
+
+def test_single_blocks_are_numbered_behind_as_many_double_blocks_as_there_are() -> None:
+    model = toy("flux_2")["dit"]
+    del model.get_submodule("single_blocks")._modules["1"]
+    for wanted in (2, 1):
+        plan = networks.lora_flux_2.plan(4, 1, None, model, blocks=f"{wanted}")
+        assert {row.dotted_name.rpartition(".")[0] for row in plan.trained} == {"single_blocks.0"}
+        assert {row.block for row in plan.trained} == {wanted}
+        with pytest.raises(ValueError, match=f"FLUX.2 has the blocks 0 to {wanted}"):
+            networks.lora_flux_2.plan(4, 1, None, model, blocks=f"{wanted + 1}")
+        del model.get_submodule("double_blocks")._modules[f"{wanted - 1}"]
+
+
+def test_an_unfitted_record_has_no_number_for_them() -> None:
+    with pytest.raises(AssertionError, match="fit the record"):
+        SPECS["flux_2"].block_of("single_blocks.0.linear1")
+    assert SPECS["flux_2"].fit(["double_blocks.4.x", "single_blocks.0.y"]).block_of("single_blocks.3.y") == 8
+
+
+def test_hidream_trains_its_eyes_where_the_trainer_says_so() -> None:
+    model = toy("hidream_o1")["dit"]
+    text = {row.dotted_name for row in networks.lora_hidream_o1.plan(4, 1, None, model).trained}
+    model.hidream_o1_task = "i2i"  # type: ignore[assignment]
+    both = {row.dotted_name for row in networks.lora_hidream_o1.plan(4, 1, None, model).trained}
+    assert text < both and all(name.startswith("model.visual.") for name in both - text)
+    assert not any(name.startswith(("model.visual.", "model.t_embedder1", "lm_head")) for name in text)
+    model.hidream_o1_task = "t2i"  # type: ignore[assignment]
+    assert {row.dotted_name for row in networks.lora_hidream_o1.plan(4, 1, None, model).trained} == text
+
+
+def test_a_language_model_of_the_same_class_is_not_taken_for_it() -> None:
+    model = toy("hidream_o1")["dit"]
+    del model.get_submodule("model")._modules["x_embedder"]
+    with pytest.raises(ValueError, match="no architecture of ours has a denoiser of class Qwen3VLForCond"):
+        detect(model)
+
+
+def test_the_same_block_classes_under_another_root_are_another_architecture() -> None:
+    for arch in ("hunyuan_video", "hunyuan_image", "hv_1_5", "framepack", "flux", "flux_2"):
+        assert detect(toy(arch)["dit"]).name == arch
+
+
+def test_a_switch_without_the_argument_follows_the_host() -> None:
+    switch = Switch("x", ".*", trained_if=True, default=True, per_host=(("there", False),))
+    assert (switch.trains(None, "here"), switch.trains(None, "there")) == (True, False)
+    assert (switch.trains(True, "there"), switch.trains(False, "here")) == (True, False)
+    assert not replace(switch, trained_if=False).trains(True, "here")
+
+
+def test_krea_2_trains_every_linear() -> None:
+    model = toy("krea2")["dit"]
+    plan = networks.lora.plan(4, 1, None, model)
+    assert len(plan.trained) == sum(isinstance(module, nn.Linear) for module in model.modules())
