@@ -232,6 +232,7 @@ def test_what_the_dialect_cannot_hold_is_refused() -> None:
 
     with pytest.raises(ValueError, match="save_format=blissful holds lora only, not loha"):
         networks.loha.create_arch_network(1.0, 4, 1, None, None, dit(), **BLISSFUL)
+    assert network(dit(), **BLISSFUL, algo="lora_fa").layers, "its files are LoRA"
     with pytest.raises(ValueError, match="holds DoRA of output rows only"):
         network(dit(), **BLISSFUL, **DORA, wd_on_output="False")
     with pytest.raises(ValueError, match="holds DoRA of Linear only, not of Conv2d"):

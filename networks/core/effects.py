@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..algos import ALGOS
 from ..args.parse import Problems
 from ..files.dialects import DIALECTS, Dialect
 
@@ -99,7 +100,7 @@ def _loraplus_mode(trained: Sequence[PlanRow], args: Any, problems: Problems) ->
 
 def _dialect(trained: Sequence[PlanRow], dialect: Dialect, problems: Problems) -> None:
     """Whether the files can hold what is trained."""
-    algos = {row.algo for row in trained if dialect.algos and row.algo not in dialect.algos}
+    algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].form() not in dialect.algos}
     if algos:
         problems.add(
             f"save_format={dialect.name} holds {', '.join(dialect.algos)} only, not {', '.join(sorted(algos))}: that "
