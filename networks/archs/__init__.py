@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .ace_step import ACE_STEP
 from .anima import ANIMA
 from .flux import CHROMA, FLUX
 from .flux_2 import FLUX_2
@@ -21,7 +22,7 @@ from .zimage import ZIMAGE
 
 ARCHS: tuple[ArchSpec, ...] = (
     SDXL, SD, FLUX, CHROMA, SD3, LUMINA, HUNYUAN_IMAGE, ANIMA, WAN, QWEN_IMAGE, HUNYUAN_VIDEO, HV_1_5, FRAMEPACK,
-    FLUX_2, ZIMAGE, KANDINSKY, KREA2, IDEOGRAM4, HIDREAM_O1,
+    FLUX_2, ZIMAGE, KANDINSKY, KREA2, IDEOGRAM4, HIDREAM_O1, ACE_STEP,
 )  # fmt: skip
 
 __all__ = ["ARCHS", "ArchSpec"]

@@ -1,4 +1,7 @@
-"""Z-Image: a flow transformer over one sequence of image and text, which counts time from the noise (2511.22699)."""
+"""Z-Image: a flow transformer over one sequence of image and text, which counts time from the noise (2511.22699).
+
+Its pipeline counts guidance from 0, which is none (and what the Turbo model wants).
+"""
 
 from __future__ import annotations
 

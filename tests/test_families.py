@@ -1,0 +1,204 @@
+"""Every model family: the trainer's prediction is the pipeline's, and a trained file draws the same wherever it is read."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import gen_img
+import numpy as np
+import pytest
+import tiny_flow_models
+import tiny_models
+import torch
+import train_network
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from networks.hosts.caption_folder import CaptionedImage
+from networks.hosts.diffusers import load_model
+from networks.hosts.drawing import ImageRequest
+from networks.hosts.families import FAMILIES
+from networks.hosts.families.noise import Flow
+from networks.hosts.sound import read_sound
+
+SIDE = 32
+# diffusers for Python 3.10 has not all of them
+FLOWS = [name for name in tiny_flow_models.MAKERS if hasattr(diffusers, name)]
+REQUEST = ImageRequest("a red square", "", 7, SIDE, SIDE, steps=1, scale=1.0, seconds=0.4)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Folders images and sounds, and a function that makes a model's folder once."""
+    root = tmp_path_factory.mktemp("families")
+    tiny_models.make_images(root / "images", 3, SIDE)
+    tiny_flow_models.make_sounds(root / "sounds")
+
+    @functools.cache
+    def model(name: str) -> Path:
+        torch.manual_seed(0)
+        return tiny_flow_models.MAKERS[name](root / name)
+
+    model.root = root
+    return model
+
+
+def load(path: Path):
+    return load_model(path, torch.device("cpu"), torch.float32, "--ckpt")
+
+
+def unguided(name: str) -> float:
+    """The guidance that is none: Z-Image's pipeline counts from 0."""
+    return 0.0 if name == "ZImagePipeline" else 1.0
+
+
+def data_of(folder, name: str) -> Path:
+    return folder.root / ("sounds" if name == "AceStepPipeline" else "images")
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_prediction_is_the_pipelines(folder, name):
+    """One step from pure noise, without guidance: what the pipeline draws is noise - prediction at time 1."""
+    family = load(folder(name))
+    seen = {}
+    family.decode = lambda latents: seen.setdefault("drawn", latents)
+    family.draw([replace(REQUEST, scale=unguided(name))])
+    drawn = seen["drawn"]
+    shape = (1, *drawn.shape[1:]) if name != "AceStepPipeline" else (1, drawn.shape[2], drawn.shape[1])
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(REQUEST.seed))
+    noise = noise.transpose(1, 2) if name == "AceStepPipeline" else noise
+    samples = round(REQUEST.seconds * getattr(family.pipeline, "sample_rate", 1))
+    prompt = family.prompt_of(CaptionedImage(Path("x"), REQUEST.prompt), (1, samples))
+    with torch.no_grad():
+        predicted = family.predict(noise, torch.ones(1), family.encode_prompts([prompt]), {})
+    assert torch.allclose(drawn, noise - predicted, rtol=0, atol=2e-5 * float(drawn.abs().max()))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_prediction_does_not_depend_on_its_batch(folder, name):
+    family = load(folder(name))
+    prompts = ["a red square", "a much longer caption of another square"]
+    prompts = [family.prompt_of(CaptionedImage(Path("x"), text), (1, 160)) for text in prompts]
+    size = (2, 8, 20) if name == "AceStepPipeline" else (2, 4, 16, 16)
+    noisy, times = torch.randn(size, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        conditions = family.encode_prompts(prompts)
+        both = family.predict(noisy, times, conditions, {})
+        single = [family.encode_prompts([prompt]) for prompt in prompts]
+        one = torch.cat([family.predict(noisy[i : i + 1], times[i : i + 1], single[i], {}) for i in range(2)])
+    assert both.shape == noisy.shape
+    assert torch.allclose(both, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_latents_decode_to_the_data(folder, name):
+    """encode and decode are the autoencoder's own two ways: scale and unscale are inverse, shapes come back."""
+    family = load(folder(name))
+    latents = torch.randn(2, 4, 16, 16)
+    if name == "AceStepPipeline":
+        sounds = family.decode(torch.randn(2, 8, 20))
+        assert [tuple(sound.shape) for sound in sounds] == [(2, 160)] * 2
+        assert all(float(sound.abs().max()) == pytest.approx(10 ** (-1 / 20)) for sound in sounds)
+        return
+    raw = family.unscale(latents)
+    assert torch.allclose(family.scale(raw), latents, atol=1e-6)
+    item = family.read_item(CaptionedImage(folder.root / "images" / "0.png", ""), (SIDE, SIDE))
+    encoded = family.encode(item["data"][None], [torch.Generator().manual_seed(0)])
+    assert encoded.shape == (1, 4, 16, 16)
+    mean = family.vae.encode(family.to_vae(item["data"][None])).latent_dist
+    assert float((encoded - family.scale(mean.mean)).abs().max()) < 6 * float(mean.std.max()) / 0.4 + 1e-6
+    assert [image.size for image in family.decode(encoded)] == [(SIDE, SIDE)]
+
+
+def train(folder, name: str, output: Path, *more: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    code = train_network.main(
+        [
+            f"--pretrained_model_name_or_path={folder(name)}",
+            f"--train_data_dir={data_of(folder, name)}",
+            f"--output_dir={output}",
+            "--resolution=32",
+            "--network_dim=4",
+            "--network_alpha=4",
+            "--max_train_steps=3",
+            "--train_batch_size=2",
+            "--learning_rate=0.05",
+            "--seed=1",
+            "--debug",
+            *more,
+        ]
+    )
+    assert code == 0
+
+
+def draw(folder, name: str, output: Path, *more: str) -> np.ndarray:
+    """What the generator draws: (H, W, 3) from 0 to 255, or (2, S) from -1 to 1."""
+    options = ["--prompt=a red square --w 32 --h 32 --s 2 --l 1 --d 3 --sec 0.4", f"--outdir={output}", "--debug"]
+    assert gen_img.main([f"--ckpt={folder(name)}", *options, *more]) == 0
+    if name == "AceStepPipeline":
+        return read_sound(output / "im_000000.wav", 400).numpy()
+    return np.asarray(Image.open(output / "im_000000.png")).astype(float)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_trained_saved_loaded_and_drawn(folder, name, tmp_path):
+    text = "FluxPipeline" == name  # its CLIP is trained too, so text runs in every step
+    train(folder, name, tmp_path, *([] if text else ["--network_train_unet_only"]))
+    file = tmp_path / "last.safetensors"
+    network = ["--network_module", "networks.lora", "--network_weights", str(file)]
+    base = draw(folder, name, tmp_path / "base")
+    applied = draw(folder, name, tmp_path / "applied", *network)
+    merged = draw(folder, name, tmp_path / "merged", *network, "--network_merge")
+    span = 1 if base.ndim == 2 else 255
+    assert np.abs(applied - base).max() > 0.02 * span
+    assert np.abs(applied - merged).max() <= 0.01 * span
+
+
+READ_BY_DIFFUSERS = [name for name in FLOWS if name in ("FluxPipeline", "QwenImagePipeline", "ZImagePipeline")]
+
+
+@pytest.mark.parametrize("name", READ_BY_DIFFUSERS)
+def test_diffusers_reads_the_file(folder, name, tmp_path):
+    train(folder, name, tmp_path, "--network_train_unet_only")
+    file = tmp_path / "last.safetensors"
+    family = load(folder(name))
+    seen = []
+    family.decode = seen.append
+    family.draw([REQUEST])
+    family.pipeline.load_lora_weights(str(file))
+    family.draw([REQUEST])
+    ours = load(folder(name))
+    ours.decode = seen.append
+    import networks.lora
+
+    network, weights = networks.lora.create_network_from_weights(
+        1.0, str(file), None, ours.text_encoder_argument, ours.denoiser, for_inference=True
+    )
+    network.apply_to(ours.text_encoder_argument, ours.denoiser)
+    ours.draw([REQUEST])
+    base, theirs, mine = seen
+    assert float((theirs - base).abs().max()) > 1e-2
+    assert torch.allclose(theirs, mine, atol=1e-4 * float(mine.abs().max()))
+
+
+def test_unknown_family_lists_those_known(tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    assert gen_img.main([f"--ckpt={tmp_path}", "--prompt=x"]) == 2
+    error = capsys.readouterr().err
+    assert "KandinskyPipeline" in error and all(family.title in error for family in FAMILIES)
+
+
+def test_flow_levels():
+    """Times grow with u; a shift moves them towards the noise by its formula; the middle of the normal is its mean."""
+    u = torch.linspace(0.01, 0.99, 99)
+    uniform, shifted = Flow(1.0, None).times(u), Flow(3.0, None).times(u)
+    assert torch.allclose(uniform, u)
+    assert torch.allclose(shifted, 3 * u / (1 + 2 * u))
+    normal = Flow(1.0, -0.4).times(u)
+    assert bool((normal.diff() > 0).all())
+    assert float(normal[49]) == pytest.approx(float(torch.sigmoid(torch.tensor(-0.4))), abs=1e-6)
+    draws = torch.sigmoid(torch.randn(200_000, generator=torch.Generator().manual_seed(0)) - 0.4)
+    assert torch.allclose(torch.quantile(draws, u), normal, atol=5e-3)
