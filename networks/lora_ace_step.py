@@ -3,9 +3,14 @@
 from .hosts.entry import Entry
 from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
 
-create_network, create_network_from_weights, create_arch_network, create_arch_network_from_weights, plan = Entry(
-    __name__, "lora", ("ace_step",)
-).functions
+(
+    create_network,
+    create_network_from_weights,
+    create_arch_network,
+    create_arch_network_from_weights,
+    prepare_network,
+    plan,
+) = Entry(__name__, "lora", ("ace_step",)).functions
 LoRANetwork = network_class(__name__)
 
 __all__ = [
@@ -17,4 +22,5 @@ __all__ = [
     "create_network",
     "create_network_from_weights",
     "plan",
+    "prepare_network",
 ]

@@ -170,7 +170,7 @@ def demo(args: argparse.Namespace) -> int:
     shutil.copyfile(output / f"{NAME}-loss.png", output / "loss.png")
     shutil.copyfile(output / f"{NAME}-plan.txt", output / "plan.txt")
     labels = [(f"strength {strength:g}", rows[strength]) for strength in STRENGTHS]
-    make_grid([*labels, ("true style\n(held out)", truth)], SHOWN, output / "before_after.png")
+    make_grid([*labels, ("true style", truth)], SHOWN, output / "before_after.png")
 
     before, after = held_out_losses(output / f"{NAME}-loss.csv")
     colours = [colour(rows[strength]) for strength in STRENGTHS]

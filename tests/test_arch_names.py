@@ -40,6 +40,7 @@ COUNTS = {
     "krea2": (264, 264, 0),
     "ideogram4": (170, 204, 0),
     "hidream_o1": (255, 372, 0),
+    "ace_step": (192, 264, 0),
 }
 WIDEST = {
     "sd": {"conv_dim": "2"},
@@ -61,6 +62,7 @@ WIDEST = {
     "krea2": {},
     "ideogram4": {"exclude_mod": "False"},
     "hidream_o1": {"conv_dim": "2"},
+    "ace_step": {"include_patterns": "['.*']"},
 }
 
 

@@ -1,4 +1,4 @@
-"""Every model family: the trainer's prediction is the pipeline's, and a trained file draws the same wherever it is read."""
+"""Every model family: we predict what the pipeline does, and a trained file draws the same wherever it is read."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import train_network
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
 
 from networks.hosts.caption_folder import CaptionedImage
 from networks.hosts.diffusers import load_model
@@ -157,7 +158,23 @@ def test_trained_saved_loaded_and_drawn(folder, name, tmp_path):
     assert np.abs(applied - merged).max() <= 0.01 * span
 
 
-READ_BY_DIFFUSERS = [name for name in FLOWS if name in ("FluxPipeline", "QwenImagePipeline", "ZImagePipeline")]
+@pytest.mark.parametrize("algo", ["loha", "lokr"])
+def test_music_with_side_steps_settings(folder, tmp_path, algo):
+    """LoKr's linear dim and alpha, factor, decompose both, scalar; names of the original decoder in the file."""
+    lokr = ["factor=4", "decompose_both=True"] if algo == "lokr" else []
+    options = [f"--network_module=networks.{algo}", "--network_dim=1", "--network_args", "use_scalar=True", *lokr]
+    train(folder, "AceStepPipeline", tmp_path, *options)
+    keys = load_file(tmp_path / "last.safetensors").keys()
+    layers = {key.partition(".")[0] for key in keys}
+    projections = {f"{attn}_{which}_proj" for attn in ("self_attn", "cross_attn") for which in "qkvo"}
+    assert layers == {f"lycoris_layers_{block}_{name}" for block in (0, 1) for name in projections}
+    network = ["--network_module", "networks.lora", "--network_weights", str(tmp_path / "last.safetensors")]
+    base = draw(folder, "AceStepPipeline", tmp_path / "base")
+    assert np.abs(draw(folder, "AceStepPipeline", tmp_path / "applied", *network) - base).max() > 0.01
+
+
+# diffusers' conversion of FLUX.1 files knows the released widths only, and is tested on them in test_files
+READ_BY_DIFFUSERS = [name for name in FLOWS if name in ("QwenImagePipeline", "ZImagePipeline")]
 
 
 @pytest.mark.parametrize("name", READ_BY_DIFFUSERS)

@@ -214,7 +214,7 @@ def make_ace_step(folder: Path) -> Path:
         hidden_size=16, num_hidden_layers=2, in_channels=24, audio_acoustic_hidden_dim=8, sliding_window=4, **heads
     )
     vae = AutoencoderOobleck(
-        encoder_hidden_size=8,
+        encoder_hidden_size=16,
         downsampling_ratios=[2, 4],
         channel_multiples=[1, 2],
         decoder_channels=8,
