@@ -93,11 +93,12 @@ def test_the_function_which_trainers_call(form: str, dtype: torch.dtype) -> None
     assert again is weight  # its keys are used up
 
 
-def test_fp8_saturates_instead_of_overflowing() -> None:
-    weight = torch.full((2, 2), 440.0).to(torch.float8_e4m3fn)
-    file = {"a.lokr_w1": torch.ones(1, 1), "a.lokr_w2": torch.full((2, 2), 500.0)}
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)], ids=str)
+def test_fp8_saturates_instead_of_overflowing(dtype: torch.dtype, largest: float) -> None:
+    weight = torch.full((2, 2), largest).to(dtype)
+    file = {"a.lokr_w1": torch.ones(1, 1), "a.lokr_w2": torch.tensor([[1.0, -4.0], [-2.0, 0.0]]) * largest}
     merged = networks.lokr.merge_weights_to_tensor(weight, "a", file, set(file), 1.0, "cpu")
-    assert merged.float().tolist() == [[448.0] * 2] * 2
+    assert merged.float().tolist() == [[largest, -largest], [-largest, largest]]
 
 
 # ---- a trainer's loader, in the shape which sd-scripts and musubi-tuner share ----

@@ -55,7 +55,8 @@ def checkout(tmp_path: Path) -> Path:
         "library/tool.py": "",
         "networks/lora.py": "PREFIX = 'bare'\n",
         "networks/only_here.py": "",
-        "networks/helper.py": "import lora, library.tool, networks.loha\nprint(lora.PREFIX, networks.loha.__file__)\n",
+        "networks/helper.py": "import lora, gen_img, library.tool, networks.loha\n"
+        "print(lora.PREFIX, networks.loha.__file__, gen_img.__file__)\n",
     }
     for name, text in files.items():
         path = home / name
@@ -84,10 +85,11 @@ def test_the_script_sees_what_python_would_show_it(checkout: Path, tmp_path: Pat
 
 
 def test_a_helper_script_of_the_networks_folder(checkout: Path) -> None:
-    """Its bare `import lora` is the neighbour, as ever; the trainer's library is found without an installation."""
+    """Its bare `import lora` is the neighbour, as ever; what stands in the root is found uninstalled, and it
+    is not ours of that name."""
     done = launch("networks/helper.py", cwd=checkout)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["bare", str(ROOT / "networks" / "loha.py")]
+    assert done.stdout.split() == ["bare", str(ROOT / "networks" / "loha.py"), str(checkout / "gen_img.py")]
 
 
 def test_spawned_workers_find_ours(checkout: Path) -> None:

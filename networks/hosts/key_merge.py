@@ -61,7 +61,7 @@ def _merge(weight: Tensor, layers: Iterable[tuple[codec.SavedLayer, float]], dev
             wide = merged_weight(layer, wide, multiplier)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
-    if weight.itemsize == 1:  # a cast to fp8 does not saturate: what is above the largest value would become NaN
+    if weight.itemsize == 1:  # depending on torch and kind, a cast to fp8 makes inf or NaN of what is too large
         limit = torch.finfo(weight.dtype).max
         wide = wide.clamp(-limit, limit)
     return wide.to(weight.dtype)
@@ -114,10 +114,7 @@ class _File:
 
 
 def _divide(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(what the trainer merges, what we merge): plain LoRA layers stay with the trainer, unless a flag of the file says
-    that alpha is not what it seems."""
-    if not tensors.keys().isdisjoint(dialects.detect(tensors).flags):
-        return {}, dict(tensors)
+    """(what the trainer merges, what we merge): plain LoRA layers stay with the trainer."""
     if dialects.detect(tensors) is not dialects.PORTABLE:  # its alpha may mean something else
         return {}, dict(tensors)
     forms: dict[str, set[str]] = {}
