@@ -1,4 +1,4 @@
-"""`--network_module networks.lora_ace_step`: ACE-Step 1.5 (music); `algo=` takes another algorithm."""
+"""`--network_module networks.lora_ace_step`: ACE-Step 1.5 (music); `algo=` takes another algorithm than LoRA."""
 
 from .hosts.entry import Entry
 from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class

@@ -62,7 +62,7 @@ WIDEST = {
     "krea2": {},
     "ideogram4": {"exclude_mod": "False"},
     "hidream_o1": {"conv_dim": "2"},
-    "ace_step": {"include_patterns": "['.*']"},
+    "ace_step": {"train_mlp": "True"},
 }
 
 

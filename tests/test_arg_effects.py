@@ -79,10 +79,12 @@ OF_ARCHS: dict[str, tuple[str, str]] = {
     "train_llm_adapter": ("anima", "True"),
     "exclude_mod": ("qwen_image", "False"),
     "include_refiner": ("zimage", "True"),
+    "train_mlp": ("ace_step", "True"),
 }
 NEUTRAL = {
     "exclude_mod": "True",
     "include_refiner": "False",
+    "train_mlp": "False",
     "split_qkv": "off",
     "train_blocks": "all",
     "train_t5xxl": "False",

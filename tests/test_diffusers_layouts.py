@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "",
     ),
     "krea2": ("Krea2Transformer2DModel", {}, "convert_krea2_transformer_checkpoint_to_diffusers"),
+    "ace_step": ("AceStepTransformer1DModel", {}, "_convert_non_diffusers_ace_step_lora_to_diffusers"),
     "ideogram4": ("Ideogram4Transformer2DModel", {}, "_convert_non_diffusers_ideogram4_lora_to_diffusers"),
 }  # fmt: skip
 

@@ -1,28 +1,31 @@
-"""ACE-Step 1.5's decoder, under the original classes and diffusers'. Files have the original decoder's names.
+"""ACE-Step 1.5 (music): the decoder, under its own classes and diffusers'.
 
-The prefix is the one of LyCORIS, with which this model's own trainers write their files.
+Files of its trainers (ACE-Step, Side-Step; LyCORIS on the decoder) have the prefix `lycoris`, not `lora_unet`.
 """
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, below
-
-DIFFUSERS = below(
-    r"(layers\.\d+\.(?:self|cross)_attn)\.",
-    r"\1.",
-    Rename("to_q", "q_proj"),
-    Rename("to_k", "k_proj"),
-    Rename("to_v", "v_proj"),
-    Rename("to_out.0", "o_proj"),
-)
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, below
 
 ACE_STEP = ArchSpec(
     name="ace_step",
     title="ACE-Step 1.5",
     entry="lora_ace_step",
     signatures=(Signature("AceStepDiTModel"), Signature("AceStepTransformer1DModel")),
-    denoiser=Part("dit", "lycoris", ("AceStepDiTLayer", "AceStepTransformerBlock"), layouts=DIFFUSERS),
+    denoiser=Part(
+        "dit",
+        "lycoris",
+        ("AceStepDiTLayer", "AceStepTransformerBlock"),
+        layouts=below(
+            r"layers\.(\d+)\.(self|cross)_attn\.",
+            r"layers.\1.\2_attn.",
+            Rename("to_q", "q_proj"),
+            Rename("to_k", "k_proj"),
+            Rename("to_v", "v_proj"),
+            Rename("to_out.0", "o_proj"),
+        ),
+    ),
     axes=(BlockAxis("layers."),),
-    exclude=(r".*\.mlp\..*",),  # this model's trainers adapt the attention; include_patterns brings the rest
+    switches=(Switch("train_mlp", r".*\.mlp\..*", trained_if=True),),
     usual=frozenset({192, 256}),
 )

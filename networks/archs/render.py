@@ -34,4 +34,5 @@ def _encoders(arch: ArchSpec) -> str:
 def _blocks(arch: ArchSpec) -> str:
     if arch.block_count is not None:
         return f"0-{arch.block_count - 1}"
-    return ", ".join(f"{axis.prefix.rstrip('.')} from {axis.first}" for axis in arch.axes) or "-"
+    starts = ["behind them" if axis.first is None else f"from {axis.first}" for axis in arch.axes]
+    return ", ".join(f"{axis.prefix.rstrip('.')} {start}" for axis, start in zip(arch.axes, starts, strict=True)) or "-"

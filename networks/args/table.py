@@ -115,6 +115,14 @@ TABLE: tuple[Arg, ...] = (
         neutral=(True,),
     ),
     Arg(
+        "train_mlp",
+        "bool",
+        None,
+        "whether the MLPs are trained beside the attention (ACE-Step)",
+        _WHERE,
+        neutral=(False,),
+    ),
+    Arg(
         "include_refiner",
         "bool",
         None,
