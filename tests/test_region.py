@@ -12,13 +12,17 @@ from tiny_parts import randomise, sd_unet, sdxl_unet, text_encoder
 from torch import Tensor, nn
 from toy_models import toy
 
-import networks.loha
-import networks.lokr
 import networks.lora
 import networks.lora_flux
 from networks.layers.region import Generation, Region
 
-ENTRIES = {"lora": networks.lora, "loha": networks.loha, "lokr": networks.lokr}
+KINDS: dict[str, dict[str, str]] = {
+    "lora": {},
+    "loha": {"algo": "loha"},
+    "lokr": {"algo": "lokr"},
+    "dora": {"use_dora": "True"},
+    "dora on the input": {"use_dora": "True", "wd_on_output": "False"},
+}
 HEIGHT, WIDTH, CHANNELS, TEXT = 6, 8, 4, 5
 
 
@@ -110,18 +114,19 @@ PROMPTS, PICTURES = 3, 2
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3], ids=["without guidance", "negative prompt", "negative scale"])
-@pytest.mark.parametrize("algo", ENTRIES)
-def test_the_formula(algo: str, groups: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_formula(kind: str, groups: int) -> None:
     torch.manual_seed(0)
-    unet, nets, multipliers = UNet2DConditionModel().double(), [], (0.7, -0.4)
-    for i, multiplier in enumerate(multipliers):
-        network = ENTRIES[algo].create_network(multiplier, 2, 1, None, None, unet)
+    unet, nets = UNet2DConditionModel().double(), []
+    # DoRA scales what is below it, another network included: alone, its update is a matter of the weights only.
+    for i, multiplier in enumerate((0.7,) if "dora" in kind else (0.7, -0.4)):
+        network = networks.lora.create_network(multiplier, 2, 1, None, None, unet, **KINDS[kind])
         network.apply_to(None, unet, False, True)
         randomise(network.double())
         for p in network.parameters():
             p.data.add_(0.3 * (i + 1))
         nets.append(network)
-    areas = masks(2)
+    areas = masks(len(nets))
     for i, network in enumerate(nets):
         network.set_region(i, i == len(nets) - 1, areas[i])
     shared: dict[Any, Any] = {}
@@ -134,7 +139,7 @@ def test_the_formula(algo: str, groups: int) -> None:
     deltas = [
         {
             layer.lora_name.removeprefix("lora_unet_block_").removeprefix("transformer_blocks_0_attn2_"):
-            layer.new_weight(torch.zeros(layer.adapter.geometry.weight_shape).double()).flatten(1)
+            (layer.new_weight(layer.base.weight) - layer.base.weight).flatten(1)
             for layer in network.adapted_layers
         }
         for network in nets
@@ -152,8 +157,9 @@ def test_the_formula(algo: str, groups: int) -> None:
             own = list(texts[first : first + PROMPTS])
         wanted.append(expected(unet, deltas, x[row], time[row], own, [resized(m) for m in areas]))
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-9)
-    plain = [network.detach() for network in reversed(nets)]
-    assert len(plain) == 2 and not any(m._forward_hooks for m in unet.modules())
+    for network in reversed(nets):
+        network.detach()
+    assert not any(m._forward_hooks for m in unet.modules())
 
 
 @pytest.mark.parametrize("prefixes", [["lora_te"], ["lora_te1", "lora_te2"]], ids=["SD", "SDXL"])

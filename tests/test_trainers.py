@@ -279,12 +279,12 @@ def autocast(forward: Any) -> Any:
     return call
 
 
-@pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
+@pytest.mark.parametrize("kwargs", [{}, {"algo": "loha"}, {"algo": "lokr"}, {"use_dora": "True"}], ids=str)
 @pytest.mark.parametrize("arch", ["flux", "sd3"])
-def test_block_swap(arch: str, algo: str) -> None:
+def test_block_swap(arch: str, kwargs: dict[str, str]) -> None:
     """Between calls the weights of a block lie elsewhere: here NaN stands for them, so that reading it would show."""
     denoiser = models(arch)[1].requires_grad_(False)
-    network = networks.lora.create_network(1.0, 4, 2, None, None, denoiser, algo=algo)
+    network = networks.lora.create_network(1.0, 4, 2, None, None, denoiser, **kwargs)
     network.apply_to(None, denoiser, False, True)
     randomise(network)
     wanted = denoiser(signal()).detach()
