@@ -54,8 +54,8 @@ def _resnet(old: str, new: str) -> list[tuple[str, str]]:
     return [(f"{old}.{a}", f"{new}.{b}") for a, b in names.items()]
 
 
-def _sdxl_rename() -> Pairs:
-    """diffusers' names -> the original release's."""
+def _release_names(levels: int) -> Pairs:
+    """diffusers' names -> the original release's, of a UNet with so many levels."""
     pairs = [
         ("conv_in", "input_blocks.0.0"),
         ("conv_norm_out", "out.0"),
@@ -68,7 +68,7 @@ def _sdxl_rename() -> Pairs:
         ("mid_block.attentions.0.", "middle_block.1."),
         *_resnet("mid_block.resnets.1", "middle_block.2"),
     ]
-    for i in range(3):
+    for i in range(levels):
         for j in range(2):
             n = 3 * i + j + 1
             pairs += _resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{n}.0")
@@ -78,7 +78,9 @@ def _sdxl_rename() -> Pairs:
             n = 3 * i + j
             pairs += _resnet(f"up_blocks.{i}.resnets.{j}", f"output_blocks.{n}.0")
             pairs.append((f"up_blocks.{i}.attentions.{j}.", f"output_blocks.{n}.1."))
-        pairs.append((f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{3 * i + 2}.2.conv"))
+        # The first level of a UNet with four has no attention, so its upsampler comes one place earlier.
+        place = 1 if levels == 4 and i == 0 else 2
+        pairs.append((f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{3 * i + 2}.{place}.conv"))
     return tuple(pairs)
 
 
@@ -96,7 +98,9 @@ SD = ArchSpec(
     title="Stable Diffusion 1.x / 2.x",
     entry="lora",
     signatures=(Signature("UNet2DConditionModel", lacks=("add_embedding", "label_emb")),),
-    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL),
+    denoiser=Part(
+        "unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, release=tuple((new, old) for old, new in _release_names(4))
+    ),
     text_encoders=(clip(None),),
     blocks=_sd_blocks(),
     levels=BlockLevels(first=0, down=12, mid=1, up=12),
@@ -112,7 +116,7 @@ SDXL = ArchSpec(
         Signature("SdxlUNet2DConditionModel"),
         Signature("UNet2DConditionModel", has=("add_embedding",)),
     ),
-    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_sdxl_rename()),
+    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_release_names(3)),
     text_encoders=(clip(1), clip(2)),
     blocks=_sdxl_blocks(),
     levels=BlockLevels(first=1, down=9, mid=3, up=9),

@@ -87,6 +87,8 @@ class Part:
         rename: (prefix of the model's own dotted name, prefix of the trainer's), first match wins: models with
             another library's classes are saved under the trainer's names.
         layouts: the same by regular expressions, for models that also divide layers otherwise; before `rename`.
+        release: (prefix of a dotted name in the released single file, prefix of the trainer's), for models which
+            trainers load under other names than the file's.
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
         tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
@@ -98,6 +100,7 @@ class Part:
     conv_containers: tuple[str, ...] = ()
     rename: Pairs = ()
     layouts: tuple[Rename, ...] = ()
+    release: Pairs = ()
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()

@@ -19,10 +19,14 @@ class Header:
     Attributes:
         shapes: key -> shape.
         metadata: text to text.
+        entries: key -> dtype, shape, data_offsets, as they stand there.
+        start: position of the first tensor's first byte; the offsets count from it.
     """
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    entries: dict[str, Any]
+    start: int
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -45,7 +49,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             raise ValueError(_damaged(file, f"its header is unreadable ({error})")) from None
     if file.stat().st_size < needed:
         raise ValueError(_damaged(file, f"it should have {needed} bytes but has {file.stat().st_size}"))
-    return Header(shapes, metadata)
+    return Header(shapes, metadata, entries, 8 + length)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

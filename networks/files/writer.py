@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -48,8 +48,9 @@ def write_tensors(
     known = dict(metadata or {})
     training = {key: value for key, value in known.items() if key.startswith("ss_")}
     known["sshs_model_hash"] = hashlib.sha256(payload).hexdigest()
-    known["sshs_legacy_hash"] = _legacy_hash(_header(entries, training), payload)
-    _replace(file, _header(entries, known), payload)
+    known["sshs_legacy_hash"] = _legacy_hash(safetensors_header(entries, training), payload)
+    header = safetensors_header(entries, known)
+    replace(file, (header, payload), len(header) + len(payload))
     return file
 
 
@@ -81,7 +82,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
     return cast
 
 
-def _header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+def safetensors_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
     """Length prefix and JSON, padded so that the tensors stay aligned to 8 bytes."""
     whole = {"__metadata__": dict(metadata), **entries} if metadata else dict(entries)
     text = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -97,14 +98,22 @@ def _legacy_hash(header: bytes, payload: memoryview) -> str:
     return hashlib.sha256(window).hexdigest()[:8]
 
 
-def _replace(file: Path, header: bytes, payload: memoryview) -> None:
+def replace(file: Path, chunks: Iterable[bytes | memoryview], size: int) -> None:
+    """Write a file whole or not at all: beside its destination, then over it in one step.
+
+    Args:
+        size: of all chunks together, for the message when the disk is full.
+
+    Raises:
+        OSError: what was there before is untouched.
+    """
     handle, name = -1, ""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
         with os.fdopen(handle, "wb") as stream:
-            stream.write(header)
-            stream.write(payload)
+            for chunk in chunks:
+                stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())
         # mkstemp makes files private; an adapter is an ordinary file.
@@ -115,7 +124,7 @@ def _replace(file: Path, header: bytes, payload: memoryview) -> None:
             os.unlink(name)
         if not isinstance(error, OSError):
             raise
-        raise OSError(error.errno, _explain(error, file, len(header) + len(payload))) from error
+        raise OSError(error.errno, _explain(error, file, size)) from error
 
 
 def _umask() -> int:

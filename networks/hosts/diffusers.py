@@ -13,7 +13,8 @@ from .families import FAMILIES, Family
 
 def quiet_libraries() -> None:
     """Silence the libraries' remarks at import time, which a user can do nothing about."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they lack on this machine
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

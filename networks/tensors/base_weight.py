@@ -120,8 +120,8 @@ def told(roundings: Sequence[Rounding]) -> str:
     if share >= 1 - LOSS:
         return ""
     return (
-        f"merged into weights stored as {total.title}: rounding kept {max(0.0, share):.0%} of the update's strength; merge "
-        "into bf16 or fp16 weights and quantise those, or apply the network without merging"
+        f"merged into weights stored as {total.title}: rounding kept {max(0.0, share):.0%} of the update's strength; "
+        "merge into bf16 or fp16 weights and quantise those, or apply the network without merging"
     )
 
 
