@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils, single_file_utils
+from test_arch_names import trainer_plan
 from tiny_parts import randomise
 from torch import Tensor, nn
 from toy_models import Recorded, recorded
@@ -37,6 +38,14 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "lumina": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, "convert_lumina2_to_diffusers"),
     "hunyuan_image": ("HunyuanImageTransformer2DModel", {"guidance_embeds": True}, ""),
+    "anima": (
+        "CosmosTransformer3DModel",
+        {
+            "in_channels": 16, "num_attention_heads": 16, "num_layers": 28, "text_embed_dim": 1024,
+            "extra_pos_embed_type": None,
+        },
+        "convert_cosmos_transformer_checkpoint_to_diffusers",
+    ),
     "wan": (
         "WanTransformer3DModel",
         {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
@@ -84,7 +93,8 @@ def test_the_same_layers_are_trained_under_the_same_names(arch: str) -> None:
     assert ours.items() <= theirs.items() and len(ours) in spec.usual
     switched_on = {switch.argument: str(switch.trained_if) for switch in spec.switches}
     widest = {row.saved_name for row in plan(4, 1, None, model, **switched_on).trained}
-    assert widest == {e.saved for e in linears(arch) if e.saved != "-" and not spec.extra_of(e.dotted)}
+    theirs_widest = trainer_plan(arch, **switched_on).trained
+    assert widest == {row.saved_name for row in theirs_widest if row.part == spec.denoiser.name}
 
 
 @pytest.mark.parametrize("arch", [arch for arch in CASES if SPECS[arch].extra_dims])
