@@ -1,5 +1,5 @@
-"""Every architecture with every algorithm, plain and with DoRA, through the function of its trainer: created, trained for
-two steps, saved, loaded, the same output; merged from its file into a fresh model, the same output."""
+"""Every architecture with every algorithm, and with DoRA, through the functions of its trainer: created, trained for two
+steps, saved, loaded, the same output; merged from its file, the same output."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ from networks.archs import ARCHS
 
 RECORDED = Path(__file__).parent / "names"
 MODELS = [arch.name for arch in ARCHS if (RECORDED / f"{arch.name}.txt").exists()]
-MUSUBI = (
-    (
-        "flux flux_2 framepack hidream_o1 hunyuan_video hv_1_5 ideogram4 kandinsky krea2 qwen_image wan zimage"  # as it has them
-    ).split()
-)
+MUSUBI = "flux flux_2 framepack hidream_o1 hunyuan_video hv_1_5 ideogram4 kandinsky krea2 qwen_image wan zimage".split()
 FORMS = {**{algo: {"algo": algo} for algo in ALGOS}, "dora": {"use_dora": "True"}}
 FORMS["lokr dora"] = {"algo": "lokr", "use_dora": "True"}
 
