@@ -1,5 +1,5 @@
-"""Every architecture with every algorithm, and with DoRA, through the functions of its trainer: created, trained for two
-steps, saved, loaded, the same output; merged from its file, the same output."""
+"""Every architecture with every algorithm, and with DoRA, through the functions of its trainer: created, trained for
+two steps, saved, loaded, the same output; merged from its file, the same output."""
 
 from __future__ import annotations
 
