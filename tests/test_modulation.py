@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_arch_names import trainer_plan
 from toy_models import signal, toy
 
 import networks.lora
@@ -36,6 +37,12 @@ def test_the_default_is_that_of_the_host() -> None:
     assert trained("flux", "sd_scripts") == trained("flux", exclude_mod="False")
     assert trained("flux", "musubi") == trained("flux", exclude_mod="True")
     assert trained("qwen_image", "sd_scripts") == trained("qwen_image", "musubi")
+
+
+@pytest.mark.parametrize(("host", "count"), [("sd_scripts", 304), ("musubi", 228)])
+def test_flux_at_full_size(host: str, count: int) -> None:
+    plan = trainer_plan("flux", host=host)
+    assert sum(row.part == "dit" for row in plan.trained) == count and not plan.warnings
 
 
 def test_the_reason_names_the_argument() -> None:

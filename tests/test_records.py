@@ -66,6 +66,22 @@ def test_a_switch_without_the_argument_follows_the_host() -> None:
     assert not replace(switch, trained_if=False).trains(True, "here")
 
 
+def test_hunyuan_video_1_5_layer_by_layer() -> None:
+    """Its conversion is no part of diffusers' package; these pairs are those of the script in its repository."""
+    pairs = {
+        "norm1.linear": "img_mod.linear", "norm1_context.linear": "txt_mod.linear",
+        "attn.to_q": "img_attn_q", "attn.to_k": "img_attn_k", "attn.to_v": "img_attn_v",
+        "attn.add_q_proj": "txt_attn_q", "attn.add_k_proj": "txt_attn_k", "attn.add_v_proj": "txt_attn_v",
+        "attn.to_out.0": "img_attn_proj", "attn.to_add_out": "txt_attn_proj",
+        "ff.net.0.proj": "img_mlp.fc1", "ff.net.2": "img_mlp.fc2",
+        "ff_context.net.0.proj": "txt_mlp.fc1", "ff_context.net.2": "txt_mlp.fc2",
+    }  # fmt: skip
+    part = SPECS["hv_1_5"].denoiser
+    for own, theirs in pairs.items():
+        assert part.trainer_name(f"transformer_blocks.53.{own}") == f"double_blocks.53.{theirs}"
+    assert part.trainer_name("context_embedder.proj_in") == "context_embedder.proj_in"
+
+
 def test_krea_2_trains_every_linear() -> None:
     model = toy("krea2")["dit"]
     plan = networks.lora.plan(4, 1, None, model)
