@@ -4,7 +4,8 @@
         --network_module networks.lora --network_weights my-lora.safetensors --network_mul 0.8
 
 Writes im_000000.png, im_000001.png, ...; each PNG carries its prompt, seed and settings as text. An image depends on
-its prompt, seed and settings only, not on the batch in which it is drawn.
+its prompt, seed and settings only, not on the batch in which it is drawn. --strengths, --compare and --seeds also make
+a sheet of each prompt, grid_000000.png: a row for each strength, a column for each seed. Music is written as WAV.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from networks.hosts.drawing import (  # noqa: E402
     set_sampler,
 )
 from networks.hosts.families import Family  # noqa: E402
+from networks.hosts.picture_grid import make_grid  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,6 +74,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ARGS",
         help='one string for each module: "key=value;key=value"',
     )
+    add(
+        "--strengths",
+        nargs="+",
+        type=float,
+        metavar="X",
+        help="draw each prompt at these strengths, times --network_mul",
+    )
+    add("--compare", action="store_true", help="with and without the networks: --strengths 0 1")
+    add("--seeds", nargs="+", type=int, metavar="N", help="draw each prompt with these seeds")
     add("--network_merge", action="store_true", help="merge the networks into the model's weights first")
     add("--network_pre_calc", action="store_true", help="merge before each change of strength, restore afterwards")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -100,6 +111,16 @@ def check_options(args: argparse.Namespace) -> None:
             )
     if args.network_merge and args.network_pre_calc:
         raise ValueError("--network_merge and --network_pre_calc exclude each other. Remove one.")
+    if args.compare and args.strengths:
+        raise ValueError("--compare is --strengths 0 1. Give one of them.")
+    if args.compare:
+        args.strengths = [0.0, 1.0]
+    if args.strengths and not count:
+        raise ValueError("--strengths and --compare are those of networks. Add --network_module and --network_weights.")
+    if args.strengths and args.network_merge:
+        raise ValueError("--strengths and --compare cannot change merged networks. Leave out --network_merge.")
+    if args.seeds and (args.seed is not None or args.images_per_prompt > 1):
+        raise ValueError("--seeds takes the place of --seed and --images_per_prompt. Remove them.")
     for path in args.network_weights:
         check_weights_file(path, "--network_weights")
     check_output_folder(Path(args.outdir), "--outdir")
@@ -177,7 +198,37 @@ def read_requests(args: argparse.Namespace, family: Family) -> list[ImageRequest
         requests = [parse_prompt_line(args.prompt, defaults)]
     for request in requests:
         family.check_size(request.height, request.width, "--W, --H")
-    return [replace(item, seed=item.seed + number) for item in requests for number in range(args.images_per_prompt)]
+    return [item for request in requests for item in variants(args, request)]
+
+
+def variants(args: argparse.Namespace, request: ImageRequest) -> list[ImageRequest]:
+    """One prompt at every strength and with every seed, strength by strength."""
+    seeds = args.seeds or [request.seed + number for number in range(args.images_per_prompt)]
+    own = request.multipliers or (*args.network_mul, *[1.0] * (len(args.network_module) - len(args.network_mul)))
+    strengths: list[tuple[float, ...] | None] = [request.multipliers]
+    if args.strengths:
+        strengths = [tuple(x * strength for x in own) for strength in args.strengths]
+    return [replace(request, seed=seed, multipliers=strength) for strength in strengths for seed in seeds]
+
+
+def next_number(folder: Path, name: str) -> int:
+    """The first number that no file of this name has."""
+    stems = [path.stem.removeprefix(name) for path in folder.glob(f"{name}*")]
+    return 1 + max((int(stem) for stem in stems if stem.isdigit()), default=-1)
+
+
+def draw_sheets(args: argparse.Namespace, folder: Path, images: Sequence[tuple[ImageRequest, Any]]) -> None:
+    """One sheet for each prompt, from its images in the order of `variants`."""
+    rows, number = len(args.strengths or [1]), next_number(folder, "grid_")
+    columns = len(args.seeds or range(args.images_per_prompt))
+    names = [f"strength {strength:g}" for strength in args.strengths or ()] or [""]
+    for start in range(0, len(images), rows * columns):
+        part = images[start : start + rows * columns]
+        table = [
+            (name, [image for _, image in part[row * columns : (row + 1) * columns]]) for row, name in enumerate(names)
+        ]
+        make_grid(table, [f"seed {request.seed}" for request, _ in part[:columns]], folder / f"grid_{number:06d}.png")
+        number += 1
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -192,9 +243,8 @@ def generate(args: argparse.Namespace) -> int:
     requests = read_requests(args, family)
     networks = Networks(args, family, dtype)
     folder = Path(args.outdir)
-    number = first = 1 + max(
-        (int(path.stem[3:]) for path in folder.glob(f"im_*{family.suffix}") if path.stem[3:].isdigit()), default=-1
-    )
+    number = first = next_number(folder, "im_")
+    drawn: list[tuple[ImageRequest, Any]] = []
     more = {f"network-{index}": Path(path).name for index, path in enumerate(args.network_weights)}
     if args.sampler:
         more["sampler"] = args.sampler
@@ -204,8 +254,11 @@ def generate(args: argparse.Namespace) -> int:
             for image, request in zip(family.draw(batch), batch, strict=True):
                 shown = replace(request, multipliers=networks.current or None)
                 family.save(image, folder / f"im_{number:06d}{family.suffix}", shown, more)
+                drawn += [(shown, image)] if args.strengths or args.seeds else []
                 number += 1
                 bar.update()
+    if drawn and family.suffix == ".png":
+        draw_sheets(args, folder, drawn)
     print(f"{number - first} images in {folder}")
     return 0
 

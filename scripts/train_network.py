@@ -33,6 +33,7 @@ from networks.hosts.caption_folder import CaptionedImage  # noqa: E402
 from networks.hosts.command_line import INTERRUPTED, import_network_module, run_program, write_atomically  # noqa: E402
 from networks.hosts.drawing import SampleSheet, read_samples  # noqa: E402
 from networks.hosts.loss_log import LossLog  # noqa: E402
+from networks.hosts.small_weights import to_fp8  # noqa: E402
 from networks.hosts.training import (  # noqa: E402
     Objective,
     build_network,
@@ -71,10 +72,10 @@ class Trainer:
 
         self.device, self.dtype = self.accelerator.device, DTYPES[args.mixed_precision]
         self.is_main = self.accelerator.is_main_process
-        self.family = host.load_model(model, self.device, self.dtype, MODEL, args.sdpa)
+        self.family = host.load_model(model, self.device, self.dtype, MODEL, args.sdpa, args.quantize)
         self.say(f"{self.family.title} from {model} on {self.device}, {str(self.dtype).removeprefix('torch.')}")
         if args.fp8_base:
-            self.family.denoiser.enable_layerwise_casting(torch.float8_e4m3fn, self.dtype)
+            to_fp8(self.family.denoiser)
         self.options = data_options(args, self.family.native_size)
         self.family.check_size(*self.options.size, option="--resolution")
         self.samples = read_samples(args, self.family, self.options.size)

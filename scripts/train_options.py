@@ -11,6 +11,7 @@ from networks.hosts.caption_folder import Buckets, CaptionedImage, read_caption_
 from networks.hosts.command_line import OnOff, check_output_folder, check_weights_file, parse_network_args
 from networks.hosts.diffusers import check_model_folder
 from networks.hosts.families import FAMILIES, DataOptions, FlowOptions
+from networks.hosts.small_weights import QUANTIZED
 from networks.hosts.training_state import STATE_FILE
 
 # the names of diffusers.optimization
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "time, same result; default: on",
     )
     add("--full_bf16", action="store_true", help="the network itself in bf16, with --mixed_precision bf16")
+    add("--quantize", choices=QUANTIZED, help="store the frozen model's Linear layers in 4 or 8 bits (bitsandbytes)")
     add("--fp8_base", action="store_true", help="store the frozen model's weights in 8 bits: half the memory of bf16")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--max_grad_norm", type=float, default=1.0, help="0 = do not clip; default: 1.0")
@@ -175,6 +177,10 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
         raise ValueError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train.")
     if args.full_bf16 and args.mixed_precision != "bf16":
         raise ValueError("--full_bf16 needs --mixed_precision bf16. Add it.")
+    if args.fp8_base and args.mixed_precision == "no":
+        raise ValueError("--fp8_base needs --mixed_precision bf16 or fp16, in which it is computed. Add it.")
+    if args.quantize and args.fp8_base:
+        raise ValueError("--quantize and --fp8_base exclude each other. Remove one.")
     network_args = parse_network_args(args.network_args)
     _check_weights(args)
     if args.resume and not (Path(args.resume) / STATE_FILE).is_file():
@@ -228,8 +234,8 @@ def memory_advice(args: argparse.Namespace) -> str:
         advice.append("--mixed_precision bf16")
     if args.train_batch_size > 1:
         advice.append(f"--train_batch_size 1 --gradient_accumulation_steps {args.train_batch_size}")
-    if not args.fp8_base:
-        advice.append("--fp8_base")
+    if not (args.fp8_base or args.quantize):
+        advice.append("--fp8_base, or --quantize nf4 for a quarter of the model's bf16 size")
     advice.append("a lower --resolution or --network_dim")
     return "out of memory. Switch on, in this order, until it fits: " + "; ".join(advice) + "."
 

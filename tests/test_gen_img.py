@@ -104,6 +104,38 @@ def test_two_networks_add_up(assets, tmp_path):
     assert np.abs(read(tmp_path / "a") - read(tmp_path / "b")).max() <= 1
 
 
+def test_sheets_of_strengths_and_seeds(assets, tmp_path):
+    """Two networks at 0.25 and 0.5 of each strength, two seeds; strength 0 is the base model to the last bit."""
+    file = str(assets / "sd.safetensors")
+    network = ["--network_module", NETWORK, NETWORK, "--network_weights", file, file, "--network_mul", "0.25", "0.5"]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    code = gen_img.main(
+        [f"--ckpt={assets / 'sd'}", f"--outdir={tmp_path / 'a'}", f"--from_file={prompts}", "--steps=3", *network]
+        + ["--strengths", "0", "2", "--seeds", "5", "6", "--batch_size=3"]
+    )
+    assert code == 0
+    images = read(tmp_path / "a")
+    assert len(images) == 8 and len(list((tmp_path / "a").glob("grid_*.png"))) == 2
+    assert generate(assets, tmp_path / "base", "--prompt=a cat") == 0
+    assert generate(assets, tmp_path / "strong", "--prompt=a cat", "--network_mul=1.5", *with_network(assets)) == 0
+    assert np.abs(images[0] - read(tmp_path / "base")[0]).max() <= 1
+    assert np.abs(images[2] - read(tmp_path / "strong")[0]).max() <= 1
+    sheet = np.asarray(Image.open(tmp_path / "a" / "grid_000001.png").convert("RGB")).astype(int)
+    for image in images[4:]:
+        big = image.repeat(3, 0).repeat(3, 1)  # 32 pixels are shown as 96
+        windows = np.lib.stride_tricks.sliding_window_view(sheet, big.shape)[:, :, 0]
+        at = np.argwhere((windows[..., 0, 0, :] == big[0, 0]).all(-1))
+        assert any((sheet[y : y + 96, x : x + 96] == big).all() for y, x in at)
+
+
+def test_with_and_without(assets, tmp_path):
+    assert generate(assets, tmp_path, "--prompt=a cat", "--compare", *with_network(assets), "--network_pre_calc") == 0
+    without, drawn = read(tmp_path)
+    assert generate(assets, tmp_path / "base", "--prompt=a cat") == 0
+    assert (without == read(tmp_path / "base")[0]).all() and np.abs(drawn - without).max() > 8
+
+
 DEFAULTS = ImageRequest("", "bad", 1, 64, 32, 20, 7.5)
 
 
@@ -144,6 +176,9 @@ BAD_INPUT = {
         '"a=VALUE"',
     ),
     "too many strengths": (["--prompt=x", "--network_mul", "1", "2"], "2 values for 0"),
+    "sheet of nothing": (["--prompt=x", "--compare"], "Add --network_module"),
+    "seeds and seed": (["--prompt=x", "--seeds", "1", "2", "--seed=1"], "takes the place"),
+    "no seconds": (["--prompt=x --sec 0"], "--sec above 0"),
     "strengths of nothing": (["--prompt=x --am 1"], "1 values for 0 networks"),
     "other model's weights": (
         ["--prompt=x", "--network_module", NETWORK, "--network_weights={assets}/sdxl.safetensors"],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from . import small_weights
 from .families import FAMILIES, Family
 
 
@@ -47,26 +49,39 @@ def check_model_folder(folder: Path, option: str) -> type[Family]:
     raise ValueError(f"{option} {folder} is of an unknown family ({name}). Known: {known}.")
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype, option: str, sdpa: bool = False) -> Family:
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    option: str,
+    sdpa: bool = False,
+    quantize: str | None = None,
+) -> Family:
     """Load a model folder, frozen and in eval mode. The autoencoder stays fp32: SDXL's overflows in fp16.
 
     On the CPU the plain attention is used unless `sdpa`, where a family has it and it is faster there.
+    `quantize` stores the denoiser's Linear layers in 4 or 8 bits, see small_weights.
     Raises ValueError when the folder is not a model of these families or cannot be read.
     """
     kind = check_model_folder(folder, option)
     quiet_libraries()
     from .pixel_autoencoder import load_pipeline
 
-    extra = {"safety_checker": None, "requires_safety_checker": False} if kind is FAMILIES[0] else {}
+    extra: dict[str, Any] = {}
+    if kind is FAMILIES[0]:
+        extra.update(safety_checker=None, requires_safety_checker=False)
     try:
         pipeline = load_pipeline(folder, **extra)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{option} {folder} cannot be loaded: {first}. Is a part missing or truncated?") from error
     pipeline.set_progress_bar_config(disable=True)
-    family = kind(pipeline)
+    family = kind(pipeline, dtype)
     for model in (family.denoiser, *family.helpers):
-        model.to(device, torch.float32 if model is family.vae else dtype).requires_grad_(False).eval()
+        model.requires_grad_(False).eval()
+        if quantize and model is family.denoiser:
+            small_weights.quantize(model, quantize, dtype, device)
+        model.to(device, torch.float32 if model is family.vae else dtype)
     if device.type == "cpu" and not sdpa:
         family.use_plain_attention()
     return family

@@ -31,7 +31,9 @@ def make_accelerator(args: argparse.Namespace) -> Any:
         if not is_tensorboard_available():
             raise ValueError("--logging_dir needs TensorBoard's writer. Install it: pip install tensorboardX")
     # SDXL does not use the last layers of its first text encoder, so their adapters get no gradient
+    bare = not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
     accelerator = Accelerator(
+        cpu=bare,  # several processes without a GPU find each other only if it is said
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

@@ -105,7 +105,7 @@ class AceStep(Family):
         return self._predict(noisy, times, torch.stack(texts))
 
     def _predict(self, noisy: Tensor, times: Tensor, hidden: Tensor) -> Tensor:
-        pipeline, dtype, (count, channels, frames) = self.pipeline, self.denoiser.dtype, noisy.shape
+        pipeline, dtype, (count, channels, frames) = self.pipeline, self.dtype, noisy.shape
         silence, _ = pipeline.prepare_src_latents(noisy.device, dtype, count, latent_length=frames)
         everything = torch.ones(count, frames, channels, device=noisy.device, dtype=dtype)
         moments = times.to(noisy.device, dtype)

@@ -60,6 +60,9 @@ class Family:
         flow_shift, flow_mean: of the training's noise levels (see noise.Flow), unless the user says otherwise.
         suffix: of the files that the generator writes.
         data_suffixes: of the files that the trainer reads.
+
+    Args:
+        dtype: what the denoiser computes in; its weights may be stored in less.
     """
 
     title: ClassVar[str]
@@ -73,8 +76,8 @@ class Family:
     suffix: ClassVar[str] = ".png"
     data_suffixes: ClassVar[tuple[str, ...]] = IMAGE_SUFFIXES
 
-    def __init__(self, pipeline: Any) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Any, dtype: torch.dtype) -> None:
+        self.pipeline, self.dtype = pipeline, dtype
 
     # -- parts
 

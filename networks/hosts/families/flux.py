@@ -32,7 +32,7 @@ class Flux(Family):
         self, noisy: Tensor, times: Tensor, conditions: Sequence[Condition], batch: dict[str, Tensor]
     ) -> Tensor:
         pipeline, model, (count, channels, height, width) = self.pipeline, self.denoiser, noisy.shape
-        dtype, hidden = model.dtype, stack(conditions, "hidden")
+        dtype, hidden = self.dtype, stack(conditions, "hidden")
         guidance = torch.full((count,), TRAINING_GUIDANCE, device=noisy.device)
         answer = model(
             hidden_states=pipeline._pack_latents(noisy.to(dtype), count, channels, height, width),

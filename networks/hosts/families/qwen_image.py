@@ -29,11 +29,11 @@ class QwenImage(Family):
         pipeline, model, (count, channels, height, width) = self.pipeline, self.denoiser, noisy.shape
         hidden, mask = pad([condition["hidden"] for condition in conditions])
         answer = model(
-            hidden_states=pipeline._pack_latents(noisy.to(model.dtype), count, channels, height, width),
-            timestep=times.to(noisy.device, model.dtype),
+            hidden_states=pipeline._pack_latents(noisy.to(self.dtype), count, channels, height, width),
+            timestep=times.to(noisy.device, self.dtype),
             guidance=torch.ones(count, device=noisy.device) if model.config.guidance_embeds else None,
             encoder_hidden_states_mask=None if bool(mask.all()) else mask,
-            encoder_hidden_states=hidden.to(model.dtype),
+            encoder_hidden_states=hidden.to(self.dtype),
             img_shapes=[[(1, height // 2, width // 2)]] * count,
             return_dict=False,
         )[0]

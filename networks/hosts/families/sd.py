@@ -65,7 +65,7 @@ class StableDiffusion(Family):
     def predict(
         self, noisy: Tensor, times: Tensor, conditions: Sequence[Condition], batch: dict[str, Tensor]
     ) -> Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         hidden = stack(conditions, "hidden").to(dtype)
         return self.denoiser(noisy.to(dtype), times, encoder_hidden_states=hidden).sample
 
@@ -95,7 +95,7 @@ class StableDiffusionXL(StableDiffusion):
     def predict(
         self, noisy: Tensor, times: Tensor, conditions: Sequence[Condition], batch: dict[str, Tensor]
     ) -> Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         added = {"text_embeds": stack(conditions, "pooled"), "time_ids": batch["time_ids"].to(noisy.device)}
         hidden = stack(conditions, "hidden").to(dtype)
         return self.denoiser(noisy.to(dtype), times, encoder_hidden_states=hidden, added_cond_kwargs=added).sample

@@ -37,7 +37,7 @@ class StableDiffusion3(Family):
     def predict(
         self, noisy: Tensor, times: Tensor, conditions: Sequence[Condition], batch: dict[str, Tensor]
     ) -> Tensor:
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         return self.denoiser(
             hidden_states=noisy.to(dtype),
             timestep=times.to(noisy.device) * 1000,

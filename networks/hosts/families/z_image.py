@@ -27,7 +27,7 @@ class ZImage(Family):
         self, noisy: Tensor, times: Tensor, conditions: Sequence[Condition], batch: dict[str, Tensor]
     ) -> Tensor:
         """The model takes lists (one frame each) and 1 - time, and answers with the negative direction."""
-        dtype = self.denoiser.dtype
+        dtype = self.dtype
         images = list(noisy.to(dtype).unsqueeze(2).unbind(0))
         texts = [condition["hidden"].to(dtype) for condition in conditions]
         answers = self.denoiser(images, 1 - times.to(noisy.device), texts, return_dict=False)[0]

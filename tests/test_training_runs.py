@@ -1,0 +1,354 @@
+"""What surrounds the steps of the trainer: states, caches, sizes, several processes, memory, logs."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+import train_network
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from networks.hosts.caption_folder import Buckets, bucket_size
+from networks.hosts.training_data import Order
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory):
+    """Folders sd, images (square) and shapes (three shapes)."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_models.make_sd(folder / "sd")
+    tiny_models.make_images(folder / "images", 5)
+    tiny_models.make_images(folder / "shapes", 6)
+    for number, size in enumerate([(32, 32), (64, 16), (16, 64), (64, 16), (32, 32), (64, 16)]):
+        path = folder / "shapes" / f"{number}.png"
+        Image.open(path).resize(size).save(path)
+    return folder
+
+
+def arguments(assets: Path, output: Path, *more: str, steps: int = 4) -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={assets / 'sd'}",
+        f"--train_data_dir={assets / 'images'}",
+        f"--output_dir={output}",
+        f"--max_train_steps={steps}",
+        "--network_dim=2",
+        "--train_batch_size=2",
+        "--learning_rate=1e-2",
+        "--seed=1",
+        "--debug",
+        *more,
+    ]
+
+
+def train(assets: Path, output: Path, *more: str, steps: int = 4) -> int:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train_network.main(arguments(assets, output, *more, steps=steps))
+
+
+def weights(output: Path, name: str = "last") -> dict[str, Tensor]:
+    return load_file(output / f"{name}.safetensors")
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def rows(output: Path, name: str = "last") -> list[list[str]]:
+    with (output / f"{name}-loss.csv").open(newline="") as file:
+        return list(csv.reader(file))
+
+
+# ---- interrupted and resumed ----
+
+DROPOUT = ["--network_dropout=0.3", "--lr_scheduler=cosine", "--lr_warmup_steps=1", "--noise_offset=0.1"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resumed_equals_uninterrupted_bit_for_bit(assets, tmp_path, accumulate):
+    options = [*DROPOUT, f"--gradient_accumulation_steps={accumulate}", f"--train_data_dir={assets / 'shapes'}"]
+    options += ["--enable_bucket", "--min_bucket_reso=16", "--max_bucket_reso=64", "--bucket_reso_steps=8"]
+    options += ["--save_every_n_steps=3", "--save_state"]
+    assert train(assets, tmp_path / "whole", *options, steps=5) == 0
+    state = tmp_path / "whole" / "last-step00000003-state"
+    assert train(assets, tmp_path / "again", *options, f"--resume={state}", steps=5) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "again"))
+    assert not same(weights(tmp_path / "whole"), weights(tmp_path / "whole", "last-step00000003"))
+    assert rows(tmp_path / "whole")[-2:] == rows(tmp_path / "again")[-2:]
+
+
+def test_ctrl_c_saves_a_state_that_goes_on(assets, tmp_path):
+    """The signal of Ctrl-C, in a process of its own, at a moment of its own; the seed is in the state."""
+    assert train(assets, tmp_path / "whole", *DROPOUT, steps=60) == 0
+    command = [sys.executable, str(ROOT / "scripts" / "train_network.py")]
+    command += arguments(assets, tmp_path / "cut", *DROPOUT, steps=60)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "cut" / "last-loss.csv"
+    while process.poll() is None and not (log.is_file() and len(log.read_text().splitlines()) > 5):
+        pass
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    state = tmp_path / "cut" / "last-interrupted-state"
+    assert f"--resume {state}" in "".join(said)
+    assert len(rows(tmp_path / "cut")) < 60
+    resume = [option for option in DROPOUT if "seed" not in option]
+    assert train(assets, tmp_path / "cut", *resume, f"--resume={state}", steps=60) == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert [row[0] for row in rows(tmp_path / "cut")] == ["step", *map(str, range(61))]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed=2"], "had --seed 1, not 2"),
+        (["--network_dim=3"], "had --network_dim 2, not 3"),
+        (["--train_data_dir={assets}/shapes"], "training data"),
+        (["--max_train_steps=2"], "raise --max_train_steps"),
+        (["--resume={assets}"], "holds no saved state"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(assets, tmp_path, capsys, options, message):
+    assert train(assets, tmp_path / "a", "--save_state", steps=2) == 0
+    filled = [option.format(assets=assets) for option in options]
+    assert train(assets, tmp_path / "b", f"--resume={tmp_path / 'a' / 'last-state'}", *filled, steps=4) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- caches and sizes ----
+
+
+def test_caches_change_nothing_and_are_used(assets, tmp_path, monkeypatch):
+    from networks.hosts.families import StableDiffusion
+
+    images = tiny_models.make_images(tmp_path / "images", 5)
+    data = [f"--train_data_dir={images}", "--network_train_unet_only", "--optimizer_type=SGD", "--learning_rate=1"]
+    disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
+    assert train(assets, tmp_path / "plain", *data) == 0
+    assert train(assets, tmp_path / "memory", *data, "--cache_latents") == 0
+    assert train(assets, tmp_path / "disk", *data, *disk) == 0
+    kinds = sorted(path.name.split("_")[1] for path in images.glob("*.safetensors"))
+    assert kinds == ["latents"] * 5 + ["text"] * kinds.count("text") and "text" in kinds
+    encoded = []
+    monkeypatch.setattr(StableDiffusion, "encode", lambda *_: encoded.append("image"))
+    monkeypatch.setattr(StableDiffusion, "encode_prompts", lambda *_: encoded.append("text"))
+    assert train(assets, tmp_path / "again", *data, *disk) == 0
+    assert not encoded
+    monkeypatch.undo()
+    for name in ("disk", "again"):
+        assert same(weights(tmp_path / "memory"), weights(tmp_path / name)), name
+    for key, value in weights(tmp_path / "plain").items():  # a convolution's last bits depend on its batch
+        assert torch.allclose(weights(tmp_path / "memory")[key], value, rtol=1e-3, atol=1e-6), key
+    tiny_models.make_images(images, 5, seed=3)  # other images and captions under the same names
+    assert train(assets, tmp_path / "new", *data, "--cache_latents") == 0
+    assert train(assets, tmp_path / "new disk", *data, *disk) == 0
+    assert same(weights(tmp_path / "new"), weights(tmp_path / "new disk"))
+    assert not same(weights(tmp_path / "new"), weights(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((512, 512), (64, 64)), ((1024, 512), (88, 40)), ((100, 400), (32, 128)), ((2000, 100), (128, 32))],
+)
+def test_bucket_sizes(tmp_path, shape, expected):
+    """Of about as many pixels as 64 x 64, and never more; sides in steps of 8 from 32 to 128."""
+    height, width = shape
+    Image.new("RGB", (width, height)).save(tmp_path / "x.png")
+    size = bucket_size(tmp_path / "x.png", (64, 64), Buckets(32, 128, 8), multiple=4)
+    assert size == expected and size[0] * size[1] <= 64 * 64
+
+
+def test_bucket_follows_the_way_an_image_is_shown(tmp_path):
+    image = Image.new("RGB", (400, 100))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert bucket_size(tmp_path / "x.jpg", (64, 64), Buckets(32, 128, 8), 4) == (128, 32)
+
+
+def test_order_of_data():
+    """Batches of one size, every example once an epoch; processes share what one would have; a start in the middle."""
+    sizes = [(8, 8)] * 5 + [(16, 4)] * 3
+    one = Order(sizes, 4, seed=3, process=0, processes=1)
+    whole = [[row for row, _ in batch] for batch in one]
+    assert sorted(sum(whole, [])) == list(range(8))
+    assert all(len({sizes[row] for row in batch}) == 1 for batch in whole)
+    assert all(abs(sum(weight for _, weight in batch) - 1) < 1e-12 for batch in one)
+    halves = [list(Order(sizes, 4, 3, process, 2)) for process in (0, 1)]
+    for batch, mine, others in zip(whole, *halves, strict=True):
+        counted = [row for row, weight in (*mine, *others) if weight]
+        assert sorted(counted) == sorted(batch)
+        assert sum(weight for _, weight in (*mine, *others)) == pytest.approx(2)
+    one.go_to(len(whole) + 1)
+    second = list(one)
+    one.go_to(len(whole))
+    assert list(one)[1:] == second and [[row for row, _ in batch] for batch in second] != whole[1:]
+
+
+def test_workers_and_process_agree(assets, tmp_path):
+    assert train(assets, tmp_path / "a") == 0
+    assert train(assets, tmp_path / "b", "--max_data_loader_n_workers=2") == 0
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+# ---- memory ----
+
+
+def test_encoders_leave_the_accelerator_once_cached(assets, tmp_path, monkeypatch):
+    """Watched on the meta device's place: models say where they were sent."""
+    sent = []
+    former = torch.nn.Module.to
+
+    def to(self, *args, **kwargs):
+        if args == ("cpu",):
+            sent.append(type(self).__name__)
+        return former(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr("diffusers.ModelMixin.to", to)
+    monkeypatch.setattr("transformers.PreTrainedModel.to", to)
+    for options, expected in [
+        (["--cache_latents", "--network_train_unet_only"], {"AutoencoderKL", "CLIPTextModel"}),
+        (["--network_train_unet_only"], {"CLIPTextModel"}),
+        (["--cache_latents"], {"AutoencoderKL"}),
+        (["--cache_latents", "--network_train_unet_only", "--no_offload_encoders"], set()),
+    ]:
+        sent.clear()
+        assert train(assets, tmp_path, *options, steps=1) == 0
+        assert set(sent) == expected, options
+
+
+@pytest.mark.parametrize(
+    ("workers", "options", "expected"),
+    [(0, [], (False, False)), (2, [], (True, False)), (2, ["--no_persistent_data_loader_workers"], (False, False))],
+)
+def test_loader_switches(assets, tmp_path, monkeypatch, workers, options, expected):
+    """On where they help: persistent workers with workers (not under Windows), pinned memory with CUDA."""
+    seen = {}
+    real = train_network.DataLoader
+
+    def loader(*args, **kwargs):
+        seen.update(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_network, "DataLoader", loader)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert train(assets, tmp_path, f"--max_data_loader_n_workers={workers}", *options, steps=1) == 0
+    assert (seen["persistent_workers"], seen["pin_memory"]) == expected
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert not train_network.build_parser().parse_args([]).persistent_data_loader_workers
+
+
+def test_out_of_memory_says_what_to_switch_on(assets, tmp_path, capsys):
+    options = ["--network_module=standin_network", "--network_args", "fail=memory", "--train_batch_size=4"]
+    assert train(assets, tmp_path, *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    for advice in ("--cache_latents", "--network_train_unet_only", "bf16", "--train_batch_size 1", "--quantize nf4"):
+        assert advice in error
+    assert "gradient_checkpointing" not in error  # it is on already
+
+
+# bitsandbytes is among the test requirements on Linux only
+QUANTIZED = [["--quantize=nf4"], ["--quantize=int8"]] if sys.platform == "linux" else []
+
+
+@pytest.mark.parametrize("options", [["--fp8_base"], ["--full_bf16"], *QUANTIZED])
+def test_small_formats_train(assets, tmp_path, options):
+    """Near the run in bf16: the loss of the same steps, and the base model's weights take less room."""
+    plain = ["--mixed_precision=bf16", "--network_train_unet_only"]
+    assert train(assets, tmp_path / "plain", *plain) == 0
+    assert train(assets, tmp_path / "small", *plain, *options) == 0
+    for one, other in zip(rows(tmp_path / "plain")[2:], rows(tmp_path / "small")[2:], strict=True):
+        assert float(one[1]) == pytest.approx(float(other[1]), rel=0.1)
+    assert any(
+        bool(value.any()) for key, value in weights(tmp_path / "small").items() if key.endswith("lora_up.weight")
+    )
+
+
+# ---- several processes ----
+
+
+def launch(output: Path, processes: int, options: list[str]) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={processes}"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+    command += [str(ROOT / "scripts" / "train_network.py"), *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_two_processes_are_one_with_the_doubled_batch(assets, tmp_path):
+    """5 images in batches of 4: the last batch of an epoch leaves the second process without a row."""
+    options = ["--optimizer_type=SGD", "--learning_rate=1", "--save_every_n_steps=2", "--save_state"]
+    launch(tmp_path / "two", 2, arguments(assets, tmp_path / "two", *options))
+    assert train(assets, tmp_path / "one", *options, "--train_batch_size=4") == 0
+    two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
+    moved = [key for key in one if key.endswith("lora_up.weight") and bool(one[key].any())]
+    assert any(key.startswith("lora_te") for key in moved) and any(key.startswith("lora_unet") for key in moved)
+    for key in one:
+        assert torch.allclose(one[key], two[key], rtol=1e-4, atol=1e-7), key
+    for first, second in zip(rows(tmp_path / "one")[2:], rows(tmp_path / "two")[2:], strict=True):
+        assert float(first[1]) == pytest.approx(float(second[1]), rel=1e-5)
+    state = tmp_path / "two" / "last-step00000002-state"
+    launch(tmp_path / "on", 2, arguments(assets, tmp_path / "on", *options, f"--resume={state}"))
+    assert same(weights(tmp_path / "on"), two)
+
+
+# ---- logs ----
+
+
+def test_tensorboard_and_sheets(assets, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square --s 2\na blue square --s 2\n")
+    options = [f"--logging_dir={tmp_path / 'logs'}", f"--sample_prompts={prompts}", "--sample_every_n_steps=2"]
+    assert train(assets, tmp_path, *options, "--sample_at_first") == 0
+    (events,) = (tmp_path / "logs").rglob("events.out.tfevents.*")
+    assert b"loss_average" in events.read_bytes() and b"lr" in events.read_bytes()
+    sheet = Image.open(tmp_path / "last-samples.png")
+    assert sheet.width > 2 * 96 and sheet.height > 3 * 96  # three rows: steps 0, 2 and 4
+
+
+def test_the_switches_have_two_names_and_a_config_form(tmp_path):
+    from networks.hosts.command_line import parse_arguments
+
+    def parse(*options: str) -> bool:
+        return parse_arguments(train_network.build_parser(), list(options)).gradient_checkpointing
+
+    assert parse() and not parse("--no_gradient_checkpointing")
+    (tmp_path / "x.toml").write_text("gradient_checkpointing = false\n")
+    config = f"--config_file={tmp_path / 'x.toml'}"
+    assert not parse(config) and parse(config, "--gradient_checkpointing")
+
+
+def test_the_commands_of_the_readme_exist():
+    """Every command line parses, and there is one for each family's usual module."""
+    import importlib
+    import shlex
+
+    import gen_img
+
+    from networks.hosts.families import FAMILIES
+
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("## Training without a trainer")[1].split("\n## ")[0]
+    )
+    block = section.split("```")[1].replace("\\\n", " ")
+    lines = [shlex.split(line) for line in block.strip().splitlines()]
+    parsers = {"scripts/train_network.py": train_network.build_parser(), "scripts/gen_img.py": gen_img.build_parser()}
+    for _, script, *options in lines:
+        args = parsers[script].parse_args(options)
+        modules = args.network_module if isinstance(args.network_module, list) else [args.network_module]
+        assert all(hasattr(importlib.import_module(module), "create_network") for module in modules)
+    assert sum(line[1].endswith("train_network.py") for line in lines) == len(FAMILIES)
