@@ -16,7 +16,7 @@ from tiny_parts import sd_unet
 from torch import Tensor, nn
 
 ENTRIES = (
-    "lora", "loha", "lokr", "lora_flux", "lora_sd3", "lora_lumina", "lora_hunyuan_image", "lora_anima",
+    "lora", "loha", "lokr", "lora_fa", "lora_flux", "lora_sd3", "lora_lumina", "lora_hunyuan_image", "lora_anima",
 )  # fmt: skip
 CLIP = ["CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"]
 T5 = ["T5Attention", "T5DenseGatedActDense"]
@@ -37,6 +37,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "lora": SD,
     "loha": SD,
     "lokr": SD,
+    "lora_fa": SD,
     "lora_flux": {
         "FLUX_TARGET_REPLACE_MODULE_DOUBLE": ["DoubleStreamBlock"],
         "FLUX_TARGET_REPLACE_MODULE_SINGLE": ["SingleStreamBlock"],

@@ -63,6 +63,7 @@ CONSTANTS: dict[str, Constants] = {
     "lora": _SD,
     "loha": _SD,
     "lokr": _SD,
+    "lora_fa": _SD,
     "lora_flux": {**_common(FLUX, "FLUX"), **_blocks(FLUX, "FLUX_"), **_text_encoders(FLUX, "_CLIP", "_T5")},
     "lora_sd3": {**_common(SD3, "SD3"), **_text_encoders(SD3, "_CLIP_L", "_CLIP_G", "_T5")},
     "lora_lumina": {**_common(LUMINA, "LUMINA"), **_text_encoders(LUMINA, "")},
