@@ -17,9 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
 from networks.archs.render import markdown as architectures  # noqa: E402
+from networks.args.presets import markdown as presets  # noqa: E402
 from networks.args.render import algorithms, markdown  # noqa: E402
 
-PARTS = {"arguments": markdown, "architectures": architectures, "algorithms": algorithms}
+PARTS = {"presets": presets, "arguments": markdown, "architectures": architectures, "algorithms": algorithms}
 README = ROOT / "README.md"
 
 

@@ -36,6 +36,7 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "dropout": ({}, "0.5"),
     "rank_dropout": ({}, "0.5"),
     "module_dropout": ({}, "0.5"),
+    "preset": ({}, "attn-only"),
     "exclude_patterns": ({}, ".*attn1.*"),
     "include_patterns": ({"exclude_patterns": ".*attn1.*"}, ".*to_q"),
     "only_patterns": ({}, ".*attn1.*"),

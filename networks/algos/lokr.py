@@ -2,7 +2,7 @@
 
     dW = kron(w1 [A, C], w2 [B, D, *kernel])        O = A B,  I = C D
     w1 = w1_a w1_b     with decompose_both, if R < max(A, C) / 2
-    w2 = w2_a w2_b     if R < max(B, D) / 2, unless full_matrix
+    w2 = w2_a w2_b     if R < max(B, D) / 2 and R <= 5120, unless full_matrix
     Tucker (K > 1):    w2[b, d, k] = sum_ij w2_a[i, b] t2[i, j, k] w2_b[j, d]
 
 If both are whole there is no rank: the scale is 1 whatever alpha says. The product is applied by reshaping the input
@@ -31,6 +31,7 @@ from ..tensors.low_rank import NO_GATE, Gate
 from ..tensors.tucker import core_times_right
 from .base import Adapter, Layout, kaiming_
 
+LARGE = 5120  # a dim above it means a whole second factor, whatever the width
 Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
 
 
@@ -69,7 +70,7 @@ class LoKr(Adapter):
         (A, B), (C, D) = split or cls._split(geometry, factor, unbalanced_factorization)
         if whole is None:
             whole1 = not decompose_both or full_matrix or dim >= max(A, C) / 2
-            whole = whole1, full_matrix or dim >= max(B, D) / 2
+            whole = whole1, full_matrix or dim >= max(B, D) / 2 or dim > LARGE
         shapes: dict[str, tuple[int, ...]] = {"w1": (A, C)} if whole[0] else {"w1_a": (A, dim), "w1_b": (dim, C)}
         if whole[1]:
             shapes["w2"] = (B, D, *geometry.kernel)

@@ -89,5 +89,6 @@ FORMS: tuple[Arg, ...] = (
         aliases=("unit", "dyloRA"),
         algos=("dylora",),
         minimum=1,
+        per_host=(("lycoris", 4),),
     ),
 )

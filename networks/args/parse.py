@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import presets
 from .spec import NOT_GIVEN, NUMBERS, Arg, nearest
 from .table import BY_NAME, TABLE
 
@@ -73,6 +74,7 @@ def parse(
     problems: Problems,
     host: str = "sd_scripts",
     options: Mapping[str, Any] | None = None,
+    style: str = "",
 ) -> NetArgs:
     """Read all arguments; mistakes go to `problems` and leave the default behind.
 
@@ -80,9 +82,12 @@ def parse(
         raw: spelling -> text or typed value; None = not given (trainers pass options through that way).
         default_algo: the algorithm if no `algo` is given.
         host: whose defaults apply.
+        style: an entry whose defaults go before the host's, `lycoris`.
         options: network_dim and network_alpha of the call, which some defaults follow.
     """
-    values = {arg.name: arg.default_at(host, options or {}) for arg in TABLE}
+    preset = _preset(raw, BY_NAME["preset"].default_at((style,), {}), problems)
+    hosts = (style, "preset" if preset and preset.enable_conv else "", host)
+    values = {arg.name: arg.default_at(hosts, options or {}) for arg in TABLE}
     spelled: dict[str, str] = {}
     unknown: list[str] = []
     for key, text in ((key.strip(), text) for key, text in raw.items()):  # hosts cut at "=" and ";", blanks stay
@@ -104,10 +109,20 @@ def parse(
             problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
             continue
         values[arg.name], spelled[arg.name] = value, key
-    values["algo"] = values["algo"] or default_algo
+    values["algo"], values["preset"] = values["algo"] or default_algo, preset
     _unknown(unknown, values["allow_unknown"], problems)
     _inapplicable(values, spelled, problems)
     return NetArgs(values, frozenset(spelled), host)
+
+
+def _preset(raw: Mapping[str, Any], default: str, problems: Problems) -> presets.Preset | None:
+    given = next((text for key, text in raw.items() if key.strip() == "preset" and text is not None), default)
+    text = BY_NAME["preset"].coerce(given) or default
+    try:
+        return presets.load(text) if text else None
+    except ValueError as error:
+        problems.add(f"preset={text} {error}")
+        return None
 
 
 def _unknown(keys: list[str], allowed: bool, problems: Problems) -> None:
@@ -120,9 +135,10 @@ def _unknown(keys: list[str], allowed: bool, problems: Problems) -> None:
 
 
 def _inapplicable(values: Mapping[str, Any], spelled: Mapping[str, str], problems: Problems) -> None:
+    algos = {values["algo"], *(values["preset"].algos if values["preset"] else ())}
     for name, key in spelled.items():
         arg: Arg = BY_NAME[name]
-        if arg.algos is not None and values["algo"] not in arg.algos and not arg.is_neutral(values[name]):
+        if arg.algos is not None and algos.isdisjoint(arg.algos) and not arg.is_neutral(values[name]):
             problems.add(
                 f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {', '.join(arg.algos)}"
             )

@@ -11,6 +11,7 @@ _TYPES = {
     "float": "number",
     "choice": "",
     "word": "a name",
+    "text": "a name or `file.toml`",
     "patterns": "`['regex', ...]`",
     "regex_int": "`{'regex': 8}`",
     "regex_float": "`{'regex': 1e-4}`",
@@ -20,7 +21,8 @@ _TYPES = {
     "rates": "`1,0.5,0` or `cosine+0.25`",
 }
 
-_HOSTS = {"sd_scripts": "sd-scripts", "musubi": "musubi-tuner"}
+_TRAINERS = {"sd_scripts": "sd-scripts", "musubi": "musubi-tuner"}
+_HOSTS = {**_TRAINERS, "preset": "with a preset that trains convolutions", "lycoris": "networks.lycoris"}
 
 
 def markdown() -> str:
@@ -63,9 +65,11 @@ def _type(arg: Arg) -> str:
 def _default(arg: Arg) -> str:
     if arg.name == "algo":
         return "the entry's"
-    plain = "-" if arg.default in (None, (), {}) or arg.kind == "rates" else str(arg.default)
+    plain = "-" if arg.default in (None, (), {}, "") or arg.kind == "rates" else str(arg.default)
     values = {host: f"`{value}`" if isinstance(value, str) else str(value) for host, value in arg.per_host}
-    return "; ".join([plain] * (len(values) < len(_HOSTS)) + [f"{_HOSTS[host]}: {v}" for host, v in values.items()])
+    return "; ".join(
+        [plain] * (not _TRAINERS.keys() <= values.keys()) + [f"{_HOSTS[host]}: {v}" for host, v in values.items()]
+    )
 
 
 def _only(arg: Arg) -> str:

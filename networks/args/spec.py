@@ -34,7 +34,8 @@ class Arg:
         minimum, below: bounds of a number: minimum <= value < below.
         choices: of an enumeration.
         words: (other spelling, choice).
-        per_host: (host, default there) where hosts differ; the name of a trainer's option stands for its value.
+        per_host: (host, default there) where hosts differ; the name of a trainer's option stands for its value. The
+            entry `lycoris` and a call with a `preset` that trains convolutions count as hosts, too.
     """
 
     name: str
@@ -63,10 +64,11 @@ class Arg:
         """
         return KINDS[self.kind](self, raw)
 
-    def default_at(self, host: str, options: Mapping[str, Any]) -> Any:
-        """The default under a host, with the values of its options."""
-        value = dict(self.per_host).get(host, self.default)
-        return options.get(value, self.default) if isinstance(value, str) else value
+    def default_at(self, hosts: Iterable[str], options: Mapping[str, Any]) -> Any:
+        """The default under the first of these hosts that has its own, with the values of the trainer's options."""
+        own = dict(self.per_host)
+        value = next((own[host] for host in hosts if host in own), self.default)
+        return options.get(value, self.default) if isinstance(value, str) and self.kind in NUMBERS else value
 
     def is_neutral(self, value: Any) -> bool:
         return value == self.default or value in self.neutral or (self.kind in LISTS and not value)
@@ -123,6 +125,11 @@ def _choice(arg: Arg, raw: Any) -> str:
 def _word(arg: Arg, raw: Any) -> str:
     """A name which the architecture explains."""
     return _text(raw).lower()
+
+
+def _name(arg: Arg, raw: Any) -> str:
+    """A name or a path, as written; "" = not given."""
+    return "" if _text(raw).lower() in NOT_GIVEN else _text(raw)
 
 
 def _from_file(text: str) -> Any:
@@ -322,6 +329,7 @@ KINDS: dict[str, Callable[[Arg, Any], Any]] = {
     "float": _number,
     "choice": _choice,
     "word": _word,
+    "text": _name,
     "patterns": _patterns,
     "regex_int": _regex_map,
     "regex_float": _regex_map,

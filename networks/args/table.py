@@ -32,7 +32,7 @@ TABLE: tuple[Arg, ...] = (
         _RANK,
         neutral=(0,),
         minimum=0,
-        per_host=(("musubi", "network_dim"),),
+        per_host=(("musubi", "network_dim"), ("preset", "network_dim")),
     ),
     Arg(
         "conv_alpha",
@@ -41,7 +41,7 @@ TABLE: tuple[Arg, ...] = (
         "alpha of those convolutions",
         _RANK,
         minimum=0,
-        per_host=(("sd_scripts", 1.0), ("musubi", "network_alpha")),
+        per_host=(("sd_scripts", 1.0), ("musubi", "network_alpha"), ("preset", "network_alpha")),
     ),
     Arg(
         "rs_lora",
@@ -89,6 +89,14 @@ TABLE: tuple[Arg, ...] = (
         _DROP,
         minimum=0,
         below=1,
+    ),
+    Arg(
+        "preset",
+        "text",
+        "",
+        "which layers are trained, and with what: the name of a preset or a TOML file in LyCORIS' schema",
+        _WHERE,
+        per_host=(("lycoris", "full"),),
     ),
     Arg(
         "exclude_patterns",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
 
 _DECIDED_BY_FILE = frozenset(
-    "conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas network_reg_dims "
+    "preset conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas network_reg_dims "
     "network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
     "unbalanced_factorization".split()
 )

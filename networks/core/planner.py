@@ -6,13 +6,14 @@ import math
 from dataclasses import replace
 
 from ..algos import ALGOS, Adapter
-from ..args.parse import Problems
+from ..args.parse import NetArgs, Problems
 from ..files.codec import SavedLayer, unknown_form
 from ..layers.magnitude import magnitude_shape
 from ..layers.split import layout_of
 from . import effects
 from .blocks import BlockChoices
 from .plan import Plan, PlanRow, Request
+from .preset_choices import PresetChoices
 from .select import Bases, Candidate, Patterns, candidates
 
 
@@ -33,11 +34,11 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, Ba
         rows.append(row)
     plan = Plan(request.arch.title, tuple(rows))
     notes = effects.check(plan, request, planner.deciding, problems)
-    return replace(plan, notes=tuple(notes), warnings=tuple(planner.unusual())), modules
+    return replace(plan, notes=tuple(notes), warnings=(*planner.unusual(), *planner.preset.warnings())), modules
 
 
 class _Planner:
-    """Precedence in one place: file > regular expression > kind of layer > block > default, for dim and alpha."""
+    """Precedence in one place: file > regular expression > kind > block > preset > default, for dim and alpha."""
 
     def __init__(self, request: Request, problems: Problems) -> None:
         self.request, self.args, self.problems = request, request.args, problems
@@ -55,7 +56,12 @@ class _Planner:
         self.lrs = Patterns("network_reg_lrs", a.network_reg_lrs)
         convolutions = bool(a.conv_dim or a.conv_block_dims) or request.saved is not None
         on = {name for name in request.arch.arguments if a.values[name] is True}
-        self.found = [self._admit(c) for part, m in request.parts for c in candidates(part, m, convolutions, on)]
+        self.preset = PresetChoices(request, on, problems)
+        self.found = [
+            self._admit(self.preset.admit(c))
+            for part, m in request.parts
+            for c in candidates(part, m, convolutions, on)
+        ]
         self.trainable = [c for c in self.found if not c.reason]
         names = [c.trainer_name for c in self.found if self._of_denoiser(c)]
         self.request = replace(request, arch=request.arch.fit(names))
@@ -65,8 +71,8 @@ class _Planner:
     def row(self, c: Candidate) -> PlanRow:
         g = c.geometry
         row = PlanRow(c.part.name, c.dotted_name, c.saved_name, c.own_saved_name, g.kind, g.weight_shape, g)
-        saved = self._saved(c)
-        split = self._split(c, ALGOS[self.args.algo] if saved is None else saved.algorithm)
+        saved, a = self._saved(c), self.preset.args(c)
+        split = self._split(c, ALGOS[a.algo] if saved is None else saved.algorithm)
         reason = self._reason(c, saved)
         if reason:
             return replace(row, reason=reason)
@@ -91,14 +97,14 @@ class _Planner:
             if dim == 0 or self.blocks.rate(c.trainer_name) == 0 and self._of_denoiser(c):
                 self._note(c, scaled=False)
                 return replace(row, reason="dim 0" if dim == 0 else "its block has the learning rate factor 0")
-            algorithm = ALGOS[self.args.algo]
-            options = self.args.pick(algorithm.options)
-        side, plain = self._dora(side, split)
+            algorithm = ALGOS[a.algo]
+            options = a.pick(algorithm.options)
+        side, plain = self._dora(side, split, a)
         layout = layout_of(algorithm, g, dim, options, split)
         self._note(c, layout.rank is not None)
         scale = 1.0
         if layout.rank is not None and alpha:
-            folded = saved is not None or not self.args.rs_lora
+            folded = saved is not None or not a.rs_lora
             scale = alpha / (layout.rank if folded else math.sqrt(layout.rank))
         denoiser, folded_plus = self._of_denoiser(c), self.args.loraplus_mode == "reparam"
         return replace(
@@ -126,9 +132,8 @@ class _Planner:
             return ()
         return self.request.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
 
-    def _dora(self, side: str, split: tuple[int, ...]) -> tuple[str, str]:
+    def _dora(self, side: str, split: tuple[int, ...], a: NetArgs) -> tuple[str, str]:
         """(side, why there is none although it was asked for); the file's side comes first."""
-        a = self.args
         wanted = side or ("output" if a.wd_on_output else "input") if a.use_dora or side else ""
         reasons = {"dropout": a.dropout, "rank_dropout": a.rank_dropout, "split_qkv": split}
         plain = next((name for name, on in reasons.items() if on), "") if wanted else ""
@@ -220,6 +225,9 @@ class _Planner:
         own = self.blocks.dim(c.trainer_name, kernel) if self._of_denoiser(c) else None
         if own is not None:
             return own
+        preset = self.preset.dim(c)
+        if preset is not None:
+            return preset
         return int(self.args.conv_dim or 0) if kernel else self.request.dim
 
     def _alpha(self, c: Candidate) -> float:
@@ -229,6 +237,9 @@ class _Planner:
         own = self.blocks.alpha(c.trainer_name, c.geometry.has_kernel) if self._of_denoiser(c) else None
         if own is not None:
             return own
+        preset = self.preset.alpha(c)
+        if preset is not None:
+            return preset
         if not c.geometry.has_kernel:
             return self.request.alpha
         return self.request.conv_alpha if self.args.conv_alpha is None else self.args.conv_alpha

@@ -29,6 +29,7 @@ class Candidate:
         reason: why the architecture leaves it out; "" if it can be trained.
         by_conv_dim: only a dim for larger kernels lets it in.
         default: trained when no argument says otherwise (an exclude pattern of the architecture apart).
+        path_classes: class names of the modules above it, the outermost first.
     """
 
     part: Part
@@ -41,6 +42,11 @@ class Candidate:
     by_conv_dim: bool
     default: bool
     own_names: tuple[str, ...] = ()
+    path_classes: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> frozenset[str]:
+        return frozenset(self.path_classes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +76,8 @@ def candidates(
         c for n, value, more in part.tasks if getattr(root, n, None) == value for c in more
     )
     containers = always + tuple(c for name, more in part.optional if name in switched_on for c in more)
-    for path, module, classes in _walk(root, "", frozenset()):
+    for path, module, above in _walk(root, "", ()):
+        classes = frozenset(above)
         geometry = Geometry.of(module)
         if geometry is None:
             continue
@@ -97,7 +104,7 @@ def candidates(
         half = geometry.out_features // 2
         if layout is not None and layout.swapped and half == geometry.in_features:
             bases = ((module, ((half, 2 * half), (0, half))),)
-        found = Candidate(part, *names, bases, geometry, reason, by_conv_dim, default)
+        found = Candidate(part, *names, bases, geometry, reason, by_conv_dim, default, (), above)
         if layout is None or layout.count == 1:
             yield found
             continue
@@ -132,9 +139,9 @@ def _join(parts: Sequence[Candidate]) -> Candidate:
     )
 
 
-def _walk(module: nn.Module, path: str, classes: frozenset[str]) -> Iterator[tuple[str, nn.Module, frozenset[str]]]:
+def _walk(module: nn.Module, path: str, classes: tuple[str, ...]) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     """(path, module, class names of all ancestors), depth first."""
-    inside = classes | {type(module).__name__}
+    inside = (*classes, type(module).__name__)
     for name, child in module.named_children():
         below = f"{path}.{name}" if path else name
         yield below, child, inside

@@ -168,11 +168,13 @@ class Caller:
         name: the module that users type, `networks.lokr`.
         algo: the algorithm it stands for.
         archs: architectures that the name asserts; none = every one.
+        style: whose defaults go before the host's; "" = nobody's.
     """
 
     name: str
     algo: str
     archs: tuple[str, ...] = ()
+    style: str = ""
 
     def new(
         self,
@@ -265,7 +267,7 @@ class Caller:
         if strength < 0:
             problems.add(f"network_alpha={alpha} is negative; write a positive number, or 0 for the dim itself")
         options = {"network_dim": max(1, rank), "network_alpha": strength}
-        args = parse(raw, self.algo, problems, host, options)
+        args = parse(raw, self.algo, problems, host, options, self.style)
         models = _Models.of(self, unet, text_encoder, problems)
         return models.request(max(1, rank), strength, args)
 
