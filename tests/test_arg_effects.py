@@ -94,6 +94,7 @@ NEUTRAL = {
 NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
 ONLY_LOGGED = {"verbose", "allow_unknown"}
 AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py
+WATCHING = {"diagnose_steps"}  # test_diagnosis.py
 IN_FILES = {"save_format"}  # test_dialects.py
 
 
@@ -146,7 +147,9 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
-    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | AFTER_A_STEP | IN_FILES == {arg.name for arg in TABLE}
+    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | AFTER_A_STEP | WATCHING | IN_FILES == {
+        arg.name for arg in TABLE
+    }
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")
     assert "attn1.to_q" in caplog.text and "unknown argument foo" in caplog.text

@@ -284,6 +284,15 @@ TABLE: tuple[Arg, ...] = (
         _OTHER,
         choices=("portable", "blissful"),
     ),
+    Arg(
+        "diagnose_steps",
+        "int",
+        100,
+        "after so many optimizer steps, and at each save, name the layers without gradient, at their start values "
+        "still, or not finite; 0 = do not watch",
+        _OTHER,
+        minimum=0,
+    ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),
 )

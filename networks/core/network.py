@@ -21,6 +21,7 @@ from ..layers.dropout import Dropouts
 from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.site import Site
+from .diagnosis import Diagnosis
 from .loading import match
 from .merging import check_bases, merge
 from .plan import Plan, PlanRow
@@ -64,6 +65,7 @@ class Network(nn.Module):
         self.form = form
         self.plan = plan
         self.runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
+        self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
         self._roots = dict(roots)
         self._hooks: list[Any] = []
         self._region_hooks: list[Any] = []
@@ -206,7 +208,8 @@ class Network(nn.Module):
     ) -> None:
         """Write a file in the network's form, atomically."""
         ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
-        writer.write_tensors(path, codec.encode(self.adapted_layers, self.form), dtype, {**(metadata or {}), **ours})
+        tensors = codec.encode(self.adapted_layers, self.form)
+        writer.write_tensors(path, tensors, dtype, {**(metadata or {}), **ours}, self.diagnosis.health())
 
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
         """Take over a file.

@@ -24,6 +24,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    health: Mapping[str, int] | None = None,
 ) -> Path:
     """Write a safetensors file atomically, with the model hashes that web UIs index by.
 
@@ -31,6 +32,7 @@ def write_tensors(
         path: with another ending than .safetensors, that ending is appended (pickled files are not written).
         dtype: of the saved tensors; None keeps each. `.alpha` stays fp32.
         metadata: text to text; not changed.
+        health: what is known of the run that made them; with what shows here it is saved as `networks_health`.
 
     Returns:
         The path written.
@@ -42,10 +44,13 @@ def write_tensors(
     if file.suffix.lower() != ".safetensors":
         log.warning("%s: saved as .safetensors instead, which every program reads", file.name)
         file = file.with_name(file.name + ".safetensors")
-    data = serialize(_cast(tensors, dtype))
+    cast, losses = _cast(tensors, dtype)
+    data = serialize(cast)
     length = int.from_bytes(data[:8], "little")
     entries, payload = json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
     known = dict(metadata or {})
+    if health:
+        known["networks_health"] = json.dumps({**health, **losses})
     training = {key: value for key, value in known.items() if key.startswith("ss_")}
     known["sshs_model_hash"] = hashlib.sha256(payload).hexdigest()
     known["sshs_legacy_hash"] = _legacy_hash(safetensors_header(entries, training), payload)
@@ -54,8 +59,8 @@ def write_tensors(
     return file
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Tensors as they are saved; one warning per kind for content that is broken or lost.
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors as they are saved, and how many are broken or lost; one warning for each of these kinds.
 
     Extremes say it all in one pass over the data: NaN and infinity show in them, overflow and underflow follow.
     """
@@ -79,7 +84,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str,
     if vanished:
         names = ", ".join(vanished[:3])
         log.warning("%d tensors are all 0 in the save precision, e.g. %s: save in fp32", len(vanished), names)
-    return cast
+    return cast, {"non_finite_tensors": len(broken), "underflow_tensors": len(vanished)}
 
 
 def safetensors_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:

@@ -18,6 +18,7 @@ from .._version import __version__
 from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs, Problems, parse
+from ..core.diagnosis import Diagnosis
 from ..core.network import Network
 from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request
@@ -111,7 +112,8 @@ class HostNetwork(Network):
         self.train()
 
     def on_step_start(self, *models: Any) -> None:
-        """Nothing of ours depends on the step."""
+        """Nothing of ours depends on the step, but it is counted: layers that do not learn are told."""
+        self.diagnosis.step(self.adapted_layers)
 
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
         """(layers shrunk, mean norm, maximum norm) of the true, scaled updates."""
@@ -284,6 +286,7 @@ class Caller:
         form = dialects.Form(dialects.DIALECTS[a.save_format], a.rs_lora)
         roots = {part.name: model for part, model in request.parts}
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
+        network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
         for line in plan.to_text().splitlines() if a.verbose else summary(plan):
             log.info("%s", line)
