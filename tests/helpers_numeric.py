@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.algos import ALGOS, Adapter
+from networks.algos import ALGOS, Adapter, Reweight
 from networks.core.network import Network
 from networks.core.plan import Plan, PlanRow
 from networks.layers.adapted import AdaptedLayer
 from networks.tensors.geometry import Geometry
 
+# Those of the matrix; the others have no update apart from the base weight (test_reweight.py).
+ADDITIVE = {name: cls for name, cls in ALGOS.items() if not issubclass(cls, Reweight)}
 TOLERANCE = 1e-9  # of everything in float64, relative to the largest value
 OUT, IN = 110, 108  # 10 * 11 and 9 * 12, so that a rank of 4 is below half of every factor
 DIM, ALPHA, MULTIPLIER = 4, 3.0, 0.7
@@ -140,7 +142,7 @@ def values_of(algorithm: type[Adapter], option: str) -> tuple[Any, ...]:
 def cases() -> list[Case]:
     """For every registered algorithm: plain, every option, every pair of options, RS-LoRA, and a large dim."""
     found = []
-    for algo, algorithm in ALGOS.items():
+    for algo, algorithm in ADDITIVE.items():
         singles = [{o: v} for o in sorted(algorithm.options) for v in values_of(algorithm, o)]
         pairs = [a | b for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys()]
         found += [Case(algo, options) for options in ({}, *singles, *pairs)]
@@ -214,7 +216,7 @@ def forced(form: str) -> Iterator[None]:
 
 
 def _classes_with_flops() -> list[type[Adapter]]:
-    return list(dict.fromkeys(cls for algo in ALGOS.values() for cls in algo.__mro__ if "flops" in cls.__dict__))
+    return list(dict.fromkeys(cls for algo in ADDITIVE.values() for cls in algo.__mro__ if "flops" in cls.__dict__))
 
 
 # -- the definitions

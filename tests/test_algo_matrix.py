@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_numeric import (
+    ADDITIVE,
     ALPHA,
     DENSE,
     FORMS,
@@ -42,12 +43,13 @@ from networks.files import codec, reader
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer, Runtime
 from networks.layers.dropout import Dropouts
+from networks.layers.max_norm import update_norm
 from networks.tensors.geometry import Geometry
 
 CASES = cases()
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 NOT_IN_LAYOUT = {"block_size": "test_dylora.py"}
-every_algo = pytest.mark.parametrize("algo", list(ALGOS))
+every_algo = pytest.mark.parametrize("algo", list(ADDITIVE))
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +91,7 @@ def trained(layer: AdaptedLayer) -> list[tuple[str, nn.Parameter]]:
 
 
 def test_every_algorithm_has_a_definition_to_be_tested_against() -> None:
-    missing = ALGOS.keys() - DENSE.keys()
+    missing = ADDITIVE.keys() - DENSE.keys()
     assert not missing, f"write the dense formula of {sorted(missing)} in helpers_numeric.DENSE, from its paper"
 
 
@@ -338,7 +340,7 @@ def test_norm_rescale_and_limit(case: Case) -> None:
             adapter = layer.adapter
             delta = adapter.delta()
             assert_close(adapter.norm(), torch.linalg.vector_norm(delta), f"{kind}: norm")
-            assert_close(layer.update_norm(), true_norm(layer), f"{kind}: norm of the true update")
+            assert_close(update_norm(layer), true_norm(layer), f"{kind}: norm of the true update")
             adapter.rescale_(0.3)
             assert_close(adapter.delta(), 0.3 * delta, f"{kind}: rescale_")
         before = {kind: float(true_norm(layer)) for kind, layer in layers_of(network).items()}
@@ -538,7 +540,7 @@ def test_autocast(algo: str, base_dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("base_dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize(
     ("algo", "use_scalar"),
-    [(name, on) for name, cls in ALGOS.items() for on in (False, True) if not on or "use_scalar" in cls.options],
+    [(name, on) for name, cls in ADDITIVE.items() for on in (False, True) if not on or "use_scalar" in cls.options],
 )
 def test_merge_rounds_once(algo: str, base_dtype: torch.dtype, adapter_dtype: torch.dtype, use_scalar: bool) -> None:
     """W' is computed in fp32 or wider, also when the host has cast the network (gen_img does), and rounded once."""

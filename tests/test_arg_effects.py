@@ -49,6 +49,10 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
 }
 EFFECTS |= {
     "use_dora": ({}, "True"),
+    "constraint": ({"algo": "diag-oft"}, "0.001"),
+    "rescaled": ({"algo": "boft"}, "True"),
+    "dim_is_count": ({"algo": "diag-oft", "network_reg_dims": ".*=2"}, "True"),
+    "train_on_input": ({"algo": "ia3"}, "True"),
     "wd_on_output": ({"use_dora": "True"}, "False"),
 }
 DIMS = {"block_dims": ",".join(["4"] * 25)}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_numeric import (
+    ADDITIVE,
     ALPHA,
     DENSE,
     FORMS,
@@ -35,7 +36,7 @@ from networks.layers.adapted import AdaptedLayer, Runtime
 from networks.layers.dropout import Dropouts
 from networks.tensors.geometry import Geometry
 
-every_algo = pytest.mark.parametrize("algo", list(ALGOS))
+every_algo = pytest.mark.parametrize("algo", list(ADDITIVE))
 every_dropout = pytest.mark.parametrize("dropout", ("dropout", "rank_dropout", "module_dropout"))
 P = 0.3
 # The axis of the rank index that a rank mask weighs, in one tensor of the file: (key, axis flat, axis Tucker).

@@ -45,6 +45,7 @@ LAYERS = {
         "model.language_model.layers.0.self_attn.q_proj",
         "lora_unet_model_language_model_layers_0_self_attn_q_proj", 4096, 4096,
     ),
+    "ace_step": ("layers.0.self_attn.k_proj", "lycoris_layers_0_self_attn_k_proj", 1024, 2048),
     "anima": ("blocks.0.cross_attn.k_proj", "lora_unet_blocks_0_cross_attn_k_proj", 2048, 1024),
 }  # fmt: skip
 # arguments -> suffix -> shape, with every layer's O and I; dim 4, LoKr with factor 8
@@ -62,6 +63,10 @@ FORMS: dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]] = {
         {"algo": "lokr", "factor": "8", "full_matrix": "True"},
         {"lokr_w1": (8, 8), "lokr_w2": ("O/8", "I/8")},
     ),
+    "diag-oft": ({"algo": "diag-oft"}, {"oft_blocks": ("O/4", 4, 4)}),
+    "oft with a number of blocks": ({"algo": "diag-oft", "dim_is_count": "True"}, {"oft_blocks": (4, "O/4", "O/4")}),
+    "ia3": ({"algo": "ia3"}, {"weight": ("O",), "on_input": ()}),
+    "ia3 on the input side": ({"algo": "ia3", "train_on_input": "True"}, {"weight": ("I",), "on_input": ()}),
     "lora, DoRA": (
         {"use_dora": "True"},
         {"lora_down.weight": (4, "I"), "lora_up.weight": ("O", 4), "dora_scale": ("O", 1)},
@@ -80,16 +85,15 @@ def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
     spec = SPECS[arch]
     with torch.device("meta"):
         model = toy(arch, blocks=7 if arch == "sdxl" else 1, shrink=1)[spec.denoiser.name]
-    pattern = ".*" + dotted.replace(".", r"\.")
+    pattern = dotted.replace(".", r"\.")
     network = networks.lora.create_network(1.0, 4, 3, None, None, model, only_patterns=pattern, **kwargs)
-    sizes = {"O": O, "I": I, "O/8": O // 8, "I/8": I // 8}
+    sizes = {"O": O, "I": I, "O/8": O // 8, "I/8": I // 8, "O/4": O // 4}
     expected = {f"{saved}.{k}": tuple(sizes.get(n, n) for n in shape) for k, shape in wanted.items()}
     tensors = codec.encode(network.adapted_layers)
     assert {key: tuple(t.shape) for key, t in tensors.items()} == {**expected, f"{saved}.alpha": ()}
-    scaleless = form == "lokr, full"
-    assert (
-        float(tensors[f"{saved}.alpha"]) == (4 if scaleless else 3) and tensors[f"{saved}.alpha"].dtype == torch.float32
-    )
+    alphas = {"lokr, full": 4, "ia3": 4, "ia3 on the input side": 4, "diag-oft": 0, "oft with a number of blocks": 0}
+    alpha = tensors[f"{saved}.alpha"]
+    assert float(alpha) == alphas.get(form, 3) and alpha.dtype == torch.float32
 
 
 def test_every_architecture_with_a_list_has_an_anchor() -> None:

@@ -14,6 +14,7 @@ import lycoris.kohya
 import pytest
 import torch
 from helpers_numeric import (
+    ADDITIVE,
     ALPHA,
     DIM,
     KINDS,
@@ -35,7 +36,6 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from networks.algos import ALGOS
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
@@ -413,4 +413,4 @@ def test_known_wrong_peft_lora_on_a_dilated_convolution() -> None:
 def test_every_registered_algorithm_is_compared() -> None:
     """A new algorithm which LyCORIS has too belongs into the table LYCORIS; one that it lacks, into `absent`."""
     absent: set[str] = set()
-    assert ALGOS.keys() - LYCORIS.keys() - absent == set()
+    assert ADDITIVE.keys() - LYCORIS.keys() - absent == set()

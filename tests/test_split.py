@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import assert_close, randomise
+from helpers_numeric import ADDITIVE, assert_close, options_for, randomise
 from tiny_parts import randomise as randomise_network
 from torch import Tensor, nn
 from toy_models import signal, toy
@@ -21,6 +21,7 @@ from networks.archs import ARCHS
 from networks.files import reader
 from networks.layers.adapted import AdaptedLayer, Runtime
 from networks.layers.dropout import Dropouts
+from networks.layers.max_norm import update_norm
 from networks.layers.site import Site
 from networks.layers.split import Split
 from networks.tensors.geometry import Geometry
@@ -65,7 +66,7 @@ def together(modules: list[nn.Linear], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"use_scalar": True}], ids=["plain", "scalar"])
 def test_a_split_layer_is_its_parts_and_its_file_is_the_whole(algo: str, options: dict[str, Any]) -> None:
     base, x = fused(), torch.randn(2, 5, 36, dtype=torch.float64)
-    adapter = Split(ALGOS[algo], Geometry.of(base), 3, SIZES, options).double()
+    adapter = Split(ALGOS[algo], Geometry.of(base), 3, SIZES, options_for(algo, options)).double()
     randomise(adapter)
     layer = AdaptedLayer("x", base, adapter, 0.75, runtime=Runtime(0.7))
     plain = copy.deepcopy(base)
@@ -80,15 +81,15 @@ def test_a_split_layer_is_its_parts_and_its_file_is_the_whole(algo: str, options
     assert_close(y, wanted_y, "forward")
     assert_close(layer.new_weight(plain.weight), plain.weight + 0.7 * 0.75 * _rows(adapter), "new_weight")
     # As a plain reader sees the file: alpha / rank of one adapter on the whole layer.
-    single = ALGOS[algo](Geometry.of(plain), 9, {}).double()
+    single = ALGOS[algo](Geometry.of(plain), 9, options_for(algo, {})).double()
     single.unpack_(adapter.pack())
     assert layer.alpha == pytest.approx(0.75 * 9)
     assert_close(single.delta() * layer.alpha / 9, _rows(adapter) * 0.75, "the file")
     assert_close(adapter.norm(), _rows(adapter).norm(), "norm")
-    other = Split(ALGOS[algo], Geometry.of(plain), 3, SIZES, options).double()
+    other = Split(ALGOS[algo], Geometry.of(plain), 3, SIZES, options_for(algo, options)).double()
     other.unpack_(adapter.pack())
     assert_close(_rows(other), _rows(adapter), "loaded")
-    assert all(p.grad is not None for p in _backward(y, adapter))
+    assert all(p.grad is not None for p in _backward(y, adapter) if p.requires_grad)
 
 
 def _rows(adapter: Split) -> Tensor:
@@ -117,7 +118,7 @@ def test_a_whole_adapter_is_no_stack() -> None:
 
 
 @pytest.mark.parametrize("dora", ["", "output", "input"])
-@pytest.mark.parametrize("algo", list(ALGOS))
+@pytest.mark.parametrize("algo", list(ADDITIVE))
 def test_one_adapter_on_several_modules_is_that_of_the_fused_layer(algo: str, dora: str) -> None:
     """Forward, gradients, merge and norms; LoKr with pieces that do and do not fall on blocks of its second factor."""
     base = fused()
@@ -126,7 +127,7 @@ def test_one_adapter_on_several_modules_is_that_of_the_fused_layer(algo: str, do
         layers = []
         for sites in ([Site(copy.deepcopy(base))], [Site(m, p) for m, p in zip(modules, PIECES, strict=True)]):
             torch.manual_seed(1)
-            adapter = ALGOS[algo](Geometry.of(base), 3, factor).double()
+            adapter = ALGOS[algo](Geometry.of(base), 3, options_for(algo, factor)).double()
             randomise(adapter)
             layer = AdaptedLayer("x", sites, adapter, 0.75, runtime=Runtime(0.7), dora=dora).double()
             layer.take_magnitude(None)
@@ -143,8 +144,10 @@ def test_one_adapter_on_several_modules_is_that_of_the_fused_layer(algo: str, do
         y.backward(upstream)
         wanted.backward(upstream)
         for (name, a), b in zip(several.named_parameters(), one.parameters(), strict=True):
+            if not a.requires_grad:
+                continue
             assert_close(a.grad, b.grad, name)
-        assert_close(several.update_norm(), one.update_norm(), "norm")
+        assert_close(update_norm(several), update_norm(one), "norm")
         for layer in layers:
             layer.detach()
             layer.backup()
@@ -172,7 +175,7 @@ def models(arch: str) -> tuple[list[Any], nn.Module]:
 
 
 @pytest.mark.parametrize("algo", SPLIT)
-@pytest.mark.parametrize("arch", [spec.name for spec in ARCHS if spec.fused_rows])
+@pytest.mark.parametrize("arch", [spec.name for spec in ARCHS if spec.fused_rows and not spec.denoiser.tasks])
 def test_split_files_load_at_full_strength_as_plain_ones(arch: str, algo: str, tmp_path: Path) -> None:
     """What a plain reader, and the trainers' own create_network_from_weights, make of the file."""
     entry = __import__(f"networks.{SPECS[arch].entry}", fromlist=["create_network"])
@@ -182,23 +185,26 @@ def test_split_files_load_at_full_strength_as_plain_ones(arch: str, algo: str, t
     assert split and all(sum(row.split) == row.shape[0] and row.scale == 0.5 for row in split)
     network.apply_to(encoders, dit, True, True)
     randomise_network(network)
+    network.eval()  # some algorithms draw at random in training
     wanted = dit(signal()).detach()
     file = str(tmp_path / "a.safetensors")
     network.save_weights(file, None, {})
     tensors, _ = reader.read_tensors(file)
     name, n = split[0].saved_name, len(split[0].split)
-    first = "lora_up.weight" if algo == "lora" else "hada_w1_a"
+    first = "hada_w1_a" if algo == "loha" else "lora_up.weight"
     assert tensors[f"{name}.{first}"].shape == (split[0].shape[0], 2 * n) and float(tensors[f"{name}.alpha"]) == n
     network.detach()
     for options in ({}, {"split_qkv": "True"}):
         loaded, _ = entry.create_network_from_weights(1.0, file, None, encoders, dit, **options)
         assert bool([row for row, _ in loaded.layers if row.split]) == bool(options)
         loaded.apply_to(encoders, dit)
+        loaded.eval()
         torch.testing.assert_close(dit(signal()), wanted)
         loaded.detach()
     again = entry.create_network(1.0, 2, 4, None, encoders, dit, algo=algo, split_qkv="True")
     again.apply_to(encoders, dit, True, True)
     again.load_weights(file)
+    again.eval()
     torch.testing.assert_close(dit(signal()), wanted)
     assert {layer.scale for layer in again.adapted_layers} == {0.5}
 

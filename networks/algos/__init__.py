@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from .base import Adapter, Layout
+from .boft import BOFT
 from .dylora import DyLoRA
+from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
 from .lora_fa import LoRAFA
+from .oft import DiagOFT
+from .reweight import Reweight
 
-ALGOS: dict[str, type[Adapter]] = {cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA)}
+ALGOS: dict[str, type[Adapter]] = {cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, DiagOFT, BOFT, IA3)}
 
 
 def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:
-    """The algorithm whose saved keys these are (`lora_up.weight`, `hada_w1_a`, ...), or None."""
+    """The algorithm whose saved keys these are (`lora_up.weight`, `hada_w1_a`, ...), or None.
+
+    Args:
+        suffixes: names alone, or with their tensors, which tell apart what has the same names.
+    """
     present = set(suffixes)
-    return next((cls for cls in ALGOS.values() if cls.recognises(present)), None)
+    named = [cls for cls in ALGOS.values() if cls.recognises(present)]
+    if isinstance(suffixes, Mapping):
+        named = [cls for cls in named if cls.accepts(suffixes)]
+    return named[0] if named else None
 
 
-__all__ = ["ALGOS", "Adapter", "Layout", "recognise"]
+__all__ = ["ALGOS", "Adapter", "Layout", "Reweight", "recognise"]

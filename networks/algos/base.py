@@ -1,4 +1,5 @@
-"""The contract of an additive algorithm: a weight change dW [O, I, *kernel] made of a few small factors.
+"""The contract of an algorithm. Most are additive: a weight change dW [O, I, *kernel] made of a few small
+factors; `reweight` has the others.
 
 An algorithm knows shapes and formulas only. Scale (alpha), multiplier, dropout probabilities and dtype policy live in
 `layers`; saved names in `files`. `delta` is the definition; `apply_delta` must equal the layer's operation with it.
@@ -60,12 +61,14 @@ class Adapter(nn.Module):
     fold: ClassVar[tuple[str, ...]]  # the first of these that exists takes up the learnt scalar at save
     # Arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv: adapters of the
     # parts of a layer, stacked, are one of the same kind (`stack`).
-    features: ClassVar[frozenset[str]] = frozenset({"use_dora", "wd_on_output"})
+    features: ClassVar[frozenset[str]] = frozenset({"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta"})
     frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without gradient and optimizer state
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
     saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
+    alpha_option: ClassVar[str] = ""  # the option which a file holds as alpha, where alpha is no strength
     stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
 
+    side = ""  # of the multiplicative ones: "output" or "input"
     plus_unit = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     scalar: nn.Parameter | None
 
@@ -187,6 +190,10 @@ class Adapter(nn.Module):
             for p in factors:
                 p.mul_(ratio ** (1 / len(factors)))
 
+    def shrink_(self, ratio: float) -> None:
+        """Make the change of the layer `ratio` of its size, or about that."""
+        self.rescale_(ratio)
+
     # -- files
 
     @classmethod
@@ -197,6 +204,11 @@ class Adapter(nn.Module):
     @classmethod
     def recognises(cls, suffixes: set[str]) -> bool:
         return any(marks <= suffixes for marks in cls.required)
+
+    @classmethod
+    def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether tensors under its suffixes are its own, where several algorithms share the names."""
+        return True
 
     def pack(self) -> dict[str, Tensor]:
         """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .spec import Arg
 
-ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa")
+ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "diag-oft", "boft", "ia3")
 ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa")
 FORM = "form of the factors"
 
@@ -79,6 +79,30 @@ FORMS: tuple[Arg, ...] = (
         "swap the two factors of the output side",
         FORM,
         algos=("lokr",),
+    ),
+    Arg(
+        "constraint",
+        "float",
+        0.0,
+        "limit of a rotation: the norm of its generator over all blocks, in parts of the output features; 0 = none",
+        FORM,
+        aliases=("constrain",),
+        algos=("diag-oft", "boft"),
+        minimum=0,
+    ),
+    Arg(
+        "rescaled", "bool", False, "a learnt factor for every row after the rotation", FORM, algos=("diag-oft", "boft")
+    ),
+    Arg(
+        "dim_is_count",
+        "bool",
+        False,
+        "network_dim is the number of blocks (as in sd-scripts' oft) and not their largest size (as in LyCORIS)",
+        FORM,
+        algos=("diag-oft",),
+    ),
+    Arg(
+        "train_on_input", "bool", False, "factors for the input features instead of the output's", FORM, algos=("ia3",)
     ),
     Arg(
         "block_size",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .forms import ALGOS, FORM, FORMS
+from .forms import ADDITIVE, ALGOS, FORM, FORMS
 from .kinds import BLOCK_INDICES, EXTRA_DIMS, LAYER_DIMS
 from .spec import Arg, Rates
 
@@ -264,6 +264,7 @@ TABLE: tuple[Arg, ...] = (
         None,
         "GGPO: noise on the weight in training, in proportion to the rows of the changed weight; with ggpo_beta",
         _OTHER,
+        algos=ADDITIVE,
         minimum=0,
     ),
     Arg(
@@ -272,6 +273,7 @@ TABLE: tuple[Arg, ...] = (
         None,
         "GGPO: the same in proportion to the square of the update's gradient; with ggpo_sigma",
         _OTHER,
+        algos=ADDITIVE,
         minimum=0,
     ),
     Arg(

@@ -162,11 +162,11 @@ def _forms(trained: Sequence[PlanRow], args: Any, conv: bool, problems: Problems
         )
     unscaled = sum(row.layout.rank is None for row in trained)
     if unscaled:
-        hint = (
-            "" if args.full_matrix else " (the dim reaches half of the larger factor; full_matrix=True says so openly)"
-        )
+        whole = any("w2" in names for names in shapes) and not args.full_matrix
+        hint = " (the dim reaches half of the larger factor; full_matrix=True says so openly)" if whole else ""
+        what = "whole factors" if any("w2" in names for names in shapes) else "no rank"
         notes.append(
-            f"{unscaled} of {len(trained)} layers have whole factors, so scale 1 whatever alpha and rs_lora say{hint}"
+            f"{unscaled} of {len(trained)} layers have {what}, so scale 1 whatever alpha and rs_lora say{hint}"
         )
 
 

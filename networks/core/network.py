@@ -18,6 +18,7 @@ from ..files import codec, reader, writer
 from ..files.dialects import Form
 from ..layers.adapted import LIVE_SCALE, AdaptedLayer, Runtime
 from ..layers.dropout import Dropouts
+from ..layers.max_norm import limit_norms
 from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.site import Site
@@ -190,13 +191,7 @@ class Network(nn.Module):
 
     def limit_norms(self, limit: float) -> tuple[int, float, float]:
         """Shrink every true update above `limit`; (number shrunk, mean and maximum norm afterwards)."""
-        layers = self.adapted_layers
-        norms = torch.stack([layer.update_norm().float() for layer in layers]).tolist()  # one wait for the device
-        above = [(layer, norm) for layer, norm in zip(layers, norms, strict=True) if norm > limit]
-        for layer, norm in above:
-            layer.adapter.rescale_(limit / norm)
-        norms = [min(norm, limit) for norm in norms]
-        return len(above), sum(norms) / len(norms), max(norms)
+        return limit_norms(self.adapted_layers, limit)
 
     # -- files
 

@@ -100,7 +100,11 @@ class _Planner:
             algorithm = ALGOS[a.algo]
             options = a.pick(algorithm.options)
         side, plain = self._dora(side, split, a)
-        layout = layout_of(algorithm, g, dim, options, split)
+        try:
+            layout = layout_of(algorithm, g, dim, options, split)
+        except ValueError as error:
+            self.problems.add(f"{c.dotted_name}: {error}")
+            return replace(row, reason="the algorithm has no form for it")
         self._note(c, layout.rank is not None)
         scale = 1.0
         if layout.rank is not None and alpha:

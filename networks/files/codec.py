@@ -60,6 +60,8 @@ class SavedLayer:
     def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
         """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
         dim, options = self.algorithm.describe(geometry, self.tensors)
+        if self.algorithm.alpha_option:
+            options[self.algorithm.alpha_option] = self.alpha or 0.0
         return dim or (max(1, round(self.alpha)) if self.alpha and math.isfinite(self.alpha) else 1), options
 
     def build(self, geometry: Geometry) -> Adapter:
@@ -69,7 +71,7 @@ class SavedLayer:
             ValueError: the tensors do not fit the geometry.
         """
         adapter = self.algorithm(geometry, *self.describe(geometry))
-        adapter.to(next(iter(self.tensors.values())).dtype if self._wide() else torch.float32)
+        adapter.to(torch.float64 if self._wide() else torch.float32)
         adapter.unpack_(self.tensors)
         return adapter
 
@@ -78,7 +80,7 @@ class SavedLayer:
         return self.alpha / rank if rank is not None and self.alpha else 1.0
 
     def _wide(self) -> bool:
-        return all(t.dtype == torch.float64 for t in self.tensors.values())
+        return all(t.dtype == torch.float64 for t in self.tensors.values() if t.is_floating_point())
 
 
 def unknown_form(source: str, name: str, suffix: str) -> str:

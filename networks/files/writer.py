@@ -72,7 +72,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dic
         largest = max(abs(low), abs(high))
         if not math.isfinite(low + high):
             broken.append(key)
-        chosen = tensor.dtype if dtype is None or key.endswith(".alpha") else dtype
+        chosen = tensor.dtype if dtype is None or key.endswith(".alpha") or not tensor.is_floating_point() else dtype
         # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
         if chosen != tensor.dtype and not torch.finfo(chosen).max < largest < math.inf:
             tensor = tensor.to(chosen)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algos import Adapter
+from ..algos import Adapter, Reweight
 from ..tensors import base_weight
+from ..tensors.geometry import cast_to_input
 from .dropout import CallGate, Dropouts, module_mask, rank_mask
-from .magnitude import magnitude_shape, norm_sq, ratio
+from .magnitude import magnitude_shape, norms, ratio
 from .perturbation import Perturbation
 from .runtime import Runtime
 from .site import Site, read_whole
@@ -90,12 +91,16 @@ class AdaptedLayer(nn.Module):
     @property
     def alpha(self) -> float:
         """The value for which plain alpha / rank readers get our scale; a form without rank states its dim."""
-        rank = self.adapter.record.saved_rank
+        rank, option = self.adapter.record.saved_rank, self.adapter.alpha_option
+        if option:
+            return float(self.adapter.chosen.get(option) or 0.0)
         return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
 
     def take_alpha(self, alpha: float | None) -> None:
         """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""
-        rank = self.adapter.record.saved_rank
+        rank, option = self.adapter.record.saved_rank, self.adapter.alpha_option
+        if option:
+            self.adapter.chosen[option] = alpha or 0.0
         if rank is not None:
             self.scale = alpha / rank if alpha else 1.0
 
@@ -150,7 +155,9 @@ class AdaptedLayer(nn.Module):
         if m == 0:
             return weight
         with torch.autocast(weight.device.type, enabled=False):  # hosts merge inside their autocast, too
-            adapter, strength = self._wide_adapter(), self.strength
+            adapter, strength = self.wide_adapter(), self.strength
+            if isinstance(adapter, Reweight):
+                return weight + m * (adapter.new_weight(weight) - weight)
             delta = (adapter.delta() * strength).to(device=weight.device, dtype=weight.dtype)
             if self.magnitude is None:
                 return weight + m * delta
@@ -160,7 +167,7 @@ class AdaptedLayer(nn.Module):
             norms = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.dim()) if i != kept], keepdim=True)
             return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)
 
-    def _wide_adapter(self) -> Adapter:
+    def wide_adapter(self) -> Adapter:
         """The adapter in fp32 at least: some hosts cast a network to half precision before they merge it."""
         if all(p.dtype.itemsize >= 4 for p in self.adapter.parameters()):
             return self.adapter
@@ -180,8 +187,10 @@ class AdaptedLayer(nn.Module):
         if stepwise:
             self.adapter.begin(x)
         gate = CallGate(self._dropped(runtime.multiplier, x))
-        if self.magnitude is not None and not self.on_output and runtime.region is None:
-            y = self._by_input(site, x, gate, *args, **kwargs)
+        more = self._more(x) if runtime.region is None else None
+        if more is not None:  # one call of the base for both of its terms
+            y = site.below(x + gate.output(more), *args, **kwargs)
+            y = y if self.adapter.side else y + gate.output(self._product(site, x + more, self.strength)).to(y.dtype)
         else:
             y = site.below(x, *args, **kwargs)
             if runtime.region is not None:
@@ -201,31 +210,45 @@ class AdaptedLayer(nn.Module):
 
     def _change(self, site: Site, x: Tensor, y: Tensor, gate: CallGate) -> Tensor:
         """What is added to the output y of a base module, in its dtype; `gate` holds the multiplier."""
-        if self.magnitude is None:
+        if self.magnitude is None and not self.adapter.side:
             return self._product(site, x, self._strength(gate.scale)).to(y.dtype)
         geometry, bias = self.adapter.geometry, getattr(site.module, "bias", None)
         outside = 0.0 if bias is None else geometry.on_outputs(bias.to(y.dtype))
-        if not self.on_output:
+        more = self._more(x)
+        if more is not None:
             assert site.below is not None
-            more = gate.output(self._more(x))
-            return site.below(more) - outside + gate.output(self._product(site, x + self._more(x), self.strength))
+            change = site.below(gate.output(more)) - outside
+            return change if self.adapter.side else change + gate.output(self._product(site, x + more, self.strength))
+        if isinstance(self.adapter, Reweight):
+            return gate.output(self._reweighted(site, x, y - outside))
+        assert self.magnitude is not None
         r = ratio(site.take_rows(self.magnitude), self._norms(site).to(self.magnitude.device)).flatten()
         update = self._product(site, x, self.strength)
         change = geometry.on_outputs(r - 1).to(y) * (y - outside) + (geometry.on_outputs(r).to(update) * update).to(y)
         return gate.output(change)
 
-    def _by_input(self, site: Site, x: Tensor, gate: CallGate, *args: Any, **kwargs: Any) -> Tensor:
-        """The output with magnitudes of the input side: one call of the base for both of its terms."""
-        assert site.below is not None
-        more = self._more(x)
-        y = site.below(x + gate.output(more), *args, **kwargs)
-        return y + gate.output(self._product(site, x + more, self.strength)).to(y.dtype)
+    def _reweighted(self, site: Site, x: Tensor, plain: Tensor) -> Tensor:
+        """(T - 1) y for the rows of one module; those of the others are in the weights only."""
+        assert isinstance(self.adapter, Reweight)
+        if site.pieces is None:
+            return self.adapter.change(plain, self._axis)
+        W = self.whole_weight(x.device)
+        change = site.take_rows(self.adapter.new_weight(W) - W)
+        return self.adapter.geometry.op(x, cast_to_input(change, x)).to(plain.dtype)
 
-    def _more(self, x: Tensor) -> Tensor:
-        """(r - 1) x by input features."""
-        assert self.magnitude is not None
+    def _more(self, x: Tensor) -> Tensor | None:
+        """(T - 1) x, for what acts on the input features: magnitudes of that side, or a multiplicative adapter."""
+        if isinstance(self.adapter, Reweight):
+            return self.adapter.change(x, self._axis) if self.adapter.side == "input" else None
+        if self.magnitude is None or self.on_output:
+            return None
         r = ratio(self.magnitude, self._norms().to(self.magnitude.device)).flatten()
         return x * self.adapter.geometry.on_inputs(r - 1).to(x)
+
+    @property
+    def _axis(self) -> int:
+        """Of the features in inputs and outputs."""
+        return -1 - len(self.adapter.geometry.kernel)
 
     def _dropped(self, multiplier: float | Tensor, x: Tensor) -> float | Tensor:
         """The multiplier, or 0 where module_dropout leaves the call out."""
@@ -282,20 +305,10 @@ class AdaptedLayer(nn.Module):
     def _norms(self, only: Site | None = None) -> Tensor:
         """||W + s dW|| in the magnitude's shape; on the output side for the rows of one site if asked."""
         assert self.magnitude is not None
-        adapter, strength = self._wide_adapter(), self.strength
         sites = self.sites if only is None else (only,)
-        squares = [norm_sq(adapter, self._weight_near(s), strength, self.on_output, s.pieces) for s in sites]
-        if not self.on_output:
-            return torch.stack(squares).sum(0).sqrt().reshape(self.magnitude.shape)
-        roots = {
-            s: square.sqrt().reshape(-1, *self.magnitude.shape[1:]) for s, square in zip(sites, squares, strict=True)
-        }
-        return roots[only] if only is not None else read_whole(sites, self.magnitude.shape, roots.__getitem__)
-
-    def _weight_near(self, site: Site) -> Tensor:
-        """A base weight where the adapter is; hosts swap weights between devices."""
-        weight = self.weight_below(site)
-        return weight.to(self.magnitude.device) if self.magnitude is not None else weight
+        with torch.no_grad():
+            near = {site: self.weight_below(site).to(self.magnitude.device) for site in sites}
+        return norms(self.wide_adapter(), near, self.strength, tuple(self.magnitude.shape), self.on_output)
 
     def merge(self, multiplier: float | None = None, device: torch.device | None = None) -> base_weight.Rounding:
         """Put W' into the base layer, computed in fp32 or wider and rounded once; what its form lost in that."""
@@ -316,16 +329,6 @@ class AdaptedLayer(nn.Module):
         """Put the remembered weight back, bit for bit."""
         for site in self.sites:
             base_weight.restore(site.module)
-
-    # -- max norm
-
-    @torch.no_grad()
-    def update_norm(self) -> Tensor:
-        """Frobenius norm of the true update scale * scalar * dW, 0-d."""
-        strength = self.strength
-        size = strength.abs() if isinstance(strength, Tensor) else abs(strength)
-        with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            return self._wide_adapter().norm() * size
 
 
 _NONE = Dropouts()

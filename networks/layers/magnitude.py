@@ -13,11 +13,14 @@ where m is the multiplier; a row whose norm is 0 keeps the factor 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..algos import Adapter
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry
+from .site import Site, read_whole
 
 
 def magnitude_shape(geometry: Geometry, on_output: bool) -> tuple[int, ...]:
@@ -27,14 +30,27 @@ def magnitude_shape(geometry: Geometry, on_output: bool) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def norm_sq(
-    adapter: Adapter, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+def norms(
+    adapter: Adapter, weights: Mapping[Site, Tensor], strength: float | Tensor, shape: tuple[int, ...], on_output: bool
 ) -> Tensor:
-    """||W + s dW||^2 of every output row or input column; `weight` may be the rows of some pieces only."""
-    with torch.autocast(weight.device.type, enabled=False):
-        weight = weight.to(next(adapter.parameters()).dtype)  # a base in fp64 under fp32 adapters
-        strength = strength.to(weight.device) if isinstance(strength, Tensor) else strength
-        return adapter.norm_sq(weight, strength, on_output, pieces)
+    """||W + s dW|| in the magnitude's shape; of one of several modules only its own rows.
+
+    Args:
+        weights: the base weight of every module, or of the one that is asked for.
+        shape: of the whole magnitude.
+    """
+    squares = {}
+    for site, weight in weights.items():
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = weight.to(next(adapter.parameters()).dtype)  # a base in fp64 under fp32 adapters
+            s = strength.to(weight.device) if isinstance(strength, Tensor) else strength
+            squares[site] = adapter.norm_sq(weight, s, on_output, site.pieces)
+    if not on_output:
+        return torch.stack(list(squares.values())).sum(0).sqrt().reshape(shape)
+    roots = {site: square.sqrt().reshape(-1, *shape[1:]) for site, square in squares.items()}
+    first = next(iter(roots))
+    whole = sum(len(root) for root in roots.values()) == shape[0]
+    return read_whole(tuple(roots), shape, roots.__getitem__) if whole else roots[first]
 
 
 def ratio(magnitude: Tensor, norms: Tensor) -> Tensor:

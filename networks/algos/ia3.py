@@ -1,0 +1,73 @@
+"""IA3: a learnt factor for every feature that comes out of a layer, or goes in (2205.05638).
+
+    W'[o, i] = W[o, i] (1 + w[o]), or (1 + w[i]) with train_on_input
+
+Parameters (saved as weight, with on_input beside it; a vector for a Linear, [1, O, 1..] or [1, I, 1..] for a
+convolution)
+    weight  [O], or [I]         start: 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors.geometry import Geometry
+from .base import Layout
+from .reweight import Reweight
+
+
+class IA3(Reweight):
+    algo = "ia3"
+    options = frozenset({"train_on_input"})
+    keys = {"weight": "weight", "on_input": "on_input"}
+    required = (frozenset({"weight", "on_input"}),)
+    weight: nn.Parameter
+
+    @classmethod
+    def layout(cls, geometry: Geometry, dim: int, train_on_input: bool = False) -> Layout:
+        features = geometry.in_features if train_on_input else geometry.out_features
+        return Layout({"weight": (features,)}, rank=None, rank_axis=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    @property
+    def side(self) -> str:  # type: ignore[override]
+        return "input" if self.chosen.get("train_on_input") else "output"
+
+    def change(self, t: Tensor, axis: int) -> Tensor:
+        shape = [1] * t.dim()
+        shape[axis] = -1
+        w = self.weight.to(t.dtype)
+        groups = t.shape[axis] // w.numel()  # of a grouped convolution: each group has its own I channels
+        return t * w.repeat(groups).reshape(shape)
+
+    def pack(self) -> dict[str, Tensor]:
+        w, on_input = self.weight.detach(), self.side == "input"
+        shape = (1, -1, *self.geometry.ones) if self.geometry.is_conv else (-1,)
+        return {"weight": w.reshape(shape), "on_input": torch.tensor(int(on_input))}
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        on_input = bool(tensors["on_input"])
+        wanted = geometry.in_features if on_input else geometry.out_features
+        if tensors["weight"].numel() != wanted:
+            raise ValueError(f"ia3 weight of {tensors['weight'].numel()} features does not fit {geometry.weight_shape}")
+        return 1, {"train_on_input": on_input}
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+        on_input = self.describe(self.geometry, tensors)[1]["train_on_input"]
+        if on_input != (self.side == "input"):
+            raise ValueError(f"the file has train_on_input={on_input}, this network has the other")
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        self.fits(tensors)
+        with torch.no_grad():
+            self.weight.copy_(tensors["weight"].reshape(-1))
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        return 3.0 * tokens * self.record.parameters, float("inf")

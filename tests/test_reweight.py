@@ -1,0 +1,298 @@
+"""Multiplicative algorithms: OFT, BOFT, IA3 against their definitions and lycoris-lora, in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_numeric import assert_close, with_weight
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.ia3 import IA3Module
+from tiny_parts import draw, sd_unet
+from tiny_parts import randomise as randomise_network
+from torch import Tensor, nn
+
+import networks.lora
+from networks.algos import ALGOS, Reweight
+from networks.files import codec, reader
+from networks.files.merge import merged_weight
+from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.dropout import Dropouts
+from networks.layers.max_norm import limit_norms, update_norm
+from networks.layers.site import Site
+from networks.tensors import base_weight
+from networks.tensors.geometry import Geometry
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(20, 48), (2, 5, 20)),
+    "linear_no_bias": (lambda: nn.Linear(20, 48, bias=False), (6, 20)),
+    "conv1d": (lambda: nn.Conv1d(20, 48, 3, stride=2), (2, 20, 9)),
+    "conv_1x1": (lambda: nn.Conv2d(20, 48, 1), (2, 20, 3, 4)),
+    "conv_3x3": (lambda: nn.Conv2d(20, 48, 3, padding=1), (2, 20, 4, 5)),
+    "conv_grouped": (lambda: nn.Conv2d(40, 48, 3, groups=2), (2, 40, 4, 5)),
+}
+MULTIPLICATIVE = [algo for algo, cls in ALGOS.items() if issubclass(cls, Reweight)]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("diag-oft", {}),
+    ("diag-oft", {"constraint": 2**-7}),
+    ("diag-oft", {"rescaled": True}),
+    ("diag-oft", {"dim_is_count": True}),
+    ("boft", {}),
+    ("boft", {"constraint": 2**-7}),
+    ("boft", {"rescaled": True}),
+    ("ia3", {}),
+    ("ia3", {"train_on_input": True}),
+]
+every_case = pytest.mark.parametrize(("algo", "options"), CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def single(kind: str, algo: str, options: dict[str, Any], multiplier: Any = 0.7) -> tuple[AdaptedLayer, Tensor]:
+    make, shape = KINDS[kind]
+    base = make().double().requires_grad_(False)
+    adapter = ALGOS[algo](Geometry.of(base), 6, options).double()
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=0.3)
+    layer = AdaptedLayer("lora_unet_x", base, adapter, 1.0, runtime=Runtime(multiplier))
+    return layer, torch.randn(*shape, dtype=torch.float64)
+
+
+def cayley(B: Tensor) -> Tensor:
+    Q = B - B.T
+    one = torch.eye(len(Q), dtype=Q.dtype)
+    return (one + Q) @ torch.linalg.inv(one - Q)
+
+
+def definition(layer: AdaptedLayer, W: Tensor) -> Tensor:
+    """T(W), from dense matrices."""
+    adapter, O = layer.adapter, W.shape[0]
+    if adapter.algo == "ia3":
+        w = 1 + adapter.weight
+        return W * (
+            w.reshape(1, -1, *[1] * (W.dim() - 2)) if adapter.side == "input" else w.reshape(-1, *[1] * (W.dim() - 1))
+        )
+    blocks = adapter.blocks
+    Q = blocks - blocks.transpose(-1, -2)
+    constraint = adapter.chosen.get("constraint", 0) * O
+    if constraint and Q.norm() > constraint:
+        blocks = blocks * constraint / Q.norm()
+    stages = blocks[None] if blocks.dim() == 3 else blocks
+    T = torch.eye(O, dtype=W.dtype)
+    for i, stage in enumerate(stages):
+        R = torch.block_diag(*(cayley(B) for B in stage))
+        if blocks.dim() == 3:
+            T = R.T @ T
+            continue
+        half = 2**i * stage.shape[-1] // 2  # features that lie `half` apart come side by side
+        order = torch.arange(O).reshape(-1, 2, half).transpose(1, 2).flatten()
+        P = torch.eye(O, dtype=W.dtype)[order]
+        T = P.T @ R @ P @ T
+    if "rescale" in adapter.record.shapes:
+        T = adapter.rescale.reshape(-1, 1) * T
+    return (T @ W.flatten(1)).reshape(W.shape)
+
+
+@pytest.mark.parametrize(
+    ("kind", "algo", "options"),
+    [(kind, *case) for kind in KINDS for case in CASES if (kind, case[0]) != ("conv_grouped", "boft")],
+    ids=str,
+)
+def test_forward_merge_and_file_are_the_definition(kind: str, algo: str, options: dict[str, Any]) -> None:
+    layer, x = single(kind, algo, options)
+    base = layer.base
+    plain, W = copy.deepcopy(base), base.weight.clone()
+    expected = (W + 0.7 * (definition(layer, W) - W)).detach()
+    assert_close(layer.new_weight(W) - W, expected - W, "new_weight")
+    layer.attach()
+    y = base(x)
+    assert_close(y - plain(x), with_weight(plain, expected)(x) - plain(x), "forward")
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
+    assert_close(update_norm(layer), (definition(layer, W) - W).norm().detach(), "norm")
+    layer.detach()
+    saved = codec.decode({k: v.clone() for k, v in codec.encode([layer]).items()})[0]["lora_unet_x"]
+    assert saved.algorithm.algo == algo
+    assert_close(merged_weight(saved, W, 0.7) - W, expected - W, "merge from the file")
+    layer.merge()
+    assert torch.equal(base.weight, layer.new_weight(W))
+
+
+@every_case
+def test_gradients_are_those_of_the_definition(algo: str, options: dict[str, Any]) -> None:
+    layer, x = single("conv_3x3", algo, options)
+    x.requires_grad_()
+    W, bias = layer.base.weight, layer.base.bias
+    values = list(layer.parameters())
+    wanted_y = layer.adapter.geometry.op(x, W + 0.7 * (definition(layer, W) - W)) + bias.reshape(-1, 1, 1)
+    upstream = torch.randn_like(wanted_y)
+    wanted = torch.autograd.grad(wanted_y, (x, *values), upstream)
+    layer.attach()
+    for a, b in zip(torch.autograd.grad(layer.base(x), (x, *values), upstream), wanted, strict=True):
+        assert_close(a, b, algo)
+
+
+@every_case
+def test_no_base_weight_is_read_in_training(
+    algo: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a quantised base needs no decoding."""
+    layer, x = single("linear", algo, options)
+    layer.attach()
+    monkeypatch.setattr(base_weight, "read", lambda *args: pytest.fail("the weight was read"))
+    layer.base(x).sum().backward()
+
+
+@every_case
+def test_start_is_the_base_and_multiplier_0_is_bit_exact(algo: str, options: dict[str, Any]) -> None:
+    base = nn.Linear(20, 48).requires_grad_(False)
+    x, plain = torch.randn(5, 20), copy.deepcopy(base)
+    layer = AdaptedLayer("x", base, ALGOS[algo](Geometry.of(base), 6, options), 1.0)
+    layer.attach()
+    assert torch.equal(base(x), plain(x))
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    layer.runtime.multiplier = 0.0
+    assert torch.equal(base(x), plain(x))
+
+
+@every_case
+def test_one_multiplier_per_sample_and_module_dropout(algo: str, options: dict[str, Any]) -> None:
+    values = torch.tensor([0.25, -0.5], dtype=torch.float64)
+    layer, x = single("conv_3x3", algo, options, values)
+    plain = copy.deepcopy(layer.base)
+    layer.attach()
+    y = layer.base(x)
+    for i, value in enumerate(values.tolist()):
+        wanted = with_weight(plain, layer.new_weight(plain.weight, value).detach())(x[i : i + 1])
+        assert_close(y[i : i + 1], wanted, f"sample {i}")
+    layer.runtime.multiplier, layer.dropouts = 1.0, Dropouts(module_dropout=0.5)
+    kept = [not torch.allclose(layer.base(x), plain(x)) for _ in range(20)]
+    assert any(kept) and not all(kept)
+
+
+@every_case
+def test_several_modules_are_the_fused_layer(algo: str, options: dict[str, Any]) -> None:
+    layer, x = single("linear", algo, options)
+    whole = layer.base
+    pieces = ((0, 20), (20, 30), (30, 48))
+    modules = []
+    for start, stop in pieces:
+        module = nn.Linear(20, stop - start).double().requires_grad_(False)
+        module.weight.copy_(whole.weight[start:stop])
+        module.bias.copy_(whole.bias[start:stop])
+        modules.append(module)
+    sites = [Site(module, (piece,)) for module, piece in zip(modules, pieces, strict=True)]
+    several = AdaptedLayer("x", sites, layer.adapter, 1.0, runtime=Runtime(0.7))
+    layer.attach()
+    wanted = whole(x)
+    several.attach()
+    assert_close(torch.cat([module(x) for module in modules], -1), wanted, "forward")
+    several.detach()
+    several.merge()
+    assert_close(torch.cat([module(x) for module in modules], -1), wanted, "merged")
+
+
+@every_case
+def test_max_norm(algo: str, options: dict[str, Any]) -> None:
+    layer, _ = single("linear", algo, options)
+    before = float(update_norm(layer))
+    count, mean, largest = limit_norms([layer], before * 0.3)
+    assert count == 1 and mean == largest == pytest.approx(before * 0.3)
+    assert float(update_norm(layer)) <= before * 0.3 * (1 + 1e-5)
+    assert limit_norms([layer], before)[0] == 0
+
+
+@torch.no_grad()
+def lycoris_weight(layer: AdaptedLayer, W: Tensor) -> Tensor:
+    """What lycoris-lora makes of the file."""
+    base = nn.Linear(20, 48)  # its own matrices are fp32
+    base.weight.copy_(W)
+    saved = {key: t.float() for key, t in codec.encode([layer]).items()}
+    alpha = saved.pop("lora_unet_x.alpha")
+    t = {key.rpartition(".")[2]: value for key, value in saved.items()}
+    if layer.adapter.algo == "ia3":
+        module = IA3Module("x", base, 1.0, train_on_input=bool(t["on_input"]))
+        module.weight.data.copy_(t["weight"].reshape(module.weight.shape))
+    else:
+        cls = DiagOFTModule if layer.adapter.algo == "diag-oft" else ButterflyOFTModule
+        module = cls.make_module_from_state_dict("x", base, t["oft_blocks"], t.get("rescale"), alpha)
+        module.oft_blocks.data.copy_(t["oft_blocks"])
+    return module.get_merged_weight(1.0)[0].detach()
+
+
+@pytest.mark.parametrize(("algo", "options"), [c for c in CASES if "dim_is_count" not in c[1]], ids=str)
+def test_lycoris_reads_the_same_weight(algo: str, options: dict[str, Any]) -> None:
+    layer, _ = single("linear", algo, options)
+    W = layer.base.weight
+    assert_close(lycoris_weight(layer, W) - W, layer.new_weight(W, 1.0).detach() - W, algo, 1e-5)
+
+
+@pytest.mark.parametrize("algo", MULTIPLICATIVE)
+def test_a_network_trains_and_its_file_loads(algo: str, tmp_path: Path) -> None:
+    unet = sd_unet()
+    kwargs = {"constraint": "0.03125"} if algo == "diag-oft" else {}
+    network = networks.lora.create_network(1.0, 16, 1, None, None, unet, algo=algo, conv_dim="16", **kwargs)
+    network.apply_to(None, unet, False, True)
+    groups, _ = network.prepare_optimizer_params(None, 1e-2, 1e-2)
+    optimizer = torch.optim.SGD(groups)
+    goal, losses = draw(unet).detach() * 0.9, []
+    for _ in range(4):
+        loss = (draw(unet) - goal).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    randomise_network(network)
+    wanted, file = draw(unet).detach(), str(tmp_path / "a.safetensors")
+    network.save_weights(file, torch.float32, {})
+    if algo == "diag-oft":
+        alphas = {float(t) for k, t in reader.read_tensors(file)[0].items() if k.endswith("alpha")}
+        assert alphas == {0.03125}
+    network.detach()
+    loaded, weights = networks.lora.create_network_from_weights(1.0, file, None, None, unet)
+    loaded.apply_to(None, unet)
+    torch.testing.assert_close(draw(unet), wanted)
+    loaded.detach()
+    loaded.merge_to(None, unet, weights, torch.float32, "cpu")
+    torch.testing.assert_close(draw(unet), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_go_together() -> None:
+    for kwargs, message in (
+        ({"algo": "diag-oft", "use_dora": "True"}, "use_dora"),
+        ({"algo": "ia3", "dropout": "0.1"}, "no trained layer has a rank activation"),
+        ({"algo": "boft", "ggpo_sigma": "0.1", "ggpo_beta": "0.1"}, "ggpo_sigma"),
+        ({"algo": "lora", "constraint": "0.1"}, "constraint"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            networks.lora.plan(16, 1, None, sd_unet(), **kwargs)
+    with pytest.raises(ValueError, match="boft has no blocks of up to 4 for .* use network_dim="):
+        networks.lora.plan(4, 1, None, unet_of_48(), algo="boft")
+
+
+@pytest.mark.parametrize(("algo", "dim"), [("boft", 6), ("diag-oft", 4)])
+def test_rows_of_different_groups_are_not_mixed(algo: str, dim: int) -> None:
+    """A row reads the inputs of its own group: turning it into another group's has no weight of this shape."""
+    with pytest.raises(ValueError, match="mix the 2 groups of a convolution"):
+        ALGOS[algo](Geometry.of(nn.Conv2d(40, 36, 3, groups=2)), dim)
+
+
+def unet_of_48() -> nn.Module:
+    """A UNet whose layers have 48 = 6 * 2^3 outputs."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(48, 48), layers_per_block=1, cross_attention_dim=16, attention_head_dim=8,
+        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
