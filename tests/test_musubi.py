@@ -280,6 +280,48 @@ def test_block_swap(variant: str) -> None:
         torch.testing.assert_close(p.grad, gradient)
 
 
+def to_scaled_fp8(model: nn.Module) -> nn.Module:
+    """What --fp8_scaled does before a network exists: the class stays, a scale per row, a forward of the instance."""
+    for layer in linears(model):
+        scale = layer.weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+        layer.weight = nn.Parameter((layer.weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        layer.register_buffer("scale_weight", scale)
+
+        def forward(x: Tensor, layer: nn.Linear = layer) -> Tensor:
+            return nn.functional.linear(x, layer.weight.to(layer.scale_weight.dtype) * layer.scale_weight, layer.bias)
+
+        layer.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scaled_fp8(variant: str, tmp_path: Path) -> None:
+    """The network is that of the dequantised model, in outputs and gradients; its file merges into fp8 (how exactly:
+    test_base_weight.py)."""
+    low, dense = to_scaled_fp8(dit()), dit()
+    for quantised, layer in zip(linears(low), linears(dense), strict=True):
+        layer.weight = nn.Parameter(quantised.weight.float() * quantised.scale_weight, requires_grad=False)
+    outputs, gradients = [], []
+    for model in (low, dense):
+        network = attached(model, *VARIANTS[variant])
+        randomise(network)
+        outputs.append(model(signal()))
+        outputs[-1].square().mean().backward()
+        gradients.append([p.grad for p in network.parameters()])
+        network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {"ss_network_dim": "4"})
+        network.detach()
+    torch.testing.assert_close(outputs[0], outputs[1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    tensors = load_file(tmp_path / "a.safetensors")
+    module = networks.lora.create_arch_network_from_weights(1.0, tensors, unet=low, for_inference=True)
+    before = [layer.base.weight.float() * layer.base.scale_weight for layer in module.adapted_layers]
+    module.merge_to(None, low, tensors, torch.bfloat16, "cpu")
+    after = [layer.base.weight.float() * layer.base.scale_weight for layer in module.adapted_layers]
+    assert all(layer.weight.dtype == torch.float8_e4m3fn for layer in linears(low))
+    assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("algo", ENTRIES)
 def test_an_expert_is_swapped_in(algo: str) -> None:
     """Wan 2.2: the whole state of the other expert, loaded strictly and by assignment."""
