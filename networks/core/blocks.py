@@ -25,7 +25,7 @@ class BlockChoices:
     def __init__(self, request: Request, names: Sequence[str], problems: Problems) -> None:
         self.arch, self.args, self.problems = request.arch, request.args, problems
         self.network_alpha = request.alpha
-        self.conv_alpha = request.conv_alpha if request.args.conv_alpha is None else request.args.conv_alpha
+        self.conv_alpha = request.args.conv_alpha
         found = [n for n in map(self.arch.block_of, names) if n is not None]
         self.count = self.arch.block_count or 1 + max(found, default=-1)
         self.names = names

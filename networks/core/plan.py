@@ -129,7 +129,6 @@ class Request:
     Attributes:
         parts: (part, its model) that the host handed over.
         dim, alpha: of Linears and 1x1 convolutions; alpha 0 means dim.
-        conv_alpha: of larger kernels if the user gives none: it differs between hosts.
         saved: layers of a file that decides dims, forms and alphas; None without a file.
         source: the file's name, for messages.
         unknown: layer name -> a suffix of it that no algorithm of ours has, in that file.
@@ -140,7 +139,6 @@ class Request:
     dim: int
     alpha: float
     args: NetArgs
-    conv_alpha: float = 1.0
     saved: Mapping[str, SavedLayer] | None = None
     source: str = "the file"
     unknown: Mapping[str, str] = field(default_factory=dict)

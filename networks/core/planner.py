@@ -246,7 +246,7 @@ class _Planner:
             return preset
         if not c.geometry.has_kernel:
             return self.request.alpha
-        return self.request.conv_alpha if self.args.conv_alpha is None else self.args.conv_alpha
+        return float(self.args.conv_alpha)
 
     def _lr(self, c: Candidate) -> float | None:
         pattern = self.lrs.first(c)
