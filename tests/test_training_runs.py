@@ -276,6 +276,18 @@ def test_small_formats_train(assets, tmp_path, options):
     )
 
 
+@pytest.mark.parametrize("kind", ["cut", "text", "empty"])
+def test_a_corrupt_image_is_named_before_the_model_is_loaded(assets, tmp_path, capsys, kind, monkeypatch):
+    images = tiny_models.make_images(tmp_path / "images", 3)
+    broken = images / "1.png"
+    content = {"cut": broken.read_bytes()[:-20], "text": b"not an image", "empty": b""}
+    broken.write_bytes(content[kind])
+    monkeypatch.setattr("networks.hosts.diffusers.load_model", lambda *_: pytest.fail("too late"))
+    assert train(assets, tmp_path / "out", f"--train_data_dir={images}") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(broken) in error and "Replace or remove it" in error
+
+
 # ---- several processes ----
 
 

@@ -39,7 +39,7 @@ def read_caption_folder(
 ) -> list[CaptionedImage]:
     """Return the folder's examples by name, with their captions (first line of the text file).
 
-    Raises ValueError when the folder or its examples are missing, or a caption is.
+    Raises ValueError when the folder or its examples are missing, a caption is, or an image is visibly damaged.
     """
     what = "images" if IMAGE_SUFFIXES[0] in suffixes else "sounds"
     if not folder.is_dir():
@@ -57,12 +57,26 @@ def read_caption_folder(
             f"{option} {folder}: {len(missing)} of {len(paths)} {what} have no caption file ({missing[0]} wants "
             f"{Path(missing[0]).with_suffix(extension).name}). Add them, or set --caption_extension."
         )
+    if what == "images":
+        for path in paths:
+            _verify(path)
     captions = [_read_text(path.with_suffix(extension)).partition("\n")[0].strip() for path in paths]
     if what == "sounds":
         lyrics = [path.with_suffix(LYRICS) for path in paths]
         texts = [_read_text(path) if path.is_file() else "[Instrumental]" for path in lyrics]
         captions = [f"{caption}\n{text}" for caption, text in zip(captions, texts, strict=True)]
     return [CaptionedImage(path, caption) for path, caption in zip(paths, captions, strict=True)]
+
+
+def _verify(path: Path) -> None:
+    """What can be seen of a damaged image without decoding it: its header, and the checksums of a PNG."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {path} cannot be read ({error}). Replace or remove it.") from error
 
 
 def _read_text(path: Path) -> str:
