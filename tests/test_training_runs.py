@@ -318,6 +318,20 @@ def test_two_processes_are_one_with_the_doubled_batch(assets, tmp_path):
     assert same(weights(tmp_path / "on"), two)
 
 
+@pytest.mark.parametrize(
+    ("kind", "stage", "message"),
+    [("FSDP", 0, "FSDP"), ("DEEPSPEED", 3, "ZeRO 3"), ("DEEPSPEED", 2, None), ("MULTI_GPU", 0, None), ("NO", 0, None)],
+)
+def test_an_adapter_in_pieces_is_refused(kind, stage, message):
+    from networks.hosts.training import check_sharding
+
+    if message is None:
+        check_sharding(kind, stage)
+    else:
+        with pytest.raises(ValueError, match=f"{message}, which cuts.*--quantize nf4"):
+            check_sharding(kind, stage)
+
+
 # ---- logs ----
 
 

@@ -41,11 +41,27 @@ def make_accelerator(args: argparse.Namespace) -> Any:
         project_dir=args.logging_dir,
     )
     plugin = accelerator.state.deepspeed_plugin
+    check_sharding(accelerator.distributed_type.name, plugin.zero_stage if plugin is not None else 0)
     if plugin is not None:  # it asks for the loader's batch size, and ours is no loader that accelerate prepares
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     if args.logging_dir:
         accelerator.init_trackers(args.output_name)
     return accelerator
+
+
+def check_sharding(kind: str, zero_stage: int) -> None:
+    """Raise ValueError when processes hold pieces of the adapter only: files and norms are made from whole layers.
+
+    Args:
+        kind: accelerate's name of the way in which processes work together.
+        zero_stage: DeepSpeed's; from 3 on it divides parameters.
+    """
+    if kind == "FSDP" or zero_stage >= 3:
+        raise ValueError(
+            f"accelerate is configured for {'FSDP' if kind == 'FSDP' else 'DeepSpeed ZeRO 3'}, which cuts the adapter "
+            "into pieces: it is small, and its file needs it whole. Configure plain multi-GPU, or DeepSpeed up to ZeRO "
+            "2; to save memory use --fp8_base, or --quantize nf4."
+        )
 
 
 class Objective(nn.Module):
