@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from .base import Adapter, Layout
 from .boft import BOFT
 from .dylora import DyLoRA
+from .full import Full
 from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
@@ -15,7 +16,9 @@ from .lora_fa import LoRAFA
 from .oft import DiagOFT
 from .reweight import Reweight
 
-ALGOS: dict[str, type[Adapter]] = {cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, DiagOFT, BOFT, IA3)}
+ALGOS: dict[str, type[Adapter]] = {
+    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, Full, DiagOFT, BOFT, IA3)
+}
 
 
 def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:

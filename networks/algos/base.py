@@ -106,6 +106,10 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def bias_change(self) -> Tensor | None:
+        """[O], what is added to the base's bias at strength 1; None = nothing ever."""
+        return None
+
     def rows(self, start: int, stop: int) -> Tensor:
         """dW[start:stop]."""
         return self.delta()[start:stop]

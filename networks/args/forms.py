@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .spec import Arg
 
-ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "diag-oft", "boft", "ia3")
+ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "full", "diag-oft", "boft", "ia3")
 ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa")
 FORM = "form of the factors"
 

@@ -33,6 +33,12 @@ def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0) ->
     Raises:
         ValueError: the file's tensors do not fit the weight.
     """
+    bias = saved.tensors.get("diff_b")
+    if bias is not None and bool(bias.any()):
+        raise ValueError(
+            f"{saved.name} changes a bias (diff_b), which cannot be merged from the weight alone: apply the network to "
+            "its model and merge there"
+        )
     geometry = Geometry.of_weight(weight.shape)
     adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
     base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))

@@ -211,7 +211,11 @@ class AdaptedLayer(nn.Module):
     def _change(self, site: Site, x: Tensor, y: Tensor, gate: CallGate) -> Tensor:
         """What is added to the output y of a base module, in its dtype; `gate` holds the multiplier."""
         if self.magnitude is None and not self.adapter.side:
-            return self._product(site, x, self._strength(gate.scale)).to(y.dtype)
+            change = self._product(site, x, self._strength(gate.scale)).to(y.dtype)
+            more = self.adapter.bias_change()
+            if more is None:
+                return change
+            return change + gate.output(self.adapter.geometry.on_outputs(site.take_rows(more)).to(y).expand_as(y))
         geometry, bias = self.adapter.geometry, getattr(site.module, "bias", None)
         outside = 0.0 if bias is None else geometry.on_outputs(bias.to(y.dtype))
         more = self._more(x)
@@ -318,6 +322,8 @@ class AdaptedLayer(nn.Module):
         with torch.no_grad():
             W = read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: site.read(device))
             new = self.new_weight(W, multiplier)
+            for site in self.sites:
+                site.add_to_bias(self.adapter.bias_change(), m)
             return sum((site.change(site.take_rows(W), site.take_rows(new)) for site in self.sites), base_weight.EXACT)
 
     def backup(self) -> None:

@@ -89,6 +89,13 @@ class Site:
         """The module's weight, in fp32 or wider."""
         return base_weight.read(self.module, device)
 
+    def add_to_bias(self, change: Tensor | None, multiplier: float | Tensor) -> None:
+        """Add a change of the layer's bias, in place, rounded once."""
+        if change is not None:
+            bias = self.module.get_parameter("bias")
+            wide = torch.promote_types(bias.dtype, torch.float32)
+            bias.copy_(bias.to(wide) + multiplier * self.take_rows(change).to(bias.device, wide))
+
     def change(self, old: Tensor, new: Tensor) -> base_weight.Rounding:
         """Store another weight, in the module's own form."""
         return base_weight.change(self.module, old, new)

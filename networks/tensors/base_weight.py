@@ -27,6 +27,7 @@ _FORMS: tuple[Form, ...] = (
     Unknown(),
 )
 _BACKUPS: WeakKeyDictionary[nn.Module, Callable[[nn.Module], None]] = WeakKeyDictionary()
+_BIASES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 
 def form_of(module: nn.Module) -> Form:
@@ -130,6 +131,9 @@ def backup(module: nn.Module) -> None:
     if module not in _BACKUPS:
         check(module)
         _BACKUPS[module] = form_of(module).save(module)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor):
+            _BIASES[module] = bias.detach().clone()
 
 
 def restore(module: nn.Module) -> None:
@@ -138,3 +142,7 @@ def restore(module: nn.Module) -> None:
     if put_back is not None:
         with torch.no_grad():
             put_back(module)
+    bias = _BIASES.pop(module, None)
+    if bias is not None:
+        with torch.no_grad():
+            module.get_parameter("bias").copy_(bias)

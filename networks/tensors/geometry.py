@@ -33,6 +33,7 @@ class Geometry:
         pads: (before, after) per spatial axis.
         groups: convolution groups; the layer's input has I * groups channels.
         padding_mode: as torch spells it; everything but "zeros" is padded before the convolution.
+        bias: whether the layer has one.
     """
 
     out_features: int
@@ -43,6 +44,7 @@ class Geometry:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
+    bias: bool = False
 
     @classmethod
     def of(cls, module: nn.Module) -> Geometry | None:
@@ -54,7 +56,7 @@ class Geometry:
         if type(module).__name__ in _NEVER_CALLED:
             return None
         if isinstance(module, nn.Linear):
-            return cls(module.out_features, module.in_features)
+            return cls(module.out_features, module.in_features, bias=module.bias is not None)
         if isinstance(module, _CONV_CLASSES):
             return cls(
                 module.out_channels,
@@ -65,6 +67,7 @@ class Geometry:
                 tuple(module.dilation),
                 module.groups,
                 module.padding_mode,
+                module.bias is not None,
             )
         return None
 
