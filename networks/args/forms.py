@@ -108,7 +108,7 @@ FORMS: tuple[Arg, ...] = (
         "block_size",
         "int",
         1,
-        "ranks that learn together; a file cut after any number of blocks is a good LoRA (scripts/resize.py cuts)",
+        "ranks that learn together; a file cut after any number of blocks, with the same alpha, is a good LoRA",
         FORM,
         aliases=("unit", "dyloRA"),
         algos=("dylora",),
