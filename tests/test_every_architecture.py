@@ -29,11 +29,12 @@ def model_of(arch: str) -> nn.Module:
 
 
 def create(arch: str, model: nn.Module, **kwargs: str) -> Any:
+    dim = 64 if kwargs.get("algo") == "boft" else 2  # its blocks must divide every width
     if arch in MUSUBI:
-        network = networks.lora.create_arch_network(1.0, 2, 1, None, None, model, neuron_dropout=None, **kwargs)
+        network = networks.lora.create_arch_network(1.0, dim, 1, None, None, model, neuron_dropout=None, **kwargs)
         network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
         return network
-    network = networks.lora.create_network(1.0, 2, 1, None, None, model, neuron_dropout=None, **kwargs)
+    network = networks.lora.create_network(1.0, dim, 1, None, None, model, neuron_dropout=None, **kwargs)
     network.apply_to(None, model, False, True)
     return network
 
