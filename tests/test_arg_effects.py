@@ -35,6 +35,7 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "block_size": ({"algo": "dylora"}, "2"),
     "dropout": ({}, "0.5"),
     "rank_dropout": ({}, "0.5"),
+    "rank_dropout_scale": ({"rank_dropout": "0.5"}, "False"),
     "module_dropout": ({}, "0.5"),
     "preset": ({}, "attn-only"),
     "exclude_patterns": ({}, ".*attn1.*"),
@@ -99,6 +100,7 @@ NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
 ONLY_LOGGED = {"verbose", "allow_unknown"}
 AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py
 WATCHING = {"diagnose_steps"}  # test_diagnosis.py
+IN_THE_FORM = {"bypass_mode"}  # test_lycoris_entry.py
 IN_FILES = {"save_format"}  # test_dialects.py
 
 
@@ -151,7 +153,8 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
-    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | AFTER_A_STEP | WATCHING | IN_FILES == {
+    others = AFTER_A_STEP | WATCHING | IN_FILES | IN_THE_FORM
+    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others == {
         arg.name for arg in TABLE
     }
     with caplog.at_level(logging.INFO, logger="networks"):

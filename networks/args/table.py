@@ -82,6 +82,14 @@ TABLE: tuple[Arg, ...] = (
         below=1,
     ),
     Arg(
+        "rank_dropout_scale",
+        "bool",
+        True,
+        "whether the values that rank_dropout keeps are divided by 1 - p, so that the update keeps its mean; False: "
+        "they stay as they are, and training sees an update weaker by 1 - p than the saved one",
+        _DROP,
+    ),
+    Arg(
         "module_dropout",
         "float",
         0.0,
@@ -294,6 +302,14 @@ TABLE: tuple[Arg, ...] = (
         "still, or not finite; 0 = do not watch",
         _OTHER,
         minimum=0,
+    ),
+    Arg(
+        "bypass_mode",
+        "bool",
+        None,
+        "True: updates act in their factored form, on every layer that has one; False: through the whole weight "
+        "change; not given: whichever is cheaper. The same numbers either way, also with use_dora and on quantised layers",
+        _OTHER,
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),

@@ -38,6 +38,9 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     notes: list[str] = []
     _expressions(request, deciding, problems)
     _dropouts(trained, args, problems, notes)
+    if args.bypass_mode is not None:
+        form = "factored form" if args.bypass_mode else "whole weight change (layers with dropout: factored form)"
+        notes.append(f"bypass_mode={args.bypass_mode}: updates act through their {form}; the same numbers")
     _loraplus(trained, request, problems)
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
@@ -72,6 +75,8 @@ def _expressions(request: Request, deciding: set[tuple[str, str]], problems: Pro
 
 
 def _dropouts(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list[str]) -> None:
+    if not args.rank_dropout_scale and not args.rank_dropout:
+        problems.add("rank_dropout_scale=False has no effect without rank_dropout")
     if not (args.dropout or args.rank_dropout):
         return
     without = sum(not row.rank_axis for row in trained)

@@ -56,7 +56,7 @@ class Network(nn.Module):
         plan: Plan,
         modules: Mapping[str, nn.Module | Bases],
         roots: Mapping[str, nn.Module],
-        dropouts: Mapping[str, float] | None = None,
+        dropouts: Mapping[str, Any] | None = None,
         multiplier: float = 1.0,
         for_inference: bool = False,
         perturbation: tuple[float, float] | None = None,

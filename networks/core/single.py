@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +32,7 @@ class SingleLayer(AdaptedLayer):
         algo: str,
         dim: int,
         alpha: float | None,
-        dropouts: Mapping[str, float],
+        dropouts: Mapping[str, Any],
         multiplier: float = 1.0,
         for_inference: bool = False,
     ) -> None:

@@ -281,12 +281,13 @@ class Caller:
         assert issubclass(made, kind)
         problems.stop()
         a = request.args
-        dropouts = a.pick(("dropout", "rank_dropout", "module_dropout"))
+        dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
         form = dialects.Form(dialects.DIALECTS[a.save_format], a.rs_lora)
         roots = {part.name: model for part, model in request.parts}
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
+        network.runtime.factored = a.bypass_mode
         log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
         for line in plan.to_text().splitlines() if a.verbose else summary(plan):
             log.info("%s", line)

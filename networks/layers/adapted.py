@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -268,15 +269,17 @@ class AdaptedLayer(nn.Module):
             return self._product(site, x[None], strength)[0]
         if isinstance(strength, Tensor) and strength.device != x.device:
             strength = strength.to(x.device)
-        gate = CallGate(strength, drops.dropout, drops.rank_dropout)
+        gate = CallGate(strength, drops.dropout, drops.rank_dropout, drops.rank_dropout_scale)
         if site.pieces is not None:
             return adapter.apply_rows(x, gate, site.pieces)
         factored, materialised = adapter.flops(adapter.geometry.tokens(x))
+        if self.runtime.factored is not None and factored < math.inf:
+            factored = 0 if self.runtime.factored else math.inf
         # Elementwise dropout needs the rank activation, which only the factored form has.
         if factored <= materialised or (drops.dropout and adapter.record.rank_axis):
             return adapter.apply_delta(x, gate)
         masked = drops.rank_dropout and adapter.record.rank_axis
-        mask = rank_mask((adapter.dim,), drops.rank_dropout, x) if masked else None
+        mask = rank_mask((adapter.dim,), drops.rank_dropout, x, drops.rank_dropout_scale) if masked else None
         delta = adapter.delta(mask)
         if not torch.is_autocast_enabled(x.device.type):
             delta = delta.to(x.dtype)

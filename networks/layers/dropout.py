@@ -1,7 +1,7 @@
 """Strength and dropouts of one call. All random choices are tensor operations: compile and recomputation agree.
 
 dropout         on the rank activation, elementwise, kept values divided by 1 - p
-rank_dropout    a mask per sample and rank index, kept values divided by 1 - p
+rank_dropout    a mask per sample and rank index, kept values divided by 1 - p, unless rank_dropout_scale is False
 module_dropout  the whole update of a call, kept unscaled; it multiplies by 0, so every parameter keeps a gradient
 """
 
@@ -21,6 +21,7 @@ class Dropouts:
     dropout: float = 0.0
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
+    rank_dropout_scale: bool = True
 
     def __bool__(self) -> bool:
         return bool(self.dropout or self.rank_dropout or self.module_dropout)
@@ -37,6 +38,7 @@ class CallGate:
     scale: float | Tensor
     dropout: float = 0.0
     rank_dropout: float = 0.0
+    rank_dropout_scale: bool = True
 
     @property
     def uniform(self) -> bool:
@@ -61,16 +63,16 @@ class CallGate:
             shape[dim] = h.shape[dim]
             if h.dim() > 1:
                 shape[0] = h.shape[0]
-            h = h * rank_mask(shape, self.rank_dropout, h)
+            h = h * rank_mask(shape, self.rank_dropout, h, self.rank_dropout_scale)
         if self.dropout:
             h = F.dropout(h, self.dropout)
         return h
 
 
-def rank_mask(shape: list[int] | tuple[int, ...], p: float, like: Tensor) -> Tensor:
-    """0 with probability p, otherwise 1 / (1 - p), so that the mean is 1."""
+def rank_mask(shape: list[int] | tuple[int, ...], p: float, like: Tensor, scaled: bool = True) -> Tensor:
+    """0 with probability p, otherwise 1 / (1 - p), so that the mean is 1; or 1 if it is not to be scaled."""
     kept = torch.rand(shape, device=like.device) >= p
-    return kept.to(like.dtype) / (1 - p)
+    return kept.to(like.dtype) / (1 - p if scaled else 1)
 
 
 def module_mask(p: float, like: Tensor) -> Tensor:

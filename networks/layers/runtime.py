@@ -17,6 +17,7 @@ class Runtime:
     enabled: False lets the base model through untouched.
     sampling: the model's own forward was entered without gradients (hosts draw sample images in train mode).
     for_inference: made for generation; such networks are never put into eval mode by some hosts.
+    factored: whether updates take their factored form, or the weight change is built; None = the cheaper one.
     region: this network's place in a picture of several prompts, or None.
     """
 
@@ -24,4 +25,5 @@ class Runtime:
     enabled: bool = True
     sampling: bool = False
     for_inference: bool = False
+    factored: bool | None = None
     region: Region | None = None

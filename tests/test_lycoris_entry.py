@@ -1,0 +1,210 @@
+"""networks.lycoris in place of lycoris.kohya: every example of its document, its defaults, its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lycoris.kohya
+import pytest
+import torch
+from tiny_parts import draw, inputs, randomise, sd_unet, sdxl_unet, text_encoder
+from torch import nn
+from toy_models import toy
+
+import networks.lokr
+import networks.lycoris
+from networks.algos import ALGOS
+from networks.algos.lokr import LoKr
+from networks.args.table import BY_NAME
+from networks.layers.adapted import AdaptedLayer
+from networks.tensors.geometry import Geometry
+
+# LyCORIS' document, entry by entry: what it says to write, on models with convolutions.
+EXAMPLES: list[dict[str, str]] = [
+    {"algo": "lora"},
+    {"algo": "locon", "preset": "full"},
+    {"algo": "loha", "preset": "attn-mlp"},
+    {"algo": "lokr", "preset": "attn-only"},
+    {"algo": "dylora"},
+    {"conv_dim": "2"},
+    {"conv_dim": "2", "conv_alpha": "1.0"},
+    {"algo": "lokr", "network_dim": "10000"},
+    {"dropout": "0.1", "rank_dropout": "0.1", "module_dropout": "0.1"},
+    {"rank_dropout": "0.1", "rank_dropout_scale": "True"},
+    {"algo": "lokr", "factor": "8"},
+    {"algo": "lokr", "factor": "-1"},
+    {"algo": "lokr", "decompose_both": "True", "network_dim": "1"},
+    {"algo": "lokr", "full_matrix": "True"},
+    {"algo": "lokr", "unbalanced_factorization": "True"},
+    {"algo": "dylora", "block_size": "2"},
+    {"use_tucker": "True"},
+    {"algo": "loha", "use_cp": "True"},
+    {"use_scalar": "True"},
+    {"algo": "loha", "dora_wd": "True"},
+    {"algo": "lokr", "dora_wd": "True", "wd_on_output": "False", "bypass_mode": "True"},
+    {"bypass_mode": "True"},
+    {"bypass_mode": "False", "use_tucker": "False", "rs_lora": "True"},
+]
+
+
+def models(name: str) -> tuple[Any, nn.Module]:
+    if name == "flux":
+        found = toy("flux", blocks=1)
+        return [found["text_encoder1"], None], found["dit"]
+    if name == "sdxl":
+        return [text_encoder(), text_encoder(projection=True)], sdxl_unet()
+    return text_encoder(), sd_unet()
+
+
+@pytest.mark.parametrize("model", ["sd", "sdxl", "flux"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: ",".join(f"{k}={v}" for k, v in e.items()))
+def test_examples_of_the_document(example: dict[str, str], model: str) -> None:
+    arguments = dict(example)
+    dim = int(arguments.pop("network_dim", 4))
+    if model == "flux":  # has no convolutions: what speaks of them alone is told so
+        if arguments.keys() & {"conv_dim", "use_tucker", "use_cp"} and "False" not in arguments.values():
+            with pytest.raises(ValueError, match="has no effect"):
+                networks.lycoris.plan(dim, 1, *models(model), **arguments)
+            return
+    encoders, denoiser = models(model)
+    for create in (networks.lycoris.create_network, networks.lycoris.create_arch_network):
+        network = create(1.0, dim, 1, None, encoders, denoiser, **arguments)
+        assert network.plan.trained
+    algo = {"locon": "lora"}.get(arguments.get("algo", "lora"), arguments.get("algo", "lora"))
+    assert {row.algo for row in network.plan.trained} == {algo}
+
+
+def test_defaults() -> None:
+    rows = networks.lycoris.plan(4, 2, None, sd_unet()).trained
+    assert {(row.algo, row.dim, row.alpha) for row in rows} == {("lora", 4, 2.0)}
+    assert any(row.kind == "Conv2d 3x3" for row in rows) and any(row.dotted_name == "conv_in" for row in rows)
+    row = networks.lycoris.plan(8, 1, None, sd_unet(), algo="dylora").trained[0]
+    assert row.options["block_size"] == 4
+    assert BY_NAME["block_size"].default == 1
+
+
+# -- numbers
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"algo": "lora"},
+        {"algo": "locon", "conv_dim": "2", "conv_alpha": "1", "use_tucker": "True"},
+        {"algo": "loha", "rs_lora": "True"},
+        {"algo": "lokr", "factor": "4", "use_scalar": "True"},
+        {"algo": "lokr", "full_matrix": "True", "network_dim": "4"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("preset", ["attn-mlp", "unet-transformer-only", "unet-convblock-only"])
+def test_same_numbers_as_lycoris(arguments: dict[str, str], preset: str) -> None:
+    """The same call of both, the same factors: the same layers, names, and output."""
+    arguments = {name: value for name, value in arguments.items() if name != "network_dim"}
+    if preset != "unet-convblock-only":  # without kernels, so these would be errors
+        arguments = {n: v for n, v in arguments.items() if n not in ("conv_dim", "conv_alpha", "use_tucker")}
+    ours_unet, their_unet = sd_unet(), sd_unet()
+    ours = networks.lycoris.create_network(0.7, 4, 2, None, None, ours_unet, preset=preset, **arguments)
+    ours.apply_to(None, ours_unet, False, True)
+    theirs = lycoris.kohya.create_network(0.7, 4, 2, None, None, their_unet, preset=preset, **arguments)
+    theirs.apply_to(None, their_unet, False, True)
+    randomise(ours, 0.3)
+    modules = {module.lora_name: module for module in theirs.unet_loras}
+    # Its TimestepEmbedding is among the classes of every preset for transformers.
+    layers = {layer.lora_name: layer for layer in ours.adapted_layers}
+    extra = modules.keys() - layers.keys()
+    assert layers.keys() <= modules.keys() and all("time_embedding" in name for name in extra)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            own = dict(modules[name].named_parameters())
+            assert len(own) == len(list(layer.adapter.named_parameters()))
+            for short, p in layer.adapter.named_parameters():
+                own["scalar" if short == "scalar" else layer.adapter.keys[short]].copy_(p)
+        expected = draw(their_unet)
+        torch.testing.assert_close(draw(ours_unet), expected)
+        assert not torch.allclose(draw(sd_unet()), expected, atol=1e-3)
+
+
+# -- arguments of its own
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, cls: type, name: str, calls: list[str]) -> None:
+    """Note every call of a method."""
+    original = getattr(cls, name)
+
+    def method(self: Any, *args: Any) -> Any:
+        calls.append(name)
+        return original(self, *args)
+
+    monkeypatch.setattr(cls, name, method)
+
+
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "dylora"])
+def test_bypass_mode_is_a_form_not_another_network(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is shown in the plan, decides which form runs, and changes no number; DoRA stays."""
+    outputs, calls = [], []
+    for value in ("True", "False"):
+        unet = sd_unet().double()
+        network = networks.lycoris.create_network(
+            1.0, 4, 2, None, None, unet, algo=algo, bypass_mode=value, dora_wd="True"
+        ).double()
+        assert any(f"bypass_mode={value}" in note for note in network.plan.notes)
+        network.apply_to(None, unet, False, True)
+        randomise(network)
+        counted: list[str] = []
+        watch(monkeypatch, ALGOS[algo], "apply_delta", counted)
+        watch(monkeypatch, AdaptedLayer, "_product", counted)
+        latents, times, text = inputs()
+        outputs.append(unet(latents.double(), times, text.double()).sample.detach())
+        calls.append({name: counted.count(name) for name in ("apply_delta", "_product")})
+        monkeypatch.undo()
+    assert calls[0]["apply_delta"] == calls[0]["_product"] > 0
+    assert calls[1]["apply_delta"] == 0 < calls[1]["_product"]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-12)
+
+
+def test_rank_dropout_scale() -> None:
+    """False leaves the kept values as they are."""
+    outputs = {}
+    for value in ("True", "False"):
+        unet = sd_unet()
+        network = networks.lycoris.create_network(
+            1.0, 4, 4, None, None, unet, preset="attn-only", rank_dropout="0.5", rank_dropout_scale=value
+        )
+        network.apply_to(None, unet, False, True)
+        randomise(network)
+        network.train()
+        layer, x = network.adapted_layers[0], torch.randn(64, 3, 16, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(5)
+        outputs[value] = layer.update(x).detach()
+    torch.testing.assert_close(outputs["True"], 2 * outputs["False"])
+    with pytest.raises(ValueError, match="rank_dropout_scale=False has no effect without rank_dropout"):
+        networks.lycoris.plan(4, 1, None, sd_unet(), rank_dropout_scale="False")
+
+
+def test_lokr_dim_above_5120_is_a_whole_second_factor() -> None:
+    """On every width, and the plan names the open way to say so."""
+    wide = Geometry.of(nn.Linear(1, 262144, device="meta"))
+    assert wide is not None
+    for dim, whole in ((5120, False), (5121, True)):
+        shapes = LoKr.layout(wide, dim, factor=2).shapes
+        assert ("w2" in shapes) is whole, dim
+    plan = networks.lokr.plan(10000, 1, None, sd_unet(), factor="4")
+    assert any("full_matrix=True says so openly" in note for note in plan.notes)
+    for features in (3, 127, 640, 8960):
+        shapes = LoKr.layout(Geometry.of(nn.Linear(features, features, device="meta")), 1, full_matrix=True).shapes
+        assert shapes.keys() == {"w1", "w2"}
+
+
+def test_a_file_decides_over_the_preset(tmp_path: Path) -> None:
+    unet = sd_unet()
+    network = networks.lycoris.create_network(1.0, 4, 1, None, None, unet, preset="attn-only", algo="lokr")
+    network.apply_to(None, unet, False, True)
+    network.save_weights(tmp_path / "x.safetensors", None, None)
+    loaded, _ = networks.lycoris.create_network_from_weights(
+        1.0, str(tmp_path / "x.safetensors"), None, None, sd_unet(), preset="full"
+    )
+    assert {row.saved_name for row in loaded.plan.trained} == {row.saved_name for row in network.plan.trained}
+    assert any("preset: not used" in note for note in loaded.plan.notes)
