@@ -308,7 +308,8 @@ TABLE: tuple[Arg, ...] = (
         "bool",
         None,
         "True: updates act in their factored form, on every layer that has one; False: through the whole weight "
-        "change; not given: whichever is cheaper. The same numbers either way, also with use_dora and on quantised layers",
+        "change; not given: whichever is cheaper. The same numbers either way, also with use_dora and on "
+        "quantised layers",
         _OTHER,
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
