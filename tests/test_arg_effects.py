@@ -154,9 +154,7 @@ def test_effect(name: str) -> None:
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
     others = AFTER_A_STEP | WATCHING | IN_FILES | IN_THE_FORM
-    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others == {
-        arg.name for arg in TABLE
-    }
+    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others == {arg.name for arg in TABLE}
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")
     assert "attn1.to_q" in caplog.text and "unknown argument foo" in caplog.text

@@ -54,6 +54,8 @@ small = lru_cache(toy)  # plans change no model
 def planned(arch: str, blocks: int = 2, **kwargs: Any) -> Plan:
     spec, models = BY_ARCH[arch], small(arch, blocks=blocks)
     encoders = [models.get(part.name) for part in spec.text_encoders]
+    if kwargs.get("preset") == "ia3":  # its options are of that algorithm
+        kwargs["algo"] = "ia3"
     return networks.lora.plan(4, 1, encoders, models[spec.denoiser.name], **kwargs)
 
 
