@@ -29,7 +29,7 @@ EXAMPLES: list[dict[str, str]] = [
     {"algo": "dylora"},
     {"algo": "diag-oft", "constraint": "1e-4"},
     {"algo": "diag-oft", "rescaled": "True"},
-    {"algo": "boft"},
+    {"algo": "boft", "network_dim": "48"},
     {"algo": "ia3"},
     {"conv_dim": "2"},
     {"conv_dim": "2", "conv_alpha": "1.0"},
