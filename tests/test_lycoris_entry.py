@@ -212,3 +212,16 @@ def test_a_file_decides_over_the_preset(tmp_path: Path) -> None:
     )
     assert {row.saved_name for row in loaded.plan.trained} == {row.saved_name for row in network.plan.trained}
     assert any("preset: not used" in note for note in loaded.plan.notes)
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_loraplus_has_a_factor_to_act_on_or_says_so(algo: str) -> None:
+    arguments = {"algo": algo, "preset": "attn-mlp", "loraplus_lr_ratio": "4"}
+    if not ALGOS[algo].plus:
+        with pytest.raises(ValueError, match=f"loraplus_lr_ratio has no effect with {algo}: such layers have no pair"):
+            networks.lycoris.create_network(1.0, 16, 1, None, None, sd_unet(), **arguments)
+        return
+    network = networks.lycoris.create_network(1.0, 16, 1, None, None, sd_unet(), **arguments)
+    network.apply_to(None, sd_unet(), False, True)
+    groups, _ = network.prepare_optimizer_params(None, 1e-3)
+    assert {group["lr"] for group in groups} == ({4e-3, 1e-3} if algo != "lora_fa" else {4e-3})

@@ -61,7 +61,9 @@ class Adapter(nn.Module):
     fold: ClassVar[tuple[str, ...]]  # the first of these that exists takes up the learnt scalar at save
     # Arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv: adapters of the
     # parts of a layer, stacked, are one of the same kind (`stack`).
-    features: ClassVar[frozenset[str]] = frozenset({"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta"})
+    features: ClassVar[frozenset[str]] = frozenset(
+        {"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode"}
+    )
     frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without gradient and optimizer state
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
     saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one

@@ -89,6 +89,13 @@ def _dropouts(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: 
 def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
     denoiser, args = request.arch.denoiser.name, request.args
     parts = {row.part == denoiser for row in trained}
+    ratios = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+    given = [name for name in ratios if getattr(args, name) not in (None, 1.0)]
+    if given and not any(ALGOS[row.algo].plus for row in trained):
+        algos = ", ".join(sorted({row.algo for row in trained}))
+        problems.add(
+            f"{given[0]} has no effect with {algos}: such layers have no pair of factors, so one learning rate"
+        )
     for argument, here in (("loraplus_unet_lr_ratio", True), ("loraplus_text_encoder_lr_ratio", False)):
         if getattr(args, argument) not in (None, 1.0) and here not in parts:
             problems.add(f"{argument} has no effect: no layer of that part is trained")
