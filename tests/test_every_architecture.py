@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from toy_models import recorded, signal, toy
+from toy_models import SHRINK, recorded, signal, toy
 
 import networks.lora
 from networks.algos import ALGOS
@@ -25,11 +25,12 @@ FORMS["lokr dora"] = {"algo": "lokr", "use_dora": "True"}
 
 def model_of(arch: str) -> nn.Module:
     spec = next(spec for spec in ARCHS if spec.name == arch)
-    return toy(arch)[spec.denoiser.name].eval().requires_grad_(False)
+    shrink = 32 if arch == "sd" else SHRINK  # even widths
+    return toy(arch, shrink=shrink)[spec.denoiser.name].eval().requires_grad_(False)
 
 
 def create(arch: str, model: nn.Module, **kwargs: str) -> Any:
-    dim = 64 if kwargs.get("algo") == "boft" else 2  # its blocks must divide every width
+    dim = 98 if kwargs.get("algo") == "boft" else 2  # its blocks must divide every width
     if arch in MUSUBI:
         network = networks.lora.create_arch_network(1.0, dim, 1, None, None, model, neuron_dropout=None, **kwargs)
         network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
