@@ -127,6 +127,13 @@ def test_mistakes_on_flux(kwargs: dict[str, str], message: str) -> None:
         rows(models("flux")[1], **kwargs)
 
 
+@pytest.mark.parametrize("value", ["none", ""])
+def test_no_block_at_all(value: str) -> None:
+    """Nothing behind the sign means none, as in the trainer."""
+    found = rows(models("flux")[1], train_double_block_indices=value)
+    assert found and not any(name.startswith("double_blocks") for name in found)
+
+
 def test_chroma_has_no_guidance_layer() -> None:
     with pytest.raises(ValueError, match="in_dims: this model has no layer guidance_in"):
         rows(models("chroma")[1], in_dims="2,0,0,2,2")

@@ -233,12 +233,12 @@ def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
 
 
 def _blocks(arg: Arg, raw: Any) -> tuple[int, ...] | None:
-    """Block numbers: 0-7,20-37; `all` is no choice at all, `none` is no block."""
+    """Block numbers: 0-7,20-37; `all` is no choice at all, `none` and nothing, as in the trainers, is no block."""
     found = _structure(raw)
     if isinstance(found, (list, tuple)):
         found = ",".join(map(str, found))
     text = str(found).strip().lower()
-    if text in ("all", "none"):
+    if text in ("all", "none", ""):
         return None if text == "all" else ()
     numbers: set[int] = set()
     for part in split_top(text):
@@ -246,8 +246,6 @@ def _blocks(arg: Arg, raw: Any) -> tuple[int, ...] | None:
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError(f"has {part!r}, which is no block number or range; write 0-7,20-37")
         numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
-    if not numbers:
-        raise ValueError("names no block; write 0-7,20-37, all or none")
     return tuple(sorted(numbers))
 
 
