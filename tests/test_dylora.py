@@ -203,3 +203,18 @@ def test_lora_fa_starts_as_its_paper_says_and_keeps_no_input() -> None:
     adapter.rescale_(0.5)
     assert torch.equal(adapter.down, before)
     assert float(adapter.norm() / norm) == pytest.approx(0.5)
+
+
+def test_samples_drawn_in_train_mode_have_all_ranks() -> None:
+    """Hosts sample without putting the network into eval mode, and there may be no dropout that watches for it."""
+    unet = sd_unet()
+    network = networks.lora.create_network(1.0, 8, 1, None, None, unet, algo="dylora")
+    network.apply_to(None, unet, False, True)
+    randomise_network(network)
+    network.train()
+    with torch.no_grad():
+        sampled = [draw(unet) for _ in range(3)]
+    network.eval()
+    assert all(torch.equal(y, draw(unet)) for y in sampled)
+    network.train()
+    assert not torch.equal(draw(unet), draw(unet))

@@ -115,7 +115,7 @@ class Network(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if any(layer.dropouts or layer.perturbation for layer in self.adapted_layers):
+        if any(layer.dropouts or layer.perturbation or layer.adapter.stepwise for layer in self.adapted_layers):
             used = {row.part for row, _ in self.layers}
             self._hooks = [
                 h for part, root in self._roots.items() if part in used for h in _watch(unwrap(root), self.runtime)
