@@ -223,6 +223,19 @@ def test_module_dropout_leaves_out_the_whole_change(side: str) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("algo", DORA)
+def test_compiled_without_a_graph_break(algo: str, side: str) -> None:
+    """The norm reads the base weight in every pass: that, too, must be something that dynamo can follow."""
+    torch._dynamo.reset()
+    layer = single("linear", algo, side)
+    x = make_input("linear")
+    layer.attach()
+    layer.eval()
+    wanted = layer.base(x)
+    assert_close(torch.compile(layer.base, fullgraph=True, backend="eager")(x), wanted, "compiled")
+
+
+@pytest.mark.parametrize("side", SIDES)
 def test_one_multiplier_per_sample_and_checkpointing(side: str) -> None:
     values = torch.tensor([0.25, -0.5], dtype=torch.float64)
     layer = single("conv_3x3", "lora", side, values)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .blocks import Codes, block_of_scale
 
@@ -168,7 +168,8 @@ _TRAINERS = {"scale_weight"}
 
 def bare(module: Any) -> Tensor:
     """The weight without its class, sharing memory: a parameter of bitsandbytes quantises itself when it is moved."""
-    return module.weight.detach().as_subclass(torch.Tensor)
+    plain = module.weight.detach()  # of a plain parameter that is all; torch.compile knows no `as_subclass`
+    return plain if type(module.weight) in (Tensor, nn.Parameter) else plain.as_subclass(torch.Tensor)
 
 
 def _is_plain(weight: object, dtypes: tuple[torch.dtype, ...]) -> bool:
@@ -177,6 +178,8 @@ def _is_plain(weight: object, dtypes: tuple[torch.dtype, ...]) -> bool:
 
 
 def has_class(weight: object, package: str, name: str) -> bool:
+    if type(weight) in (Tensor, nn.Parameter):  # the usual ones first: torch.compile cannot walk over base classes
+        return False
     return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(weight).__mro__)
 
 

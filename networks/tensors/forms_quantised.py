@@ -131,13 +131,16 @@ class TorchAO(Coded):
 
 def _root(cls: type) -> str:
     """The package that a class, or one it derives from, comes from; torch's own count last."""
+    if cls in (torch.Tensor, torch.nn.Parameter):  # torch.compile cannot walk over base classes
+        return "torch"
     roots = [base.__module__.partition(".")[0] for base in cls.__mro__]
     return next((root for root in roots if root not in ("torch", "builtins")), "torch")
 
 
 def _lost_class(module: Any) -> bool:
     """A Linear4bit whose parameter lost its class, as FSDP does it."""
-    return any(c.__name__ == "Linear4bit" for c in type(module).__mro__) and not module.weight.is_floating_point()
+    # In this order: torch.compile cannot walk over base classes.
+    return not module.weight.is_floating_point() and any(c.__name__ == "Linear4bit" for c in type(module).__mro__)
 
 
 def _code_range(weight: Any, dtype: torch.dtype) -> tuple[float, float]:
