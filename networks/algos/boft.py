@@ -58,10 +58,6 @@ class BOFT(Rotation):
             raise ValueError(f"oft_blocks {tuple(blocks.shape)} do not fit a weight of {geometry.weight_shape}")
         return blocks.shape[2], {"size": blocks.shape[2], "rescaled": "rescale" in tensors}
 
-    def flops(self, tokens: int) -> tuple[float, float]:
-        stages, count, size, _ = self.record.shapes["blocks"]
-        return 6.0 * tokens * stages * count * size * size, float("inf")
-
 
 def block_size(features: int, dim: int) -> int:
     """The largest even block size up to dim with a power of 2 of blocks.

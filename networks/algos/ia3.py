@@ -68,6 +68,3 @@ class IA3(Reweight):
         self.fits(tensors)
         with torch.no_grad():
             self.weight.copy_(tensors["weight"].reshape(-1))
-
-    def flops(self, tokens: int) -> tuple[float, float]:
-        return 3.0 * tokens * self.record.parameters, float("inf")

@@ -102,7 +102,3 @@ class DiagOFT(Rotation):
         if blocks.dim() != 3 or blocks.shape[0] * blocks.shape[1] != geometry.out_features:
             raise ValueError(f"oft_blocks {tuple(blocks.shape)} do not fit a weight of {geometry.weight_shape}")
         return blocks.shape[1], {"size": blocks.shape[1], "rescaled": "rescale" in tensors}
-
-    def flops(self, tokens: int) -> tuple[float, float]:
-        count, size, _ = self.record.shapes["blocks"]
-        return 6.0 * tokens * count * size * size, float("inf")

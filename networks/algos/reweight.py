@@ -44,6 +44,3 @@ class Reweight(Adapter):
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         raise TypeError(f"{self.algo} has no update apart from the base weight")
-
-    def flops(self, tokens: int) -> tuple[float, float]:
-        raise NotImplementedError

@@ -38,7 +38,7 @@ class Perturbation:
 
     @torch.no_grad()
     def see_weights(self, layer: AdaptedLayer) -> None:
-        """After an optimizer step: the size of the update."""
+        """At every optimizer step: the size of the update."""
         if self._base_norm is None:
             whole = layer.whole_weight()
             self._base_norm = float(whole.flatten(1).norm(dim=1).mean())
