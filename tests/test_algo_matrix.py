@@ -41,9 +41,10 @@ from networks.algos import ALGOS, recognise
 from networks.core.network import Network
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import update_norm
+from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 
 CASES = cases()

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from networks.algos import ALGOS, Adapter
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
+from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 
 FLOP_BOUND, KEPT_BOUND = 1.03, 1.1  # cost.md section 7, "must"

@@ -30,8 +30,9 @@ import networks.lora
 from networks.algos import ALGOS
 from networks.files import codec
 from networks.files.merge import merged_weight
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
+from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 
 SIDES = ("output", "input")

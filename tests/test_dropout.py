@@ -32,8 +32,9 @@ from torch.utils.checkpoint import checkpoint
 from networks import lokr as lokr_entry
 from networks import lora as lora_entry
 from networks.algos import ALGOS
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
+from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 
 every_algo = pytest.mark.parametrize("algo", list(ADDITIVE))

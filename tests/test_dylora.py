@@ -19,7 +19,8 @@ import networks.lora_fa
 from networks.algos import ALGOS
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
+from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 
 DIM, BLOCK, SCALE = 8, 3, 0.75  # blocks end after 3, 6 and 8 ranks

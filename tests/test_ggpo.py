@@ -12,8 +12,9 @@ from torch import nn
 
 import networks.lora
 from networks.algos import ALGOS
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
 from networks.layers.perturbation import Perturbation
+from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 
 

@@ -21,9 +21,10 @@ import networks.lora
 from networks.algos import ALGOS, Reweight
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import limit_norms, update_norm
+from networks.layers.runtime import Runtime
 from networks.layers.site import Site
 from networks.tensors import base_weight
 from networks.tensors.geometry import Geometry

@@ -19,9 +19,10 @@ import networks.lora_sd3
 from networks.algos import ALGOS
 from networks.archs import ARCHS
 from networks.files import reader
-from networks.layers.adapted import AdaptedLayer, Runtime
+from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import update_norm
+from networks.layers.runtime import Runtime
 from networks.layers.site import Site
 from networks.layers.split import Split
 from networks.tensors.geometry import Geometry

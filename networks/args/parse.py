@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import presets
-from .spec import NOT_GIVEN, NUMBERS, Arg, nearest
+from .coerce import NOT_GIVEN, nearest
+from .spec import NUMBERS, Arg
 from .table import BY_NAME, TABLE
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .coerce import nearest, read_toml
 from .forms import ALGOS, FORM
-from .spec import nearest, read_toml
 from .table import BY_NAME
 
 OWN = "*"  # among target modules: those that the architecture trains anyway

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from .coerce import Rates
 from .forms import ADDITIVE, ALGOS, FORM, FORMS
 from .kinds import BLOCK_INDICES, EXTRA_DIMS, LAYER_DIMS
-from .spec import Arg, Rates
+from .spec import Arg
 
 _RANK = "rank and strength"
 _DROP = "dropout"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..archs import ARCHS
+from ..args.coerce import nearest
 from ..args.parse import Problems
-from ..args.spec import nearest
 from ..args.table import BY_NAME
 
 if TYPE_CHECKING:

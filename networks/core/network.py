@@ -16,11 +16,13 @@ from .._version import __version__
 from ..archs.detect import unwrap
 from ..files import codec, reader, writer
 from ..files.dialects import Form
-from ..layers.adapted import LIVE_SCALE, AdaptedLayer, Runtime
+from ..layers.adapted import AdaptedLayer
+from ..layers.attached import LIVE_SCALE
 from ..layers.dropout import Dropouts
 from ..layers.max_norm import limit_norms
 from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
+from ..layers.runtime import Runtime
 from ..layers.site import Site
 from .diagnosis import Diagnosis
 from .loading import match

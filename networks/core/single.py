@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from ..algos import ALGOS
-from ..layers.adapted import AdaptedLayer, Runtime
+from ..layers.adapted import AdaptedLayer
 from ..layers.dropout import Dropouts
+from ..layers.runtime import Runtime
 from ..tensors.geometry import Geometry
 
 

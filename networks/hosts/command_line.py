@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from ..args.spec import nearest as nearest_name
-from ..args.spec import read_toml as parse_toml
+from ..args.coerce import nearest as nearest_name
+from ..args.coerce import read_toml as parse_toml
 
 USER_ERROR = 2  # exit code of every mistake that the user can mend
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..args.spec import nearest
+from ..args.coerce import nearest
 from ..files import codec, reader
 
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

@@ -7,146 +7,25 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..algos import Adapter, Reweight
+from ..algos import Reweight
 from ..tensors import base_weight
 from ..tensors.geometry import cast_to_input
+from .attached import AttachedAdapter
 from .dropout import CallGate, Dropouts, module_mask, rank_mask
-from .magnitude import magnitude_shape, norms, ratio
-from .perturbation import Perturbation
-from .runtime import Runtime
+from .magnitude import ratio
 from .site import Site, read_whole
 
-LIVE_SCALE = "live_scale"  # marks a live state among the keys; a file has alpha instead
+_NONE = Dropouts()
 
 
-class AdaptedLayer(nn.Module):
-    """An adapter, its scale, and the base modules it changes.
-
-    Args:
-        name: the saved name, `lora_unet_..._to_q`.
-        base: the base layer, or the sites on which the adapter sits together.
-        scale: alpha / dim, alpha / sqrt(dim), or 1 for a form without rank.
-        dora: the side, "output" or "input", on which magnitudes are learnt; "" for none.
-        perturbation: noise on the weight in training (GGPO), or None.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        base: nn.Module | Sequence[Site],
-        adapter: Adapter,
-        scale: float,
-        dropouts: Dropouts | None = None,
-        runtime: Runtime | None = None,
-        dora: str = "",
-        perturbation: Perturbation | None = None,
-    ) -> None:
-        super().__init__()
-        self.lora_name, self.adapter, self.scale = name, adapter, float(scale)
-        self.dropouts, self.runtime = dropouts or _NONE, runtime or Runtime()
-        self.perturbation = perturbation
-        self.sites = (Site(base),) if isinstance(base, nn.Module) else tuple(base)
-        for site in self.sites:
-            site.layer = self
-        self.register_parameter("magnitude", None)
-        self.on_output = dora != "input"
-        self._start_version: int | None = None
-        if dora:
-            assert not (self.dropouts.dropout or self.dropouts.rank_dropout), "DoRA with a dropout on the rank"
-            like = next(adapter.parameters())
-            self.magnitude = nn.Parameter(like.new_ones(magnitude_shape(adapter.geometry, self.on_output)))
-            self.start_magnitude()
-
-    @property
-    def side(self) -> str:
-        """Where its magnitudes are, "output" or "input"; "" without DoRA."""
-        return "" if self.magnitude is None else "output" if self.on_output else "input"
-
-    # -- attachment
-
-    @property
-    def base(self) -> nn.Module:
-        """The base module of a layer that has one."""
-        return self.sites[0].module
-
-    def attach(self) -> None:
-        self.start_magnitude()
-        for site in self.sites:
-            site.attach()
-
-    def detach(self) -> None:
-        """Take this adapter out; what is below and above it on the same layer stays."""
-        for site in self.sites:
-            site.detach()
-
-    # -- alpha
-
-    @property
-    def alpha(self) -> float:
-        """The value for which plain alpha / rank readers get our scale; a form without rank states its dim."""
-        rank, option = self.adapter.record.saved_rank, self.adapter.alpha_option
-        if option:
-            return float(self.adapter.chosen.get(option) or 0.0)
-        return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
-
-    def take_alpha(self, alpha: float | None) -> None:
-        """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""
-        rank, option = self.adapter.record.saved_rank, self.adapter.alpha_option
-        if option:
-            self.adapter.chosen[option] = alpha or 0.0
-        if rank is not None:
-            self.scale = alpha / rank if alpha else 1.0
-
-    def take_magnitude(self, magnitude: Tensor | None) -> None:
-        """The magnitude of a file; without one the update's own length, so that it acts as the plain one it is."""
-        if self.magnitude is not None:
-            with torch.no_grad():
-                self.magnitude.copy_(self._norms() if magnitude is None else magnitude.reshape(self.magnitude.shape))
-
-    def start_magnitude(self) -> None:
-        """The lengths of W + s dW, unless training or a file has set others. Hosts may load base weights until the
-        layer is attached, so it is called again there."""
-        if self.magnitude is None or any(site.is_meta for site in self.sites):
-            return
-        if self._start_version in (None, self.magnitude._version):
-            with torch.no_grad():
-                self.magnitude.copy_(self._norms())
-            self._start_version = self.magnitude._version
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The live state carries the scale in float64: casting the network must not round it."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + LIVE_SCALE] = torch.tensor(self.scale * self.adapter.plus_gain, dtype=torch.float64)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        """For wrappers (data-parallel, compile), whose own walk never reaches the network's load_state_dict."""
-        scale = state_dict.pop(prefix + LIVE_SCALE, None)
-        if scale is None:
-            missing.append(prefix + LIVE_SCALE)
-        else:
-            self.scale = float(scale) / self.adapter.plus_gain
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
-
-    # -- the formula
-
-    @property
-    def strength(self) -> float | Tensor:
-        """scale * scalar: what multiplies dW at multiplier 1."""
-        return self._strength(1.0)
-
-    def _strength(self, multiplier: float | Tensor) -> float | Tensor:
-        strength, scalar = multiplier * (self.scale * self.adapter.plus_gain), self.adapter.scalar
-        return strength if scalar is None else strength * scalar.to(torch.promote_types(scalar.dtype, torch.float32))
+class AdaptedLayer(AttachedAdapter):
+    """The formula of an adapted layer, see AttachedAdapter for what it is made of."""
 
     def new_weight(self, weight: Tensor, multiplier: float | None = None) -> Tensor:
         """W' for a base weight W [O, I, *kernel] of fp32 or wider, on W's device; W itself at multiplier 0."""
@@ -167,12 +46,6 @@ class AdaptedLayer(nn.Module):
             kept = 0 if self.on_output else 1
             norms = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.dim()) if i != kept], keepdim=True)
             return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)
-
-    def wide_adapter(self) -> Adapter:
-        """The adapter in fp32 at least: some hosts cast a network to half precision before they merge it."""
-        if all(p.dtype.itemsize >= 4 for p in self.adapter.parameters()):
-            return self.adapter
-        return copy.deepcopy(self.adapter).float()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the one base module, with the update."""
@@ -294,29 +167,6 @@ class AdaptedLayer(nn.Module):
 
     # -- weight space
 
-    @torch.no_grad()
-    def weight_below(self, site: Site, device: torch.device | None = None) -> Tensor:
-        """The weight below this layer at one of its modules, with what other networks do to it there."""
-        weight, under = site.read(device), site.under()
-        if under is None or under.layer is None or not under.layer.runtime.enabled:
-            return weight
-        if under.pieces is None:
-            return under.layer.new_weight(under.layer.weight_below(under, device))
-        return under.take_rows(under.layer.new_weight(under.layer.whole_weight(device)))
-
-    @torch.no_grad()
-    def whole_weight(self, device: torch.device | None = None) -> Tensor:
-        """The same for the whole layer, its modules put together."""
-        return read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: self.weight_below(site, device))
-
-    def _norms(self, only: Site | None = None) -> Tensor:
-        """||W + s dW|| in the magnitude's shape; on the output side for the rows of one site if asked."""
-        assert self.magnitude is not None
-        sites = self.sites if only is None else (only,)
-        with torch.no_grad():
-            near = {site: self.weight_below(site).to(self.magnitude.device) for site in sites}
-        return norms(self.wide_adapter(), near, self.strength, tuple(self.magnitude.shape), self.on_output)
-
     def merge(self, multiplier: float | None = None, device: torch.device | None = None) -> base_weight.Rounding:
         """Put W' into the base layer, computed in fp32 or wider and rounded once; what its form lost in that."""
         m = self.runtime.multiplier if multiplier is None else multiplier
@@ -328,16 +178,3 @@ class AdaptedLayer(nn.Module):
             for site in self.sites:
                 site.add_to_bias(self.adapter.bias_change(), m)
             return sum((site.change(site.take_rows(W), site.take_rows(new)) for site in self.sites), base_weight.EXACT)
-
-    def backup(self) -> None:
-        """Remember the base weight for `restore`."""
-        for site in self.sites:
-            base_weight.backup(site.module)
-
-    def restore(self) -> None:
-        """Put the remembered weight back, bit for bit."""
-        for site in self.sites:
-            base_weight.restore(site.module)
-
-
-_NONE = Dropouts()

@@ -13,7 +13,7 @@ from ..tensors import base_weight
 from ..tensors.geometry import Pieces
 
 if TYPE_CHECKING:
-    from .adapted import AdaptedLayer
+    from .attached import AttachedAdapter
 
 
 class Site:
@@ -28,7 +28,7 @@ class Site:
 
     def __init__(self, module: nn.Module, pieces: Pieces | None = None) -> None:
         self.module, self.pieces = module, pieces
-        self.layer: AdaptedLayer | None = None
+        self.layer: AttachedAdapter | None = None
         self.below: Callable[..., Tensor] | None = None  # what the module's forward was before ours
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

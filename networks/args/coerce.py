@@ -1,0 +1,293 @@
+"""How the text of an argument becomes a value.
+
+Trainers hand every value over as text ("8", "True", "{'.*attn.*': 8}"); configuration files may hand over real types.
+A coercer takes either and raises ValueError with what is wrong and what to write, nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .spec import Arg
+
+NOT_GIVEN = ("", "none", "null", "undefined")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def nearest(word: str, known: Iterable[str], introduction: str = "; did you mean {}?") -> str:
+    """The nearest valid name as the end of a sentence, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return introduction.format(found[0]) if found else ""
+
+
+def _text(raw: Any) -> str:
+    return raw.strip() if isinstance(raw, str) else str(raw)
+
+
+def _boolean(arg: Arg, raw: Any) -> bool:
+    text = _text(raw).lower()
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    raise ValueError("is not a boolean; write True or False")
+
+
+def _bounded(arg: Arg, value: float) -> None:
+    if arg.minimum is not None and value < arg.minimum:
+        raise ValueError(f"is too small; the least is {arg.minimum:g}")
+    if arg.below is not None and value >= arg.below:
+        raise ValueError(f"is too large; it must stay below {arg.below:g}")
+
+
+def _integer(arg: Arg, raw: Any) -> int:
+    try:
+        number = float(_text(raw))
+    except ValueError:
+        raise ValueError("is not a whole number; write one such as 8") from None
+    if not math.isfinite(number) or number != int(number):
+        raise ValueError("is not a whole number; write one such as 8")
+    _bounded(arg, number)
+    return int(number)
+
+
+def _number(arg: Arg, raw: Any) -> float:
+    try:
+        number = float(_text(raw))
+    except ValueError:
+        raise ValueError("is not a number; write one such as 0.1") from None
+    if not math.isfinite(number):
+        raise ValueError("is not a finite number; write one such as 0.1")
+    _bounded(arg, number)
+    return number
+
+
+def _choice(arg: Arg, raw: Any) -> str:
+    text = _text(raw).lower()
+    text = dict(arg.words).get(text, text)
+    if text not in arg.choices:
+        raise ValueError(f"is none of {', '.join(arg.choices)}{nearest(text, arg.choices)}")
+    return text
+
+
+def _word(arg: Arg, raw: Any) -> str:
+    """A name which the architecture explains."""
+    return _text(raw).lower()
+
+
+def _name(arg: Arg, raw: Any) -> str:
+    """A name or a path, as written; "" = not given."""
+    return "" if _text(raw).lower() in NOT_GIVEN else _text(raw)
+
+
+def _from_file(text: str) -> Any:
+    """`@file`: TOML or JSON by its ending, otherwise one item per line (# starts a comment)."""
+    path = Path(text[1:].strip()).expanduser()
+    if not path.is_file():
+        raise ValueError(f"names the file {path}, which does not exist")
+    content = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix.lower() == ".json":
+            return json.loads(content)
+        if path.suffix.lower() == ".toml":
+            return read_toml(content)
+    except ValueError as error:
+        raise ValueError(f"names the file {path}, which cannot be read: {error}") from None
+    lines = (line.strip() for line in content.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_toml(text: str) -> dict[str, Any]:
+    """TOML -> dict, with the standard library or, on Python 3.10, the `toml` package which the trainers install."""
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import toml
+
+        return dict(toml.loads(text))
+    return tomllib.loads(text)
+
+
+def _structure(raw: Any) -> Any:
+    """Python literal, JSON or @file -> object; other text stays text."""
+    if not isinstance(raw, str):
+        return raw
+    text = raw.strip()
+    if text.startswith("@"):
+        return _from_file(text)
+    if text and text[0] in "[{(\"'":
+        for read in (ast.literal_eval, json.loads):
+            try:
+                return read(text)
+            except (ValueError, SyntaxError):
+                continue
+        if text[0] == "{":  # no regular expression starts like this; [ and ( may
+            raise ValueError("cannot be read; write it as {'regex': 8, 'another': 4}")
+    return text
+
+
+def split_top(text: str, separator: str = ",") -> list[str]:
+    """Split at separators outside brackets, so that a{1,2} and (a,b) stay whole."""
+    parts, depth, start = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if c == separator and depth <= 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def _regex(text: Any) -> str:
+    try:
+        re.compile(str(text))
+    except re.error as error:
+        raise ValueError(f"has the regular expression {text!r}, which is wrong: {error}") from None
+    return str(text)
+
+
+def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
+    found = _structure(raw)
+    if isinstance(found, str):
+        found = [] if found.lower() in NOT_GIVEN else split_top(found)
+    if isinstance(found, dict) and len(found) == 1:  # TOML has no list at its top: patterns = [...]
+        found = next(iter(found.values()))
+    if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
+        raise ValueError("is not a list of regular expressions; write ['.*attn.*', '.*mlp.*'], or @file.txt")
+    return tuple(_regex(item) for item in found)
+
+
+def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
+    found = _structure(raw)
+    if isinstance(found, list) and all(isinstance(line, str) for line in found):
+        found = ",".join(found)  # a file with one regex=value per line
+    if isinstance(found, str) and found.lower() in NOT_GIVEN:
+        return {}
+    form = "write {'.*attn.*': 8} or .*attn.*=8,.*mlp.*=4, or @file.toml"
+    if isinstance(found, str):
+        pairs = [part.rsplit("=", 1) for part in split_top(found)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"is not a list of regex=value; {form}")
+        found = dict(pairs)
+    if not isinstance(found, dict):
+        raise ValueError(f"is not a mapping of regular expressions to numbers; {form}")
+    read = _integer if arg.kind == "regex_int" else _number
+    result = {}
+    for key, value in found.items():
+        try:
+            result[_regex(str(key).strip())] = read(arg, value)
+        except ValueError as error:
+            raise ValueError(f"has {key!r} = {value!r}, which {error}") from None
+    return result
+
+
+def _blocks(arg: Arg, raw: Any) -> tuple[int, ...] | None:
+    """Block numbers: 0-7,20-37; `all` is no choice at all, `none` and nothing, as in the trainers, is no block."""
+    found = _structure(raw)
+    if isinstance(found, (list, tuple)):
+        found = ",".join(map(str, found))
+    text = str(found).strip().lower()
+    if text in ("all", "none", ""):
+        return None if text == "all" else ()
+    numbers: set[int] = set()
+    for part in split_top(text):
+        match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"has {part!r}, which is no block number or range; write 0-7,20-37")
+        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return tuple(sorted(numbers))
+
+
+def _integers(arg: Arg, raw: Any) -> tuple[int | None, ...]:
+    """A list of whole numbers, `4,,8` or `[4, 0, 8]`; an empty item is None: not given."""
+    return tuple(None if item is None else _integer(arg, item) for item in _items(raw))
+
+
+def _numbers(arg: Arg, raw: Any) -> tuple[float | None, ...]:
+    """The same with fractions."""
+    return tuple(None if item is None else _number(arg, item) for item in _items(raw))
+
+
+def _items(raw: Any) -> list[Any]:
+    found = _structure(raw)
+    if isinstance(found, dict) and len(found) == 1:  # TOML has no list at its top: values = [...]
+        found = next(iter(found.values()))
+    if isinstance(found, str):
+        text = found.strip()
+        found = text[1:-1] if text[:1] == "[" and text[-1:] == "]" else text
+        found = [] if found.lower() in NOT_GIVEN else found.split(",")
+    elif isinstance(found, (int, float)):
+        found = [found]
+    if not isinstance(found, (list, tuple)):
+        raise ValueError("is not a list of numbers; write 4,8,16")
+    return [None if item is None or str(item).strip() == "" else item for item in found]
+
+
+CURVES: dict[str, Callable[[float], float]] = {  # position 0 to 1 -> factor
+    "sine": lambda t: math.sin(math.pi * t / 2),
+    "cosine": lambda t: math.sin(math.pi * (1 - t) / 2),
+    "linear": lambda t: t,
+    "reverse_linear": lambda t: 1 - t,
+    "zeros": lambda t: 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Factors on the learning rate, by depth: a list, or a named curve plus an offset."""
+
+    values: tuple[float, ...] = ()
+    curve: str = ""
+    offset: float = 0.0
+
+    def expand(self, count: int) -> list[float]:
+        """One factor for each of `count` depths; a list that is too short goes on with 1.
+
+        Raises:
+            ValueError: the list is too long.
+        """
+        if self.curve:
+            return [CURVES[self.curve](i / max(1, count - 1)) + self.offset for i in range(count)]
+        if len(self.values) > count:
+            raise ValueError(f"has {len(self.values)} values, but there are {count} blocks")
+        return [*self.values, *[1.0] * (count - len(self.values))]
+
+    def __bool__(self) -> bool:
+        return bool(self.values or self.curve)
+
+
+def _rates(arg: Arg, raw: Any) -> Rates:
+    """`0,0.5,1`, or `cosine+0.25`; an empty item is 0, as in the trainer."""
+    if isinstance(raw, Rates):
+        return raw
+    if isinstance(raw, str):
+        name, _, offset = raw.strip().partition("+")
+        if name.strip().lower() in CURVES:
+            return Rates(curve=name.strip().lower(), offset=_number(arg, offset or 0))
+        if re.fullmatch(r"[a-z_]+", name.strip().lower()) and name.strip().lower() not in NOT_GIVEN:
+            known = ", ".join(CURVES)
+            raise ValueError(f"is no curve; write one of {known}, or numbers{nearest(name.strip(), CURVES)}")
+    return Rates(tuple(0.0 if item is None else item for item in _numbers(arg, raw)))
+
+
+KINDS: dict[str, Callable[[Arg, Any], Any]] = {
+    "bool": _boolean,
+    "int": _integer,
+    "float": _number,
+    "choice": _choice,
+    "word": _word,
+    "text": _name,
+    "patterns": _patterns,
+    "regex_int": _regex_map,
+    "regex_float": _regex_map,
+    "blocks": _blocks,
+    "ints": _integers,
+    "floats": _numbers,
+    "rates": _rates,
+}
