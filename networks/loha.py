@@ -1,8 +1,6 @@
 """`--network_module networks.loha`: LoHa on every architecture we know; `algo=` takes another algorithm."""
 
 from .hosts.entry import Entry
-from .hosts.key_merge import merge_weights_to_tensor
-from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
 
 (
     create_network,
@@ -11,18 +9,8 @@ from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
     create_arch_network_from_weights,
     prepare_network,
     plan,
-) = Entry(__name__, "loha").functions
-LoRANetwork = network_class(__name__)
-
-__all__ = [
-    "LoRAInfModule",
-    "LoRAModule",
-    "LoRANetwork",
-    "create_arch_network",
-    "create_arch_network_from_weights",
-    "create_network",
-    "create_network_from_weights",
-    "merge_weights_to_tensor",
-    "plan",
-    "prepare_network",
-]
+    merge_weights_to_tensor,
+    LoRANetwork,
+    LoRAModule,
+    LoRAInfModule,
+) = Entry(__name__, "loha").names

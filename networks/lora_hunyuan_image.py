@@ -1,7 +1,6 @@
 """`--network_module networks.lora_hunyuan_image`: HunyuanImage 2.1; `algo=` takes another algorithm than LoRA."""
 
 from .hosts.entry import Entry
-from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
 
 (
     create_network,
@@ -10,19 +9,9 @@ from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
     create_arch_network_from_weights,
     prepare_network,
     plan,
-) = Entry(__name__, "lora", ("hunyuan_image",)).functions
-LoRANetwork = network_class(__name__)
-HunyuanImageLoRANetwork = LoRANetwork
-
-__all__ = [
-    "HunyuanImageLoRANetwork",
-    "LoRAInfModule",
-    "LoRAModule",
-    "LoRANetwork",
-    "create_arch_network",
-    "create_arch_network_from_weights",
-    "create_network",
-    "create_network_from_weights",
-    "plan",
-    "prepare_network",
-]
+    merge_weights_to_tensor,
+    LoRANetwork,
+    LoRAModule,
+    LoRAInfModule,
+) = Entry(__name__, "lora", ("hunyuan_image",)).names
+HunyuanImageLoRANetwork = LoRANetwork  # sd-scripts calls it so

@@ -1,7 +1,6 @@
 """`--network_module networks.lora_sd3`: Stable Diffusion 3 and 3.5; `algo=` takes another algorithm than LoRA."""
 
 from .hosts.entry import Entry
-from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
 
 (
     create_network,
@@ -10,17 +9,8 @@ from .hosts.sd_compat import LoRAInfModule, LoRAModule, network_class
     create_arch_network_from_weights,
     prepare_network,
     plan,
-) = Entry(__name__, "lora", ("sd3",)).functions
-LoRANetwork = network_class(__name__)
-
-__all__ = [
-    "LoRAInfModule",
-    "LoRAModule",
-    "LoRANetwork",
-    "create_arch_network",
-    "create_arch_network_from_weights",
-    "create_network",
-    "create_network_from_weights",
-    "plan",
-    "prepare_network",
-]
+    merge_weights_to_tensor,
+    LoRANetwork,
+    LoRAModule,
+    LoRAInfModule,
+) = Entry(__name__, "lora", ("sd3",)).names

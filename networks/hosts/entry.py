@@ -7,17 +7,22 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from ..core.plan import Plan
+from .key_merge import merge_weights_to_tensor
 from .musubi import MusubiCalls, MusubiNetwork
-from .sd_compat import network_class
+from .sd_compat import LoRAInfModule, LoRAModule, network_class
 from .sd_scripts import LoRANetwork, SdScriptsCalls
 
-Functions = tuple[
+Names = tuple[
     Callable[..., LoRANetwork],
     Callable[..., tuple[LoRANetwork, Mapping[str, Tensor]]],
     Callable[..., MusubiNetwork],
     Callable[..., MusubiNetwork],
     Callable[..., None],
     Callable[..., Plan],
+    Callable[..., Tensor],
+    type[LoRANetwork],
+    type[LoRAModule],
+    type[LoRAInfModule],
 ]
 
 
@@ -29,9 +34,13 @@ class Entry(SdScriptsCalls, MusubiCalls):
         return network_class(self.name)
 
     @property
-    def functions(self) -> Functions:
-        """create_network, create_network_from_weights (sd-scripts); create_arch_network,
-        create_arch_network_from_weights, prepare_network (musubi-tuner); plan."""
+    def names(self) -> Names:
+        """What hosts find in an entry.
+
+        create_network, create_network_from_weights (sd-scripts); create_arch_network,
+        create_arch_network_from_weights, prepare_network (musubi-tuner); plan; merge_weights_to_tensor (generators of
+        both); the classes that files of sd-scripts import.
+        """
         return (
             self.create_network,
             self.create_network_from_weights,
@@ -39,6 +48,10 @@ class Entry(SdScriptsCalls, MusubiCalls):
             self.create_arch_network_from_weights,
             self.prepare_network,
             self.plan,
+            merge_weights_to_tensor,
+            self.kind,
+            LoRAModule,
+            LoRAInfModule,
         )
 
 
