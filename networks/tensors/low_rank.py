@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -75,3 +76,22 @@ def sum_norm_sq(weight: Tensor, left_OR: Tensor, right_RIK: Tensor, on_output: b
     cross = ((left_OR.T @ W) * right).sum(0)
     columns = W.square().sum(0) + 2 * cross + product_norm_sq(right.T, left_OR.T)
     return columns.reshape(weight.shape[1], -1).sum(1).clamp_min(0)
+
+
+def refactor(left_OR: Tensor, right_RJ: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same product, or the nearest one of a lower rank, with factors of equal length and orthogonal directions.
+
+    By QR of both factors and SVD of the small middle, in the dtype of the factors; the product is never built.
+
+    Args:
+        rank: of the result, the smaller factors' sizes at most; None = as many as there are.
+
+    Returns:
+        left [O, rank], right [rank, J], and all singular values of the product, in descending order.
+    """
+    q_left, r_left = torch.linalg.qr(left_OR)
+    q_right, r_right = torch.linalg.qr(right_RJ.T)
+    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    kept = len(s) if rank is None else min(rank, len(s))
+    root = s[:kept].sqrt()
+    return q_left @ (u[:, :kept] * root), (vh[:kept] * root[:, None]) @ q_right.T, s
