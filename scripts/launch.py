@@ -4,9 +4,9 @@
     accelerate launch scripts/launch.py train_network.py ... --network_module networks.lokr
 
 The script comes first, all that follows belongs to it. It does not matter how or whether this package is installed, or
-whether the script stands in the trainer's root or in musubi-tuner's src/musubi_tuner. The scripts that merge adapter
-files into a model by key names (anima_minimal_inference.py, hunyuan_image_minimal_inference.py and those of
-musubi-tuner) then merge every kind of file that this package can save.
+whether the script stands in the trainer's root or in musubi-tuner's src/musubi_tuner. The scripts that put adapter
+files into a model by code of their own (anima_minimal_inference.py, hunyuan_image_minimal_inference.py, and those of
+musubi-tuner that generate or merge) then take every kind of file that this package can save, in the given order.
 """
 
 from __future__ import annotations

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_parts import randomise
 from torch import Tensor
+from toy_models import signal, toy
 
 import networks.loha
 import networks.lokr
+import networks.lora_flux
 from networks.hosts import key_merge
 
 LAUNCH = Path(__file__).resolve().parents[1] / "scripts" / "launch.py"
@@ -179,12 +182,12 @@ def test_several_files_and_plain_layers(
     for key, delta in deltas.items():
         exact[key] += 0.7 * delta
     exact["deep.er.q.weight"] += -0.4 * hada
-    exact["q.weight"] += -0.4 * up.double() @ down.double()  # by the trainer's own code
+    exact["q.weight"] += -0.4 * up.double() @ down.double()
     assert found.keys() == exact.keys() and torch.equal(found["q.bias"], weights["q.bias"])
     for key in exact:
         torch.testing.assert_close(found[key].double(), exact[key], rtol=1e-6, atol=1e-6)
     assert "adapter file 1 of 2: 4 layers (lokr) merged at 0.7" in caplog.text
-    assert "adapter file 2 of 2: 1 layers (loha) merged at -0.4" in caplog.text
+    assert "adapter file 2 of 2: 2 layers (loha, lora) merged at -0.4" in caplog.text
 
 
 def test_flagged_files_are_ours(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> None:
@@ -206,6 +209,25 @@ def test_dora(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> Non
     moved = base + up.double() @ down.double()
     whole = moved / moved.norm(dim=1, keepdim=True) * magnitude
     torch.testing.assert_close(found.double(), base + 0.7 * (whole - base), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_files_are_merged_in_their_order(
+    trainer: ModuleType, model: tuple[Path, dict[str, Tensor]], order: tuple[int, int]
+) -> None:
+    """What DoRA makes of a weight depends on it, so a plain file before it is another result than one after it."""
+    up, down, magnitude = random(24, 4, seed=7), random(4, 36, seed=8), random(24, 1).abs() + 1
+    plain = {"lora_unet_q.lora_up.weight": random(24, 2, seed=5), "lora_unet_q.lora_down.weight": random(2, 36, seed=6)}
+    dora = {"lora_unet_q.lora_up.weight": up, "lora_unet_q.lora_down.weight": down, "lora_unet_q.dora_scale": magnitude}
+    files = [plain, dora]
+    found = load(trainer, model[0], [files[i] for i in order], [0.7, 0.7])["q.weight"]
+    exact = model[1]["q.weight"].double()
+    for file in (files[i] for i in order):
+        new = exact + file["lora_unet_q.lora_up.weight"].double() @ file["lora_unet_q.lora_down.weight"].double()
+        if file is dora:
+            new = new / new.norm(dim=1, keepdim=True) * magnitude
+        exact = exact + 0.7 * (new - exact)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_without_adapters_nothing_is_touched(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> None:
@@ -286,3 +308,80 @@ def test_the_launcher_extends_a_trainer(tmp_path: Path, model: tuple[Path, dict[
         for key, delta in deltas.items():
             exact = model[1][key].double() + strength * delta
             torch.testing.assert_close(found[key].double(), exact, rtol=1e-6, atol=1e-6)
+
+
+# ---- generators that build a network for a file, on a whole model ----
+
+LENT = {
+    "plain": [],
+    "dora": ["use_dora"],
+    "loha": ["algo=loha", "use_dora"],
+    "lokr": ["algo=lokr", "use_dora"],
+    "flagged": ["use_dora", "use_rslora", "save_format=blissful"],
+}
+
+
+def theirs(multiplier: float, weights_sd: dict[str, Tensor], unet: Any = None, for_inference: bool = False) -> Any:
+    raise AssertionError("the trainer's own function")
+
+
+def lent() -> Any:
+    module: Any = ModuleType("lora_flux")
+    module.create_arch_network_from_weights = theirs
+    key_merge.lend(module, networks.lora_flux)
+    return module
+
+
+@pytest.mark.parametrize("kind", LENT)
+def test_a_generator_that_asks_its_module(kind: str, tmp_path: Path) -> None:
+    model = toy("flux")["dit"].eval().requires_grad_(False)
+    arguments = dict((text if "=" in text else f"{text}=True").split("=") for text in LENT[kind])
+    network = networks.lora_flux.create_arch_network(1.0, 4, 3, None, None, model, **arguments)
+    network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
+    randomise(network)
+    network.set_multiplier(0.7)
+    network.eval()
+    wanted = model(signal()).detach()
+    network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {})
+    network.detach()
+    file = load_file(tmp_path / "a.safetensors")
+    merger = lent().create_arch_network_from_weights(0.7, file, unet=model, for_inference=True)
+    merger.merge_to(None, model, file, device=torch.device("cpu"), non_blocking=True)
+    torch.testing.assert_close(model(signal()), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_is_not_merged_twice(
+    trainer: ModuleType, model: tuple[Path, dict[str, Tensor]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FLUX.2's generator merges while it loads, and with --from_file again afterwards."""
+    dit = toy("flux")["dit"].eval().requires_grad_(False)
+    network = networks.lora_flux.create_arch_network(1.0, 4, 3, None, None, dit, use_dora="True")
+    randomise(network)
+    network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {})
+    file = load_file(tmp_path / "a.safetensors")
+    weights = {key: value.clone() for key, value in dit.state_dict().items()}
+    save_file(weights, model[0])
+    first = load(trainer, model[0], [file], [0.7])
+    assert not torch.equal(first["double_blocks.0.img_attn.qkv.weight"], weights["double_blocks.0.img_attn.qkv.weight"])
+    dit.load_state_dict(first)
+    again = lent().create_arch_network_from_weights(0.7, file, unet=dit, for_inference=True)
+    again.merge_to(None, dit, file, device=torch.device("cpu"))
+    assert "not merged a second time" in caplog.text
+    assert all(torch.equal(value, first[key]) for key, value in dit.state_dict().items())
+
+
+def test_the_launcher_lends_our_functions(tmp_path: Path) -> None:
+    package = tmp_path / "src" / "musubi_tuner"
+    (package / "networks").mkdir(parents=True)
+    for folder in (package, package / "networks"):
+        (folder / "__init__.py").touch()
+    for name in ("lora_flux", "lora_other"):
+        (package / "networks" / f"{name}.py").write_text("def create_arch_network_from_weights(): pass\n")
+    script = package / "generate.py"
+    script.write_text(
+        "from musubi_tuner.networks import lora_flux, lora_other\n"
+        "for module in (lora_flux, lora_other): print(module.create_arch_network_from_weights.__code__.co_filename)\n"
+    )
+    done = subprocess.run([sys.executable, str(LAUNCH), str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [Path(line).name for line in done.stdout.split()] == ["key_merge.py", "lora_other.py"]

@@ -1,7 +1,8 @@
 """Merging into weights that a trainer loads one by one, found by their key: no model object exists yet.
 
 `merge_weights_to_tensor` is what a trainer calls that knows LoHa and LoKr; `extend` teaches a trainer that does not
-(scripts/launch.py calls it). Both compute in fp32 and round once, to the dtype of the weight.
+(scripts/launch.py calls it). Both compute in fp32 and round once, to the dtype of the weight. `lend` is for generators
+that build a network for a file, on a whole model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ log = logging.getLogger(__name__)
 
 LOADER, READER = "load_safetensors_with_lora_and_fp8", "load_safetensors_with_fp8_optimization_and_hook"
 PREFIXES = ("lora_unet_", "")  # of a saved name, before the weight's key; text encoders come renamed, without one
+FROM_WEIGHTS = "create_arch_network_from_weights"
 PLAIN = frozenset({"lora_down.weight", "lora_up.weight", "alpha"})  # the form that every trainer merges itself
+Fingerprint = tuple[tuple[str, float], ...]
+_merged_by_key: set[Fingerprint] = set()  # files, in this process
 
 
 def merge_weights_to_tensor(
@@ -77,7 +81,7 @@ def _decode(tensors: Mapping[str, Tensor], source: str) -> dict[str, codec.Saved
 
 @dataclass
 class _File:
-    """The layers of one adapter file which the trainer leaves to us."""
+    """The layers of one adapter file that we merge."""
 
     source: str
     layers: dict[str, codec.SavedLayer]
@@ -113,17 +117,9 @@ class _File:
             )  # fmt: skip
 
 
-def _divide(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(what the trainer merges, what we merge): plain LoRA layers stay with the trainer."""
-    if dialects.detect(tensors) is not dialects.PORTABLE:  # its alpha may mean something else
-        return {}, dict(tensors)
-    forms: dict[str, set[str]] = {}
-    for key in tensors:
-        name, _, suffix = key.partition(".")
-        forms.setdefault(name, set()).add(suffix)
-    plain = {name for name, suffixes in forms.items() if suffixes <= PLAIN}
-    theirs = {key: tensor for key, tensor in tensors.items() if key.partition(".")[0] in plain}
-    return theirs, {key: tensor for key, tensor in tensors.items() if key not in theirs}
+def _is_plain(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the trainer merges the whole file as we would; in another dialect, alpha may mean something else."""
+    return dialects.detect(tensors) is dialects.PORTABLE and {key.partition(".")[2] for key in tensors} <= PLAIN
 
 
 def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]:
@@ -135,7 +131,8 @@ def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]
 def extend(lora_utils: ModuleType) -> None:
     """Let the module's loader merge what it does not know: LoHa, LoKr, Tucker forms, DoRA.
 
-    Its own code still merges plain LoRA, before ours. Its files stay as they are: the functions are wrapped in memory.
+    It still merges plain LoRA alone. With another file among them, all are merged here, in their order, since what DoRA
+    does depends on the weight that it finds. The trainer's code stays as it is: the functions are wrapped in memory.
     """
     load: Callable[..., Any] | None = getattr(lora_utils, LOADER, None)
     read: Callable[..., Any] | None = getattr(lora_utils, READER, None)
@@ -151,13 +148,15 @@ def extend(lora_utils: ModuleType) -> None:
         if not given:
             return load(*args, **kwargs)
         strengths = _strengths(call.arguments.get("lora_multipliers"), len(given))
-        divided = [_divide(tensors) for tensors in given]
+        _merged_by_key.update(map(_fingerprint, given))
+        if all(map(_is_plain, given)):
+            call.arguments["lora_multipliers"] = strengths
+            return load(*call.args, **call.kwargs)
         files = []
-        for number, ((_, ours), strength) in enumerate(zip(divided, strengths, strict=True), start=1):
+        for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
             source = f"adapter file {number} of {len(given)}"
-            files.append(_File(source, _decode(ours, source), strength))
-        call.arguments["lora_weights_list"] = [theirs for theirs, _ in divided]
-        call.arguments["lora_multipliers"] = strengths
+            files.append(_File(source, _decode(tensors, source), strength))
+        call.arguments.update(lora_weights_list=None, lora_multipliers=None)
 
         @functools.wraps(read)
         def read_and_merge(*args: Any, **kwargs: Any) -> Any:
@@ -194,3 +193,26 @@ def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: 
         return merged if keep_on_calc_device else merged.to(weight.device)
 
     return merge
+
+
+def lend(module: ModuleType, ours: ModuleType) -> None:
+    """Let a generator build our network for a file: theirs skips magnitudes, flags, LoHa and LoKr without a word.
+
+    Args:
+        module: of the trainer, musubi_tuner.networks.lora_flux.
+        ours: the entry of the same name.
+    """
+    create: Callable[..., Any] = getattr(ours, FROM_WEIGHTS)
+
+    @functools.wraps(create)
+    def from_weights(multiplier: float, weights_sd: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if _fingerprint(weights_sd) in _merged_by_key:  # FLUX.2 with --from_file
+            log.warning("this file is in the weights since they were loaded: it is not merged a second time")
+            multiplier = 0.0
+        return create(multiplier, weights_sd, *args, **kwargs)
+
+    setattr(module, FROM_WEIGHTS, from_weights)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint:
+    return tuple(sorted((key, float(tensor.float().sum())) for key, tensor in tensors.items()))

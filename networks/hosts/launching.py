@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
@@ -17,6 +18,7 @@ from .command_line import nearest
 STARTERS = ("accelerate", "python", "python3", "torchrun")
 # Modules of the trainers that merge adapter files into a model's weights by key names.
 MERGERS = ("library.lora_utils", "musubi_tuner.utils.lora_utils")
+READERS = "musubi_tuner.networks"  # its modules build the networks by which the other generators merge files
 
 
 def find_script(name: str) -> Path:
@@ -65,7 +67,9 @@ def _sources(checkout: Path) -> list[Path]:
 def run(script: Path, arguments: Sequence[str], ours: Path) -> None:
     """Run the script as `__main__`; `ours` is the folder that holds our package."""
     arrange_path(script, ours)
-    sys.meta_path.insert(0, _AfterImport(MERGERS, _extend_merger))
+    entries = sorted(file.stem for file in (ours / "networks").glob("lo*.py"))
+    acts = dict.fromkeys(MERGERS, _extend_merger) | dict.fromkeys([f"{READERS}.{e}" for e in entries], _lend_reader)
+    sys.meta_path.insert(0, _AfterImport(acts))
     sys.meta_path.append(_SecondName(ours / "networks"))
     sys.argv[:] = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
@@ -75,6 +79,12 @@ def _extend_merger(module: ModuleType) -> None:
     from .key_merge import extend  # torch only comes in when the trainer has it, too
 
     extend(module)
+
+
+def _lend_reader(module: ModuleType) -> None:
+    from .key_merge import lend
+
+    lend(module, importlib.import_module(f"..{module.__name__.rpartition('.')[2]}", __package__))
 
 
 class _SecondName(MetaPathFinder):
@@ -93,24 +103,24 @@ class _SecondName(MetaPathFinder):
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls `act(module)` right after a named module was executed, before its importer takes names from it."""
+    """Calls a module's own `act(module)` right after it was executed, before its importer takes names from it."""
 
-    def __init__(self, names: Sequence[str], act: Callable[[ModuleType], None]) -> None:
-        self.names, self.act = tuple(names), act
+    def __init__(self, acts: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self.acts = acts
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in self.names:
+        if fullname not in self.acts:
             return None
         others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((found for found in others if found is not None), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+            execute, act = spec.loader.exec_module, self.acts[fullname]
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                self.act(module)
+                act(module)
 
             setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - this one loader, not its class
         return spec
