@@ -101,7 +101,7 @@ ONLY_LOGGED = {"verbose", "allow_unknown"}
 AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py
 WATCHING = {"diagnose_steps"}  # test_diagnosis.py
 IN_THE_FORM = {"bypass_mode"}  # test_lycoris_entry.py
-IN_FILES = {"save_format"}  # test_dialects.py
+IN_FILES = {"save_format", "save_dims"}  # test_dialects.py, test_resize.py
 
 
 def observed(**kwargs: str) -> tuple[Any, ...]:

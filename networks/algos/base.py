@@ -50,6 +50,21 @@ class Layout:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
+@dataclass(frozen=True)
+class Resized:
+    """Saved tensors with fewer ranks.
+
+    Attributes:
+        ranks: before and after; with the nearest update both keep their scale, with the first ranks their alpha.
+        lost, whole: squared norms of what is left out of the nearest update, and of the whole.
+    """
+
+    tensors: dict[str, Tensor]
+    ranks: tuple[int, int]
+    lost: float = 0.0
+    whole: float = 0.0
+
+
 class Adapter(nn.Module):
     """Base of all additive algorithms. Parameters are those of `layout`, in fp32."""
 
@@ -68,6 +83,7 @@ class Adapter(nn.Module):
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
     saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
     alpha_option: ClassVar[str] = ""  # the option which a file holds as alpha, where alpha is no strength
+    nested: ClassVar[bool] = False  # the first ranks of a file are a good one, too
     stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
 
     side = ""  # of the multiplicative ones: "output" or "input"
@@ -239,6 +255,24 @@ class Adapter(nn.Module):
             ValueError: the tensors are no such stack.
         """
         raise NotImplementedError
+
+    @classmethod
+    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+        """The first `dim` ranks (of each part, in a stack): what DyLoRA trains to stand alone.
+
+        Raises:
+            ValueError: no ranks of this form stand alone.
+        """
+        raise ValueError(f"{cls.algo} has no ranks that could stand alone")
+
+    @classmethod
+    def nearest(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+        """The nearest update of rank `dim`.
+
+        Raises:
+            ValueError: it has not this algorithm's form.
+        """
+        raise ValueError(f"the nearest update of a lower rank is no {cls.algo}")
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

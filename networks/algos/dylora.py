@@ -26,7 +26,7 @@ class DyLoRA(LoRA):
     saved_as = "lora"
     options = frozenset({"block_size"})
     unsaved = frozenset({"block_size"})
-    stepwise = True
+    nested = stepwise = True
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(geometry, dim, options)

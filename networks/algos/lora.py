@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry, Pieces
-from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
+from ..tensors.low_rank import Gate, low_rank, product_norm_sq, refactor, sum_norm_sq
 from ..tensors.tucker import core_times_right
-from .base import Adapter, Layout, kaiming_, unstack_diagonal
+from .base import Adapter, Layout, Resized, kaiming_, unstack_diagonal
 
 
 class LoRA(Adapter):
@@ -138,6 +138,28 @@ class LoRA(Adapter):
         return [{"lora_down.weight": down, "lora_up.weight": up} for down, up in pairs]
 
     @classmethod
+    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+        if "lora_mid.weight" in tensors:
+            raise ValueError("the ranks of the Tucker form do not stand alone")
+        down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
+        kept = torch.arange(len(down)) % (len(down) // _stacked(up.flatten(1))) < dim
+        pair = {"lora_down.weight": down[kept], "lora_up.weight": up[:, kept]}
+        return Resized(pair, (len(down), int(kept.sum())))
+
+    @classmethod
+    def nearest(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+        wide = {name: tensors[key].double() for name, key in cls.keys.items() if key in tensors}
+        right, up = cls._right(wide), wide["up"]
+        left_OR, right_RJ, s = refactor(up.flatten(1), right.flatten(1), dim)
+        pair = {
+            "lora_down.weight": right_RJ.reshape(-1, *right.shape[1:]),
+            "lora_up.weight": left_OR.reshape(*left_OR.shape, *up.shape[2:]),
+        }
+        dtype, squares = tensors["lora_up.weight"].dtype, s.square()
+        pair = {key: t.to(dtype) for key, t in pair.items()}
+        return Resized(pair, (up.shape[1], left_OR.shape[1]), float(squares[dim:].sum()), float(squares.sum()))
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         tucker = "lora_mid.weight" in tensors
@@ -146,3 +168,15 @@ class LoRA(Adapter):
             found = f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}"
             raise ValueError(f"{found} do not fit a weight of {geometry.weight_shape}")
         return down.shape[0], {"use_tucker": tucker}
+
+
+def _stacked(up_OR: Tensor) -> int:
+    """Of how many parts a factor is the block-diagonal stack: the most for which every block has values of its own."""
+    O, R = up_OR.shape
+    for n in range(min(O, R), 1, -1):
+        if R % n:
+            continue
+        rows = [used.nonzero().flatten().tolist() for used in up_OR.reshape(O, n, -1).ne(0).any(-1).T]
+        if all(rows) and all(above[-1] < below[0] for above, below in zip(rows, rows[1:], strict=False)):
+            return n
+    return 1

@@ -115,4 +115,14 @@ FORMS: tuple[Arg, ...] = (
         minimum=1,
         per_host=(("lycoris", 4),),
     ),
+    Arg(
+        "save_dims",
+        "ints",
+        (),
+        "each save also writes files cut to these dims, `4,8`: name-0004.safetensors beside name.safetensors. "
+        "scripts/resize.py cuts later. Trainers that remove old files do not know of these",
+        FORM,
+        algos=("dylora",),
+        minimum=1,
+    ),
 )

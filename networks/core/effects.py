@@ -45,6 +45,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
     _dialect(trained, DIALECTS[args.save_format], problems)
+    _save_dims(trained, args, problems)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
         problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
     if request.saved is not None:
@@ -126,6 +127,17 @@ def _dialect(trained: Sequence[PlanRow], dialect: Dialect, problems: Problems) -
         )
     if dialect.dora_kinds and any(row.dora == "input" for row in trained):
         problems.add(f"save_format={dialect.name} holds DoRA of output rows only: leave out wd_on_output=False")
+
+
+def _save_dims(trained: Sequence[PlanRow], args: Any, problems: Problems) -> None:
+    """A cut file must differ from the whole one, and its layers must have ranks."""
+    others = sorted({row.algo for row in trained if not ALGOS[row.algo].nested})
+    if args.save_dims and 0 < len(others) < len({row.algo for row in trained}):
+        problems.add(f"save_dims: the ranks of {', '.join(others)} do not stand alone; leave it out")
+    largest = max(row.dim for row in trained)
+    for dim in filter(None, args.save_dims):
+        if dim >= largest:
+            problems.add(f"save_dims: {dim} cuts nothing, the largest dim is {largest}; leave it out")
 
 
 def _dora(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..archs.detect import unwrap
-from ..files import codec, reader, writer
+from ..files import codec, reader, resize, writer
 from ..files.dialects import Form
 from ..layers.adapted import AdaptedLayer
 from ..layers.attached import LIVE_SCALE
@@ -206,7 +206,11 @@ class Network(nn.Module):
         """Write a file in the network's form, atomically."""
         ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
         tensors = codec.encode(self.adapted_layers, self.form)
-        writer.write_tensors(path, tensors, dtype, {**(metadata or {}), **ours}, self.diagnosis.health())
+        known, health = {**(metadata or {}), **ours}, self.diagnosis.health()
+        writer.write_tensors(path, tensors, dtype, known, health)
+        for dim in self.form.dims:
+            smaller = resize.resize(tensors, dim, "first")[0]
+            writer.write_tensors(resize.numbered(path, dim), smaller, dtype, resize.told(known, dim, "first"), health)
 
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
         """Take over a file.

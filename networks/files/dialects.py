@@ -105,10 +105,12 @@ class Form:
 
     Attributes:
         rs_lora: whether alpha stays as the user wrote it, under the flag; only in a dialect with that flag.
+        dims: of further files beside each, with the first ranks alone.
     """
 
     dialect: Dialect = PORTABLE
     rs_lora: bool = False
+    dims: tuple[int, ...] = ()
 
     def alpha(self, alpha: float, rank: int | None) -> float:
         """The alpha to be written, for one that would be right for alpha / rank."""

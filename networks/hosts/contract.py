@@ -283,7 +283,7 @@ class Caller:
         a = request.args
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
-        form = dialects.Form(dialects.DIALECTS[a.save_format], a.rs_lora)
+        form = dialects.Form(dialects.DIALECTS[a.save_format], a.rs_lora, tuple(filter(None, a.save_dims)))
         roots = {part.name: model for part, model in request.parts}
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
