@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .base import Adapter, Layout
+from .base import Adapter
 from .boft import BOFT
 from .dylora import DyLoRA
 from .full import Full
@@ -15,6 +15,7 @@ from .lora import LoRA
 from .lora_fa import LoRAFA
 from .oft import DiagOFT
 from .reweight import Reweight
+from .saved import Layout
 
 ALGOS: dict[str, type[Adapter]] = {
     cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, Full, DiagOFT, BOFT, IA3)

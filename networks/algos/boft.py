@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..tensors.geometry import Geometry
 from ..tensors.rotation import apply_blocks, butterfly, rotation_less_identity
-from .base import Layout
 from .oft import Rotation
+from .saved import Layout
 
 
 class BOFT(Rotation):

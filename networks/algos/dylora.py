@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..tensors.geometry import Geometry
-from .base import Layout
 from .lora import LoRA
+from .saved import Layout
 
 
 class DyLoRA(LoRA):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry
 from ..tensors.low_rank import Gate
-from .base import Adapter, Layout
+from .base import Adapter
+from .saved import Layout
 
 
 class Full(Adapter):

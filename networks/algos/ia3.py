@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry
-from .base import Layout
 from .reweight import Reweight
+from .saved import Layout
 
 
 class IA3(Reweight):

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right
-from .base import Adapter, Layout, unstack_diagonal
+from .base import Adapter
+from .saved import Layout, unstack_diagonal
 
 
 class LoHa(Adapter):

@@ -29,7 +29,8 @@ from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import NO_GATE, Gate
 from ..tensors.tucker import core_times_right
-from .base import Adapter, Layout, kaiming_
+from .base import Adapter, kaiming_
+from .saved import Layout
 
 LARGE = 5120  # a dim above it means a whole second factor, whatever the width
 Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)

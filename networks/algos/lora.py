@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, low_rank, product_norm_sq, refactor, sum_norm_sq
 from ..tensors.tucker import core_times_right
-from .base import Adapter, Layout, Resized, kaiming_, unstack_diagonal
+from .base import Adapter, kaiming_
+from .saved import Layout, Resized, unstack_diagonal
 
 
 class LoRA(Adapter):

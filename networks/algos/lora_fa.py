@@ -13,8 +13,8 @@ import math
 from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry
-from .base import Layout
 from .lora import LoRA
+from .saved import Layout
 
 
 class LoRAFA(LoRA):

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry
 from ..tensors.rotation import apply_blocks, rotation_less_identity
-from .base import Layout
 from .reweight import Reweight
+from .saved import Layout
 
 
 class Rotation(Reweight):
