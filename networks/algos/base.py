@@ -34,7 +34,6 @@ class Adapter(SavedForm):
     frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without gradient and optimizer state
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
     alpha_option: ClassVar[str] = ""  # the option which a file holds as alpha, where alpha is no strength
-    nested: ClassVar[bool] = False  # the first ranks of a file are a good one, too
     stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
 
     side = ""  # of the multiplicative ones: "output" or "input"

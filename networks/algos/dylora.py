@@ -26,7 +26,8 @@ class DyLoRA(LoRA):
     saved_as = "lora"
     options = frozenset({"block_size"})
     unsaved = frozenset({"block_size"})
-    nested = stepwise = True
+    features = LoRA.features | {"save_dims"}
+    stepwise = True
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(geometry, dim, options)

@@ -131,7 +131,7 @@ def _dialect(trained: Sequence[PlanRow], dialect: Dialect, problems: Problems) -
 
 def _save_dims(trained: Sequence[PlanRow], args: Any, problems: Problems) -> None:
     """A cut file must differ from the whole one, and its layers must have ranks."""
-    others = sorted({row.algo for row in trained if not ALGOS[row.algo].nested})
+    others = sorted({row.algo for row in trained if "save_dims" not in ALGOS[row.algo].features})
     if args.save_dims and 0 < len(others) < len({row.algo for row in trained}):
         problems.add(f"save_dims: the ranks of {', '.join(others)} do not stand alone; leave it out")
     largest = max(row.dim for row in trained)
