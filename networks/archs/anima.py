@@ -42,7 +42,7 @@ ANIMA = ArchSpec(
         layouts=DIFFUSERS,
         optional=(("train_llm_adapter", ("LLMAdapterTransformerBlock",)),),
     ),
-    text_encoders=(Part("text_encoder", "lora_te", QWEN3),),
+    text_encoders=(Part("text_encoder", "lora_te", QWEN3, diffusers=""),),
     axes=(BlockAxis("blocks."),),
     exclude=(r".*(_norm|_embedder|final_layer).*",),
     switches=(Switch("exclude_mod", r".*_modulation.*", trained_if=False),),

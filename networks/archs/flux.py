@@ -56,7 +56,7 @@ DIFFUSERS = (
 
 def t5(argument: str = "train_t5xxl") -> Part:
     """The T5 text encoder: large, so it is trained only on request."""
-    return Part("text_encoder3", "lora_te3", T5, argument=argument)
+    return Part("text_encoder3", "lora_te3", T5, argument=argument, diffusers="")
 
 
 FLUX = ArchSpec(

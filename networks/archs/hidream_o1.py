@@ -17,6 +17,7 @@ HIDREAM_O1 = ArchSpec(
         "lora_unet",
         ("Qwen3VLTextDecoderLayer", "BottleneckPatchEmbed", "FinalLayer"),
         tasks=(("hidream_o1_task", "i2i", VISION),),
+        diffusers="",
     ),
     axes=(BlockAxis("model.language_model.layers."), BlockAxis("model.visual.blocks.", None)),
     fused_rows=(FusedRows(r"model\.visual\..*\.qkv", 1, 2),),

@@ -13,7 +13,7 @@ CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 # The same classes under the names which they have had over the versions of their library.
 CLIP = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 # transformers 5 dropped the text_model level of CLIPTextModel; no reader knows the shorter names.
-CLIP_RENAME: Pairs = tuple((top, f"text_model.{top}") for top in ("encoder.", "embeddings.", "final_layer_norm"))
+CLIP_VERSIONS: Pairs = tuple((top, f"text_model.{top}") for top in ("encoder.", "embeddings.", "final_layer_norm"))
 
 # What sd-scripts' image generation does with cross attention when a prompt has several parts.
 REGIONS: Pairs = (
@@ -27,7 +27,8 @@ REGIONS: Pairs = (
 def clip(number: int | None) -> Part:
     """A CLIP text encoder: `lora_te`, or `lora_te1`, `lora_te2` where there are several."""
     suffix = "" if number is None else str(number)
-    return Part(f"text_encoder{suffix}", f"lora_te{suffix}", CLIP, rename=CLIP_RENAME)
+    component = "text_encoder_2" if number == 2 else "text_encoder"
+    return Part(f"text_encoder{suffix}", f"lora_te{suffix}", CLIP, versions=CLIP_VERSIONS, diffusers=component)
 
 
 def _sd_blocks() -> tuple[tuple[str, int], ...]:
@@ -99,7 +100,12 @@ SD = ArchSpec(
     entry="lora",
     signatures=(Signature("UNet2DConditionModel", lacks=("add_embedding", "label_emb")),),
     denoiser=Part(
-        "unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, release=tuple((new, old) for old, new in _release_names(4))
+        "unet",
+        "lora_unet",
+        TRANSFORMER,
+        CONVOLUTIONAL,
+        release=tuple((new, old) for old, new in _release_names(4)),
+        diffusers="unet",
     ),
     text_encoders=(clip(None),),
     blocks=_sd_blocks(),
@@ -116,7 +122,7 @@ SDXL = ArchSpec(
         Signature("SdxlUNet2DConditionModel"),
         Signature("UNet2DConditionModel", has=("add_embedding",)),
     ),
-    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_release_names(3)),
+    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_release_names(3), diffusers="unet"),
     text_encoders=(clip(1), clip(2)),
     blocks=_sdxl_blocks(),
     levels=BlockLevels(first=1, down=9, mid=3, up=9),

@@ -86,12 +86,14 @@ class Part:
         conv_containers: class names that join when a dim for larger kernels is given.
         rename: (prefix of the model's own dotted name, prefix of the trainer's), first match wins: models with
             another library's classes are saved under the trainer's names.
+        versions: the same for names which versions of one library changed, and nothing but that library knows.
         layouts: the same by regular expressions, for models that also divide layers otherwise; before `rename`.
         release: (prefix of a dotted name in the released single file, prefix of the trainer's), for models which
             trainers load under other names than the file's.
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
         tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
+        diffusers: the component of diffusers' pipelines for which they read adapters; "" = they read none.
     """
 
     name: str
@@ -99,11 +101,13 @@ class Part:
     containers: tuple[str, ...]
     conv_containers: tuple[str, ...] = ()
     rename: Pairs = ()
+    versions: Pairs = ()
     layouts: tuple[Rename, ...] = ()
     release: Pairs = ()
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    diffusers: str = "transformer"
 
     def layout_of(self, dotted_name: str) -> Rename | None:
         """The first of `layouts` that speaks of this layer, its trainer's name filled in."""
@@ -118,7 +122,7 @@ class Part:
         layout = self.layout_of(dotted_name)
         if layout is not None:
             return layout.trainer
-        for old, new in self.rename:
+        for old, new in (*self.versions, *self.rename):
             if dotted_name.startswith(old):
                 return new + dotted_name[len(old) :]
         return dotted_name

@@ -292,9 +292,11 @@ TABLE: tuple[Arg, ...] = (
         "portable",
         "how files are written: `portable` for every reader of alpha / rank; `blissful` as DustyL's blissful-tuner "
         "does, for LoRA: alpha as given under RS-LoRA, `use_rslora_flag`, `use_dora_flag`, `dora_layer.weight`, and "
-        "its errors and warnings when a file contradicts the arguments. Either is read back, whatever this says",
+        "its errors and warnings when a file contradicts the arguments; `diffusers` for its `load_lora_weights`, for "
+        "LoRA: the names of PEFT and of diffusers' models, the scale in the second factor, with DoRA "
+        "`lora_magnitude_vector`. Each is read back, whatever this says",
         _OTHER,
-        choices=("portable", "blissful"),
+        choices=("portable", "blissful", "diffusers"),
     ),
     Arg(
         "diagnose_steps",

@@ -44,7 +44,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _loraplus(trained, request, problems)
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
-    _dialect(trained, DIALECTS[args.save_format], problems)
+    _dialect(trained, DIALECTS[args.save_format], request, problems)
     _save_dims(trained, args, problems)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
         problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
@@ -111,8 +111,17 @@ def _loraplus_mode(trained: Sequence[PlanRow], args: Any, problems: Problems) ->
         problems.add("a LoRA+ ratio of 0 cannot be folded in: leave out loraplus_mode=reparam")
 
 
-def _dialect(trained: Sequence[PlanRow], dialect: Dialect, problems: Problems) -> None:
+def _dialect(trained: Sequence[PlanRow], dialect: Dialect, request: Request, problems: Problems) -> None:
     """Whether the files can hold what is trained."""
+    if dialect.components:
+        for part, _ in request.parts:
+            if not part.diffusers and any(row.part == part.name for row in trained):
+                problems.add(
+                    f"save_format={dialect.name}: diffusers reads no adapter of the {part.name} of "
+                    f"{request.arch.title}; leave it out"
+                )
+    if dialect.flat_only and any(_TUCKER & row.layout.shapes.keys() for row in trained):
+        problems.add(f"save_format={dialect.name} holds no Tucker form: leave out use_tucker")
     algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].form() not in dialect.algos}
     if algos:
         problems.add(
@@ -125,7 +134,7 @@ def _dialect(trained: Sequence[PlanRow], dialect: Dialect, problems: Problems) -
             f"save_format={dialect.name} holds DoRA of {', '.join(dialect.dora_kinds)} only, not of "
             f"{', '.join(sorted(kinds))}: leave it out, or the convolutions (conv_dim=0)"
         )
-    if dialect.dora_kinds and any(row.dora == "input" for row in trained):
+    if any(row.dora and row.dora not in dialect.dora_sides for row in trained):
         problems.add(f"save_format={dialect.name} holds DoRA of output rows only: leave out wd_on_output=False")
 
 

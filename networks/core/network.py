@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..archs.detect import unwrap
-from ..files import codec, reader, resize, writer
+from ..files import codec, dotted, reader, resize, writer
 from ..files.dialects import Form
 from ..layers.adapted import AdaptedLayer
 from ..layers.attached import LIVE_SCALE
@@ -207,9 +207,9 @@ class Network(nn.Module):
         ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
         tensors = codec.encode(self.adapted_layers, self.form)
         known, health = {**(metadata or {}), **ours}, self.diagnosis.health()
-        writer.write_tensors(path, tensors, dtype, known, health)
+        writer.write_tensors(path, self.form.written(tensors), dtype, known, health)
         for dim in self.form.dims:
-            smaller = resize.resize(tensors, dim, "first")[0]
+            smaller = self.form.written(resize.resize(tensors, dim, "first")[0])
             writer.write_tensors(resize.numbered(path, dim), smaller, dtype, resize.told(known, dim, "first"), health)
 
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
@@ -219,6 +219,7 @@ class Network(nn.Module):
             ValueError: it is unreadable, does not fit, contradicts this network, or has nothing for it.
         """
         tensors, metadata = reader.read_tensors(path)
+        tensors = dotted.read(dotted.with_alphas(tensors, metadata), self.form.arch, str(path))
         magnitudes = frozenset(name for name, (_, layer) in self._layers.items() if layer.magnitude is not None)
         return self.take(self.form.check(tensors, metadata, magnitudes, str(path)), str(path))
 
@@ -228,6 +229,7 @@ class Network(nn.Module):
         Raises:
             ValueError: they do not fit, or none belongs to this network.
         """
+        tensors = dotted.read(tensors, self.form.arch, source)
         found, unexpected = match(tensors, self._layers, self._aliases, source, self.plan.title)
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]

@@ -36,6 +36,7 @@ class PlanRow:
         plain: why it has none although use_dora is on.
         split: output rows of the projections that have an adapter each; () for one adapter on the whole.
         reason: why it is left out; "" if it is trained.
+        trainer_name: its dotted name in the trainer's own model.
     """
 
     part: str
@@ -61,6 +62,7 @@ class PlanRow:
     plain: str = ""
     split: tuple[int, ...] = ()
     reason: str = ""
+    trainer_name: str = ""
 
     @property
     def trained(self) -> bool:

@@ -70,7 +70,8 @@ class _Planner:
 
     def row(self, c: Candidate) -> PlanRow:
         g = c.geometry
-        row = PlanRow(c.part.name, c.dotted_name, c.saved_name, c.own_saved_name, g.kind, g.weight_shape, g)
+        names = c.dotted_name, c.saved_name, c.own_saved_name
+        row = PlanRow(c.part.name, *names, g.kind, g.weight_shape, g, trainer_name=c.trainer_name)
         saved, a = self._saved(c), self.preset.args(c)
         split = self._split(c, ALGOS[a.algo] if saved is None else saved.algorithm)
         reason = self._reason(c, saved)

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..archs.diffusers_names import Place
+from ..archs.spec import ArchSpec
+from . import dotted
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +33,10 @@ class Dialect:
         dora_flag: key that says whether there are magnitudes; "" = none.
         rank: (suffix, axis) where an RS-LoRA layer shows its rank.
         algos: algorithms that it can hold; none = all.
-        dora_kinds: kinds of layer that can have a magnitude; none = all. With these, only output rows have one.
+        dora_kinds: kinds of layer that can have a magnitude; none = all.
+        dora_sides: where magnitudes can be.
+        flat_only: it holds no Tucker form.
+        components: files are written with PEFT's names, see `dotted`; until then keys are the portable ones.
     """
 
     name: str
@@ -40,6 +47,9 @@ class Dialect:
     rank: tuple[str, int] = ("", 0)
     algos: tuple[str, ...] = ()
     dora_kinds: tuple[str, ...] = ()
+    dora_sides: tuple[str, ...] = ("output", "input")
+    flat_only: bool = False
+    components: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -56,14 +66,16 @@ BLISSFUL = Dialect(
     rank=("lora_down.weight", 0),
     algos=("lora",),
     dora_kinds=("Linear",),
+    dora_sides=("output",),
 )
-DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL)}
+DIFFUSERS = Dialect("diffusers", "dora_scale", algos=("lora",), dora_sides=("output",), flat_only=True, components=True)
+DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, DIFFUSERS)}
 
 
 def detect(keys: Iterable[str]) -> Dialect:
-    """The dialect of a file, by its flags or by the name of its magnitudes."""
+    """The dialect of a file's keys under the trainers' names, by its flags or by the name of its magnitudes."""
     found = set(keys)
-    for dialect in DIALECTS.values():
+    for dialect in (PORTABLE, BLISSFUL):
         named = any(key.partition(".")[2] == dialect.magnitude for key in found)
         if not found.isdisjoint(dialect.flags) or (named and dialect is not PORTABLE):
             return dialect
@@ -106,15 +118,23 @@ class Form:
     Attributes:
         rs_lora: whether alpha stays as the user wrote it, under the flag; only in a dialect with that flag.
         dims: of further files beside each, with the first ranks alone.
+        arch: of its model, whose names files may have in several spellings.
+        places: saved name -> diffusers' layers, in a dialect with components.
     """
 
     dialect: Dialect = PORTABLE
     rs_lora: bool = False
     dims: tuple[int, ...] = ()
+    arch: ArchSpec | None = None
+    places: Mapping[str, Sequence[Place]] = field(default_factory=dict)
 
     def alpha(self, alpha: float, rank: int | None) -> float:
         """The alpha to be written, for one that would be right for alpha / rank."""
         return alpha / math.sqrt(rank) if self.dialect.rs_flag and self.rs_lora and rank else alpha
+
+    def written(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What goes into a file for these keys."""
+        return dotted.write(tensors, self.places) if self.dialect.components else dict(tensors)
 
     def network_keys(self, magnitudes: bool) -> dict[str, Tensor]:
         """The flags, 0-d floats: they follow the layers' keys in a file, whose first key some programs look at."""
@@ -135,7 +155,8 @@ class Form:
             ValueError: RS-LoRA differs, or magnitudes are missing.
         """
         flags = Flags.of(tensors)
-        if flags.dialect is PORTABLE and (metadata.get("networks_dialect") == PORTABLE.name or not self.dialect.flags):
+        plain = metadata.get("networks_dialect") in (PORTABLE.name, DIFFUSERS.name)
+        if flags.dialect is PORTABLE and (plain or not self.dialect.flags):
             if self.rs_lora and "networks_dialect" not in metadata and flags.suspicious[0] * 2 > flags.suspicious[1]:
                 log.warning("%s: %s; it is read as alpha / rank", source, _hint(flags))
             return dict(tensors)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..archs import diffusers_names
 from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs, Problems, parse
@@ -24,7 +25,7 @@ from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request
 from ..core.planner import build_plan
 from ..core.report import LoadReport, summary
-from ..files import codec, dialects
+from ..files import codec, dialects, dotted
 from . import trainer_options
 from .beside import origin
 
@@ -220,11 +221,12 @@ class Caller:
             ValueError: all mistakes of the call in one message.
         """
         problems = Problems(self.name)
+        request = self._request(host, None, None, text_encoder, unet, raw, problems)
+        tensors = dotted.read(tensors, request.arch, source)
         saved, unknown = codec.decode(tensors)
         if unknown and not saved:
             problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
         forms = {name: suffix for name, _, suffix in (key.partition(".") for key in unknown)}
-        request = self._request(host, None, None, text_encoder, unet, raw, problems)
         request = replace(request, saved=saved, source=source, unknown=forms)
         network = self._build(kind, request, problems, multiplier, for_inference)
         report = network.take(tensors, source)
@@ -283,7 +285,7 @@ class Caller:
         a = request.args
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
-        form = dialects.Form(dialects.DIALECTS[a.save_format], a.rs_lora, tuple(filter(None, a.save_dims)))
+        form = _form(request, plan)
         roots = {part.name: model for part, model in request.parts}
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
@@ -294,6 +296,21 @@ class Caller:
         for warning in plan.warnings:
             log.warning("%s", warning)
         return network
+
+
+def _form(request: Request, plan: Plan) -> dialects.Form:
+    """What the network's files are like."""
+    dialect, places = dialects.DIALECTS[request.args.save_format], {}
+    if dialect.components:
+        parts = {part.name: part for part, _ in request.parts}
+        places = {
+            row.saved_name: diffusers_names.places(
+                request.arch, parts[row.part], row.trainer_name, row.geometry.out_features, row.geometry.in_features
+            )
+            for row in plan.trained
+        }
+    dims = tuple(filter(None, request.args.save_dims))
+    return dialects.Form(dialect, request.args.rs_lora, dims, request.arch, places)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,214 @@
+"""Names with dots: as PEFT and diffusers, and programs after them, write an adapter; to and from the trainers' keys.
+
+    transformer.transformer_blocks.0.attn.to_q.lora_A.weight
+    lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight
+
+A component or a prefix comes first, then the name of a layer in diffusers' model or in the trainer's. Where the trainer
+has one layer for several of diffusers', their adapters become one: side by side if they share their first factor,
+block-diagonal if not. PEFT's magnitude of DoRA is a vector; its files have no alpha unless their metadata say one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algos import ALGOS
+from ..archs.diffusers_names import Place
+from ..archs.spec import ArchSpec, Part, Rename
+
+DOWN, UP, MAGNITUDE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
+VECTOR = "lora_magnitude_vector"
+SUFFIXES = {  # as others write them -> ours
+    "lora_A.weight": DOWN,
+    "lora_B.weight": UP,
+    "lora_A.default.weight": DOWN,
+    "lora_B.default.weight": UP,
+    "lora.down.weight": DOWN,
+    "lora.up.weight": UP,
+    VECTOR: MAGNITUDE,
+    f"{VECTOR}.weight": MAGNITUDE,
+    f"{VECTOR}.default.weight": MAGNITUDE,
+    **{suffix: suffix for algorithm in ALGOS.values() for suffix in algorithm.keys.values() if suffix != "weight"},
+    MAGNITUDE: MAGNITUDE,
+    ALPHA: ALPHA,
+}
+_LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
+_ENDING = re.compile(rf"\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
+PEFT = "base_model.model."
+DENOISER = ("transformer.", "unet.", "diffusion_model.", "model.diffusion_model.")
+METADATA = "lora_adapter_metadata"  # of a file: PEFT's settings, as JSON
+
+
+def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) -> dict[str, Tensor]:
+    """Plain LoRA layers, with or without magnitude, as diffusers reads them; alpha / rank goes into the second factor.
+
+    Args:
+        tensors: in the portable form.
+        places: saved name -> diffusers' layers.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, suffix = key.partition(".")
+        layers.setdefault(name, {})[suffix] = tensor
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        where, up = places[name], _scaled_up(layer)
+        pair = {DOWN: layer[DOWN], UP: up}
+        try:  # an adapter of its own for each projection, or one for all
+            pairs = ALGOS["lora"].unstack(pair, [place.stop - place.start for place in where])
+        except ValueError:
+            pairs = [{DOWN: layer[DOWN], UP: up[place.start : place.stop]} for place in where]
+        for place, one in zip(where, pairs, strict=True):
+            found[f"{place.path}.lora_A.weight"] = one[DOWN].contiguous().clone()  # files hold no shared tensors
+            found[f"{place.path}.lora_B.weight"] = _turn(one[UP], place).contiguous()
+            if MAGNITUDE in layer:
+                vector = _turn(layer[MAGNITUDE][place.start : place.stop], place).flatten()
+                found[f"{place.path}.{VECTOR}"] = vector if up.dim() == 2 else vector.view(1, -1, *up.shape[2:])
+    return found
+
+
+def _turn(rows: Tensor, place: Place) -> Tensor:
+    return torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
+
+
+def with_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file, with alphas which only its metadata say.
+
+    Raises:
+        ValueError: its metadata are unreadable.
+    """
+    if METADATA not in metadata:
+        return dict(tensors)
+    try:
+        settings: dict[str, Any] = json.loads(metadata[METADATA])
+        more: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            path, suffix = _divide(key)
+            if SUFFIXES.get(suffix) == DOWN and "." in path and f"{path}.{ALPHA}" not in tensors:
+                alpha = _stated(path, settings, tensor.shape[0])
+                more |= {} if alpha is None else {f"{path}.{ALPHA}": torch.tensor(alpha)}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"the metadata {METADATA} cannot be read: {error}") from None
+    return {**tensors, **more}
+
+
+def _stated(path: str, settings: Mapping[str, Any], rank: int) -> float | None:
+    component, _, name = path.partition(".")
+    alpha = settings.get(f"{component}.lora_alpha")
+    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            alpha = value
+            break
+    if alpha is None:
+        return None
+    return float(alpha) * (math.sqrt(rank) if settings.get(f"{component}.use_rslora") else 1.0)
+
+
+def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "the file") -> dict[str, Tensor]:
+    """Under the trainers' keys. What has them already, or no place in this architecture, stays as it is.
+
+    Raises:
+        ValueError: layers that are one in the trainer's model are not all there, or do not go together.
+    """
+    found: dict[str, Tensor] = {}
+    groups: dict[str, dict[int, _Piece]] = {}
+    for key, tensor in tensors.items():
+        path, suffix = _divide(key)
+        if arch is None or "." not in path:
+            found[key] = tensor
+            continue
+        part, dotted = _locate(path, arch)
+        layer = part.layout_of(dotted) or Rename(dotted, part.trainer_name(dotted))
+        name = f"{part.prefix}_{layer.trainer}".replace(".", "_")
+        piece = groups.setdefault(name, {}).setdefault(layer.position, _Piece(path, layer, {}))
+        piece.tensors[SUFFIXES[suffix]] = tensor.flatten() if VECTOR in suffix else tensor
+    for name, pieces in groups.items():
+        count = next(iter(pieces.values())).layer.count
+        if len(pieces) < count:
+            raise ValueError(
+                f"{source}: {count} layers make up {name}, but it has only {', '.join(p.path for p in pieces.values())}"
+            )
+        joined = pieces[0].whole() if count == 1 else _join([pieces[i] for i in range(count)], source)
+        found |= {f"{name}.{suffix}": tensor for suffix, tensor in joined.items()}
+    return found
+
+
+def _divide(key: str) -> tuple[str, str]:
+    """(name of the layer, suffix); a suffix that nobody knows is "" ."""
+    match = _ENDING.search(key)
+    return (key[: match.start()], match[1]) if match else (key.partition(".")[0], "")
+
+
+def _locate(path: str, arch: ArchSpec) -> tuple[Part, str]:
+    """The part of a model, and the layer's name there."""
+    path = path.removeprefix(PEFT)
+    for part in arch.text_encoders:
+        if part.diffusers and path.startswith(f"{part.diffusers}."):
+            return part, path[len(part.diffusers) + 1 :].removeprefix(PEFT)
+    for prefix in DENOISER:
+        if path.startswith(prefix):
+            path = path[len(prefix) :].removeprefix(PEFT)
+            break
+    for old, new in arch.denoiser.release:
+        if path.startswith(old):
+            path = new + path[len(old) :]
+            break
+    return arch.denoiser, path
+
+
+@dataclass
+class _Piece:
+    """An adapter of one of diffusers' layers, under our suffixes."""
+
+    path: str
+    layer: Rename
+    tensors: dict[str, Tensor]
+
+    def whole(self) -> dict[str, Tensor]:
+        """In the trainer's order of rows, the magnitude in our shape."""
+        tensors = dict(self.tensors)
+        magnitude, up, down = tensors.get(MAGNITUDE), tensors.get(UP), tensors.get(DOWN)
+        if up is None or down is None:
+            return tensors
+        if magnitude is not None and magnitude.dim() == 1:
+            tensors[MAGNITUDE] = magnitude.reshape(-1, *[1] * (up.dim() - 1))
+        if self.layer.swapped and len(up) == 2 * down.shape[1]:
+            tensors |= {s: torch.cat(tensors[s].chunk(2)[::-1]) for s in (UP, MAGNITUDE) if s in tensors}
+        return tensors
+
+
+def _join(pieces: Sequence[_Piece], source: str) -> dict[str, Tensor]:
+    """The adapter of the one layer which they are in the trainer's model."""
+    all_tensors = [piece.whole() for piece in pieces]
+    names = ", ".join(piece.path for piece in pieces)
+    kinds = {frozenset(tensors) - {ALPHA} for tensors in all_tensors}
+    if len(kinds) > 1 or not {DOWN, UP} <= next(iter(kinds)) <= {DOWN, UP, MAGNITUDE}:
+        raise ValueError(f"{source}: {names} are one layer here, and only plain LoRAs of all of them can become one")
+    downs, ups = [t[DOWN] for t in all_tensors], [_scaled_up(t) for t in all_tensors]
+    shared = all(torch.equal(downs[0], down) for down in downs[1:])
+    joined = {
+        DOWN: downs[0] if shared else torch.cat(downs),
+        UP: torch.cat(ups) if shared else torch.block_diag(*ups),
+    }
+    if MAGNITUDE in all_tensors[0]:
+        magnitudes = [tensors[MAGNITUDE] for tensors in all_tensors]
+        if any(m.shape[0] != up.shape[0] for m, up in zip(magnitudes, ups, strict=True)):
+            raise ValueError(f"{source}: {names} are one layer here, which DoRA on the input side cannot become")
+        joined[MAGNITUDE] = torch.cat(magnitudes)
+    return joined
+
+
+def _scaled_up(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The second factor times alpha / rank."""
+    up, alpha = tensors[UP], tensors.get(ALPHA)
+    if alpha is None or not float(alpha):
+        return up
+    return up.to(torch.promote_types(up.dtype, torch.float32)) * (float(alpha) / tensors[DOWN].shape[0])
