@@ -256,12 +256,20 @@ def dense_lokr(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     return torch.kron(w1.reshape(*w1.shape, *[1] * len(kernel)), w2.contiguous())
 
 
+def dense_glora(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """W a1 a2 + b1 b2, with the base weight W under `base`; the first product on the channels."""
+    a1, a2, b1, b2 = (t[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
+    on_channels = torch.einsum("oi...,ij->oj...", t["base"], a1.flatten(1) @ a2.flatten(1))
+    return on_channels + torch.einsum("or,r...->o...", b1.flatten(1), b2).reshape(shape)
+
+
 DENSE: dict[str, Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]] = {
     "lora": dense_lora,
     "loha": dense_loha,
     "lokr": dense_lokr,
     "dylora": dense_lora,
     "lora_fa": dense_lora,
+    "glora": dense_glora,
 }
 
 
@@ -269,6 +277,7 @@ def dense_update(layer: AdaptedLayer, multiplier: float) -> Tensor:
     """multiplier * scale * scalar * dW of a live layer by the definition, differentiable."""
     adapter = layer.adapter
     named = {adapter.keys[name]: p for name, p in adapter.named_parameters() if name != "scalar"}
+    named["base"] = layer.whole_weight().to(next(adapter.parameters()).dtype)
     delta = DENSE[adapter.algo](named, adapter.geometry.weight_shape)
     scalar = 1.0 if adapter.scalar is None else adapter.scalar
     return delta * scalar * layer.scale * multiplier

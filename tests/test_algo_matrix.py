@@ -338,7 +338,7 @@ def test_norm_rescale_and_limit(case: Case) -> None:
     randomise(network)
     with torch.no_grad():
         for kind, layer in layers_of(network).items():
-            adapter = layer.adapter
+            adapter = layer.acting
             delta = adapter.delta()
             assert_close(adapter.norm(), torch.linalg.vector_norm(delta), f"{kind}: norm")
             assert_close(update_norm(layer), true_norm(layer), f"{kind}: norm of the true update")
@@ -346,7 +346,7 @@ def test_norm_rescale_and_limit(case: Case) -> None:
             assert_close(adapter.delta(), 0.3 * delta, f"{kind}: rescale_")
         before = {kind: float(true_norm(layer)) for kind, layer in layers_of(network).items()}
         limit = sorted(before.values())[len(before) // 2] * 0.99
-        kept = {kind: layer.adapter.delta() for kind, layer in layers_of(network).items() if before[kind] < limit}
+        kept = {kind: layer.acting.delta() for kind, layer in layers_of(network).items() if before[kind] < limit}
         count, mean, largest = network.limit_norms(limit)
         assert count == len(before) - len(kept)
         after = {kind: float(true_norm(layer)) for kind, layer in layers_of(network).items()}
@@ -355,13 +355,13 @@ def test_norm_rescale_and_limit(case: Case) -> None:
         assert largest == pytest.approx(limit, rel=1e-6)
         assert mean == pytest.approx(sum(after.values()) / len(after), rel=1e-6)
         for kind, delta in kept.items():
-            assert torch.equal(layers_of(network)[kind].adapter.delta(), delta), f"{kind}: below the limit"
+            assert torch.equal(layers_of(network)[kind].acting.delta(), delta), f"{kind}: below the limit"
 
 
 def true_norm(layer: AdaptedLayer) -> Tensor:
     """Of W' - W at multiplier 1."""
-    zeros = torch.zeros(layer.adapter.geometry.weight_shape, dtype=torch.float64)
-    return torch.linalg.vector_norm(layer.new_weight(zeros, 1.0))
+    W = layer.base.weight
+    return torch.linalg.vector_norm(layer.new_weight(W, 1.0) - W)
 
 
 @pytest.mark.parametrize("dim", (3, 5))
@@ -505,7 +505,7 @@ def test_fp32_adapter_on_a_bf16_base(algo: str, kind: str) -> None:
     base, layer = single(kind, algo, torch.bfloat16)
     x = make_input(kind, torch.bfloat16)
     layer.scale = 1 / 16
-    exact = layer.adapter.geometry.op(x.double(), layer.adapter.delta().detach().double()) * MULTIPLIER / 16
+    exact = layer.adapter.geometry.op(x.double(), layer.acting.delta().detach().double()) * MULTIPLIER / 16
     for form in FORMS:
         with forced(form):
             y = base(x)
@@ -527,7 +527,7 @@ def test_autocast(algo: str, base_dtype: torch.dtype, kind: str) -> None:
     layer.scale = 1 / 16
     for x_dtype, form in itertools.product((torch.float32, torch.bfloat16), FORMS):
         x = make_input(kind, x_dtype)
-        exact = layer.adapter.geometry.op(x.double(), layer.adapter.delta().detach().double()) * MULTIPLIER / 16
+        exact = layer.adapter.geometry.op(x.double(), layer.acting.delta().detach().double()) * MULTIPLIER / 16
         with forced(form), torch.autocast("cpu", torch.bfloat16):
             y, update = base(x), layer.update(x)
         assert y.dtype == torch.bfloat16
@@ -550,7 +550,7 @@ def test_merge_rounds_once(algo: str, base_dtype: torch.dtype, adapter_dtype: to
     W = base.weight.clone()
     wide = copy.deepcopy(layer.adapter).double()
     scalar = 1.0 if wide.scalar is None else float(wide.scalar)
-    exact = W.double() + wide.delta().detach() * layer.scale * MULTIPLIER * scalar
+    exact = W.double() + wide.weight_change(W.double(), 1.0).detach() * layer.scale * MULTIPLIER * scalar
     layer.merge()
     assert base.weight.dtype == base_dtype
     # Rounding the exact value gives the same, but for values within fp32 noise of a tie.

@@ -37,7 +37,7 @@ from networks.layers.runtime import Runtime
 from networks.tensors import base_weight
 from networks.tensors.geometry import Geometry
 
-ADDITIVE = ("lora", "loha", "lokr")
+ADDITIVE = ("lora", "loha", "lokr", "glora")
 
 
 @pytest.fixture(autouse=True)

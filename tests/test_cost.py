@@ -126,6 +126,8 @@ def limit(probe: Probe) -> float:
         extra = 6 * T * R * (J + Oo)
     elif probe.adapter.algo == "loha":
         extra = min(6 * T * R * R * (J + Oo), 6 * T * N + 16 * N * R)
+    elif probe.adapter.algo == "glora":  # two chains, and the product with the base weight
+        extra = 6 * T * R * (J + Oo) + 6 * T * R * (g.in_features + Oo * K) + 4 * N * R
     else:
         A, C = shapes["w1"]
         B, D = Oo // A, g.in_features // C
@@ -139,6 +141,7 @@ ADAPTERS = {
     "lora64": ("lora", 64, {}),
     "loha8": ("loha", 8, {}),
     "loha32": ("loha", 32, {}),
+    "glora16": ("glora", 16, {}),
     "lokr_square_r4": ("lokr", 4, {}),
     "lokr_f8_r8": ("lokr", 8, {"factor": 8}),
     "lokr_f4_r8": ("lokr", 8, {"factor": 4}),
@@ -214,10 +217,13 @@ def test_the_form_is_chosen_for_the_output_tokens_of_a_strided_convolution() -> 
 
 
 def kept_limit(probe: Probe) -> int:
-    """Bytes by section 1, for LoRA and LoKr."""
+    """Bytes by section 1, for LoRA and LoKr, and GLoRA's by count."""
     g, R, shapes = probe.adapter.geometry, probe.adapter.dim, probe.adapter.record.shapes
     if probe.adapter.algo == "lora":
         return 4 * T * R
+    if probe.adapter.algo == "glora":  # both rank activations, W a1, and but for kernels the joined factors
+        O, J = g.out_features, g.columns
+        return 4 * (2 * T * R + (O * R * g.kernel_size if g.has_kernel else 2 * R * (O + J)))
     A, C = shapes["w1"]
     B, D, K = g.out_features // A, g.in_features // C, g.kernel_size
     if "w2" not in shapes:
@@ -262,6 +268,8 @@ LAUNCHES = {
     ("lora16", "linear"): 12,
     ("lora64", "linear_wide"): 12,
     ("lora16", "conv_3x3"): 10,
+    # Beside LoRA's: the product with W, its gradient, and joining the factors.
+    ("glora16", "linear"): 18,
     ("lokr_f8_r8", "linear"): 16,
     ("lokr_square_r4", "linear_wide"): 16,
     ("lokr_square_r4", "conv_3x3"): 14,

@@ -45,6 +45,7 @@ RANK_INDEX = dict.fromkeys(("lora", "dylora", "lora_fa"), ("lora_up.weight", 1, 
     "loha": ("hada_w1_a", 1, 0),
     "lokr": ("lokr_w2_a", 1, 0),
 }
+TWO_RANKS = {"glora": (("a2.weight", 0), ("b1.weight", 1))}  # (key, axis) for each half of the mask
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +67,8 @@ def adapted(algo: str, kind: str, dropouts: Mapping[str, float], **options: Any)
 def masks_of(layer: AdaptedLayer, x: Tensor) -> Tensor:
     """The rank masks [samples, R] of one call: the coefficients of every rank index's own update, solved exactly."""
     with torch.no_grad():
-        R, geometry = layer.adapter.dim, layer.adapter.geometry
-        parts = [geometry.op(x, layer.adapter.delta(row)) * layer.scale for row in torch.eye(R, dtype=torch.float64)]
+        R, geometry = layer.adapter.mask_size, layer.adapter.geometry
+        parts = [geometry.op(x, layer.acting.delta(row)) * layer.scale for row in torch.eye(R, dtype=torch.float64)]
         columns = torch.stack(parts, -1).flatten(1, -2)  # [samples, everything else, R]
         update = layer.update(x).flatten(1)[..., None]
         masks = torch.linalg.lstsq(columns, update).solution
@@ -84,14 +85,18 @@ def masks_of(layer: AdaptedLayer, x: Tensor) -> Tensor:
 def test_a_rank_mask_weighs_the_rank_indices(algo: str, options: dict[str, bool]) -> None:
     """delta(mask) is the definition with one tensor's rank axis weighed: the ground of the tests below."""
     _, layer = adapted(algo, "conv_3x3", {}, **options)
-    adapter = layer.adapter
-    key, flat, tucker = RANK_INDEX[algo]
-    axis = tucker if adapter.chosen.get("use_tucker") else flat
-    tensors = {adapter.keys[name]: p.detach() for name, p in adapter.named_parameters()}
-    mask = torch.tensor([0.0, 1.5, 0.0, 2.0], dtype=torch.float64)
-    shape = [1] * tensors[key].dim()
-    shape[axis] = 4
-    tensors[key] = tensors[key] * mask.reshape(shape)
+    adapter = layer.acting
+    tensors = {adapter.keys[name]: p.detach() for name, p in adapter.named_parameters()} | {"base": layer.base.weight}
+    mask = torch.tensor([0.0, 1.5, 0.0, 2.0, 0.5, 0.0, 1.0, 0.0], dtype=torch.float64)[: adapter.mask_size]
+    if algo in TWO_RANKS:
+        places = TWO_RANKS[algo]
+    else:
+        key, flat, tucker = RANK_INDEX[algo]
+        places = ((key, tucker if adapter.chosen.get("use_tucker") else flat),)
+    for (key, axis), part in zip(places, mask.chunk(len(places)), strict=True):
+        shape = [1] * tensors[key].dim()
+        shape[axis] = 4
+        tensors[key] = tensors[key] * part.reshape(shape)
     assert_close(adapter.delta(mask), DENSE[algo](tensors, adapter.geometry.weight_shape), algo)
 
 

@@ -29,7 +29,8 @@ ENTRIES = {"lora": networks.lora, "loha": networks.loha, "lokr": networks.lokr}
 
 
 def trained(algo: str, unet: Any, dim: int = 4, alpha: float = 2, **kwargs: Any) -> Any:
-    network = ENTRIES[algo].create_network(1.0, dim, alpha, None, None, unet, **kwargs)
+    named = {} if algo in ENTRIES else {"algo": algo}
+    network = ENTRIES.get(algo, networks.lora).create_network(1.0, dim, alpha, None, None, unet, **named, **kwargs)
     network.apply_to(None, unet)
     randomise(network)
     return network.eval()
@@ -88,6 +89,18 @@ KEYS: list[tuple[str, dict[str, Any], dict[str, tuple[int, ...]], dict[str, tupl
         {"factor": 2, "use_tucker": True},
         {"lokr_w1": (2, 2), "lokr_w2": (8, 8), "alpha": ()},
         {"lokr_w1": (2, 2), "lokr_w2_a": (2, 8), "lokr_w2_b": (2, 8), "lokr_t2": (2, 2, 3, 3), "alpha": ()},
+    ),
+    (
+        "glora",
+        {"use_scalar": True},
+        {"a1.weight": (16, 4), "a2.weight": (4, 16), "b1.weight": (16, 4), "b2.weight": (4, 16), "alpha": ()},
+        {
+            "a1.weight": (16, 2, 1, 1),
+            "a2.weight": (2, 16, 1, 1),
+            "b1.weight": (16, 2, 1, 1),
+            "b2.weight": (2, 16, 3, 3),
+            "alpha": (),
+        },
     ),
     (
         "lokr",

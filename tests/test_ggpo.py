@@ -33,7 +33,7 @@ def test_statistics_are_of_the_true_update(algo: str) -> None:
     layer = perturbed(algo)
     noise = layer.perturbation
     layer.base(torch.randn(6, 108, dtype=torch.float64)).square().sum().backward()
-    before = layer.adapter.delta().detach()
+    before = layer.acting.delta().detach()
     noise.see_gradients(layer)
     noise.see_weights(layer)
     dW = 0.75 * before
@@ -45,7 +45,7 @@ def test_statistics_are_of_the_true_update(algo: str) -> None:
     with torch.no_grad():
         for p in layer.adapter.parameters():
             p.add_(0 if p.grad is None else p.grad, alpha=step)
-        change = 0.75 * (layer.adapter.delta() - before) / step
+        change = 0.75 * (layer.acting.delta() - before) / step
     torch.testing.assert_close(noise.gradient_norms, change.norm(dim=1), rtol=1e-4, atol=1e-6)
 
 

@@ -63,6 +63,9 @@ FORMS: dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]] = {
         {"algo": "lokr", "factor": "8", "full_matrix": "True"},
         {"lokr_w1": (8, 8), "lokr_w2": ("O/8", "I/8")},
     ),
+    "glora": (
+        {"algo": "glora"}, {"a1.weight": ("I", 4), "a2.weight": (4, "I"), "b1.weight": ("O", 4), "b2.weight": (4, "I")}
+    ),
     "diag-oft": ({"algo": "diag-oft"}, {"oft_blocks": ("O/4", 4, 4)}),
     "oft with a number of blocks": ({"algo": "diag-oft", "dim_is_count": "True"}, {"oft_blocks": (4, "O/4", "O/4")}),
     "ia3": ({"algo": "ia3"}, {"weight": ("O",), "on_input": ()}),

@@ -29,6 +29,7 @@ from helpers_numeric import (
     randomise,
 )
 from lycoris.functional.general import factorization as lycoris_factorization
+from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -36,6 +37,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from networks.algos import ALGOS
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
@@ -43,11 +45,13 @@ from networks.tensors.factor import factorization
 
 pytestmark = pytest.mark.reference
 
-LYCORIS = {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule}
+LYCORIS = {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule, "glora": GLoRAModule}
 LYCORIS_CASES = [case for case in cases() if case.algo in LYCORIS]
 # LyCORIS and PEFT pad with zeros whatever the padding_mode says: test_known_wrong_padding_mode.
 PADDED = ("conv_reflect", "conv_same_circular")
 RIGHT = tuple(kind for kind in KINDS if kind not in PADDED)
+# Its GLoRA has factors for all input channels of a grouped convolution: test_known_wrong_lycoris_glora.
+KINDS_OF = dict.fromkeys(LYCORIS, RIGHT) | {"glora": tuple(kind for kind in RIGHT if kind != "conv_grouped")}
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +97,8 @@ def compare(base: nn.Module, twin_base: nn.Module, x: Tensor, ours: AdaptedLayer
 
 @pytest.mark.parametrize("case", LYCORIS_CASES, ids=str)
 def test_lycoris_forward_and_gradients(case: Case) -> None:
-    model = Zoo(RIGHT)
+    kinds = KINDS_OF[case.algo]
+    model = Zoo(kinds)
     twin = copy.deepcopy(model)
     network = make_network(case, model)
     randomise(network)
@@ -108,8 +113,16 @@ def test_lycoris_forward_and_gradients(case: Case) -> None:
         compare(model.get_submodule(kind), twin.get_submodule(kind), make_input(kind), layer, theirs)
 
 
-@pytest.mark.parametrize("options", ({}, {"use_scalar": True}, {"use_tucker": True}), ids=str)
-@pytest.mark.parametrize("algo", LYCORIS)
+@pytest.mark.parametrize(
+    ("algo", "options"),
+    [
+        (algo, {name: True for name in names})
+        for algo in LYCORIS
+        for names in ((), ("use_scalar",), ("use_tucker",))
+        if ALGOS[algo].options.issuperset(names)
+    ],
+    ids=str,
+)
 def test_lycoris_bypass_forward(algo: str, options: dict[str, bool]) -> None:
     """Its factored form, on the layers where it works."""
     model, case = Zoo(("linear", "conv_3x3")), Case(algo, options)
@@ -135,7 +148,8 @@ LOADED = [
 @pytest.mark.parametrize("case", LOADED, ids=str)
 def test_lycoris_reads_our_file(case: Case, tmp_path: Path) -> None:
     """The loader that the trainers' generation scripts use gives our forward pass."""
-    model = Zoo(RIGHT)
+    kinds = KINDS_OF[case.algo]
+    model = Zoo(kinds)
     twin = copy.deepcopy(model)
     network = make_network(case, model)
     randomise(network)
@@ -148,11 +162,11 @@ def test_lycoris_reads_our_file(case: Case, tmp_path: Path) -> None:
     loaded, _ = lycoris.kohya.create_network_from_weights(
         MULTIPLIER, str(tmp_path / "ours.safetensors"), None, None, twin
     )
-    assert len(loaded.unet_loras) == len(RIGHT)
+    assert len(loaded.unet_loras) == len(kinds)
     loaded.apply_to(None, twin, False, True)
     for module in loaded.unet_loras:
         module.double()
-    for kind in RIGHT:
+    for kind in kinds:
         x = make_input(kind)
         difference = model.get_submodule(kind)(x) - twin.get_submodule(kind)(x)
         assert float(difference.detach().abs().max()) < 1e-9 * float(
@@ -160,10 +174,11 @@ def test_lycoris_reads_our_file(case: Case, tmp_path: Path) -> None:
         ), kind
 
 
-@pytest.mark.parametrize("case", LYCORIS_CASES, ids=str)
+@pytest.mark.parametrize("case", [c for c in LYCORIS_CASES if not (c.algo == "glora" and c.rs_lora)], ids=str)
 def test_we_read_a_lycoris_file(case: Case, tmp_path: Path) -> None:
     """Folded rs_lora alpha, unbalanced factors, Tucker cores, folded scalars: our merge is its forward."""
-    model = Zoo(RIGHT)
+    kinds = KINDS_OF[case.algo]
+    model = Zoo(kinds)
     network = make_network(case, model)
     randomise(network)
     tensors: dict[str, Tensor] = {}
@@ -176,14 +191,15 @@ def test_we_read_a_lycoris_file(case: Case, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "theirs.safetensors")
     read, _ = reader.read_tensors(tmp_path / "theirs.safetensors")
     saved, unknown = codec.decode(read)
-    assert not unknown and len(saved) == len(RIGHT)
+    assert not unknown and len(saved) == len(kinds)
     for kind, module in modules.items():
         W = model.get_submodule(kind).weight
         x = make_input(kind)
         update = merged_weight(saved[f"lora_unet_{kind}"], W, MULTIPLIER) - W
-        expected = (
-            module.get_weight(W.shape) * module.scalar if case.algo != "lora" else module.make_weight() * module.scale
-        )
+        if case.algo == "lora":
+            expected = module.make_weight() * module.scale
+        else:
+            expected = module.make_weight() if case.algo == "glora" else module.get_weight(W.shape) * module.scalar
         assert_close(update, expected * MULTIPLIER, kind)
         module.apply_to()
         theirs = model.get_submodule(kind)(x) - module.org_forward(x)
@@ -193,11 +209,31 @@ def test_we_read_a_lycoris_file(case: Case, tmp_path: Path) -> None:
         )
     # The same file into a network for training.
     fresh = make_network(case, model)
-    assert len(fresh.load(tmp_path / "theirs.safetensors").matched) == len(RIGHT)
+    assert len(fresh.load(tmp_path / "theirs.safetensors").matched) == len(kinds)
     for kind, layer in layers_of(fresh).items():
         W = model.get_submodule(kind).weight
         other = layers_of(network)[kind].new_weight(W, 1.0) - W
         assert_close(layer.new_weight(W, 1.0) - W, other, kind)
+
+
+def test_known_wrong_lycoris_glora() -> None:
+    """Under rs_lora it saves alpha as given, so its own file comes back at 1 / sqrt(rank) of what was trained; with
+    groups its two terms have different numbers of channels."""
+    model = Zoo(("linear", "conv_grouped"))
+    network = make_network(Case("glora", rs_lora=True), model)
+    randomise(network)
+    network.float().double()  # it loads into fp32
+    module = lycoris_twin(Case("glora", rs_lora=True), model.linear, layers_of(network)["linear"])
+    saved = {key: value.detach() for key, value in module.state_dict().items()}
+    again = GLoRAModule.make_module_from_state_dict(
+        "again", model.linear, *(saved.get(f"{name}.weight") for name in ("a1", "a2", "b1", "b2", "bm")), saved["alpha"]
+    ).double()
+    assert_close(again.make_weight() * DIM**0.5, module.make_weight(), "read back")
+    ours = {key: value.detach() for key, value in codec.encode([layers_of(network)["linear"]]).items()}
+    assert float(ours["lora_unet_linear.alpha"]) == ALPHA * DIM**0.5
+    grouped = GLoRAModule("x", model.conv_grouped, 1.0, DIM, ALPHA).double()
+    with pytest.raises(RuntimeError):
+        grouped.make_weight()
 
 
 def test_a_lycoris_file_whose_alpha_overflowed_loads() -> None:

@@ -8,6 +8,7 @@ from .base import Adapter
 from .boft import BOFT
 from .dylora import DyLoRA
 from .full import Full
+from .glora import GLoRA
 from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
@@ -18,7 +19,7 @@ from .reweight import Reweight
 from .saved import Layout
 
 ALGOS: dict[str, type[Adapter]] = {
-    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, Full, DiagOFT, BOFT, IA3)
+    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, GLoRA, Full, DiagOFT, BOFT, IA3)
 }
 
 

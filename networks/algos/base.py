@@ -17,6 +17,7 @@ from torch.func import functional_call, jvp
 
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import Gate
+from ..tensors.products import OfWeight, Products
 from .saved import Layout, SavedForm
 
 CHUNK = 1 << 22  # elements of dW that are built at a time where only its norms are wanted
@@ -60,6 +61,22 @@ class Adapter(SavedForm):
         raise NotImplementedError
 
     # -- the mathematics
+
+    def on(self, base: Products) -> Adapter:
+        """This adapter on a base weight, for algorithms whose dW depends on it: before each use of the mathematics.
+
+        With pieces, it is the weight of their rows alone.
+        """
+        return self
+
+    def weight_change(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        """W' - W for a base weight W [O, I, *kernel], in its dtype and on its device."""
+        return (self.on(OfWeight(weight)).delta() * strength).to(device=weight.device, dtype=weight.dtype)
+
+    @property
+    def mask_size(self) -> int:
+        """How many rank indices a rank mask weighs."""
+        return self.dim
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         """dW [O, I, *kernel] without scale and scalar, differentiable; the mask weighs its rank indices."""

@@ -33,6 +33,9 @@ class Reweight(Adapter):
         """W' for W [O, I, *kernel]."""
         return weight + self.change(weight, 0 if self.side == "output" else 1)
 
+    def weight_change(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        return self.new_weight(weight) - weight
+
     def shrink_(self, ratio: float) -> None:
         """Make the change smaller, to about `ratio` of its size."""
         with torch.no_grad():

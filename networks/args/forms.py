@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .spec import Arg
 
-ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "full", "diag-oft", "boft", "ia3")
-ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa")
+ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora", "full", "diag-oft", "boft", "ia3")
+ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora")
 FORM = "form of the factors"
 
 FORMS: tuple[Arg, ...] = (
@@ -52,7 +52,7 @@ FORMS: tuple[Arg, ...] = (
         False,
         "a learnt factor in front of each update, from 0; the other factors then all start random",
         FORM,
-        algos=("lora", "loha", "lokr", "lora_fa"),
+        algos=("lora", "loha", "lokr", "lora_fa", "glora"),
     ),
     Arg(
         "factor",

@@ -167,8 +167,8 @@ TABLE: tuple[Arg, ...] = (
         "loraplus_lr_ratio",
         "float",
         None,
-        "LoRA+ (2402.12354): learning rate of the plus factors (up, hada_w2_a, lokr_w1) over that of the others; "
-        "diag-oft, boft and ia3 have no such pair and refuse it",
+        "LoRA+ (2402.12354): learning rate of the plus factors (up, hada_w2_a, lokr_w1, glora's a1 and "
+        "b1) over that of the others; diag-oft, boft and ia3 have no such pair and refuse it",
         _LR,
         neutral=(1,),
         minimum=0,

@@ -35,14 +35,11 @@ class AdaptedLayer(AttachedAdapter):
         if m == 0:
             return weight
         with torch.autocast(weight.device.type, enabled=False):  # hosts merge inside their autocast, too
-            adapter, strength = self.wide_adapter(), self.strength
-            if isinstance(adapter, Reweight):
-                return weight + m * (adapter.new_weight(weight) - weight)
-            delta = (adapter.delta() * strength).to(device=weight.device, dtype=weight.dtype)
+            change = self.wide_adapter().weight_change(weight, self.strength)
             if self.magnitude is None:
-                return weight + m * delta
+                return weight + m * change
             magnitude = self.magnitude.to(device=weight.device, dtype=weight.dtype)
-            whole = weight + delta
+            whole = weight + change
             kept = 0 if self.on_output else 1
             norms = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.dim()) if i != kept], keepdim=True)
             return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)
@@ -137,7 +134,7 @@ class AdaptedLayer(AttachedAdapter):
 
     def _product(self, site: Site, x: Tensor, strength: float | Tensor) -> Tensor:
         """strength * op(x, dW) for the rows of a site, in the cheaper of its exact forms."""
-        adapter, drops = self.adapter, self._active_dropouts()
+        adapter, drops = self.adapter.on(site), self._active_dropouts()
         if adapter.geometry.is_conv and x.dim() == len(adapter.geometry.kernel) + 1:
             return self._product(site, x[None], strength)[0]
         if isinstance(strength, Tensor) and strength.device != x.device:
@@ -152,7 +149,7 @@ class AdaptedLayer(AttachedAdapter):
         if factored <= materialised or (drops.dropout and adapter.record.rank_axis):
             return adapter.apply_delta(x, gate)
         masked = drops.rank_dropout and adapter.record.rank_axis
-        mask = rank_mask((adapter.dim,), drops.rank_dropout, x, drops.rank_dropout_scale) if masked else None
+        mask = rank_mask((adapter.mask_size,), drops.rank_dropout, x, drops.rank_dropout_scale) if masked else None
         delta = adapter.delta(mask)
         if not torch.is_autocast_enabled(x.device.type):
             delta = delta.to(x.dtype)

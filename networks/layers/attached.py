@@ -15,7 +15,7 @@ from .dropout import Dropouts
 from .magnitude import magnitude_shape, norms
 from .perturbation import Perturbation
 from .runtime import Runtime
-from .site import Site, read_whole
+from .site import Site, Whole, read_whole
 
 LIVE_SCALE = "live_scale"  # marks a live state among the keys; a file has alpha instead
 
@@ -151,11 +151,18 @@ class AttachedAdapter(nn.Module):
         strength, scalar = multiplier * (self.scale * self.adapter.plus_gain), self.adapter.scalar
         return strength if scalar is None else strength * scalar.to(torch.promote_types(scalar.dtype, torch.float32))
 
+    @property
+    def acting(self) -> Adapter:
+        """The adapter on its own base."""
+        return self._on_base(self.adapter)
+
     def wide_adapter(self) -> Adapter:
-        """The adapter in fp32 at least: some hosts cast a network to half precision before they merge it."""
-        if all(p.dtype.itemsize >= 4 for p in self.adapter.parameters()):
-            return self.adapter
-        return copy.deepcopy(self.adapter).float()
+        """The same in fp32 at least: some hosts cast a network to half precision before they merge it."""
+        wide = all(p.dtype.itemsize >= 4 for p in self.adapter.parameters())
+        return self._on_base(self.adapter if wide else copy.deepcopy(self.adapter).float())
+
+    def _on_base(self, adapter: Adapter) -> Adapter:
+        return adapter.on(Whole(self.sites, adapter.geometry.out_features))
 
     @torch.no_grad()
     def weight_below(self, site: Site, device: torch.device | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..algos import Adapter
 from ..tensors.geometry import Geometry
+from ..tensors.products import OfWeight
 from .site import Site, read_whole
 
 
@@ -44,7 +45,7 @@ def norms(
         with torch.autocast(weight.device.type, enabled=False):
             weight = weight.to(next(adapter.parameters()).dtype)  # a base in fp64 under fp32 adapters
             s = strength.to(weight.device) if isinstance(strength, Tensor) else strength
-            squares[site] = adapter.norm_sq(weight, s, on_output, site.pieces)
+            squares[site] = adapter.on(OfWeight(weight)).norm_sq(weight, s, on_output, site.pieces)
     if not on_output:
         return torch.stack(list(squares.values())).sum(0).sqrt().reshape(shape)
     roots = {site: square.sqrt().reshape(-1, *shape[1:]) for site, square in squares.items()}

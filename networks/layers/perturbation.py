@@ -44,14 +44,14 @@ class Perturbation:
             self._base_norm = float(whole.flatten(1).norm(dim=1).mean())
         parameter = next(layer.adapter.parameters())
         nothing = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-        squares = layer.adapter.norm_sq(nothing.expand(layer.adapter.geometry.weight_shape), layer.strength, True)
+        squares = layer.acting.norm_sq(nothing.expand(layer.adapter.geometry.weight_shape), layer.strength, True)
         self.weight_norms = squares.sqrt()
         self.combined_norms = (self._base_norm**2 + squares).sqrt()
 
     @torch.no_grad()
     def see_gradients(self, layer: AdaptedLayer) -> None:
         """Before the gradients are cleared: the change that they ask for."""
-        self.gradient_norms = (layer.strength * layer.adapter.gradient_norm_sq().sqrt()).abs()
+        self.gradient_norms = (layer.strength * layer.acting.gradient_norm_sq().sqrt()).abs()
 
     def output(self, geometry: Geometry, x: Tensor, rows: Callable[[Tensor], Tensor]) -> Tensor | None:
         """op(x, E) for some rows of the layer, or None before there are statistics."""

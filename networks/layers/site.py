@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..tensors import base_weight
 from ..tensors.geometry import Pieces
+from ..tensors.products import OfWeight, weight_times
 
 if TYPE_CHECKING:
     from .attached import AttachedAdapter
@@ -89,6 +91,25 @@ class Site:
         """The module's weight, in fp32 or wider."""
         return base_weight.read(self.module, device)
 
+    def times(self, matrix_IR: Tensor) -> Tensor:
+        """W M [O, R, *kernel] for the weight W below the adapter, differentiable in M.
+
+        A weight of the matrix's dtype is used as it is, also where autocast will see to that. Others are decoded, in
+        the backward pass again: kept for it, a quantised model would be held in fp32.
+        """
+        assert self.layer is not None
+        layer, own = self.layer, base_weight.plain(self.module) if self.under() is None else None
+        if own is not None and (own.dtype == matrix_IR.dtype or torch.is_autocast_enabled(own.device.type)):
+            return weight_times(own, matrix_IR)
+
+        def product(matrix_IR: Tensor) -> Tensor:
+            return OfWeight(layer.weight_below(self)).times(matrix_IR)
+
+        if not torch.is_grad_enabled() or not matrix_IR.requires_grad:
+            return product(matrix_IR)
+        decoded: Tensor = checkpoint(product, matrix_IR, use_reentrant=False, preserve_rng_state=False)
+        return decoded
+
     def add_to_bias(self, change: Tensor | None, multiplier: float | Tensor) -> None:
         """Add a change of the layer's bias, in place, rounded once."""
         if change is not None:
@@ -99,6 +120,17 @@ class Site:
     def change(self, old: Tensor, new: Tensor) -> base_weight.Rounding:
         """Store another weight, in the module's own form."""
         return base_weight.change(self.module, old, new)
+
+
+class Whole:
+    """The products of a whole layer, its modules put together."""
+
+    def __init__(self, sites: Sequence[Site], out_features: int) -> None:
+        self.sites, self.out_features = sites, out_features
+
+    def times(self, matrix_IR: Tensor) -> Tensor:
+        parts = {site: site.times(matrix_IR) for site in self.sites}
+        return read_whole(self.sites, (self.out_features, *parts[self.sites[0]].shape[1:]), parts.__getitem__)
 
 
 def read_whole(sites: Sequence[Site], shape: Sequence[int], read: Callable[[Site], Tensor]) -> Tensor:

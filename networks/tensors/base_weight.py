@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .forms import Form, Plain, PlainFloat8, ScaledFloat8, Unknown
+from .forms import Form, Plain, PlainFloat8, ScaledFloat8, Unknown, bare
 from .forms_quantised import BitsAndBytes4, BitsAndBytes8, TorchAO
 
 _FORMS: tuple[Form, ...] = (
@@ -61,6 +61,12 @@ def read(module: nn.Module, device: torch.device | None = None) -> Tensor:
     check(module)
     with torch.no_grad():
         return form_of(module).read(module, device)
+
+
+def plain(module: nn.Module) -> Tensor | None:
+    """The weight itself, detached, where it is stored as 16-bit numbers or wider; None for other forms."""
+    form = form_of(module)
+    return bare(module) if isinstance(form, Plain) and not form.coarse else None
 
 
 def write(module: nn.Module, weight: Tensor) -> None:

@@ -1,0 +1,168 @@
+"""GLoRA: a low-rank change of what goes into the layer, beside one of its weight (2306.07967).
+
+    dW = W A + B        A = a1 a2 [I, I],  B = b1 b2 [O, I, *kernel]        both of rank R
+
+In a convolution A acts on the channels, in front of it; with groups, on those of each group alike.
+
+W A x is neither base(x + A x), which rounds A x away beside x in half precision and in layers that quantise their
+input, nor a second pass of the base, which doubles its cost. W a1 [O, R] is one product of R columns, R / T of a pass
+over T tokens, and with it both terms are low-rank chains of the input: (W a1)(a2 x) + b1 (b2 x). They are added to
+the base's output as any other update, so the base runs once, on its own input, and its bias counts once. W is read in
+whatever form it is stored and not kept (layers.site); its own dtype is good enough for W a1 in half precision.
+
+LoRA+: the plus factors are a1 and b1, which lead out of the rank, as up does.
+
+Parameters (saved as a1.weight, a2.weight, b1.weight, b2.weight; LyCORIS' layout since 2024)
+    a1  [I, R, 1...]                                start: uniform 1 / sqrt(fan in)
+    a2  [R, I, 1...]                                start: 0 (with a scalar: as a1)
+    b1  [O, R, 1...]                                start: as a1
+    b2  [R, I, *kernel]                             start: 0 (with a scalar: as a1)
+    scalar, 0-d, with use_scalar only               start: 0; saved as part of a2 and b2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tensors.geometry import Geometry, Pieces, cast_to_input
+from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
+from ..tensors.products import Products, weight_times
+from .base import Adapter, Layout, kaiming_
+
+_NAMES = ("a1", "a2", "b1", "b2")
+
+
+class GLoRA(Adapter):
+    algo = "glora"
+    options = frozenset({"use_scalar"})
+    plus = frozenset({"a1", "b1"})
+    keys = {name: f"{name}.weight" for name in _NAMES}
+    required = (frozenset(keys.values()),)
+    fold = ("b2",)
+
+    a1: nn.Parameter
+    a2: nn.Parameter
+    b2: nn.Parameter
+
+    def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(geometry, dim, options)
+        self.base: Products | None = None
+
+    @classmethod
+    def layout(cls, geometry: Geometry, dim: int, use_scalar: bool = False) -> Layout:
+        O, I, ones = geometry.out_features, geometry.in_features, geometry.ones
+        shapes: dict[str, tuple[int, ...]] = {"a1": (I, dim, *ones), "a2": (dim, I, *ones)}
+        shapes |= {"b1": (O, dim, *ones), "b2": (dim, I, *geometry.kernel)}
+        if use_scalar:
+            shapes["scalar"] = ()
+        return Layout(shapes, rank=dim, rank_axis=True)
+
+    def reset_parameters(self) -> None:
+        for name in _NAMES:
+            kaiming_(self.get_parameter(name))
+        for p in (self.a2, self.b2) if self.scalar is None else (self.scalar,):
+            nn.init.zeros_(p)
+
+    def on(self, base: Products) -> GLoRA:
+        self.base = base
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the adapter is none of the base."""
+        return self.__dict__ | {"base": None}
+
+    @property
+    def mask_size(self) -> int:
+        return 2 * self.dim
+
+    def _factors(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W a1 [O, R, *kernel], a2 [R, I], b1 [O, R], b2 [R, I, *kernel]."""
+        assert self.base is not None, "GLoRA reads its base: use adapter.on(...)"
+        return self.base.times(p["a1"].flatten(1)), p["a2"].flatten(1), p["b1"].flatten(1), p["b2"]
+
+    def _joined(self, p: Mapping[str, Tensor], pieces: Pieces | None = None) -> tuple[Tensor, Tensor]:
+        """The same without kernel as one pair of factors, [O, 2R] and [2R, I, 1...]."""
+        Wa, a2, b1, b2 = self._factors(p)
+        if pieces is not None:
+            b1 = torch.cat([b1[start:stop] for start, stop in pieces])
+        return torch.cat([Wa.flatten(1).to(b1.dtype), b1], 1), torch.cat([a2.reshape(b2.shape), b2])
+
+    def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
+        Wa, a2, b1, b2 = self._factors(self.values())
+        if rank_mask_R is not None:
+            mask_a, mask_b = rank_mask_R.chunk(2)
+            a2, b1 = a2 * mask_a[:, None], b1 * mask_b
+        return weight_times(Wa, a2) + (b1 @ b2.flatten(1)).reshape(self.geometry.weight_shape)
+
+    def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
+        p, geometry = self.factors(x), self.geometry
+        if not geometry.has_kernel:
+            up_OR, down_RI = self._joined(p)
+            return low_rank(geometry, x, down_RI, up_OR, gate)
+        Wa, a2, b1, b2 = self._factors(p)
+        groups = geometry.groups
+        h = geometry.pointwise(x, a2.repeat(groups, 1), groups).unflatten(1, (groups, -1))
+        update = geometry.convolve(gate.rank(h, 2).flatten(1, 2), cast_to_input(Wa, x), groups)
+        return update + low_rank(geometry, x, b2, b1, gate)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.delta()[start:stop]
+
+    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+        """`base` knows the rows of the pieces only."""
+        up_OR, down_RI = self._joined(self.factors(x), pieces)
+        return F.linear(gate.rank(F.linear(x, down_RI), -1), up_OR)
+
+    def norm_sq(
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+    ) -> Tensor:
+        if not self.geometry.has_kernel:
+            up_OR, down_RI = self._joined(self.values(), pieces)
+            return sum_norm_sq(weight, strength * up_OR, down_RI, on_output)
+        squares = (weight + strength * self.delta()).square()
+        return squares.flatten(1).sum(1) if on_output else squares.transpose(0, 1).flatten(1).sum(1)
+
+    def norm(self) -> Tensor:
+        if self.geometry.has_kernel:
+            return super().norm()
+        up_OR, down_RI = self._joined(self.values())
+        return torch.sqrt(product_norm_sq(up_OR, down_RI.flatten(1)).sum())
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        g, R = self.geometry, self.dim
+        O, I, J, N = g.out_features, g.in_features * g.groups, g.columns * g.groups, g.out_features * g.columns
+        chains = R * (I + O * g.kernel_size) + R * (J + O)
+        return 6 * tokens * chains + 4 * N * R, 6 * tokens * N + 16 * N * R
+
+    @property
+    def plus_gain(self) -> float:
+        """Each of the two terms has one plus factor."""
+        return float(self.plus_unit)
+
+    def rescale_(self, ratio: float | Tensor) -> None:
+        with torch.no_grad():
+            for name in _NAMES:
+                self.get_parameter(name).mul_(ratio**0.5)
+
+    def pack(self) -> dict[str, Tensor]:
+        packed = super().pack()
+        if self.scalar is not None:
+            packed["a2.weight"] = packed["a2.weight"] * self.scalar.detach()
+        return packed
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        shapes = {name: tuple(tensors[suffix].shape) for name, suffix in cls.keys.items()}
+        dim = shapes["a2"][0]
+        wanted = {name: shape[:2] for name, shape in cls.layout(geometry, dim).shapes.items()}
+        if any(shape[:2] != wanted[name] for name, shape in shapes.items()):
+            raise ValueError(
+                f"glora factors {', '.join(f'{name} {shape}' for name, shape in shapes.items())} do not fit a weight "
+                f"of {geometry.weight_shape} (LyCORIS files from before 2024 have a1 with a2 and b1 with b2 swapped)"
+            )
+        return dim, {}
