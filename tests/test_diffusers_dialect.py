@@ -74,7 +74,7 @@ def test_from_the_trainers_classes_and_back(arch: str, tmp_path: Path) -> None:
         network.detach()
         tensors = load_file(file)
         assert {key.partition(".lora_")[0] for key in tensors} <= known
-        suffixes = {"A.weight", "B.weight"} | ({"magnitude_vector"} if kwargs is DORA else set())
+        suffixes = {"A.weight", "B.weight"} | ({"magnitude_vector.weight"} if kwargs is DORA else set())
         assert {key.partition(".lora_")[2] for key in tensors} == suffixes
         for form in ({}, FORM):
             again = create(arch, model, **form, **kwargs)

@@ -33,6 +33,7 @@ from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.runtime import Runtime
+from networks.layers.site import Site
 from networks.tensors.geometry import Geometry
 
 SIDES = ("output", "input")
@@ -180,6 +181,25 @@ def test_start_is_the_base_and_multiplier_0_is_bit_exact(side: str) -> None:
     layer.runtime.multiplier = 0.0
     assert torch.equal(base(x), plain(x))
     assert layer.new_weight(base.weight) is base.weight
+
+
+@pytest.mark.parametrize("algo", DORA)
+@pytest.mark.parametrize("side", SIDES)
+def test_a_module_with_its_rows_in_another_order(side: str, algo: str) -> None:
+    """As in diffusers' last modulation: shift and scale stand the other way round than in the layer."""
+    base = nn.Linear(24, 48, dtype=torch.float64).requires_grad_(False)
+    adapter = ALGOS[algo](Geometry.of(base), 4, options_for(algo, {})).double()
+    site = Site(base, ((24, 48), (0, 24)))
+    layer = AdaptedLayer("x", [site], adapter, 0.5, runtime=Runtime(MULTIPLIER), dora=side).double()
+    randomise(layer)
+    x, plain = torch.randn(5, 24, dtype=torch.float64), copy.deepcopy(base)
+    expected = definition(layer, site.take_rows(base.weight), MULTIPLIER)  # swapped twice = the layer's order
+    layer.attach()
+    y = base(x)
+    assert_close(y - plain(x), with_weight(plain, site.take_rows(expected))(x) - plain(x), "forward")
+    layer.detach()
+    layer.merge()
+    assert_close(base.weight, site.take_rows(expected), "merge")
 
 
 def test_a_row_of_zeros_keeps_the_factor_1() -> None:

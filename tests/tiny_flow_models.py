@@ -115,6 +115,8 @@ def make_sd3(folder: Path) -> Path:
         pooled_projection_dim=40,
         out_channels=4,
         pos_embed_max_size=24,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
     )
     StableDiffusion3Pipeline(
         scheduler=scheduler(shift=3.0),

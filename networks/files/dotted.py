@@ -5,7 +5,8 @@
 
 A component or a prefix comes first, then the name of a layer in diffusers' model or in the trainer's. Where the trainer
 has one layer for several of diffusers', their adapters become one: side by side if they share their first factor,
-block-diagonal if not. PEFT's magnitude of DoRA is a vector; its files have no alpha unless their metadata say one.
+block-diagonal if not. PEFT's magnitude of DoRA is a vector; with `.weight` behind its name, transformers 5
+finds it too. Its files have no alpha unless their metadata say one.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) 
             found[f"{place.path}.lora_B.weight"] = _turn(one[UP], place).contiguous()
             if MAGNITUDE in layer:
                 vector = _turn(layer[MAGNITUDE][place.start : place.stop], place).flatten()
-                found[f"{place.path}.{VECTOR}"] = vector if up.dim() == 2 else vector.view(1, -1, *up.shape[2:])
+                found[f"{place.path}.{VECTOR}.weight"] = vector if up.dim() == 2 else vector.view(1, -1, *up.shape[2:])
     return found
 
 

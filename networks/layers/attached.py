@@ -185,7 +185,8 @@ class AttachedAdapter(nn.Module):
         sites = self.sites if only is None else (only,)
         with torch.no_grad():
             near = {site: self.weight_below(site).to(self.magnitude.device) for site in sites}
-        return norms(self.wide_adapter(), near, self.strength, tuple(self.magnitude.shape), self.on_output)
+        shape = tuple(self.magnitude.shape)
+        return norms(self.wide_adapter(), near, self.strength, shape, self.on_output, only is not None)
 
     def backup(self) -> None:
         """Remember the base weight for `restore`."""

@@ -32,13 +32,19 @@ def magnitude_shape(geometry: Geometry, on_output: bool) -> tuple[int, ...]:
 
 @torch.no_grad()
 def norms(
-    adapter: Adapter, weights: Mapping[Site, Tensor], strength: float | Tensor, shape: tuple[int, ...], on_output: bool
+    adapter: Adapter,
+    weights: Mapping[Site, Tensor],
+    strength: float | Tensor,
+    shape: tuple[int, ...],
+    on_output: bool,
+    only: bool = False,
 ) -> Tensor:
-    """||W + s dW|| in the magnitude's shape; of one of several modules only its own rows.
+    """||W + s dW|| in the magnitude's shape.
 
     Args:
-        weights: the base weight of every module, or of the one that is asked for.
+        weights: the base weight of every module.
         shape: of the whole magnitude.
+        only: there is one module, whose own rows are asked for in its own order.
     """
     squares = {}
     for site, weight in weights.items():
@@ -49,9 +55,7 @@ def norms(
     if not on_output:
         return torch.stack(list(squares.values())).sum(0).sqrt().reshape(shape)
     roots = {site: square.sqrt().reshape(-1, *shape[1:]) for site, square in squares.items()}
-    first = next(iter(roots))
-    whole = sum(len(root) for root in roots.values()) == shape[0]
-    return read_whole(tuple(roots), shape, roots.__getitem__) if whole else roots[first]
+    return next(iter(roots.values())) if only else read_whole(tuple(roots), shape, roots.__getitem__)
 
 
 def ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
