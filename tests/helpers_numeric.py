@@ -24,8 +24,9 @@ from networks.core.plan import Plan, PlanRow
 from networks.layers.adapted import AdaptedLayer
 from networks.tensors.geometry import Geometry
 
+FOR_LINEARS = [name for name, cls in ALGOS.items() if cls.family == Geometry.family]  # and convolutions
 # Those of the matrix; the others have no update apart from the base weight (test_reweight.py).
-ADDITIVE = {name: cls for name, cls in ALGOS.items() if not issubclass(cls, Reweight) and name != "full"}
+ADDITIVE = {name: ALGOS[name] for name in FOR_LINEARS if not issubclass(ALGOS[name], Reweight) and name != "full"}
 TOLERANCE = 1e-9  # of everything in float64, relative to the largest value
 OUT, IN = 110, 108  # 10 * 11 and 9 * 12, so that a rank of 4 is below half of every factor
 DIM, ALPHA, MULTIPLIER = 4, 3.0, 0.7

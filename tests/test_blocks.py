@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_numeric import FOR_LINEARS
 from tiny_parts import sd_unet, sdxl_unet, text_encoder
 from toy_models import signal, toy
 
 import networks.lora
 import networks.lora_flux
-from networks.algos import ALGOS
 from networks.archs import ARCHS
 from networks.core.plan import PlanRow
 
@@ -162,7 +162,7 @@ def test_t5_is_trained_on_request_and_where_a_file_has_it(tmp_path: Path) -> Non
     assert again.train_t5xxl and len(again.text_encoder_loras) == len(network.text_encoder_loras)
 
 
-@pytest.mark.parametrize("algo", list(ALGOS))
+@pytest.mark.parametrize("algo", FOR_LINEARS)
 @pytest.mark.parametrize("arch", TOYS)
 def test_train_save_load(arch: str, algo: str, tmp_path: Path) -> None:
     """A few optimizer steps; the file alone gives the same outputs, applied and merged."""

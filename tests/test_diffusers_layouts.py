@@ -201,3 +201,23 @@ def test_a_file_trained_on_diffusers_classes_is_the_trainers(algo: str, tmp_path
         name = f"single_transformer_blocks.0.{name}.weight"
         rows = delta[16 * i : 16 * (i + 1) if i < 3 else None]
         torch.testing.assert_close(model.get_parameter(name) - weights[name], rows, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arch", [name for name, (_, _, conversion) in CASES.items() if conversion[:1] not in ("", "_")]
+)
+def test_normalisation_layers_are_where_diffusers_conversion_puts_them(arch: str) -> None:
+    model = meta_model(arch)
+    layers = [c for c in candidates(SPECS[arch].denoiser, model, False, norms=True) if c.geometry.family == "norm"]
+    trained = {c.trainer_name: c for c in layers if c.geometry.affine and not c.reason}
+    assert len(trained) > 20 or arch == "sd3"  # SD3 medium has none with a weight
+    last = "scale" if arch in ("flux", "chroma", "flux_2", "krea2") else "weight"
+    tagged = {f"{entry.dotted}.weight": torch.zeros(entry.shape[0], 1) for entry in linears(arch)}
+    tagged |= {
+        f"{name}.{last}": torch.full(c.geometry.weight_shape, float(i)) for i, (name, c) in enumerate(trained.items())
+    }
+    converted = getattr(single_file_utils, CASES[arch][2])(_Lenient(dict(tagged)))
+    for name, c in trained.items():
+        assert torch.equal(converted[f"{c.dotted_name}.weight"], tagged[f"{name}.{last}"]), name
+    if arch == "wan":  # one of its three has a weight, under another number
+        assert trained["blocks.0.norm3"].dotted_name == "blocks.0.norm2"

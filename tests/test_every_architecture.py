@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_numeric import FOR_LINEARS
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from toy_models import SHRINK, recorded, signal, toy
 
 import networks.lora
-from networks.algos import ALGOS
 from networks.archs import ARCHS
 
 RECORDED = Path(__file__).parent / "names"
 MODELS = [arch.name for arch in ARCHS if (RECORDED / f"{arch.name}.txt").exists()]
 MUSUBI = "flux flux_2 framepack hidream_o1 hunyuan_video hv_1_5 ideogram4 kandinsky krea2 qwen_image wan zimage".split()
-FORMS = {**{algo: {"algo": algo} for algo in ALGOS}, "dora": {"use_dora": "True"}}
+FORMS = {**{algo: {"algo": algo} for algo in FOR_LINEARS}, "dora": {"use_dora": "True"}}
 FORMS["lokr dora"] = {"algo": "lokr", "use_dora": "True"}
 
 

@@ -14,13 +14,22 @@ from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
 from .lora_fa import LoRAFA
+from .norm import Norm
 from .oft import DiagOFT
 from .reweight import Reweight
 from .saved import Layout
 
 ALGOS: dict[str, type[Adapter]] = {
-    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, GLoRA, Full, DiagOFT, BOFT, IA3)
+    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, GLoRA, Full, Norm, DiagOFT, BOFT, IA3)
 }
+
+
+def suited(algo: str, family: str) -> type[Adapter] | None:
+    """The algorithm itself if it is for such layers, else the one that there is for them alone; None = no other."""
+    own = ALGOS[algo]
+    if own.family == family:
+        return own
+    return next((cls for cls in ALGOS.values() if cls.family == family != Adapter.family), None)
 
 
 def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:
@@ -36,4 +45,4 @@ def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:
     return named[0] if named else None
 
 
-__all__ = ["ALGOS", "Adapter", "Layout", "Reweight", "recognise"]
+__all__ = ["ALGOS", "Adapter", "Layout", "Reweight", "recognise", "suited"]

@@ -26,6 +26,7 @@ CHUNK = 1 << 22  # elements of dW that are built at a time where only its norms 
 class Adapter(SavedForm):
     """Base of all additive algorithms. Parameters are those of `layout`, in fp32."""
 
+    family: ClassVar[str] = Geometry.family  # of the layers that it is for
     options: ClassVar[frozenset[str]]  # names of the keyword options that `layout` takes
     # Arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv: adapters of the
     # parts of a layer, stacked, are one of the same kind (`stack`).

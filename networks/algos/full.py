@@ -28,6 +28,7 @@ class Full(Adapter):
     keys = {"diff": "diff", "diff_b": "diff_b"}
     required = (frozenset({"diff"}),)
     fold = ()
+    bias_key = "diff_b"
     features = frozenset()  # lengths of its own would say nothing that diff cannot
 
     diff: nn.Parameter

@@ -65,6 +65,8 @@ class SavedForm(nn.Module):
     required: ClassVar[tuple[frozenset[str], ...]]  # one of these sets of suffixes marks the algorithm
     fold: ClassVar[tuple[str, ...]]  # the first of these that exists takes up the learnt scalar at save
     saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
+    bias_key: ClassVar[str] = ""  # suffix of the change of the layer's bias, where a file can have one
+    saves_alpha: ClassVar[bool] = True  # whether readers expect one
 
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     scalar: nn.Parameter | None

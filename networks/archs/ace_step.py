@@ -23,6 +23,8 @@ ACE_STEP = ArchSpec(
             Rename("to_k", "k_proj"),
             Rename("to_v", "v_proj"),
             Rename("to_out.0", "o_proj"),
+            Rename("norm_q", "q_norm"),
+            Rename("norm_k", "k_norm"),
         ),
     ),
     axes=(BlockAxis("layers."),),

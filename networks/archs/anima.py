@@ -28,6 +28,13 @@ DIFFUSERS = below(
     Rename("norm2.linear_2", "adaln_modulation_cross_attn.2"),
     Rename("norm3.linear_1", "adaln_modulation_mlp.1"),
     Rename("norm3.linear_2", "adaln_modulation_mlp.2"),
+    Rename("norm1.norm", "layer_norm_self_attn"),
+    Rename("norm2.norm", "layer_norm_cross_attn"),
+    Rename("norm3.norm", "layer_norm_mlp"),
+    Rename("attn1.norm_q", "self_attn.q_norm"),
+    Rename("attn1.norm_k", "self_attn.k_norm"),
+    Rename("attn2.norm_q", "cross_attn.q_norm"),
+    Rename("attn2.norm_k", "cross_attn.k_norm"),
 )
 
 ANIMA = ArchSpec(

@@ -15,6 +15,21 @@ IMAGE_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 TEXT_QKV = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 SINGLE_QKV_MLP = (*IMAGE_QKV, "proj_mlp")
 
+# The normalisation layers of a double block, and of queries and keys.
+NORMS = (
+    Rename("norm1.norm", "img_norm1"),
+    Rename("norm1_context.norm", "txt_norm1"),
+    Rename("norm2", "img_norm2"),
+    Rename("norm2_context", "txt_norm2"),
+)
+QK_NORMS = (
+    Rename("attn.norm_q", "img_attn.norm.query_norm"),
+    Rename("attn.norm_k", "img_attn.norm.key_norm"),
+    Rename("attn.norm_added_q", "txt_attn.norm.query_norm"),
+    Rename("attn.norm_added_k", "txt_attn.norm.key_norm"),
+)
+SINGLE_QK_NORMS = (Rename("attn.norm_q", "norm.query_norm"), Rename("attn.norm_k", "norm.key_norm"))
+
 DIFFUSERS = (
     *below(
         r"transformer_blocks\.(\d+)\.",
@@ -29,6 +44,8 @@ DIFFUSERS = (
         Rename("ff_context.net.2", "txt_mlp.2"),
         Rename("norm1.linear", "img_mod.lin"),
         Rename("norm1_context.linear", "txt_mod.lin"),
+        *NORMS,
+        *QK_NORMS,
     ),
     *below(
         r"single_transformer_blocks\.(\d+)\.",
@@ -36,6 +53,8 @@ DIFFUSERS = (
         *fused(SINGLE_QKV_MLP, "linear1"),
         Rename("proj_out", "linear2"),
         Rename("norm.linear", "modulation.lin"),
+        Rename("norm.norm", "pre_norm"),
+        *SINGLE_QK_NORMS,
     ),
     *below(
         "",

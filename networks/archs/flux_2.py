@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .flux import IMAGE_QKV, TEXT_QKV
+from .flux import IMAGE_QKV, QK_NORMS, SINGLE_QK_NORMS, TEXT_QKV
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
 
 DIFFUSERS = (
@@ -17,12 +17,19 @@ DIFFUSERS = (
         Rename("ff.linear_out", "img_mlp.2"),
         Rename("ff_context.linear_in", "txt_mlp.0"),
         Rename("ff_context.linear_out", "txt_mlp.2"),
+        Rename("norm1", "img_norm1"),
+        Rename("norm1_context", "txt_norm1"),
+        Rename("norm2", "img_norm2"),
+        Rename("norm2_context", "txt_norm2"),
+        *QK_NORMS,
     ),
     *below(
         r"single_transformer_blocks\.(\d+)\.",
         r"single_blocks.\1.",
         Rename("attn.to_qkv_mlp_proj", "linear1"),
         Rename("attn.to_out", "linear2"),
+        Rename("norm", "pre_norm"),
+        *SINGLE_QK_NORMS,
     ),
 )
 

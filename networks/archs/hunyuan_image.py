@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from .flux import IMAGE_QKV, SINGLE_QKV_MLP, TEXT_QKV
+from .flux import IMAGE_QKV, NORMS, SINGLE_QKV_MLP, TEXT_QKV
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
 
 DOUBLE_BLOCKS = 20
+
+# Normalisation of queries and keys in a double block.
+QK_NORMS = (
+    Rename("attn.norm_q", "img_attn_q_norm"),
+    Rename("attn.norm_k", "img_attn_k_norm"),
+    Rename("attn.norm_added_q", "txt_attn_q_norm"),
+    Rename("attn.norm_added_k", "txt_attn_k_norm"),
+)
 
 DIFFUSERS = (
     *below(
@@ -21,6 +29,8 @@ DIFFUSERS = (
         Rename("ff_context.net.2", "txt_mlp.fc2"),
         Rename("norm1.linear", "img_mod.linear"),
         Rename("norm1_context.linear", "txt_mod.linear"),
+        *NORMS,
+        *QK_NORMS,
     ),
     *below(
         r"single_transformer_blocks\.(\d+)\.",
@@ -28,6 +38,9 @@ DIFFUSERS = (
         *fused(SINGLE_QKV_MLP, "linear1"),
         Rename("proj_out", "linear2"),
         Rename("norm.linear", "modulation.linear"),
+        Rename("norm.norm", "pre_norm"),
+        Rename("attn.norm_q", "q_norm"),
+        Rename("attn.norm_k", "k_norm"),
     ),
 )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .hunyuan_image import DIFFUSERS
+from .flux import NORMS
+from .hunyuan_image import DIFFUSERS, QK_NORMS
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below
 
 DOUBLE_BLOCKS = 20
@@ -50,6 +51,8 @@ HV_1_5 = ArchSpec(
             Rename("ff_context.net.2", "txt_mlp.fc2"),
             Rename("norm1.linear", "img_mod.linear"),
             Rename("norm1_context.linear", "txt_mod.linear"),
+            *NORMS,
+            *QK_NORMS,
         ),
     ),
     axes=(BlockAxis("double_blocks."),),

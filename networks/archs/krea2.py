@@ -13,6 +13,10 @@ BLOCK = (
     Rename("ff.gate", "mlp.gate"),
     Rename("ff.up", "mlp.up"),
     Rename("ff.down", "mlp.down"),
+    Rename("norm1", "prenorm"),
+    Rename("norm2", "postnorm"),
+    Rename("attn.norm_q", "attn.qknorm.qnorm"),
+    Rename("attn.norm_k", "attn.qknorm.knorm"),
 )
 DIFFUSERS = (
     *below(r"transformer_blocks\.(\d+)\.", r"blocks.\1.", *BLOCK),
@@ -28,6 +32,8 @@ DIFFUSERS = (
         Rename("txt_in.linear_1", "txtmlp.1"),
         Rename("txt_in.linear_2", "txtmlp.3"),
         Rename("final_layer.linear", "last.linear"),
+        Rename("txt_in.norm", "txtmlp.0"),
+        Rename("final_layer.norm", "last.norm"),
     ),
 )
 

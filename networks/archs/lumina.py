@@ -17,6 +17,11 @@ DIFFUSERS = (
         Rename("feed_forward.linear_2", "feed_forward.w2"),
         Rename("feed_forward.linear_3", "feed_forward.w3"),
         Rename("norm1.linear", "adaLN_modulation.1"),
+        Rename("norm1.norm", "attention_norm1"),
+        Rename("norm1", "attention_norm1"),  # of the context refiner, which has no modulation
+        Rename("norm2", "attention_norm2"),
+        Rename("attn.norm_q", "attention.q_norm"),
+        Rename("attn.norm_k", "attention.k_norm"),
     ),
     *below(
         "",
@@ -26,6 +31,7 @@ DIFFUSERS = (
         Rename("time_caption_embed.caption_embedder.1", "cap_embedder.1"),
         Rename("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
         Rename("norm_out.linear_2", "final_layer.linear"),
+        Rename("norm_out.norm", "final_layer.norm_final"),
     ),
 )
 

@@ -22,6 +22,16 @@ DIFFUSERS = (
         Rename("ff_context.net.2", "context_block.mlp.fc2"),
         Rename("norm1.linear", "x_block.adaLN_modulation.1"),
         Rename("norm1_context.linear", "context_block.adaLN_modulation.1", swapped=True),  # of the last block
+        Rename("norm1.norm", "x_block.norm1"),
+        Rename("norm1_context.norm", "context_block.norm1"),
+        Rename("norm2", "x_block.norm2"),
+        Rename("norm2_context", "context_block.norm2"),
+        Rename("attn.norm_q", "x_block.attn.ln_q"),
+        Rename("attn.norm_k", "x_block.attn.ln_k"),
+        Rename("attn.norm_added_q", "context_block.attn.ln_q"),
+        Rename("attn.norm_added_k", "context_block.attn.ln_k"),
+        Rename("attn2.norm_q", "x_block.attn2.ln_q"),
+        Rename("attn2.norm_k", "x_block.attn2.ln_k"),
     ),
     *below(
         "",

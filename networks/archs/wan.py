@@ -19,6 +19,13 @@ DIFFUSERS = below(
     Rename("attn2.add_v_proj", "cross_attn.v_img"),
     Rename("ffn.net.0.proj", "ffn.0"),
     Rename("ffn.net.2", "ffn.2"),
+    Rename("norm2", "norm3"),
+    Rename("norm3", "norm2"),
+    Rename("attn1.norm_q", "self_attn.norm_q"),
+    Rename("attn1.norm_k", "self_attn.norm_k"),
+    Rename("attn2.norm_q", "cross_attn.norm_q"),
+    Rename("attn2.norm_k", "cross_attn.norm_k"),
+    Rename("attn2.norm_added_k", "cross_attn.norm_k_img"),
 )
 
 WAN = ArchSpec(

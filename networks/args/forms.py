@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .spec import Arg
 
-ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora", "full", "diag-oft", "boft", "ia3")
+ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora", "full", "norm", "diag-oft", "boft", "ia3")
 ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora")
 FORM = "form of the factors"
 

@@ -108,6 +108,16 @@ TABLE: tuple[Arg, ...] = (
         per_host=(("lycoris", "full"),),
     ),
     Arg(
+        "train_norm",
+        "choice",
+        "false",
+        "train the normalisation layers (LayerNorm, GroupNorm, RMSNorm), too: a change of weight and bias; `affine`: "
+        "only those that have a weight, as no other can be merged, or loaded by other programs",
+        _WHERE,
+        choices=("true", "false", "affine"),
+        words=(("1", "true"), ("yes", "true"), ("on", "true"), ("0", "false"), ("no", "false"), ("off", "false")),
+    ),
+    Arg(
         "exclude_patterns",
         "patterns",
         (),

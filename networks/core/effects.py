@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ..algos import ALGOS
 from ..args.parse import Problems
 from ..files.dialects import DIALECTS, Dialect
+from ..tensors.norms import NormGeometry
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
 
 _DECIDED_BY_FILE = frozenset(
-    "preset conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas network_reg_dims "
+    "preset train_norm conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas network_reg_dims "
     "network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
     "unbalanced_factorization".split()
 )
@@ -53,6 +54,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
         if decided:
             notes.append(f"{', '.join(decided)}: not used, the file decides dims, alphas and forms")
         return notes
+    _norms(plan, args, problems)
     _kinds(request, deciding, problems)
     _splits(trained, request, problems)
     _forms(trained, args, ("conv_dim", "") in deciding, problems, notes)
@@ -164,6 +166,28 @@ def _dora(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list
             "DoRA on the output side is exact in LyCORIS and PEFT; ComfyUI and Forge divide by the norm of the base "
             "weight alone, A1111 and InvokeAI misread it: wd_on_output=False is exact in all of these but PEFT"
         )
+
+
+def _norms(plan: Plan, args: Any, problems: Problems) -> None:
+    if args.train_norm == "false" or any(isinstance(row.geometry, NormGeometry) for row in plan.trained):
+        return
+    reasons = sorted({row.reason for row in plan.rows if isinstance(row.geometry, NormGeometry)})
+    problems.add(
+        f"train_norm={args.train_norm} has no effect: no normalisation layer is left to train"
+        + (f"; the reasons: {'; '.join(reasons[:4])}" if reasons else ", this model has none")
+    )
+
+
+def unmergeable(plan: Plan) -> list[str]:
+    """A warning if layers are trained to which no other program could add anything."""
+    bare = [row for row in plan.trained if isinstance(row.geometry, NormGeometry) and not row.geometry.affine]
+    if not bare:
+        return []
+    return [
+        f"{len(bare)} of {len(plan.trained)} layers are normalisations without a weight of their own, such as "
+        f"{bare[0].dotted_name}: what they learn acts where these modules apply the file, cannot be merged, and other "
+        "programs leave it out; train_norm=affine trains the others only"
+    ]
 
 
 def _splits(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:

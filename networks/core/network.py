@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
+from ..algos import ALGOS
 from ..archs.detect import unwrap
 from ..files import codec, dotted, reader, resize, writer
 from ..files.dialects import Form
@@ -79,7 +80,7 @@ class Network(nn.Module):
             bases = modules[name]
             pairs: Bases = ((bases, None),) if isinstance(bases, nn.Module) else bases
             sites = [Site(module, pieces) for module, pieces in pairs]
-            noise = Perturbation(*perturbation) if perturbation else None
+            noise = Perturbation(*perturbation) if perturbation and "ggpo_sigma" in ALGOS[row.algo].features else None
             layer = AdaptedLayer(
                 name, sites, row.make_adapter(), row.scale, chosen, self.runtime, row.dora, perturbation=noise
             )

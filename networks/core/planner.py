@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from ..algos import ALGOS, Adapter
+from ..algos import ALGOS, Adapter, suited
 from ..args.parse import NetArgs, Problems
 from ..files.codec import SavedLayer, unknown_form
 from ..layers.magnitude import magnitude_shape
 from ..layers.split import layout_of
+from ..tensors.geometry import Geometry
+from ..tensors.norms import NormGeometry
 from . import effects
 from .blocks import BlockChoices
 from .plan import Plan, PlanRow, Request
@@ -34,7 +36,14 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, Ba
         rows.append(row)
     plan = Plan(request.arch.title, tuple(rows))
     notes = effects.check(plan, request, planner.deciding, problems)
-    return replace(plan, notes=tuple(notes), warnings=(*planner.unusual(), *planner.preset.warnings())), modules
+    warnings = (*planner.unusual(), *planner.preset.warnings(), *effects.unmergeable(plan))
+    return replace(plan, notes=tuple(notes), warnings=warnings), modules
+
+
+_UNASKED = {
+    NormGeometry.family: "give train_norm=True to train it",
+    Geometry.family: "norm is for normalisation layers alone",
+}
 
 
 class _Planner:
@@ -47,6 +56,8 @@ class _Planner:
         self.exclude = Patterns("exclude_patterns", a.exclude_patterns)
         self.left_out = request.arch.excluded(a.values, a.host)
         self.default_exclude = Patterns("default", self.left_out)
+        # An architecture's own expressions speak of the layers that are trained without being asked for.
+        self.default_switches = Patterns("default", self.left_out.keys() - {*request.arch.exclude})
         off = {switch.regex for switch in request.arch.switches if switch.argument in a.given} & self.left_out.keys()
         self.switched_off = Patterns("given", off)
         self.include = Patterns("include_patterns", a.include_patterns)
@@ -58,9 +69,9 @@ class _Planner:
         on = {name for name in request.arch.arguments if a.values[name] is True}
         self.preset = PresetChoices(request, on, problems)
         self.found = [
-            self._admit(self.preset.admit(c))
+            self._suit(self._admit(self.preset.admit(c)))
             for part, m in request.parts
-            for c in candidates(part, m, convolutions, on)
+            for c in candidates(part, m, convolutions, on, self._norms())
         ]
         self.trainable = [c for c in self.found if not c.reason]
         names = [c.trainer_name for c in self.found if self._of_denoiser(c)]
@@ -73,10 +84,12 @@ class _Planner:
         names = c.dotted_name, c.saved_name, c.own_saved_name
         row = PlanRow(c.part.name, *names, g.kind, g.weight_shape, g, trainer_name=c.trainer_name)
         saved, a = self._saved(c), self.preset.args(c)
-        split = self._split(c, ALGOS[a.algo] if saved is None else saved.algorithm)
         reason = self._reason(c, saved)
         if reason:
             return replace(row, reason=reason)
+        algorithm = suited(a.algo, g.family) if saved is None else saved.algorithm
+        assert algorithm is not None
+        split = self._split(c, algorithm)
         if saved is not None:
             wanted = ALGOS[self.args.algo]
             if wanted.form() == saved.algorithm.form():  # several ways to train make files of one form
@@ -98,15 +111,14 @@ class _Planner:
             if dim == 0 or self.blocks.rate(c.trainer_name) == 0 and self._of_denoiser(c):
                 self._note(c, scaled=False)
                 return replace(row, reason="dim 0" if dim == 0 else "its block has the learning rate factor 0")
-            algorithm = ALGOS[a.algo]
             options = a.pick(algorithm.options)
-        side, plain = self._dora(side, split, a)
+        side, plain = self._dora(side, split, a, algorithm)
         try:
             layout = layout_of(algorithm, g, dim, options, split)
         except ValueError as error:
             self.problems.add(f"{c.dotted_name}: {error}")
             return replace(row, reason="the algorithm has no form for it")
-        self._note(c, layout.rank is not None)
+        self._note(c, layout.rank is not None, algorithm.family == Geometry.family)
         scale = 1.0
         if layout.rank is not None and alpha:
             folded = saved is not None or not a.rs_lora
@@ -137,10 +149,11 @@ class _Planner:
             return ()
         return self.request.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
 
-    def _dora(self, side: str, split: tuple[int, ...], a: NetArgs) -> tuple[str, str]:
+    def _dora(self, side: str, split: tuple[int, ...], a: NetArgs, algorithm: type[Adapter]) -> tuple[str, str]:
         """(side, why there is none although it was asked for); the file's side comes first."""
         wanted = side or ("output" if a.wd_on_output else "input") if a.use_dora or side else ""
-        reasons = {"dropout": a.dropout, "rank_dropout": a.rank_dropout, "split_qkv": split}
+        never = "use_dora" not in algorithm.features
+        reasons = {algorithm.algo: never, "dropout": a.dropout, "rank_dropout": a.rank_dropout, "split_qkv": split}
         plain = next((name for name, on in reasons.items() if on), "") if wanted else ""
         if plain and side:
             self.problems.add(f"{plain} does not go with the DoRA magnitudes of {self.request.source}: leave it out")
@@ -153,6 +166,27 @@ class _Planner:
             return None
         return self.request.saved.get(c.saved_name) or self.request.saved.get(c.own_saved_name)
 
+    def _norms(self) -> bool:
+        """Whether normalisation layers are spoken of."""
+        if self.request.saved is not None:
+            return any(saved.algorithm.family == NormGeometry.family for saved in self.request.saved.values())
+        algos = {self.args.algo, *(self.args.preset.algos if self.args.preset else ())}
+        return self.args.train_norm != "false" or any(ALGOS[algo].family == NormGeometry.family for algo in algos)
+
+    def _suit(self, c: Candidate) -> Candidate:
+        """A layer for whose kind the call has no algorithm is left out."""
+        reason, g = c.reason, c.geometry
+        if self.request.saved is None and not reason:
+            own = ALGOS[self.preset.args(c).algo]
+            if own.family != g.family:
+                wanted = g.family == NormGeometry.family and self.args.train_norm != "false"
+                reason = "" if wanted else _UNASKED.get(g.family, "")
+        if isinstance(g, NormGeometry):
+            reason = g.unfit or reason
+            if not reason and not g.affine and self.args.train_norm == "affine" and self.request.saved is None:
+                reason = "has no weight of its own (train_norm=affine)"
+        return c if reason == c.reason else replace(c, reason=reason, by_conv_dim=False)
+
     def _reason(self, c: Candidate, saved: SavedLayer | None) -> str:
         if self.request.saved is not None and saved is None:
             for name in {c.saved_name, c.own_saved_name} & self.request.unknown.keys():
@@ -161,7 +195,8 @@ class _Planner:
         if saved is None and c.reason:
             return c.reason
         excluded = self.exclude.first(c)
-        by_arch = (self.default_exclude if saved is None else self.switched_off).first(c)
+        defaults = self.default_exclude if c.geometry.family == Geometry.family else self.default_switches
+        by_arch = (defaults if saved is None else self.switched_off).first(c)
         if (excluded or by_arch) and not self.include.first(c):
             self.deciding.add((self.exclude.argument, excluded or ""))
             return f"excluded by {excluded!r}" if excluded else self.left_out[by_arch or ""]
@@ -196,15 +231,16 @@ class _Planner:
         usual = " or ".join(map(str, sorted(arch.usual)))
         return [f"{arch.title} usually has {usual} layers to train, this model has {count}: is it the right model?"]
 
-    def _note(self, c: Candidate, scaled: bool) -> None:
-        """Remember which expressions decide this layer; alpha decides nothing where there is no rank."""
-        for patterns in (self.dims, self.lrs, *([self.alphas] if scaled else [])):
+    def _note(self, c: Candidate, scaled: bool, sized: bool = True) -> None:
+        """Remember which expressions decide this layer; alpha decides nothing where there is no rank, and a dim nothing
+        of a normalisation layer, except that 0 leaves it out."""
+        for patterns in (self.lrs, *([self.dims] if sized else []), *([self.alphas] if scaled else [])):
             pattern = patterns.first(c)
             if pattern is not None:
                 self.deciding.add((patterns.argument, pattern))
         if c.by_conv_dim:
             self.deciding.add(("conv_dim", ""))
-        kind = self._kind(c)
+        kind = self._kind(c) if sized else None
         if kind is not None and self.dims.first(c) is None:
             self.deciding.add((kind, ""))
 

@@ -12,6 +12,7 @@ from ..archs.detect import unwrap
 from ..archs.spec import Part
 from ..args.parse import Problems
 from ..tensors.geometry import Geometry, Pieces
+from ..tensors.norms import NormGeometry
 
 Bases = tuple[tuple[nn.Module, "Pieces | None"], ...]
 
@@ -20,7 +21,7 @@ _WRAPPER = re.compile(r"(?:^|\.)_orig_mod(?=\.|$)")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A Linear or convolution of a model.
+    """A Linear, a convolution or, where such layers are asked for, a normalisation layer of a model.
 
     Attributes:
         dotted_name: its path in this model, without wrapper levels.
@@ -29,7 +30,7 @@ class Candidate:
         reason: why the architecture leaves it out; "" if it can be trained.
         by_conv_dim: only a dim for larger kernels lets it in.
         default: trained when no argument says otherwise (an exclude pattern of the architecture apart).
-        path_classes: class names of the modules above it, the outermost first.
+        path_classes: class names of the modules above it, the outermost first, and its own.
     """
 
     part: Part
@@ -62,13 +63,14 @@ class Candidate:
 
 
 def candidates(
-    part: Part, model: nn.Module, convolutions: bool, switched_on: Collection[str] = ()
+    part: Part, model: nn.Module, convolutions: bool, switched_on: Collection[str] = (), norms: bool = False
 ) -> Iterator[Candidate]:
     """All Linears and convolutions of a model, each once, in module order.
 
     Args:
         convolutions: whether kernels above 1x1 have a dim; the part's conv_containers join then.
         switched_on: names of the boolean arguments that are True; the part may wait for one of them.
+        norms: normalisation layers, too.
     """
     waiting: dict[str, dict[int, Candidate]] = {}
     root = unwrap(model)
@@ -78,7 +80,7 @@ def candidates(
     containers = always + tuple(c for name, more in part.optional if name in switched_on for c in more)
     for path, module, above in _walk(root, "", ()):
         classes = frozenset(above)
-        geometry = Geometry.of(module)
+        geometry = Geometry.of(module) or (NormGeometry.of(module) if norms else None)
         if geometry is None:
             continue
         dotted = _WRAPPER.sub("", path).lstrip(".")
@@ -97,14 +99,16 @@ def candidates(
             reason, by_conv_dim = "kernel above 1x1: give conv_dim to train it", True
         if by_conv_dim and convolutions:
             reason = ""
+        inner = (*above, type(module).__name__)
         names = dotted, part.trainer_name(dotted), part.saved_name(dotted)
-        default = not part.argument and not classes.isdisjoint(always) and not geometry.has_kernel
+        usual = geometry.family == Geometry.family and not geometry.has_kernel
+        default = usual and not part.argument and not classes.isdisjoint(always)
         layout = part.layout_of(dotted)
         bases: Bases = ((module, None),)
         half = geometry.out_features // 2
         if layout is not None and layout.swapped and half == geometry.in_features:
             bases = ((module, ((half, 2 * half), (0, half))),)
-        found = Candidate(part, *names, bases, geometry, reason, by_conv_dim, default, (), above)
+        found = Candidate(part, *names, bases, geometry, reason, by_conv_dim, default, (), inner)
         if layout is None or layout.count == 1:
             yield found
             continue

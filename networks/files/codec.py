@@ -59,10 +59,20 @@ class SavedLayer:
 
     def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
         """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
+        if self.algorithm.family != geometry.family:
+            raise ValueError(
+                f"the file has {self.algorithm.algo}, which is not for a layer of this kind ({geometry.kind})"
+            )
         dim, options = self.algorithm.describe(geometry, self.tensors)
         if self.algorithm.alpha_option:
             options[self.algorithm.alpha_option] = self.alpha or 0.0
         return dim or (max(1, round(self.alpha)) if self.alpha and math.isfinite(self.alpha) else 1), options
+
+    @property
+    def bias_change(self) -> Tensor | None:
+        """[O], what it adds to the layer's bias; None if that is nothing."""
+        change = self.tensors.get(self.algorithm.bias_key)
+        return change if change is not None and bool(change.any()) else None
 
     def build(self, geometry: Geometry) -> Adapter:
         """The adapter of this layer with the file's values.
@@ -130,6 +140,7 @@ def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> d
         if layer.magnitude is not None:
             magnitude = layer.magnitude.detach()
             tensors[f"{layer.lora_name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
-        alpha = form.alpha(layer.alpha, layer.adapter.record.saved_rank)
-        tensors[f"{layer.lora_name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+        if layer.adapter.saves_alpha:
+            alpha = form.alpha(layer.alpha, layer.adapter.record.saved_rank)
+            tensors[f"{layer.lora_name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors | form.network_keys(any(layer.magnitude is not None for layer in layers))

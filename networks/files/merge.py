@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
-from ..tensors.geometry import Geometry
+from ..tensors.norms import weight_geometry
 from . import codec, reader, weight_names
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
@@ -23,29 +23,46 @@ SCALES = ("scale_weight", "weight_scale")  # beside a weight in fp8: the trainer
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors spells them
 
 
-def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0) -> Tensor:
+def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0, bias_too: bool = False) -> Tensor:
     """W' of one layer, by the formula of the forward pass.
 
     Args:
         saved: the layer as `codec.decode` found it.
-        weight: base weight [O, I, *kernel], fp32 or wider.
+        weight: base weight [O, I, *kernel], or [C] of a normalisation layer; fp32 or wider.
+        bias_too: the caller sees to the bias (`merged_bias`).
 
     Raises:
-        ValueError: the file's tensors do not fit the weight.
+        ValueError: the file's tensors do not fit the weight, or would change a bias that is not merged.
     """
-    bias = saved.tensors.get("diff_b")
-    if bias is not None and bool(bias.any()):
+    if saved.bias_change is not None and not bias_too:
         raise ValueError(
-            f"{saved.name} changes a bias (diff_b), which cannot be merged from the weight alone: apply the network to "
-            "its model and merge there"
+            f"{saved.name} changes a bias ({saved.algorithm.bias_key}), which cannot be merged from the weight alone: "
+            "apply the network to its model and merge there, or merge the file into the checkpoint (scripts/merge.py)"
         )
-    geometry = Geometry.of_weight(weight.shape)
+    geometry = weight_geometry(weight.shape)
     adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
     base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     scale = saved.scale(adapter.record.saved_rank)
     layer = AdaptedLayer(saved.name, base, adapter, scale, dora=saved.side(geometry))
     layer.take_magnitude(saved.magnitude)
     return layer.new_weight(weight, multiplier).detach()
+
+
+def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Tensor:
+    """The bias of one layer with the file's change of it.
+
+    Args:
+        bias: base bias [O], fp32 or wider.
+
+    Raises:
+        ValueError: the change does not fit the bias.
+    """
+    change = saved.bias_change
+    if change is None or multiplier == 0:
+        return bias
+    if change.shape != bias.shape:
+        raise ValueError(f"{saved.algorithm.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}")
+    return bias + multiplier * change.to(bias)
 
 
 @dataclass(frozen=True)
@@ -110,6 +127,12 @@ class CheckpointMerge:
                     "quantise that"
                 )
             self._layer_of.update({scale: self._layer_of[key] for scale in self._scales(key)})
+        for name, target in self.targets.items():
+            if self._shifted(name):
+                lacking = [key for key in target.bias_keys if key not in self.checkpoint.shapes]
+                if lacking:
+                    raise ValueError(f"{name} changes a bias, but {self.checkpoint.path} has no {lacking[0]}")
+                self._layer_of.update(dict.fromkeys(target.bias_keys, name))
 
     def matched(self, adapter: AdapterFile) -> list[str]:
         """Its layers that the checkpoint has."""
@@ -151,7 +174,7 @@ class CheckpointMerge:
         whole = torch.cat([_swap(old) if swapped else old for old in olds])
         for adapter in self.adapters:
             if name in adapter.layers:
-                whole = merged_weight(adapter.layers[name], whole, adapter.multiplier)
+                whole = merged_weight(adapter.layers[name], whole, adapter.multiplier, bias_too=True)
         changed: dict[str, Tensor] = {}
         parts = whole.split([len(old) for old in olds])
         for key, store, old, part in zip(target.keys, stores, olds, parts, strict=True):
@@ -159,7 +182,20 @@ class CheckpointMerge:
             changed[key] = store.weight.detach()
             for scale in self._scales(key):
                 changed[scale] = store.get_buffer(SCALES[0]).reshape(self.checkpoint.shapes[scale])
+        if shifted := self._shifted(name):
+            stored = [self.checkpoint.tensor(key) for key in target.bias_keys]
+            wide = [t.to(self.device, torch.promote_types(t.dtype, torch.float32)) for t in stored]
+            bias = torch.cat([_swap(t) if swapped else t for t in wide])
+            for adapter in shifted:
+                bias = merged_bias(adapter.layers[name], bias, adapter.multiplier)
+            biases = zip(target.bias_keys, stored, bias.split([len(t) for t in stored]), strict=True)
+            changed |= {key: (_swap(part) if swapped else part).to(old.dtype) for key, old, part in biases}
         return changed
+
+    def _shifted(self, name: str) -> list[AdapterFile]:
+        """The files that change the bias of a layer."""
+        found = [a for a in self.adapters if name in a.layers and a.multiplier != 0]
+        return [a for a in found if a.layers[name].bias_change is not None]
 
     def _load(self, key: str) -> _Stored:
         store = _Stored(self.checkpoint.tensor(key))

@@ -43,6 +43,16 @@ class Target:
     keys: tuple[str, ...]
     swapped: bool = False
 
+    @property
+    def bias_keys(self) -> tuple[str, ...]:
+        return tuple(f"{stem_of(key)}.bias" for key in self.keys)
+
+
+def stem_of(key: str) -> str:
+    """The layer of a weight's key; "" for keys of anything else. Some RMSNorms call their weight `scale`."""
+    stem, _, last = key.rpartition(".")
+    return stem if last in ("weight", "scale") else ""
+
 
 def find(keys: Iterable[str], names: Collection[str], prefix: str = "") -> dict[str, Target]:
     """Saved name -> weights, for those of `names` that the keys of a checkpoint have.
@@ -57,9 +67,7 @@ def find(keys: Iterable[str], names: Collection[str], prefix: str = "") -> dict[
     pieces: dict[str, dict[int, str]] = {}
     records: dict[str, _Name] = {}
     for key in keys:
-        if not key.endswith(".weight"):
-            continue
-        found = [one for one in _names_of(key.removesuffix(".weight")) if one.name in wanted]
+        found = [one for one in _names_of(stem_of(key)) if one.name in wanted] if stem_of(key) else []
         models = {model for one in found for model in PREFIXES if one.name.startswith(f"{model}_")}
         if len(models) > 1:
             raise ValueError(
@@ -78,7 +86,7 @@ def find(keys: Iterable[str], names: Collection[str], prefix: str = "") -> dict[
 
 def all_names(keys: Iterable[str]) -> set[str]:
     """Every saved name that some adapter may have for these weights, to look for near ones."""
-    return {one.name for key in keys if key.endswith(".weight") for one in _names_of(key.removesuffix(".weight"))}
+    return {one.name for key in keys if stem_of(key) for one in _names_of(stem_of(key))}
 
 
 @dataclass(frozen=True)

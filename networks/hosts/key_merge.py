@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .._version import __version__
 from ..files import codec, dialects
-from ..files.merge import merged_weight
+from ..files.merge import merged_bias, merged_weight
+from ..files.weight_names import stem_of
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,17 @@ def merge_weights_to_tensor(
     return _merge(model_weight, [(layer, multiplier)], calc_device).to(model_weight.device)
 
 
-def _merge(weight: Tensor, layers: Iterable[tuple[codec.SavedLayer, float]], device: torch.device | str) -> Tensor:
-    """W' on `device`, in the weight's dtype."""
+def _merge(
+    weight: Tensor,
+    layers: Iterable[tuple[codec.SavedLayer, float]],
+    device: torch.device | str,
+    merged: Callable[[codec.SavedLayer, Tensor, float], Tensor] = merged_weight,
+) -> Tensor:
+    """W' on `device`, in the weight's dtype; or the bias."""
     wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
     for layer, multiplier in layers:
         try:
-            wide = merged_weight(layer, wide, multiplier)
+            wide = merged(layer, wide, multiplier)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
     if weight.itemsize == 1:  # depending on torch and kind, a cast to fp8 makes inf or NaN of what is too large
@@ -87,11 +93,14 @@ class _File:
     layers: dict[str, codec.SavedLayer]
     multiplier: float
     used: set[str] = field(default_factory=set)
+    shifted: set[str] = field(default_factory=set)
 
-    def take(self, flat_key: str) -> codec.SavedLayer | None:
+    def take(self, flat_key: str, bias: bool = False) -> codec.SavedLayer | None:
+        """Its layer of this name, if it has something for the weight, or for the bias."""
         for prefix in PREFIXES:
-            if layer := self.layers.get(prefix + flat_key):
-                self.used.add(layer.name)
+            layer = self.layers.get(prefix + flat_key)
+            if layer is not None and (not bias or layer.bias_change is not None):
+                (self.shifted if bias else self.used).add(layer.name)
                 return layer
         return None
 
@@ -109,6 +118,11 @@ class _File:
             )
         if missed:
             log.warning("%s: no weight for %d of its layers, e.g. %s", self.source, len(missed), missed[0])
+        lost = sorted(n for n in self.used - self.shifted if self.layers[n].bias_change is not None)
+        if lost:
+            raise ValueError(
+                f"{self.source}: {len(lost)} of its layers change a bias which this model has not: {lost[0]}"
+            )
         if self.used:
             kinds = sorted({self.layers[name].algorithm.algo for name in self.used})
             log.info(
@@ -183,13 +197,12 @@ def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: 
     def merge(key: str, weight: Tensor, keep_on_calc_device: bool = False) -> Tensor:
         if theirs is not None:
             weight = theirs(key, weight, keep_on_calc_device=keep_on_calc_device)
-        if not key.endswith(".weight"):
-            return weight
-        flat = key.removesuffix(".weight").replace(".", "_")
-        found = [(layer, file.multiplier) for file in files if (layer := file.take(flat)) is not None]
+        bias = key.endswith(".bias")
+        flat = (key.removesuffix(".bias") if bias else stem_of(key)).replace(".", "_")
+        found = [(layer, file.multiplier) for file in files if (layer := file.take(flat, bias)) is not None]
         if not found:
             return weight
-        merged = _merge(weight, found, device)
+        merged = _merge(weight, found, device, merged_bias if bias else functools.partial(merged_weight, bias_too=True))
         return merged if keep_on_calc_device else merged.to(weight.device)
 
     return merge

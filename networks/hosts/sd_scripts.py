@@ -122,7 +122,7 @@ class PerturbedCalls(LoRANetwork):
         return self._means("combined_norms")
 
     def _means(self, name: str) -> Tensor | None:
-        found = [getattr(layer.perturbation, name) for layer in self.adapted_layers]
+        found = [getattr(layer.perturbation, name) for layer in self.adapted_layers if layer.perturbation is not None]
         means = [norms.mean() for norms in found if norms is not None]
         return torch.stack(means) if means else None
 

@@ -86,7 +86,7 @@ class AdaptedLayer(AttachedAdapter):
             more = self.adapter.bias_change()
             if more is None:
                 return change
-            return change + gate.output(self.adapter.geometry.on_outputs(site.take_rows(more)).to(y).expand_as(y))
+            return change + gate.output(self.adapter.geometry.on_outputs(site.take_rows(more), y).to(y).expand_as(y))
         geometry, bias = self.adapter.geometry, getattr(site.module, "bias", None)
         outside = 0.0 if bias is None else geometry.on_outputs(bias.to(y.dtype))
         more = self._more(x)

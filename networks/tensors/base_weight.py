@@ -35,12 +35,38 @@ def form_of(module: nn.Module) -> Form:
     return next(form for form in _FORMS if form.fits(module))
 
 
+class _ByAnotherName(nn.Module):
+    """A layer whose weight is called `scale`, as in FLUX.1's RMSNorm, seen as one that has a weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        vars(self)["module"] = module  # not a child
+
+    @property
+    def weight(self) -> Tensor:
+        scale = vars(self)["module"].scale
+        assert isinstance(scale, Tensor)
+        return scale
+
+
+def _holder(module: nn.Module) -> nn.Module:
+    """Where the forms find the weight."""
+    renamed = not hasattr(module, "weight") and isinstance(getattr(module, "scale", None), Tensor)
+    return _ByAnotherName(module) if renamed else module
+
+
 def check(module: nn.Module) -> None:
     """Whether the weight can be read and written, found out before anything is changed.
 
     Raises:
         ValueError: with what was found and what to do.
     """
+    module = _holder(module)
+    if getattr(module, "weight", None) is None:
+        raise ValueError(
+            f"{type(module).__name__} has no weight that could be changed: apply the network without merging, or leave "
+            "such layers out when it is trained (train_norm=affine)"
+        )
     if not isinstance(module.weight, Tensor) or not module.weight.numel():
         raise ValueError(
             f"the weight of {type(module).__name__} is not here (sharded over processes, or emptied by its host): "
@@ -60,6 +86,7 @@ def read(module: nn.Module, device: torch.device | None = None) -> Tensor:
     """
     check(module)
     with torch.no_grad():
+        module = _holder(module)
         return form_of(module).read(module, device)
 
 
@@ -80,6 +107,7 @@ def write(module: nn.Module, weight: Tensor) -> None:
     if not math.isfinite(low + high):
         raise ValueError("the merged weight has NaN or infinite values: the adapter is broken, choose an earlier file")
     with torch.no_grad():
+        module = _holder(module)
         form_of(module).write(module, weight)
 
 
@@ -113,7 +141,7 @@ def change(module: nn.Module, old: Tensor, new: Tensor) -> Rounding:
     if torch.equal(old, new):
         return EXACT
     write(module, new)
-    form = form_of(module)
+    form = form_of(_holder(module))
     if not form.coarse:
         return EXACT
     update = new - old
@@ -136,7 +164,8 @@ def backup(module: nn.Module) -> None:
     """Remember the weight until it is restored. Networks on one module share the backup, from before any merge."""
     if module not in _BACKUPS:
         check(module)
-        _BACKUPS[module] = form_of(module).save(module)
+        held = _holder(module)
+        _BACKUPS[module] = form_of(held).save(held)
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             _BIASES[module] = bias.detach().clone()
@@ -147,7 +176,7 @@ def restore(module: nn.Module) -> None:
     put_back = _BACKUPS.pop(module, None)
     if put_back is not None:
         with torch.no_grad():
-            put_back(module)
+            put_back(_holder(module))
     bias = _BIASES.pop(module, None)
     if bias is not None:
         with torch.no_grad():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,10 @@ class Geometry:
         groups: convolution groups; the layer's input has I * groups channels.
         padding_mode: as torch spells it; everything but "zeros" is padded before the convolution.
         bias: whether the layer has one.
+        family: which algorithms are for it; `norms` has the other one.
     """
+
+    family: ClassVar[str] = "matrix"
 
     out_features: int
     in_features: int
@@ -114,8 +117,8 @@ class Geometry:
         groups = f" g={self.groups}" if self.groups > 1 else ""
         return f"Conv{len(self.kernel)}d {'x'.join(map(str, self.kernel))}{groups}"
 
-    def on_outputs(self, vector_O: Tensor) -> Tensor:
-        """One value per output feature, shaped to multiply the layer's output."""
+    def on_outputs(self, vector_O: Tensor, y: Tensor | None = None) -> Tensor:
+        """One value per output feature, shaped to multiply the layer's output y."""
         return vector_O.reshape(-1, *self.ones)
 
     def on_inputs(self, vector_I: Tensor) -> Tensor:

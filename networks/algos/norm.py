@@ -1,0 +1,76 @@
+"""Normalisation layers: the whole difference of weight and bias.
+
+    weight' = weight + w_norm,  bias' = bias + b_norm,  so y' = y + xhat * w_norm + b_norm
+
+with xhat the normalised input (`tensors.norms`). A layer without weight and bias counts as one with 1 and 0.
+
+Parameters (saved under these names, without an alpha, as LyCORIS does)
+    w_norm  shape of the weight                         start: 0
+    b_norm  the same, for layers with a bias            start: 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tensors.geometry import Geometry
+from ..tensors.low_rank import Gate
+from ..tensors.norms import NormGeometry
+from .base import Adapter, Layout
+
+
+class Norm(Adapter):
+    algo = "norm"
+    family = NormGeometry.family
+    options = frozenset()
+    plus = frozenset()
+    keys = {"w_norm": "w_norm", "b_norm": "b_norm"}
+    required = (frozenset({"w_norm"}),)
+    fold = ()
+    features = frozenset()
+    bias_key = "b_norm"
+    saves_alpha = False
+
+    w_norm: nn.Parameter
+
+    @classmethod
+    def layout(cls, geometry: Geometry, dim: int, bias: bool | None = None) -> Layout:
+        """`bias` states outright what a file holds."""
+        shapes = {"w_norm": geometry.weight_shape}
+        if geometry.bias if bias is None else bias:
+            shapes["b_norm"] = geometry.weight_shape
+        return Layout(shapes, rank=None, rank_axis=False)
+
+    def reset_parameters(self) -> None:
+        for p in self.parameters():
+            nn.init.zeros_(p)
+
+    def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
+        return self.w_norm
+
+    def bias_change(self) -> Tensor | None:
+        return self.values().get("b_norm")
+
+    def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
+        return gate.output(self.geometry.op(x, self.w_norm))
+
+    def flops(self, tokens: int) -> tuple[float, float]:
+        return 8.0 * tokens * self.geometry.out_features, float("inf")
+
+    def rescale_(self, ratio: float | Tensor) -> None:
+        with torch.no_grad():
+            for p in self.parameters():
+                p.mul_(ratio)
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        for suffix, tensor in tensors.items():
+            if tuple(tensor.shape) != geometry.weight_shape:
+                raise ValueError(f"{suffix} {tuple(tensor.shape)} does not fit a weight of {geometry.weight_shape}")
+        if "b_norm" in tensors and not geometry.bias:
+            raise ValueError("the file has b_norm, but this layer has no bias: it was trained on another model")
+        return 1, {"bias": "b_norm" in tensors}
