@@ -28,6 +28,8 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "network_reg_alphas": ({}, ".*attn1.*=2"),
     "use_tucker": (CONV, "True"),
     "use_scalar": ({}, "True"),
+    "init": ({}, "orthogonal"),
+    "init_seed": ({}, "7"),
     "factor": ({"algo": "lokr"}, "2"),
     "decompose_both": ({"algo": "lokr", "network_reg_dims": ".*=1"}, "True"),
     "full_matrix": ({**LOKR, "network_reg_dims": ".*=2"}, "True"),
@@ -105,18 +107,19 @@ IN_FILES = {"save_format", "save_dims"}  # test_dialects.py, test_resize.py
 
 
 def observed(**kwargs: str) -> tuple[Any, ...]:
-    """Shapes, strengths, optimizer groups, and a training forward pass with fixed random numbers."""
+    """Shapes, strengths, start values, optimizer groups, and a training forward pass with fixed random numbers."""
     unet, encoder = sd_unet(), text_encoder()
     network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet, **kwargs)
     network.apply_to(encoder, unet, True, True)
     groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs([1e-3], 1e-2, 1e-2)
     shapes = [(name, tuple(p.shape)) for name, p in network.named_parameters()]
     scales = [layer.scale for layer in network.adapted_layers]
+    starts = [p.detach().sum().item() for p in network.parameters()]
     rates = [(text, group["lr"], len(group["params"])) for text, group in zip(descriptions, groups, strict=True)]
     randomise(network)
     network.train()
     torch.manual_seed(9)
-    return shapes, scales, rates, draw(unet).detach().sum().item()
+    return shapes, scales, starts, rates, draw(unet).detach().sum().item()
 
 
 def observed_on(arch: str, **kwargs: str) -> tuple[Any, ...]:

@@ -31,8 +31,10 @@ class Adapter(SavedForm):
     # Arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv: adapters of the
     # parts of a layer, stacked, are one of the same kind (`stack`).
     features: ClassVar[frozenset[str]] = frozenset(
-        {"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode"}
+        {"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"}
     )
+    # Ways to start (`init`) which it has not, and why.
+    no_starts: ClassVar[Mapping[str, str]] = dict.fromkeys(("orthogonal", "pissa"), "it has start values of its own")
     frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without gradient and optimizer state
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
     alpha_option: ClassVar[str] = ""  # the option which a file holds as alpha, where alpha is no strength
@@ -60,6 +62,17 @@ class Adapter(SavedForm):
     def reset_parameters(self) -> None:
         """Start values; dW is 0, or its scalar is."""
         raise NotImplementedError
+
+    @classmethod
+    def no_start(cls, init: str, options: Mapping[str, Any]) -> str:
+        """Why this algorithm, with these options, has no such start values; "" if it has."""
+        return cls.no_starts.get(init, "")
+
+    def orthogonal_(self) -> None:
+        """Every random factor of `reset_parameters` with orthonormal rows instead, or columns where they are fewer."""
+        for p in self.parameters():
+            if p.dim() > 1 and not p.is_meta and bool(p.any()):
+                nn.init.orthogonal_(p)
 
     # -- the mathematics
 

@@ -27,6 +27,7 @@ class DyLoRA(LoRA):
     options = frozenset({"block_size"})
     unsaved = frozenset({"block_size"})
     features = LoRA.features | {"save_dims"}
+    no_starts = {"pissa": "what has changed since the start has no nested ranks: its files could not be cut"}
     stepwise = True
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:

@@ -43,6 +43,10 @@ class LoHa(Adapter):
     required = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
     fold = ("w1_a",)
     features = Adapter.features | {"split_qkv"}
+    no_starts = {
+        "orthogonal": "a Hadamard product has no orthogonal rows, whatever its factors have",
+        "pissa": "the difference of two Hadamard products is none, so no file could hold it",
+    }
 
     w2_a: nn.Parameter
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class LoRA(Adapter):
     required = (frozenset({"lora_up.weight", "lora_down.weight"}),)
     fold = ("up",)
     features = Adapter.features | {"split_qkv"}
+    no_starts: ClassVar[Mapping[str, str]] = {"pissa": "not there yet"}
 
     down: nn.Parameter
     mid: nn.Parameter

@@ -55,6 +55,26 @@ FORMS: tuple[Arg, ...] = (
         algos=("lora", "loha", "lokr", "lora_fa", "glora"),
     ),
     Arg(
+        "init",
+        "choice",
+        "default",
+        "start values: `default`; `orthogonal`: the random factors have orthonormal rows or columns, so that no two ranks "
+        "start alike; the update starts at 0 either way (not for loha)",
+        FORM,
+        algos=ADDITIVE,
+        choices=("default", "orthogonal", "pissa"),
+    ),
+    Arg(
+        "init_seed",
+        "int",
+        None,
+        "start values by this number and each layer's name alone, whichever and however many layers are trained; not "
+        "given, the trainer's seed decides",
+        FORM,
+        algos=ADDITIVE,
+        minimum=0,
+    ),
+    Arg(
         "factor",
         "int",
         -1,

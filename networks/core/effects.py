@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _DECIDED_BY_FILE = frozenset(
     "preset train_norm conv_dim conv_alpha block_dims block_alphas conv_block_dims conv_block_alphas network_reg_dims "
     "network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
-    "unbalanced_factorization".split()
+    "unbalanced_factorization init init_seed".split()
 )
 _TUCKER = {"mid", "t1", "t2"}
 
@@ -45,6 +45,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _loraplus(trained, request, problems)
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
+    _starts(trained, problems)
     _dialect(trained, DIALECTS[args.save_format], request, problems)
     _save_dims(trained, args, problems)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
@@ -188,6 +189,13 @@ def unmergeable(plan: Plan) -> list[str]:
         f"{bare[0].dotted_name}: what they learn acts where these modules apply the file, cannot be merged, and other "
         "programs leave it out; train_norm=affine trains the others only"
     ]
+
+
+def _starts(trained: Sequence[PlanRow], problems: Problems) -> None:
+    reasons = {(row.init, row.algo): ALGOS[row.algo].no_start(row.init, row.options) for row in trained}
+    for (init, algo), reason in reasons.items():
+        if reason:
+            problems.add(f"init={init} does not go with algo={algo}: {reason}")
 
 
 def _splits(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:

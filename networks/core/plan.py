@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..algos import ALGOS, Adapter, Layout
@@ -15,6 +16,7 @@ from ..args.parse import NetArgs
 from ..files.codec import SavedLayer
 from ..layers.split import layout_of, make_adapter
 from ..tensors.geometry import Geometry
+from ..tensors.seeding import seed_of, seeded
 from . import report
 
 
@@ -35,6 +37,7 @@ class PlanRow:
         dora: the side on which it has magnitudes, "output" or "input"; "" without DoRA.
         plain: why it has none although use_dora is on.
         split: output rows of the projections that have an adapter each; () for one adapter on the whole.
+        init, init_seed: its start values, and what they are drawn from beside its saved name; None = the host's seed.
         reason: why it is left out; "" if it is trained.
         trainer_name: its dotted name in the trainer's own model.
     """
@@ -61,6 +64,8 @@ class PlanRow:
     dora: str = ""
     plain: str = ""
     split: tuple[int, ...] = ()
+    init: str = "default"
+    init_seed: int | None = None
     reason: str = ""
     trainer_name: str = ""
 
@@ -74,8 +79,17 @@ class PlanRow:
         return layout_of(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)
 
     def make_adapter(self) -> Adapter:
-        """A new adapter for this layer."""
+        """A new adapter for this layer. With a seed it is drawn on the CPU, so that no device decides its values."""
+        device = torch.get_default_device()
+        if self.init_seed is None or device.type == "meta":
+            return self._adapter()
+        with torch.device("cpu"), seeded(seed_of(self.saved_name, self.init_seed)):
+            return self._adapter().to(device)
+
+    def _adapter(self) -> Adapter:
         adapter = make_adapter(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)
+        if self.init == "orthogonal":
+            adapter.orthogonal_()
         adapter.fold_plus_(self.plus_unit)
         return adapter
 

@@ -141,6 +141,7 @@ class _Planner:
             dora=side,
             plain=plain,
             split=split,
+            **({} if saved is not None or "init" not in algorithm.features else a.pick(("init", "init_seed"))),
         )
 
     def _split(self, c: Candidate, algorithm: type[Adapter]) -> tuple[int, ...]:

@@ -76,6 +76,10 @@ class Split(Adapter):
         for part in self._each():
             part.fold_plus_(unit)
 
+    def orthogonal_(self) -> None:
+        for part in self._each():
+            part.orthogonal_()
+
     def _each(self) -> list[Adapter]:
         return [part for part in self.parts if isinstance(part, Adapter)]
 
