@@ -58,8 +58,8 @@ FORMS: tuple[Arg, ...] = (
         "init",
         "choice",
         "default",
-        "start values: `default`; `orthogonal`: the random factors have orthonormal rows or columns, so that no two ranks "
-        "start alike; the update starts at 0 either way (not for loha)",
+        "start values: `default`; `orthogonal`: the random factors have orthonormal rows or columns, so that no two "
+        "ranks start alike; the update starts at 0 either way (not for loha)",
         FORM,
         algos=ADDITIVE,
         choices=("default", "orthogonal", "pissa"),
