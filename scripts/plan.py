@@ -2,7 +2,8 @@
 
     python scripts/plan.py sdxl --network_module networks.lokr --network_dim 8 --network_args factor=8 conv_dim=4
 
-MODEL is a built-in name (sd15, sd21, sdxl), a diffusers folder, or a checkpoint, of which only the header is read.
+MODEL is a released model by name (sdxl, flux, wan, ...; --help lists them), a diffusers folder, or a checkpoint, of
+which only the header is read. No weights are needed.
 The options are the trainer's. Rows that begin with a reason are left out.
 """
 
@@ -18,11 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
 from networks.hosts.command_line import import_network_module, parse_network_args, run_program  # noqa: E402
+from networks.hosts.releases import RELEASES  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", metavar="MODEL", help="sd15, sd21, sdxl, a diffusers folder, or a checkpoint")
+    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(RELEASES)}; a diffusers folder; a checkpoint")
     parser.add_argument("--network_module", default="networks.lora", help="default: %(default)s")
     parser.add_argument("--network_dim", type=int, help="rank; the module's default is 4")
     parser.add_argument("--network_alpha", type=float, default=1.0, help="default: %(default)s, as in the trainers")
@@ -56,9 +58,9 @@ def show(args: argparse.Namespace) -> int:
         **network_args,
     )
     if args.network_train_unet_only:
-        plan = plan.keep(["unet"])
+        plan = plan.keep([row.part for row in plan.rows if not row.part.startswith("text_encoder")])
     if args.network_train_text_encoder_only:
-        plan = plan.keep([row.part for row in plan.rows if row.part != "unet"])
+        plan = plan.keep([row.part for row in plan.rows if row.part.startswith("text_encoder")])
     if args.trained:
         plan = plan.only_trained()
     print(json.dumps(plan.to_json(), indent=1) if args.json else plan.to_text(), end="")

@@ -22,50 +22,25 @@ from toy_models import Recorded, recorded
 import networks.lora
 from networks.archs import ARCHS
 from networks.core.select import candidates
+from networks.hosts.releases import RELEASES
+from networks.hosts.skeleton import skeleton
 
 SPECS = {spec.name: spec for spec in ARCHS}
-# architecture -> (diffusers' class, its options for the recorded model, diffusers' conversion of a checkpoint)
-CASES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "flux": ("FluxTransformer2DModel", {"guidance_embeds": True}, "convert_flux_transformer_checkpoint_to_diffusers"),
-    "chroma": ("ChromaTransformer2DModel", {}, "convert_chroma_transformer_checkpoint_to_diffusers"),
-    "sd3": (
-        "SD3Transformer2DModel",
-        {
-            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)),
-        },
-        "convert_sd3_transformer_checkpoint_to_diffusers",
-    ),
-    "lumina": ("Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, "convert_lumina2_to_diffusers"),
-    "hunyuan_image": ("HunyuanImageTransformer2DModel", {"guidance_embeds": True}, ""),
-    "anima": (
-        "CosmosTransformer3DModel",
-        {
-            "in_channels": 16, "num_attention_heads": 16, "num_layers": 28, "text_embed_dim": 1024,
-            "extra_pos_embed_type": None,
-        },
-        "convert_cosmos_transformer_checkpoint_to_diffusers",
-    ),
-    "wan": (
-        "WanTransformer3DModel",
-        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
-        "convert_wan_transformer_to_diffusers",
-    ),
-    "qwen_image": ("QwenImageTransformer2DModel", {}, ""),
-    "hunyuan_video": ("HunyuanVideoTransformer3DModel", {}, "convert_hunyuan_video_transformer_to_diffusers"),
-    "hv_1_5": ("HunyuanVideo15Transformer3DModel", {}, ""),
-    "framepack": ("HunyuanVideoFramepackTransformer3DModel", {}, ""),
-    "flux_2": ("Flux2Transformer2DModel", {}, "convert_flux2_transformer_checkpoint_to_diffusers"),
-    "zimage": ("ZImageTransformer2DModel", {}, ""),
-    "kandinsky": (
-        "Kandinsky5Transformer3DModel",
-        {"model_dim": 4096, "ff_dim": 16384, "num_text_blocks": 4, "num_visual_blocks": 60, "time_dim": 1024},
-        "",
-    ),
-    "krea2": ("Krea2Transformer2DModel", {}, "convert_krea2_transformer_checkpoint_to_diffusers"),
-    "ace_step": ("AceStepTransformer1DModel", {}, "_convert_non_diffusers_ace_step_lora_to_diffusers"),
-    "ideogram4": ("Ideogram4Transformer2DModel", {}, "_convert_non_diffusers_ideogram4_lora_to_diffusers"),
-}  # fmt: skip
+# architecture -> diffusers' conversion of a checkpoint, if it has one
+CONVERSIONS: dict[str, str] = {
+    "flux": "convert_flux_transformer_checkpoint_to_diffusers",
+    "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
+    "sd3": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "lumina": "convert_lumina2_to_diffusers",
+    "anima": "convert_cosmos_transformer_checkpoint_to_diffusers",
+    "wan": "convert_wan_transformer_to_diffusers",
+    "hunyuan_video": "convert_hunyuan_video_transformer_to_diffusers",
+    "flux_2": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "krea2": "convert_krea2_transformer_checkpoint_to_diffusers",
+    "ace_step": "_convert_non_diffusers_ace_step_lora_to_diffusers",
+    "ideogram4": "_convert_non_diffusers_ideogram4_lora_to_diffusers",
+}
+CASES = [name for name in RELEASES if name in SPECS and name != "sdxl"]  # the UNets are in test_arch_names.py
 
 
 def linears(arch: str) -> list[Recorded]:
@@ -75,9 +50,7 @@ def linears(arch: str) -> list[Recorded]:
 
 
 def meta_model(arch: str) -> nn.Module:
-    name, options, _ = CASES[arch]
-    with torch.device("meta"):
-        return getattr(diffusers, name)(**options)
+    return skeleton(arch).unet
 
 
 def found(arch: str, model: nn.Module) -> dict[str, Any]:
@@ -106,9 +79,9 @@ def test_layers_outside_the_blocks_have_the_trainers_names(arch: str) -> None:
         assert expressions and wanted <= names.keys()
 
 
-@pytest.mark.parametrize("arch", [name for name, (_, _, conversion) in CASES.items() if conversion])
+@pytest.mark.parametrize("arch", CONVERSIONS)
 def test_rows_are_where_diffusers_conversion_puts_them(arch: str) -> None:
-    convert, start, tagged = CASES[arch][2], 0, {}
+    convert, start, tagged = CONVERSIONS[arch], 0, {}
     of_adapter = convert.startswith("_")  # diffusers converts only adapters of this model: their trained layers
     for entry in linears(arch):
         if of_adapter and entry.saved == "-":

@@ -11,10 +11,12 @@ import plan as script
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_arch_names import COUNTS, recorded
+from test_arch_names import COUNTS, WIDEST, recorded
+from tiny_flow_models import make_flux
 from tiny_models import make_sd, make_sdxl
 
 import networks.lora
+from networks.hosts.releases import RELEASES
 from networks.hosts.skeleton import skeleton
 
 
@@ -26,7 +28,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 def checkpoint(path: Path, arch: str, prefix: str, more: dict[str, tuple[int, ...]] | None = None) -> Path:
     """A file with the header of a full-size checkpoint and no content: only the header may be read."""
-    shapes = {f"{prefix}{e.dotted}.weight": e.shape for e in recorded(arch) if e.part == "unet" and e.shape}
+    shapes = {f"{prefix}{e.dotted}.weight": e.shape for e in recorded(arch) if e.part in ("unet", "dit") and e.shape}
     entries = {
         key: {"dtype": "F16", "shape": list(shape), "data_offsets": [0, 0]}
         for key, shape in {**shapes, **(more or {})}.items()
@@ -46,6 +48,43 @@ def test_checkpoints_are_read_by_their_header(tmp_path: Path, arch: str, text: s
     assert len(networks.lora.plan(4, 1, alone.text_encoders, alone.unet).trained) == default
 
 
+OTHERS = [name for name in RELEASES if name not in ("sd15", "sd21", "sdxl")]
+
+
+@pytest.mark.parametrize("arch", OTHERS)
+def test_headers_of_every_trainers_checkpoint(arch: str, tmp_path: Path) -> None:
+    """The recorded layers of the trainer's own full-size model, under its names."""
+    prefix = "" if arch == "ace_step" else "model.diffusion_model."
+    found = skeleton(str(checkpoint(tmp_path / "a.safetensors", arch, prefix)))
+    assert RELEASES[arch].title in found.title
+    assert len(networks.lora.plan(4, 1, None, found.unet).trained) == COUNTS[arch][0]
+
+
+def test_more_blocks_than_the_release_are_a_variant(tmp_path: Path) -> None:
+    more = {"single_blocks.38.linear2.weight": (3072, 15360)}
+    with pytest.raises(ValueError, match="has not the layers of a release"):
+        skeleton(str(checkpoint(tmp_path / "a.safetensors", "flux", "", more)))
+
+
+@pytest.mark.parametrize("arch", [n for n, release in RELEASES.items() if release.text_encoders and n != "sd21"])
+def test_text_encoders_of_the_releases_are_the_trainers(arch: str) -> None:
+    model, name = skeleton(arch), {"sd15": "sd"}.get(arch, arch)
+    rows = networks.lora.plan(4, 1, model.text_encoders, model.unet, **WIDEST[name]).trained
+    ours = {row.saved_name: row.shape for row in rows if row.part.startswith("text_encoder")}
+    theirs = {e.saved: e.shape for e in recorded(name) if e.part.startswith("text_encoder") and e.saved != "-"}
+    assert ours == theirs and ours
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "denoiser alone"])
+def test_folders_of_other_families(kind: str, tmp_path: Path) -> None:
+    folder = make_flux(tmp_path / "model")
+    model = skeleton(str(folder if kind == "pipeline" else folder / "transformer"))
+    assert len(model.text_encoders) == (2 if kind == "pipeline" else 0)
+    trained = networks.lora.plan(4, 1, model.text_encoders, model.unet).trained
+    assert {row.part for row in trained} == ({"dit", "text_encoder1"} if kind == "pipeline" else {"dit"})
+    assert all(p.is_meta for p in model.unet.parameters())
+
+
 def test_variants_adapters_and_other_models_are_refused(tmp_path: Path) -> None:
     pruned = checkpoint(tmp_path / "v.safetensors", "sdxl", "", {"more.attn2.to_k.weight": (640, 2048)})
     with pytest.raises(ValueError, match="has not the layers of.*diffusers folder"):
@@ -58,7 +97,7 @@ def test_variants_adapters_and_other_models_are_refused(tmp_path: Path) -> None:
         skeleton(str(tmp_path / "lora.safetensors"))
     with pytest.raises(ValueError, match="did you mean sdxl"):
         skeleton("sdxll")
-    with pytest.raises(ValueError, match="no model_index.json"):
+    with pytest.raises(ValueError, match="neither model_index.json nor config.json"):
         skeleton(str(tmp_path))
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,59 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..archs.detect import detect
 from ..args.coerce import nearest
-from ..files import codec, reader
+from ..core.select import candidates
+from ..files import codec, reader, weight_names
+from .diffusers import quiet_libraries
+from .releases import RELEASES, Encoder, Release
 
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
-_CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-_SD_UNET: dict[str, Any] = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
-_SDXL_UNET: dict[str, Any] = {
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """Sizes of a released model.
-
-    Attributes:
-        context: width of its text embeddings, which tells the releases apart.
-        text_encoders: (transformers class, sizes).
-    """
-
-    title: str
-    context: int
-    unet: dict[str, Any]
-    text_encoders: tuple[tuple[str, dict[str, Any]], ...]
-
-
-BLUEPRINTS = {
-    "sd15": Blueprint(
-        "Stable Diffusion 1.5", 768, {**_SD_UNET, "attention_head_dim": 8}, (("CLIPTextModel", _CLIP_L),)
-    ),
-    "sd21": Blueprint(
-        "Stable Diffusion 2.1",
-        1024,
-        {**_SD_UNET, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-        (("CLIPTextModel", _CLIP_H),),
-    ),
-    "sdxl": Blueprint(
-        "Stable Diffusion XL",
-        2048,
-        _SDXL_UNET,
-        (("CLIPTextModel", _CLIP_L), ("CLIPTextModelWithProjection", _CLIP_G)),
-    ),
-}
+DENOISERS = ("unet", "transformer")  # their folders in a pipeline
+_NUMBER = re.compile(r"\d+")
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 @dataclass(frozen=True)
@@ -71,83 +32,176 @@ class Skeleton:
 
     title: str
     unet: nn.Module
-    text_encoders: list[nn.Module]
+    text_encoders: list[nn.Module | None]
 
 
 def skeleton(model: str) -> Skeleton:
     """A model without weights.
 
     Args:
-        model: `sd15`, `sd21`, `sdxl`, a diffusers folder, or a checkpoint, of which only the header is read.
+        model: the name of a release (`sdxl`), a diffusers folder (of a pipeline, or of its denoiser alone), or a
+            checkpoint of a release, of which only the header is read.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is none of these, or of no architecture that we know.
     """
-    if model in BLUEPRINTS:
-        return _from_blueprint(BLUEPRINTS[model], with_text_encoders=True)
+    if model in RELEASES:
+        return _from_release(RELEASES[model], with_text_encoders=True)
     path = Path(model)
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
         return _from_header(path)
-    names = ", ".join(BLUEPRINTS)
+    names = ", ".join(RELEASES)
     raise ValueError(
         f"{model} is neither a built-in model ({names}), nor a diffusers folder, nor a checkpoint"
-        f"{nearest(model, BLUEPRINTS)}"
+        f"{nearest(model, RELEASES)}"
     )
 
 
-def _from_blueprint(blueprint: Blueprint, with_text_encoders: bool) -> Skeleton:
-    import transformers
-    from diffusers import UNet2DConditionModel
+def _from_release(release: Release, with_text_encoders: bool) -> Skeleton:
+    with _on_meta():
+        denoiser = _library("diffusers", release.denoiser)(**release.sizes)
+        encoders = [_encoder(one) if one else None for one in release.text_encoders if with_text_encoders]
+    return Skeleton(release.title, denoiser, encoders)
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(cross_attention_dim=blueprint.context, **blueprint.unet)
-        encoders = []
-        for name, sizes in blueprint.text_encoders if with_text_encoders else ():
-            config = transformers.CLIPTextConfig(projection_dim=sizes["hidden_size"], **sizes)
-            encoders.append(getattr(transformers, name)(config))
-    return Skeleton(blueprint.title, unet, encoders)
+
+def _encoder(encoder: Encoder) -> nn.Module:
+    config = _library("transformers", encoder.config)(**encoder.sizes)
+    return _built(_library("transformers", encoder.cls), config)
+
+
+def _built(cls: Any, config: Any) -> nn.Module:
+    """A transformers model; its own constructor would need no more, but not all classes take a bare configuration."""
+    built: nn.Module = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+    return built
+
+
+def _on_meta() -> torch.device:
+    quiet_libraries()
+    return torch.device("meta")
+
+
+def _library(library: str, name: str) -> Any:
+    """A class of diffusers or transformers.
+
+    Raises:
+        ValueError: the installed version has no such class.
+    """
+    try:
+        return getattr(importlib.import_module(library), name)
+    except (ImportError, AttributeError):
+        remedy = f"install a newer one (pip install -U {library})"
+        raise ValueError(f"{name} is not in the installed {library}: {remedy}") from None
 
 
 def _from_folder(folder: Path) -> Skeleton:
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no diffusers folder: it has no model_index.json")
-    import diffusers
-    import transformers
+    index = _json(folder / "model_index.json")
+    if not index and (folder / "config.json").is_file():
+        return Skeleton(str(folder), _denoiser(folder, _json(folder / "config.json").get("_class_name")), [])
+    if not index:
+        raise ValueError(f"{folder} is no diffusers folder: it has neither model_index.json nor config.json")
+    name = next((name for name in DENOISERS if (folder / name / "config.json").is_file()), None)
+    if name is None:
+        raise ValueError(
+            f"{folder} ({index.get('_class_name')}) has no {' and no '.join(DENOISERS)} with a config.json"
+        )
+    denoiser = _denoiser(folder / name, (index.get(name) or [None, None])[1])
+    wanted = len(detect(denoiser).text_encoders)
+    present = [(folder / one, (index.get(one) or [None, None])[1]) for one in ENCODERS]
+    with _on_meta():
+        encoders = [_encoder_of(where, cls) if cls else None for where, cls in present[:wanted]]
+    return Skeleton(str(folder), denoiser, encoders)
 
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if "unet" not in index or not (folder / "unet" / "config.json").is_file():
-        raise ValueError(f"{folder} ({index.get('_class_name')}) has no UNet; we know Stable Diffusion 1.x, 2.x and XL")
-    with torch.device("meta"):
-        unet_class = getattr(diffusers, index["unet"][1])
-        unet = unet_class.from_config(unet_class.load_config(folder / "unet"))
-        encoders = []
-        for name in ("text_encoder", "text_encoder_2"):
-            if (index.get(name) or [None])[0] is not None:
-                config = transformers.CLIPTextConfig.from_pretrained(str(folder / name))
-                encoders.append(getattr(transformers, index[name][1])(config))
-    return Skeleton(str(folder), unet, encoders)
+
+def _denoiser(folder: Path, name: str | None) -> nn.Module:
+    cls = _library("diffusers", name or "?")
+    with _on_meta():
+        denoiser: nn.Module = cls.from_config(cls.load_config(folder))
+    detect(denoiser)
+    return denoiser
+
+
+def _encoder_of(folder: Path, name: str) -> nn.Module:
+    cls = _library("transformers", name)
+    return _built(cls, cls.config_class.from_pretrained(str(folder)))
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """The object in a JSON file; empty without the file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): download the model again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no description of a model: download it again")
+    return found
 
 
 def _from_header(path: Path) -> Skeleton:
-    """The release that a checkpoint's attention layers fit; a variant with other layers is refused."""
+    """The release whose layers a checkpoint has, all of them and no more; a variant is refused."""
     shapes = reader.read_header(path).shapes
     if codec.is_adapter(shapes):
         raise ValueError(f"{path} is an adapter, not a model; give the model that it was trained for")
-    wanted = sorted(shape for key, shape in shapes.items() if _is_cross_attention(key))
-    for blueprint in BLUEPRINTS.values():
-        whole = any(key.startswith(("cond_stage_model.", "conditioner.")) for key in shapes)
-        if wanted and wanted[0][1] == blueprint.context:
-            built = _from_blueprint(blueprint, with_text_encoders=whole)
-            own = sorted(tuple(p.shape) for key, p in built.unet.named_parameters() if _is_cross_attention(key))
-            if own == wanted:
-                return Skeleton(f"{path} ({blueprint.title})", built.unet, built.text_encoders)
+    cross = sorted(shape for key, shape in shapes.items() if _is_cross_attention(key))
+    fits, present = dict[str, int](), set() if cross else weight_names.all_names(shapes)
+    for name, release in RELEASES.items():
+        context = release.sizes.get("cross_attention_dim")
+        if (context is None) != (not cross) or (cross and cross[0][1] != context):
+            continue
+        if cross:
+            fits[name] = int(_cross_attention(_from_release(release, with_text_encoders=False).unet) == cross)
+        else:
+            fits[name] = _layers_in(name, shapes, present)
+    if any(fits.values()):
+        release = RELEASES[max(fits, key=lambda name: fits[name])]
+        whole = any(key.startswith(("cond_stage_model.", "conditioner.", "text_encoders.")) for key in shapes)
+        built = _from_release(release, with_text_encoders=whole)
+        return Skeleton(f"{path} ({release.title})", built.unet, built.text_encoders)
     raise ValueError(
-        f"{path} has not the layers of Stable Diffusion 1.5, 2.1 or XL: for another model or a variant, give its "
-        "diffusers folder"
+        f"{path} has not the layers of a release that we know ({', '.join(RELEASES)}): for another model or a variant, "
+        "give its diffusers folder"
     )
 
 
+def _cross_attention(unet: nn.Module) -> list[tuple[int, ...]]:
+    return sorted(tuple(p.shape) for key, p in unet.named_parameters() if _is_cross_attention(key))
+
+
 def _is_cross_attention(key: str) -> bool:
+    """In original and diffusers' names of Stable Diffusion's UNets alike."""
     return key.endswith(".attn2.to_k.weight") and not key.startswith(("first_stage_model.", "control_model."))
+
+
+@functools.cache
+def _layers_of(name: str) -> tuple[str, dict[str, tuple[tuple[int, ...], bool]]]:
+    """Prefix of the saved names of a release's denoiser; saved name -> shape, and whether it is trained by default."""
+    denoiser = _from_release(RELEASES[name], with_text_encoders=False).unet
+    part = detect(denoiser).denoiser
+    found = candidates(part, denoiser, False)
+    return part.prefix, {c.saved_name: (c.geometry.weight_shape, c.default) for c in found}
+
+
+def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[str]) -> int:
+    """How many layers of a release a checkpoint has; 0 unless all that are trained by default, and no more of a kind.
+
+    Args:
+        present: every saved name that the checkpoint's keys may have.
+    """
+    prefix, own = _layers_of(name)
+    default = {saved: shape for saved, (shape, trained) in own.items() if trained}
+    if not default.keys() <= present:
+        return 0
+    found = weight_names.find(shapes, own, prefix)
+    for saved, shape in default.items():
+        rows = [shapes[key] for key in found[saved].keys] if saved in found else []
+        if not rows or (sum(row[0] for row in rows), *rows[0][1:]) != shape:
+            return 0
+    kinds = {_NUMBER.sub("#", saved) for saved in default}
+    return 0 if any(_NUMBER.sub("#", saved) in kinds for saved in present - own.keys()) else len(found)
