@@ -45,7 +45,7 @@ def merge(args: argparse.Namespace) -> int:
 
     checkpoint = Checkpoint(args.checkpoint)
     check_free(checkpoint, args.out)
-    adapters = [AdapterFile.open(*split_multiplier(item)) for item in args.adapters]
+    adapters = [AdapterFile.open(*split_multiplier(item), checkpoint.shapes) for item in args.adapters]
     plan = CheckpointMerge(checkpoint, adapters, args.prefix, torch.device(args.device))
     for adapter in adapters:
         missing = plan.unmatched(adapter)

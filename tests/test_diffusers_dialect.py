@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import merge
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -193,3 +194,19 @@ def test_dotted_names_of_other_programs(algo: str, prefix: str) -> None:
         tensors[f"{prefix}{row.trainer_name}.alpha"] = torch.tensor(layer.alpha)
     network.detach()
     assert_same(new_weights(from_file("ace_step", model, tensors)), wanted)
+
+
+@pytest.mark.parametrize("arch", ["flux", "sdxl", "sd3", "wan", "qwen_image", "ace_step"])
+def test_merging_into_a_checkpoint(arch: str, tmp_path: Path) -> None:
+    """scripts/merge.py: by the names of the checkpoint, the same as the file with the trainers' names."""
+    model = model_of(arch)
+    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, tmp_path / "m.safetensors")
+    for number, form in enumerate(({}, FORM)):
+        network = create(arch, model, **form, **DORA)
+        randomise(network)
+        network.save_weights(str(tmp_path / f"{number}.safetensors"), None, {})
+        network.detach()
+        adapter = f"{tmp_path / f'{number}.safetensors'}=0.6"
+        out = str(tmp_path / f"out{number}.safetensors")
+        assert merge.main([str(tmp_path / "m.safetensors"), adapter, "--out", out, "--strict"]) == 0
+    assert_same(load_file(tmp_path / "out1.safetensors"), load_file(tmp_path / "out0.safetensors"))

@@ -142,6 +142,11 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
     return found
 
 
+def has_dots(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file has names of this kind."""
+    return any("." in _divide(key)[0] for key in tensors)
+
+
 def _divide(key: str) -> tuple[str, str]:
     """(name of the layer, suffix); a suffix that nobody knows is "" ."""
     match = _ENDING.search(key)

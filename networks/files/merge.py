@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..archs import ARCHS
 from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
 from ..tensors.norms import weight_geometry
-from . import codec, reader, weight_names
+from . import codec, dotted, reader, weight_names
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
 from .weight_names import Target
@@ -78,19 +79,42 @@ class AdapterFile:
     layers: dict[str, SavedLayer]
 
     @classmethod
-    def open(cls, path: Path, multiplier: float) -> AdapterFile:
+    def open(cls, path: Path, multiplier: float, keys: Collection[str] = ()) -> AdapterFile:
         """Read it.
+
+        Args:
+            keys: of the checkpoint, by which names in diffusers' spelling are understood.
 
         Raises:
             ValueError: it is no adapter, or has a form that we do not know.
         """
-        layers, unknown = codec.decode(reader.read_tensors(path)[0])
+        tensors = dotted.with_alphas(*reader.read_tensors(path))
+        layers, unknown = codec.decode(_trainers_names(tensors, keys, str(path)))
         if not layers:
             raise ValueError(f"{path} has no adapter that we know; its keys look like {next(iter(unknown), 'nothing')}")
         if unknown:
             name, _, suffix = unknown[0].partition(".")
             raise ValueError(codec.unknown_form(str(path), name, suffix))
         return cls(path, multiplier, layers)
+
+
+def _trainers_names(tensors: dict[str, Tensor], keys: Collection[str], source: str) -> dict[str, Tensor]:
+    """Keys with dots by the architecture of which the checkpoint has the most layers; the first if it has none."""
+    if not dotted.has_dots(tensors):
+        return tensors
+    best, most, problem = tensors, -1, None
+    for arch in ARCHS:
+        try:
+            read = dotted.read(tensors, arch, source)
+            count = len(weight_names.find(keys, {key.partition(".")[0] for key in read}))
+        except ValueError as error:
+            problem = problem or error
+            continue
+        if count > most:
+            best, most = read, count
+    if most < 0 and problem:
+        raise problem
+    return best
 
 
 @dataclass
