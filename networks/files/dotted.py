@@ -147,6 +147,15 @@ def has_dots(tensors: Mapping[str, Tensor]) -> bool:
     return any("." in _divide(key)[0] for key in tensors)
 
 
+def flattened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every layer as the file has it, with slashes for the dots of its name: to look at, where no model is known."""
+    found = {}
+    for key, tensor in tensors.items():
+        path, suffix = _divide(key)
+        found[f"{path.replace('.', '/')}.{SUFFIXES[suffix]}" if "." in path else key] = tensor
+    return found
+
+
 def _divide(key: str) -> tuple[str, str]:
     """(name of the layer, suffix); a suffix that nobody knows is "" ."""
     match = _ENDING.search(key)
