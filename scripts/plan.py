@@ -1,10 +1,12 @@
 """What would be trained: one row per layer of a model, before anything is loaded or paid for.
 
     python scripts/plan.py sdxl --network_module networks.lokr --network_dim 8 --network_args factor=8 conv_dim=4
+    python scripts/plan.py wan --host musubi --network_module networks.lora_wan
 
 MODEL is a released model by name (sdxl, flux, wan, ...; --help lists them), a diffusers folder, or a checkpoint, of
 which only the header is read. No weights are needed.
-The options are the trainer's. Rows that begin with a reason are left out.
+The options are the trainer's; where the two trainers differ in their defaults, --host says whose are meant, and
+musubi-tuner trains no text encoder. Rows that begin with a reason are left out.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 from networks.hosts.command_line import import_network_module, parse_network_args, run_program  # noqa: E402
 from networks.hosts.releases import RELEASES  # noqa: E402
 
+HOSTS = {"sd-scripts": "sd_scripts", "musubi": "musubi"}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(RELEASES)}; a diffusers folder; a checkpoint")
+    parser.add_argument("--host", choices=HOSTS, default="sd-scripts", help="the trainer; default: %(default)s")
     parser.add_argument("--network_module", default="networks.lora", help="default: %(default)s")
     parser.add_argument("--network_dim", type=int, help="rank; the module's default is 4")
     parser.add_argument("--network_alpha", type=float, default=1.0, help="default: %(default)s, as in the trainers")
@@ -49,11 +54,15 @@ def show(args: argparse.Namespace) -> int:
     from networks.hosts.skeleton import skeleton
 
     model = skeleton(args.model)
+    encoders = model.text_encoders if args.host == "sd-scripts" else []
+    if args.network_train_text_encoder_only and not encoders:
+        raise ValueError(f"--network_train_text_encoder_only: nothing is left, {args.host} trains no text encoder here")
     plan = module.plan(
         args.network_dim,
         args.network_alpha,
-        model.text_encoders,
+        encoders,
         model.unet,
+        host=HOSTS[args.host],
         neuron_dropout=args.network_dropout,
         **network_args,
     )

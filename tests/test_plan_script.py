@@ -133,6 +133,23 @@ def test_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out)["totals"]["trained_by_part"] == {"text_encoder": 72}
 
 
+def test_the_host_decides_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """musubi-tuner: convolutions take the network's dim and alpha, and no text encoder is trained."""
+    kinds = {}
+    for host in ((), ("--host", "sd-scripts"), ("--host", "musubi")):
+        code, out, err = run(capsys, "sd15", "--network_dim", "8", "--network_alpha", "2", "--json", "--trained", *host)
+        assert code == 0, err
+        rows = json.loads(out)["rows"]
+        kinds[host] = {(row["part"], "3x3" in row["kind"], row["dim"], row["alpha"]) for row in rows}
+    linear = ("unet", False, 8, 2.0)
+    assert kinds[()] == kinds["--host", "sd-scripts"] == {linear, ("text_encoder", False, 8, 2.0)}
+    assert kinds["--host", "musubi"] == {linear, ("unet", True, 8, 2.0)}
+    code, _, err = run(capsys, "sd15", "--host", "musubi", "--network_train_text_encoder_only")
+    assert code == 2 and "musubi trains no text encoder" in err
+    code, _, err = run(capsys, "sd15", "--host", "kohya")
+    assert code == 2 and "sd-scripts" in err and "musubi" in err
+
+
 @pytest.mark.parametrize(
     "argv,words",
     [
