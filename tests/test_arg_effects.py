@@ -56,6 +56,8 @@ EFFECTS |= {
     "rescaled": ({"algo": "boft"}, "True"),
     "dim_is_count": ({"algo": "diag-oft", "network_reg_dims": ".*=2"}, "True"),
     "train_on_input": ({"algo": "ia3"}, "True"),
+    "enable_conv": ({}, "True"),
+    "enable_all_linear": ({}, "False"),
     "wd_on_output": ({"use_dora": "True"}, "False"),
 }
 DIMS = {"block_dims": ",".join(["4"] * 25)}

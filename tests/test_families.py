@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,19 +171,69 @@ def test_trained_saved_loaded_and_drawn(folder, name, tmp_path):
     assert np.abs(applied - merged).max() <= 0.01 * span
 
 
-@pytest.mark.parametrize("algo", ["loha", "lokr"])
-def test_music_with_side_steps_settings(folder, tmp_path, algo):
-    """LoKr's linear dim and alpha, factor, decompose both, scalar; names of the original decoder in the file."""
-    lokr = ["factor=4", "decompose_both=True"] if algo == "lokr" else []
-    options = [f"--network_module=networks.{algo}", "--network_dim=1", "--network_args", "use_scalar=True", *lokr]
-    train(folder, "AceStepPipeline", tmp_path, *options)
-    keys = load_file(tmp_path / "last.safetensors").keys()
-    layers = {key.partition(".")[0] for key in keys}
+PRESET = """
+enable_conv = true
+unet_target_module = ["*"]
+unet_target_name = ["proj_in_conv"]
+"""
+MUSIC: dict[str, tuple[list[str], set[str]]] = {  # arguments -> suffixes in the file
+    "lora": ([], {"lora_down.weight", "lora_up.weight"}),
+    "dora": (["use_dora=True"], {"lora_down.weight", "lora_up.weight", "dora_scale"}),
+    "loha": (["algo=loha"], {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),
+    "oft": (["algo=diag-oft"], {"oft_blocks"}),
+    "lokr": (["algo=lokr", "factor=4"], {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}),
+    "lokr, decompose both": (
+        ["algo=lokr", "factor=4", "decompose_both=True"],
+        {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
+    ),
+    "lokr, scalar": (["algo=lokr", "factor=4", "use_scalar=True"], {"lokr_w1", "lokr_w2_a", "lokr_w2_b"}),
+    "lokr, DoRA": (
+        ["algo=lokr", "factor=4", "use_dora=True"],
+        {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "dora_scale"},
+    ),
+    "lokr, Tucker": (
+        ["algo=lokr", "factor=2", "use_tucker=True", "conv_dim=1", "preset={preset}"],
+        {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", MUSIC)
+def test_music_with_every_setting_of_its_trainers(folder, tmp_path, form):
+    """From sounds with captions and lyrics, and again from their caches: the same file, under the names which the
+    original decoder's programs use; reloaded, it draws the same applied and merged."""
+    (tmp_path / "preset.toml").write_text(PRESET)
+    arguments, suffixes = MUSIC[form]
+    arguments = [argument.format(preset=tmp_path / "preset.toml") for argument in arguments]
+    sounds, name = shutil.copytree(folder.root / "sounds", tmp_path / "sounds"), "AceStepPipeline"
+    dim = ["--network_dim=1", "--network_alpha=0.5", f"--train_data_dir={sounds}"]
+    disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
+    for run, more in (("sounds", []), ("caching", disk), ("cached", disk)):
+        if run == "cached":
+            assert len(list(sounds.glob("*_latents_*"))) == len(list(sounds.glob("*_text_*"))) == 3
+        train(folder, name, tmp_path / run, *dim, *more, "--network_args", *arguments)
+    file = tmp_path / "sounds" / "last.safetensors"
+    tensors = load_file(file)
+    for run in ("caching", "cached"):
+        other = load_file(tmp_path / run / "last.safetensors")
+        assert other.keys() == tensors.keys() and all(torch.equal(other[key], tensors[key]) for key in tensors)
+    layers = {key.partition(".")[0] for key in tensors}
     projections = {f"{attn}_{which}_proj" for attn in ("self_attn", "cross_attn") for which in "qkvo"}
-    assert layers == {f"lycoris_layers_{block}_{name}" for block in (0, 1) for name in projections}
-    network = ["--network_module", "networks.lora", "--network_weights", str(tmp_path / "last.safetensors")]
-    base = draw(folder, "AceStepPipeline", tmp_path / "base")
-    assert np.abs(draw(folder, "AceStepPipeline", tmp_path / "applied", *network) - base).max() > 0.01
+    own = {"lycoris_proj_in_1"} if "Tucker" in form else set()
+    assert layers == {f"lycoris_layers_{block}_{name}" for block in (0, 1) for name in projections} | own
+    assert {key.partition(".")[2] for key in tensors} == suffixes | {"alpha"}
+    base, applied, merged = (drawn(folder, name, how, file) for how in ("", "applied", "merged"))
+    assert float((applied - base).abs().max()) > 1e-3 * float(base.abs().max())
+    assert torch.allclose(applied, merged, rtol=0, atol=2e-5 * float(base.abs().max()))
+
+
+def test_lyrics_reach_the_model(folder):
+    family = load(folder("AceStepPipeline"))
+    with torch.no_grad():
+        one, other, caption = (
+            family.encode_prompts([f"0.4\n{text}"])[0]["hidden"] for text in ("a tone\nla la", "a tone\nlu lu", "a sea")
+        )
+    assert one.shape == other.shape and not torch.allclose(one, other) and one.shape != caption.shape
 
 
 CASES = [(name, form) for name in MAKERS if hasattr(diffusers, name) for form in ("plain", "rs", "dora")]

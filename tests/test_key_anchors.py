@@ -69,6 +69,10 @@ FORMS: dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]] = {
     "diag-oft": ({"algo": "diag-oft"}, {"oft_blocks": ("O/4", 4, 4)}),
     "oft with a number of blocks": ({"algo": "diag-oft", "dim_is_count": "True"}, {"oft_blocks": (4, "O/4", "O/4")}),
     "ia3": ({"algo": "ia3"}, {"weight": ("O",), "on_input": ()}),
+    "oft on the input side": (
+        {"algo": "diag-oft", "dim_is_count": "True", "train_on_input": "True"},
+        {"oft_R.weight": (4, "above the diagonal")},
+    ),
     "ia3 on the input side": ({"algo": "ia3", "train_on_input": "True"}, {"weight": ("I",), "on_input": ()}),
     "lora, DoRA": (
         {"use_dora": "True"},
@@ -91,12 +95,13 @@ def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
     pattern = dotted.replace(".", r"\.")
     network = networks.lora.create_network(1.0, 4, 3, None, None, model, only_patterns=pattern, **kwargs)
     sizes = {"O": O, "I": I, "O/8": O // 8, "I/8": I // 8, "O/4": O // 4}
+    sizes["above the diagonal"] = (I // 4) * (I // 4 - 1) // 2
     expected = {f"{saved}.{k}": tuple(sizes.get(n, n) for n in shape) for k, shape in wanted.items()}
     tensors = codec.encode(network.adapted_layers)
     assert {key: tuple(t.shape) for key, t in tensors.items()} == {**expected, f"{saved}.alpha": ()}
-    alphas = {"lokr, full": 4, "ia3": 4, "ia3 on the input side": 4, "diag-oft": 0, "oft with a number of blocks": 0}
+    alphas = {"lokr, full": 4, "ia3": 4, "ia3 on the input side": 4}
     alpha = tensors[f"{saved}.alpha"]
-    assert float(alpha) == alphas.get(form, 3) and alpha.dtype == torch.float32
+    assert float(alpha) == (0 if "oft" in form else alphas.get(form, 3)) and alpha.dtype == torch.float32
 
 
 def test_every_architecture_with_a_list_has_an_anchor() -> None:

@@ -64,6 +64,11 @@ class Adapter(SavedForm):
         raise NotImplementedError
 
     @classmethod
+    def splits(cls, options: Mapping[str, Any]) -> bool:
+        """Whether adapters of the parts of a layer, each with these options, can stand for one on the whole."""
+        return "split_qkv" in cls.features
+
+    @classmethod
     def no_start(cls, init: str, options: Mapping[str, Any]) -> str:
         """Why this algorithm, with these options, has no such start values; "" if it has."""
         return cls.no_starts.get(init, "")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tensors.geometry import Geometry
+from ..tensors.geometry import Geometry, Pieces
 from .reweight import Reweight
 from .saved import Layout
 
@@ -45,6 +45,15 @@ class IA3(Reweight):
         w = self.weight.to(t.dtype)
         groups = t.shape[axis] // w.numel()  # of a grouped convolution: each group has its own I channels
         return t * w.repeat(groups).reshape(shape)
+
+    @classmethod
+    def readers(cls, options: Mapping[str, Any]) -> str:
+        return "ia3 files: LyCORIS, A1111 and InvokeAI read them; ComfyUI, Forge and diffusers do not"
+
+    def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor:
+        shape = [1] * t.dim()
+        shape[axis] = -1
+        return t * torch.cat([self.weight[start:stop] for start, stop in pieces]).to(t.dtype).reshape(shape)
 
     def pack(self) -> dict[str, Tensor]:
         w, on_input = self.weight.detach(), self.side == "input"

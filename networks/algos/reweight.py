@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..tensors.geometry import Pieces
 from ..tensors.low_rank import Gate
 from .base import Adapter
 
@@ -22,12 +23,17 @@ class Reweight(Adapter):
 
     features: ClassVar[frozenset[str]] = frozenset()
     plus: ClassVar[frozenset[str]] = frozenset()
+    required: ClassVar[tuple[frozenset[str], ...]]
     fold: ClassVar[tuple[str, ...]] = ()
     side = "output"
 
     def change(self, t: Tensor, axis: int) -> Tensor:
         """(T - 1) t along the axis of the features that come out, or go in; in t's dtype, differentiable."""
         raise NotImplementedError
+
+    def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor | None:
+        """The same for t that has only these of the output features; None if the others would have a say in them."""
+        return None
 
     def new_weight(self, weight: Tensor) -> Tensor:
         """W' for W [O, I, *kernel]."""

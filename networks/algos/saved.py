@@ -94,6 +94,22 @@ class SavedForm(nn.Module):
         """Whether tensors under its suffixes are its own, where several algorithms share the names."""
         return True
 
+    @classmethod
+    def knows(cls, suffix: str) -> bool:
+        """Whether its files have such tensors."""
+        return suffix in cls.keys.values()
+
+    @classmethod
+    def readers(cls, options: Mapping[str, Any]) -> str:
+        """What a user should know of the programs that read its files; "" where all of them do, and alike."""
+        return ""
+
+    @classmethod
+    def rows_of_parts(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        """Output rows of the parts that have adapters of their own in a file, () for none; None where tensors of
+        `stack` do not show them."""
+        return None
+
     def pack(self) -> dict[str, Tensor]:
         """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""
         tensors = {name: p.detach() for name, p in self.named_parameters() if name != "scalar"}

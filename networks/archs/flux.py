@@ -73,6 +73,12 @@ DIFFUSERS = (
 )
 
 
+# What sd-scripts' networks.oft_flux trains beside the attention of the double blocks on request.
+NO_ATTENTION = Switch(
+    "enable_all_linear", r"double_blocks\.\d+\.(img|txt)_(mlp|mod)\..*|single_blocks\..*", True, default=True
+)
+
+
 def t5(argument: str = "train_t5xxl") -> Part:
     """The T5 text encoder: large, so it is trained only on request."""
     return Part("text_encoder3", "lora_te3", T5, argument=argument, diffusers="")
@@ -99,6 +105,7 @@ FLUX = ArchSpec(
         Switch(
             "exclude_mod", r".*\.(img_mod|txt_mod|modulation)\.lin", False, default=True, per_host=(("musubi", False),)
         ),
+        NO_ATTENTION,
     ),
     layer_dims=(
         ("img_attn_dim", r"double_blocks\..*\.img_attn\..*"),
@@ -130,7 +137,7 @@ CHROMA = replace(
             "ChromaSingleTransformerBlock",
         ),
     ),
-    switches=(),
+    switches=(NO_ATTENTION,),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),
 )

@@ -6,7 +6,7 @@ Saved names are the trainers': for SD the diffusers names of the layers, for SDX
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockLevels, Pairs, Part, Signature
+from .spec import ArchSpec, BlockLevels, Pairs, Part, Signature, Switch
 
 TRANSFORMER = ("Transformer2DModel",)
 CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -22,6 +22,10 @@ REGIONS: Pairs = (
     ("out", r".*\.attn2\.to_out\.0"),
     ("plain", r"(.*\.)?time_emb.*"),
 )
+
+
+# What sd-scripts' networks.oft trains beside the attention on request.
+NO_ATTENTION = Switch("enable_all_linear", r".*\.(proj_in|proj_out|ff\.net\.(0\.proj|2))", True, default=True)
 
 
 def clip(number: int | None) -> Part:
@@ -109,6 +113,7 @@ SD = ArchSpec(
     ),
     text_encoders=(clip(None),),
     blocks=_sd_blocks(),
+    switches=(NO_ATTENTION,),
     levels=BlockLevels(first=0, down=12, mid=1, up=12),
     usual=frozenset({192}),
     regions=REGIONS,
@@ -125,6 +130,7 @@ SDXL = ArchSpec(
     denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_release_names(3), diffusers="unet"),
     text_encoders=(clip(1), clip(2)),
     blocks=_sdxl_blocks(),
+    switches=(NO_ATTENTION,),
     levels=BlockLevels(first=1, down=9, mid=3, up=9),
     usual=frozenset({722}),
     regions=REGIONS,

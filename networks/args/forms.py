@@ -7,6 +7,9 @@ from .spec import Arg
 ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora", "full", "norm", "diag-oft", "boft", "ia3")
 ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora")
 FORM = "form of the factors"
+# Entries whose defaults belong to their own algorithm: with another `algo=` they are as any entry. Their networks leave
+# the text encoders alone.
+OWN_STYLES = ("oft", "oft_flux")
 
 FORMS: tuple[Arg, ...] = (
     Arg(
@@ -42,9 +45,11 @@ FORMS: tuple[Arg, ...] = (
         "bool",
         False,
         "an adapter of its own for each projection of a fused layer (query, key, value, MLP); saved as one with a "
-        "block-diagonal factor, at full strength in every reader (FLUX.1, Chroma, SD3, Lumina, HunyuanImage)",
+        "block-diagonal factor, at full strength in every reader; OFT as numbered tensors, for sd-scripts' oft_flux "
+        "(FLUX.1, Chroma, SD3, Lumina, HunyuanImage)",
         FORM,
-        algos=("lora", "loha", "dylora", "lora_fa"),
+        algos=("lora", "loha", "dylora", "lora_fa", "diag-oft"),
+        per_host=(("oft_flux", True),),
     ),
     Arg(
         "use_scalar",
@@ -104,11 +109,13 @@ FORMS: tuple[Arg, ...] = (
         "constraint",
         "float",
         0.0,
-        "limit of a rotation: the norm of its generator over all blocks, in parts of the output features; 0 = none",
+        "limit of a rotation: the norm of its generator over all blocks, in parts of the features that it turns; "
+        "0 = none",
         FORM,
         aliases=("constrain",),
         algos=("diag-oft", "boft"),
         minimum=0,
+        per_host=(("oft", "network_alpha"), ("oft_flux", "network_alpha")),
     ),
     Arg(
         "rescaled", "bool", False, "a learnt factor for every row after the rotation", FORM, algos=("diag-oft", "boft")
@@ -117,12 +124,20 @@ FORMS: tuple[Arg, ...] = (
         "dim_is_count",
         "bool",
         False,
-        "network_dim is the number of blocks (as in sd-scripts' oft) and not their largest size (as in LyCORIS)",
+        "network_dim is the number of blocks (as in sd-scripts' oft) and not their largest size (as in LyCORIS); a "
+        "layer whose width it does not divide gets the next smaller number that does",
         FORM,
         algos=("diag-oft",),
+        per_host=(("oft", True), ("oft_flux", True)),
     ),
     Arg(
-        "train_on_input", "bool", False, "factors for the input features instead of the output's", FORM, algos=("ia3",)
+        "train_on_input",
+        "bool",
+        False,
+        "act on the input features instead of the output's: the factors of IA3; the rotation of OFT, then as in OFT v2 "
+        "(2506.19847). Quantised bases train either way without being decoded",
+        FORM,
+        algos=("ia3", "diag-oft"),
     ),
     Arg(
         "block_size",

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import presets
 from .coerce import NOT_GIVEN, nearest
+from .forms import OWN_STYLES
 from .spec import NUMBERS, Arg
 from .table import BY_NAME, TABLE
 
@@ -52,11 +53,13 @@ class NetArgs:
         values: name -> value, defaults filled in.
         given: names that the user wrote (and that did not mean "not given").
         host: whose defaults apply where they are not the table's but an architecture's.
+        style: the entry whose defaults went before; "" = nobody's.
     """
 
     values: Mapping[str, Any]
     given: frozenset[str] = frozenset()
     host: str = "sd_scripts"
+    style: str = ""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -83,11 +86,16 @@ def parse(
         raw: spelling -> text or typed value; None = not given (trainers pass options through that way).
         default_algo: the algorithm if no `algo` is given.
         host: whose defaults apply.
-        style: an entry whose defaults go before the host's, `lycoris`.
+        style: an entry whose defaults go before the host's, `lycoris`; those of OWN_STYLES for default_algo alone.
         options: network_dim and network_alpha of the call, which some defaults follow.
     """
+    if style in OWN_STYLES and _early(raw, "algo") not in (None, default_algo):
+        style = ""
     preset = _preset(raw, BY_NAME["preset"].default_at((style,), {}), problems)
-    hosts = (style, "preset" if preset and preset.enable_conv else "", host)
+    convolutions = _early(raw, "enable_conv")
+    if convolutions is None:
+        convolutions = preset is not None and preset.enable_conv
+    hosts = (style, "preset" if convolutions else "", host)
     values = {arg.name: arg.default_at(hosts, options or {}) for arg in TABLE}
     spelled: dict[str, str] = {}
     unknown: list[str] = []
@@ -113,7 +121,16 @@ def parse(
     values["algo"], values["preset"] = values["algo"] or default_algo, preset
     _unknown(unknown, values["allow_unknown"], problems)
     _inapplicable(values, spelled, problems)
-    return NetArgs(values, frozenset(spelled), host)
+    return NetArgs(values, frozenset(spelled), host, style)
+
+
+def _early(raw: Mapping[str, Any], name: str) -> Any:
+    """An argument on which defaults of others depend; None if it is not given, or wrong, which is told later."""
+    text = next((text for key, text in raw.items() if key.strip() == name), None)
+    try:
+        return None if text is None else BY_NAME[name].coerce(text)
+    except ValueError:
+        return None
 
 
 def _preset(raw: Mapping[str, Any], default: str, problems: Problems) -> presets.Preset | None:
@@ -143,5 +160,7 @@ def _inapplicable(values: Mapping[str, Any], spelled: Mapping[str, str], problem
             problems.add(
                 f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {', '.join(arg.algos)}"
             )
+    if values["enable_conv"] is False and values["conv_dim"]:
+        problems.add(f"enable_conv=False contradicts conv_dim={values['conv_dim']}: leave one of the two out")
     if "conv_alpha" in spelled and values["conv_alpha"] not in (0.0, 1.0) and not values["conv_dim"]:
         problems.add("conv_alpha is given without conv_dim: give both, or neither")

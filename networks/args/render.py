@@ -22,7 +22,11 @@ _TYPES = {
 }
 
 _TRAINERS = {"sd_scripts": "sd-scripts", "musubi": "musubi-tuner"}
-_HOSTS = {**_TRAINERS, "preset": "with a preset that trains convolutions", "lycoris": "networks.lycoris"}
+_HOSTS = {
+    **_TRAINERS,
+    "preset": "with a preset that trains convolutions",
+    **{name: f"networks.{name}" for name in ("lycoris", "oft", "oft_flux")},
+}
 
 
 def markdown() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .coerce import Rates
 from .forms import ADDITIVE, ALGOS, FORM, FORMS
 from .kinds import BLOCK_INDICES, EXTRA_DIMS, LAYER_DIMS
+from .saving import OTHER, SAVE_FORMAT
 from .spec import Arg
 
 _RANK = "rank and strength"
@@ -12,7 +13,7 @@ _DROP = "dropout"
 _WHERE = "which layers"
 _LR = "learning rates"
 _KIND = "layers by kind, where an architecture has them"
-_OTHER = "other"
+_OTHER = OTHER
 
 TABLE: tuple[Arg, ...] = (
     Arg(
@@ -146,6 +147,24 @@ TABLE: tuple[Arg, ...] = (
         "bool",
         None,
         "whether the MLPs are trained beside the attention (ACE-Step)",
+        _WHERE,
+        neutral=(False,),
+    ),
+    Arg(
+        "enable_all_linear",
+        "bool",
+        None,
+        "False: only the attention of the transformer blocks is trained (of FLUX.1 and Chroma, of the double blocks); "
+        "True: all that any entry trains",
+        _WHERE,
+        neutral=(True,),
+        per_host=(("oft", False), ("oft_flux", False)),
+    ),
+    Arg(
+        "enable_conv",
+        "bool",
+        None,
+        "True: as conv_dim=network_dim, where no conv_dim is given",
         _WHERE,
         neutral=(False,),
     ),
@@ -296,18 +315,7 @@ TABLE: tuple[Arg, ...] = (
         algos=ADDITIVE,
         minimum=0,
     ),
-    Arg(
-        "save_format",
-        "choice",
-        "portable",
-        "how files are written: `portable` for every reader of alpha / rank; `blissful` as DustyL's blissful-tuner "
-        "does, for LoRA: alpha as given under RS-LoRA, `use_rslora_flag`, `use_dora_flag`, `dora_layer.weight`, and "
-        "its errors and warnings when a file contradicts the arguments; `diffusers` for its `load_lora_weights`, for "
-        "LoRA: the names of PEFT and of diffusers' models, the scale in the second factor, with DoRA "
-        "`lora_magnitude_vector`. Each is read back, whatever this says",
-        _OTHER,
-        choices=("portable", "blissful", "diffusers"),
-    ),
+    SAVE_FORMAT,
     Arg(
         "diagnose_steps",
         "int",

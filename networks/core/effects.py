@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..algos import ALGOS
+from ..args.forms import OWN_STYLES
 from ..args.parse import Problems
-from ..files.dialects import DIALECTS, Dialect
 from ..tensors.norms import NormGeometry
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
     _starts(trained, problems)
-    _dialect(trained, DIALECTS[args.save_format], request, problems)
-    _save_dims(trained, args, problems)
+    _rotations(trained, args, notes)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
         problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
     if request.saved is not None:
@@ -114,44 +113,6 @@ def _loraplus_mode(trained: Sequence[PlanRow], args: Any, problems: Problems) ->
         problems.add("a LoRA+ ratio of 0 cannot be folded in: leave out loraplus_mode=reparam")
 
 
-def _dialect(trained: Sequence[PlanRow], dialect: Dialect, request: Request, problems: Problems) -> None:
-    """Whether the files can hold what is trained."""
-    if dialect.components:
-        for part, _ in request.parts:
-            if not part.diffusers and any(row.part == part.name for row in trained):
-                problems.add(
-                    f"save_format={dialect.name}: diffusers reads no adapter of the {part.name} of "
-                    f"{request.arch.title}; leave it out"
-                )
-    if dialect.flat_only and any(_TUCKER & row.layout.shapes.keys() for row in trained):
-        problems.add(f"save_format={dialect.name} holds no Tucker form: leave out use_tucker")
-    algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].form() not in dialect.algos}
-    if algos:
-        problems.add(
-            f"save_format={dialect.name} holds {', '.join(dialect.algos)} only, not {', '.join(sorted(algos))}: that "
-            "program reads the others otherwise; leave it out"
-        )
-    kinds = {row.kind for row in trained if row.dora and dialect.dora_kinds and row.kind not in dialect.dora_kinds}
-    if kinds:
-        problems.add(
-            f"save_format={dialect.name} holds DoRA of {', '.join(dialect.dora_kinds)} only, not of "
-            f"{', '.join(sorted(kinds))}: leave it out, or the convolutions (conv_dim=0)"
-        )
-    if any(row.dora and row.dora not in dialect.dora_sides for row in trained):
-        problems.add(f"save_format={dialect.name} holds DoRA of output rows only: leave out wd_on_output=False")
-
-
-def _save_dims(trained: Sequence[PlanRow], args: Any, problems: Problems) -> None:
-    """A cut file must differ from the whole one, and its layers must have ranks."""
-    others = sorted({row.algo for row in trained if "save_dims" not in ALGOS[row.algo].features})
-    if args.save_dims and 0 < len(others) < len({row.algo for row in trained}):
-        problems.add(f"save_dims: the ranks of {', '.join(others)} do not stand alone; leave it out")
-    largest = max(row.dim for row in trained)
-    for dim in filter(None, args.save_dims):
-        if dim >= largest:
-            problems.add(f"save_dims: {dim} cuts nothing, the largest dim is {largest}; leave it out")
-
-
 def _dora(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list[str]) -> None:
     on = [row for row in trained if row.dora]
     off = Counter(row.plain for row in trained if row.plain)
@@ -198,8 +159,28 @@ def _starts(trained: Sequence[PlanRow], problems: Problems) -> None:
             problems.add(f"init={init} does not go with algo={algo}: {reason}")
 
 
+def _rotations(trained: Sequence[PlanRow], args: Any, notes: list[str]) -> None:
+    """How much rotations may turn, and how many there are."""
+    limits = [row.options["constraint"] for row in trained if row.options.get("constraint")]
+    if args.style in OWN_STYLES and limits and max(limits) >= 1:
+        notes.append(
+            f"network_alpha={max(limits):g} is the constraint of the rotations, and next to none: sd-scripts "
+            "recommends values such as 1e-3"
+        )
+    fewer = [row for row in trained if row.options.get("dim_is_count") and _fewer_blocks(row)]
+    if fewer:
+        notes.append(
+            f"{len(fewer)} of {len(trained)} layers have fewer blocks than network_dim, which does not divide their "
+            f"width, such as {fewer[0].dotted_name}; sd-scripts' own modules refuse such a model, and such a file"
+        )
+
+
+def _fewer_blocks(row: PlanRow) -> bool:
+    return any(shape[0] < row.dim for shape in row.layout.shapes.values() if len(shape) == 3)
+
+
 def _splits(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
-    if request.args.split_qkv and "split_qkv" in request.arch.arguments and not any(row.split for row in trained):
+    if "split_qkv" in request.args.given and request.args.split_qkv and not any(row.split for row in trained):
         problems.add("split_qkv has no effect: no layer with fused projections is left to train")
 
 
@@ -217,6 +198,8 @@ def _forms(trained: Sequence[PlanRow], args: Any, conv: bool, problems: Problems
         problems.add(f"use_tucker has no effect: no trained layer has a low-rank kernel above 1x1{more}")
     if "conv_dim" in args.given and args.conv_dim and not conv:
         problems.add("conv_dim has no effect: no trained layer is in a convolutional block or has a kernel above 1x1")
+    if args.enable_conv and not conv:
+        problems.add("enable_conv has no effect: no trained layer is in a convolutional block")
     if args.decompose_both and not any("w1_a" in names for names in shapes):
         problems.add("decompose_both has no effect: no first factor is larger than twice the dim; lower network_dim")
     above = [row for row in trained if row.layout.rank_axis and row.dim > min(row.shape[0], row.geometry.columns)]
@@ -226,7 +209,7 @@ def _forms(trained: Sequence[PlanRow], args: Any, conv: bool, problems: Problems
             f"{above[0].dotted_name} ({above[0].dim} above {min(above[0].shape[0], above[0].geometry.columns)})"
         )
     unscaled = sum(row.layout.rank is None for row in trained)
-    if unscaled:
+    if unscaled and args.style not in OWN_STYLES:
         whole = any("w2" in names for names in shapes) and not args.full_matrix
         hint = " (the dim reaches half of the larger factor; full_matrix=True says so openly)" if whole else ""
         what = "whole factors" if any("w2" in names for names in shapes) else "no rank"

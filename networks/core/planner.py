@@ -12,7 +12,7 @@ from ..layers.magnitude import magnitude_shape
 from ..layers.split import layout_of
 from ..tensors.geometry import Geometry
 from ..tensors.norms import NormGeometry
-from . import effects
+from . import effects, file_form
 from .blocks import BlockChoices
 from .plan import Plan, PlanRow, Request
 from .preset_choices import PresetChoices
@@ -36,6 +36,7 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, Ba
         rows.append(row)
     plan = Plan(request.arch.title, tuple(rows))
     notes = effects.check(plan, request, planner.deciding, problems)
+    notes += file_form.check(plan.trained, request, problems) if plan.trained else []
     warnings = (*planner.unusual(), *planner.preset.warnings(), *effects.unmergeable(plan))
     return replace(plan, notes=tuple(notes), warnings=warnings), modules
 
@@ -89,7 +90,8 @@ class _Planner:
             return replace(row, reason=reason)
         algorithm = suited(a.algo, g.family) if saved is None else saved.algorithm
         assert algorithm is not None
-        split = self._split(c, algorithm)
+        shown = None if saved is None else saved.parts
+        split = self._split(c, algorithm, a) if shown is None else shown
         if saved is not None:
             wanted = ALGOS[self.args.algo]
             if wanted.form() == saved.algorithm.form():  # several ways to train make files of one form
@@ -103,7 +105,8 @@ class _Planner:
                 self.problems.add(f"{saved.name}: {error}")
                 return replace(row, reason="the file does not fit it")
             algorithm, alpha = saved.algorithm, float(dim) if saved.alpha is None else saved.alpha
-            dim, alpha = dim // max(1, len(split)), alpha / max(1, len(split))
+            stacked = 1 if shown is not None else max(1, len(split))
+            dim, alpha = dim // stacked, alpha / stacked
             # The file decides the form; some options do not show in one.
             options |= self.args.pick(algorithm.unsaved & algorithm.options & self.args.given)
         else:
@@ -144,9 +147,9 @@ class _Planner:
             **({} if saved is not None or "init" not in algorithm.features else a.pick(("init", "init_seed"))),
         )
 
-    def _split(self, c: Candidate, algorithm: type[Adapter]) -> tuple[int, ...]:
+    def _split(self, c: Candidate, algorithm: type[Adapter], a: NetArgs) -> tuple[int, ...]:
         """Output rows of the parts that get an adapter each."""
-        if not self.args.split_qkv or "split_qkv" not in algorithm.features or not self._of_denoiser(c):
+        if not a.split_qkv or not self._of_denoiser(c) or not algorithm.splits(a.pick(algorithm.options)):
             return ()
         return self.request.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
 

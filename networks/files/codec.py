@@ -17,6 +17,7 @@ from torch import Tensor
 from ..algos import Adapter, recognise
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
+from ..layers.split import make_adapter
 from ..tensors.geometry import Geometry
 from . import dialects
 
@@ -74,13 +75,18 @@ class SavedLayer:
         change = self.tensors.get(self.algorithm.bias_key)
         return change if change is not None and bool(change.any()) else None
 
+    @property
+    def parts(self) -> tuple[int, ...] | None:
+        """Output rows of parts with adapters of their own, () for none; None where the file does not show it."""
+        return self.algorithm.rows_of_parts(self.tensors)
+
     def build(self, geometry: Geometry) -> Adapter:
         """The adapter of this layer with the file's values.
 
         Raises:
             ValueError: the tensors do not fit the geometry.
         """
-        adapter = self.algorithm(geometry, *self.describe(geometry))
+        adapter = make_adapter(self.algorithm, geometry, *self.describe(geometry), self.parts or ())
         adapter.to(torch.float64 if self._wide() else torch.float32)
         adapter.unpack_(self.tensors)
         return adapter
@@ -112,15 +118,15 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
     for key, tensor in tensors.items():
         if key not in dialect.flags:
             name, _, suffix = key.partition(".")
-            groups.setdefault(name, {})[suffix] = tensor
+            groups.setdefault(dialects.own_name(name), {})[suffix] = tensor
     layers, unknown = {}, []
-    for name, group in groups.items():
+    for name, written in groups.items():
+        group = dialects.own_suffixes(written)
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
         magnitude = group.pop(dialect.magnitude, None) if algorithm is not None else None
-        known = set() if algorithm is None else set(algorithm.keys.values())
-        if algorithm is None or not group.keys() <= known:
-            unknown += [f"{name}.{suffix}" for suffix in group if suffix not in known]
+        if algorithm is None or not all(map(algorithm.knows, group)):
+            unknown += [f"{name}.{suffix}" for suffix in group if algorithm is None or not algorithm.knows(suffix)]
             continue
         value = None if alpha is None else float(alpha)
         suffix, axis = dialect.rank
@@ -135,12 +141,13 @@ def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> d
     tensors: dict[str, Tensor] = {}
     dialect = form.dialect
     for layer in layers:
+        name = dialect.written_name(layer.lora_name)
         for suffix, tensor in layer.adapter.pack().items():
-            tensors[f"{layer.lora_name}.{suffix}"] = tensor
+            tensors[f"{name}.{dialect.written_suffix(suffix)}"] = tensor
         if layer.magnitude is not None:
             magnitude = layer.magnitude.detach()
-            tensors[f"{layer.lora_name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
+            tensors[f"{name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
         if layer.adapter.saves_alpha:
             alpha = form.alpha(layer.alpha, layer.adapter.record.saved_rank)
-            tensors[f"{layer.lora_name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+            tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors | form.network_keys(any(layer.magnitude is not None for layer in layers))

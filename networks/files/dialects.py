@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ class Dialect:
         dora_kinds: kinds of layer that can have a magnitude; none = all.
         dora_sides: where magnitudes can be.
         flat_only: it holds no Tucker form.
+        prefixes: (beginning of a saved name, what stands for it in files).
+        suffixes: (end of a key, what stands for it in files), where a layer has one such tensor.
+        archs: architectures on which other programs read it; none = all.
+        lacks: options that its files have no place for.
         components: files are written with PEFT's names, see `dotted`; until then keys are the portable ones.
     """
 
@@ -50,6 +54,18 @@ class Dialect:
     dora_sides: tuple[str, ...] = ("output", "input")
     flat_only: bool = False
     components: bool = False
+    prefixes: tuple[tuple[str, str], ...] = ()
+    suffixes: tuple[tuple[str, str], ...] = ()
+    archs: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+
+    def written_name(self, name: str) -> str:
+        """A saved name as its files have it."""
+        own, written = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
+        return written + name.removeprefix(own)
+
+    def written_suffix(self, suffix: str) -> str:
+        return dict(self.suffixes).get(suffix, suffix)
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -69,7 +85,37 @@ BLISSFUL = Dialect(
     dora_sides=("output",),
 )
 DIFFUSERS = Dialect("diffusers", "dora_scale", algos=("lora",), dora_sides=("output",), flat_only=True, components=True)
-DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, DIFFUSERS)}
+# What the modules networks.oft and networks.oft_flux of sd-scripts read and write.
+OFT = Dialect(
+    "oft",
+    PORTABLE.magnitude,
+    algos=("diag-oft",),
+    prefixes=(("lora_unet_", "oft_unet_"),),
+    archs=("sd", "sdxl"),
+    lacks=("rescaled", "train_on_input", "split_qkv"),
+)
+OFT_FLUX = replace(
+    OFT,
+    name="oft_flux",
+    suffixes=(("oft_blocks", "oft_blocks.0"),),
+    archs=("flux", "chroma"),
+    lacks=("rescaled", "train_on_input"),
+)
+DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, DIFFUSERS, OFT, OFT_FLUX)}
+
+
+def own_name(name: str) -> str:
+    """The saved name that stands behind one in a file of any dialect."""
+    pairs = (pair for dialect in DIALECTS.values() for pair in dialect.prefixes)
+    own, written = next((pair for pair in pairs if name.startswith(pair[1])), ("", ""))
+    return own + name.removeprefix(written)
+
+
+def own_suffixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one layer, likewise; a list of one tensor is that tensor."""
+    own = {written: suffix for dialect in DIALECTS.values() for suffix, written in dialect.suffixes}
+    alone = {suffix for suffix in own if suffix.removesuffix("0") + "1" not in tensors}
+    return {own[suffix] if suffix in alone else suffix: tensor for suffix, tensor in tensors.items()}
 
 
 def detect(keys: Iterable[str]) -> Dialect:

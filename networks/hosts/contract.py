@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..archs import diffusers_names
 from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
+from ..args.forms import OWN_STYLES
 from ..args.parse import NetArgs, Problems, parse
 from ..core.diagnosis import Diagnosis
+from ..core.file_form import form_of
 from ..core.network import Network
 from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request
 from ..core.planner import build_plan
 from ..core.report import LoadReport, summary
-from ..files import codec, dialects, dotted
+from ..files import codec, dotted
 from . import trainer_options
 from .beside import origin
 
@@ -172,12 +173,14 @@ class Caller:
         algo: the algorithm it stands for.
         archs: architectures that the name asserts; none = every one.
         style: whose defaults go before the host's; "" = nobody's.
+        alpha: the network_alpha of a call without one.
     """
 
     name: str
     algo: str
     archs: tuple[str, ...] = ()
     style: str = ""
+    alpha: float = 1.0
 
     def new(
         self,
@@ -221,7 +224,7 @@ class Caller:
             ValueError: all mistakes of the call in one message.
         """
         problems = Problems(self.name)
-        request = self._request(host, None, None, text_encoder, unet, raw, problems)
+        request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
         tensors = dotted.read(tensors, request.arch, source)
         saved, unknown = codec.decode(tensors)
         if unknown and not saved:
@@ -263,15 +266,18 @@ class Caller:
         unet: nn.Module,
         raw: Mapping[str, Any],
         problems: Problems,
+        from_file: bool = False,
     ) -> Request:
         rank = DEFAULT_DIM if dim is None else int(dim)
         if rank < 1:
             problems.add(f"network_dim={dim} is too small; the least is 1")
-        strength = 1.0 if alpha is None else float(alpha)
+        strength = self.alpha if alpha is None else float(alpha)
         if strength < 0:
             problems.add(f"network_alpha={alpha} is negative; write a positive number, or 0 for the dim itself")
         options = {"network_dim": max(1, rank), "network_alpha": strength}
         args = parse(raw, self.algo, problems, host, options, self.style)
+        if args.style in OWN_STYLES and not from_file:
+            text_encoder = None
         models = _Models.of(self, unet, text_encoder, problems)
         return models.request(max(1, rank), strength, args)
 
@@ -285,7 +291,7 @@ class Caller:
         a = request.args
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
-        form = _form(request, plan)
+        form = form_of(request, plan)
         roots = {part.name: model for part, model in request.parts}
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
@@ -296,21 +302,6 @@ class Caller:
         for warning in plan.warnings:
             log.warning("%s", warning)
         return network
-
-
-def _form(request: Request, plan: Plan) -> dialects.Form:
-    """What the network's files are like."""
-    dialect, places = dialects.DIALECTS[request.args.save_format], {}
-    if dialect.components:
-        parts = {part.name: part for part, _ in request.parts}
-        places = {
-            row.saved_name: diffusers_names.places(
-                request.arch, parts[row.part], row.trainer_name, row.geometry.out_features, row.geometry.in_features
-            )
-            for row in plan.trained
-        }
-    dims = tuple(filter(None, request.args.save_dims))
-    return dialects.Form(dialect, request.args.rs_lora, dims, request.arch, places)
 
 
 @dataclass(frozen=True)

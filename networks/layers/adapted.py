@@ -107,6 +107,9 @@ class AdaptedLayer(AttachedAdapter):
         assert isinstance(self.adapter, Reweight)
         if site.pieces is None:
             return self.adapter.change(plain, self._axis)
+        own = self.adapter.change_rows(plain, self._axis, site.pieces)
+        if own is not None:
+            return own
         W = self.whole_weight(x.device)
         change = site.take_rows(self.adapter.new_weight(W) - W)
         return self.adapter.geometry.op(x, cast_to_input(change, x)).to(plain.dtype)

@@ -1,8 +1,9 @@
 """Several adapters on one fused projection: one for each part of its output rows (query, key, value, MLP).
 
-    dW = [dW_1; dW_2; ...]
+    dW = [dW_1; dW_2; ...]        or  T = diag(T_1, T_2, ...)
 
-A file holds them as one adapter of n times the rank with a block-diagonal left factor, which every reader knows.
+A file holds additive ones as one adapter of n times the rank with a block-diagonal left factor, which every reader
+knows; those of rotations are numbered.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algos import Adapter, Layout
+from ..algos import Adapter, Layout, Reweight
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate
 
@@ -23,10 +24,18 @@ def split_layout(
     algorithm: type[Adapter], geometry: Geometry, dim: int, sizes: Sequence[int], options: Mapping[str, Any]
 ) -> Layout:
     """Layout of the whole; parameter names are those of the parts, numbered."""
-    parts = [algorithm.layout(replace(geometry, out_features=size), dim, **options) for size in sizes]
+    parts = [
+        algorithm.layout(replace(geometry, out_features=size), dim, **_of_part(options, i))
+        for i, size in enumerate(sizes)
+    ]
     shapes = {f"parts.{i}.{name}": shape for i, part in enumerate(parts) for name, shape in part.shapes.items()}
     frozen = sum(part.frozen for part in parts)
     return Layout(shapes, parts[0].rank, parts[0].rank_axis, stacked=len(parts), frozen=frozen)
+
+
+def _of_part(options: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """A tuple has one value for each part."""
+    return {name: value[i] if isinstance(value, tuple) else value for name, value in options.items()}
 
 
 def layout_of(
@@ -43,12 +52,13 @@ def make_adapter(
 ) -> Adapter:
     """The adapter of `layout_of`."""
     if sizes:
-        return Split(algorithm, geometry, dim, sizes, options)
+        kind = SplitRotation if issubclass(algorithm, Reweight) else Split
+        return kind(algorithm, geometry, dim, sizes, options)
     return algorithm(geometry, dim, options)
 
 
-class Split(Adapter):
-    """Adapters of one algorithm and dim on the parts of a Linear.
+class _Parts(Adapter):
+    """Adapters of one algorithm on the parts of a Linear.
 
     Args:
         sizes: output rows of the parts, from the first row down.
@@ -58,15 +68,60 @@ class Split(Adapter):
         self, algorithm: type[Adapter], geometry: Geometry, dim: int, sizes: Sequence[int], options: Mapping[str, Any]
     ) -> None:
         nn.Module.__init__(self)
-        assert "split_qkv" in algorithm.features and not geometry.is_conv and sum(sizes) == geometry.out_features
-        for name in ("algo", "plus", "frozen", "saved_as", "stepwise"):
+        assert algorithm.splits(options) and not geometry.is_conv and sum(sizes) == geometry.out_features
+        for name in ("algo", "plus", "frozen", "saved_as", "alpha_option", "stepwise"):
             setattr(self, name, getattr(algorithm, name))
         self.algorithm, self.sizes = algorithm, tuple(sizes)
         self.geometry, self.dim, self.chosen = geometry, dim, dict(options)
         self.record = split_layout(algorithm, geometry, dim, sizes, options)
         self.register_parameter("scalar", None)  # each part has its own
-        parts = [algorithm(replace(geometry, out_features=size), dim, options) for size in sizes]
+        parts = [
+            algorithm(replace(geometry, out_features=size), dim, _of_part(options, i)) for i, size in enumerate(sizes)
+        ]
+        for part in parts:  # what a file says of all of them must reach them
+            part.chosen = self.chosen
         self.parts = nn.ModuleList(parts)
+
+    def _each(self) -> list[Adapter]:
+        return [part for part in self.parts if isinstance(part, Adapter)]
+
+    def _whole(self, pieces: Pieces) -> list[Adapter] | None:
+        """The parts whose rows these pieces are; None if they cut one."""
+        starts = {sum(self.sizes[:i]): part for i, part in enumerate(self._each())}
+        chosen = [starts.get(start) for start, _ in pieces]
+        whole = [p for p, (a, b) in zip(chosen, pieces, strict=True) if p and p.geometry.out_features == b - a]
+        return whole if len(whole) == len(pieces) else None
+
+    def begin(self, x: Tensor) -> None:
+        for part in self._each():
+            part.begin(x)
+
+    def end(self) -> None:
+        for part in self._each():
+            part.end()
+
+    # -- files
+
+    def pack(self) -> dict[str, Tensor]:
+        return self.algorithm.stack([part.pack() for part in self._each()])
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+        wanted = self.pack().keys()
+        if wanted != set(tensors):
+            raise ValueError(
+                f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(wanted))}"
+            )
+        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
+            part.fits(own)
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        self.fits(tensors)
+        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
+            part.unpack_(own)
+
+
+class Split(_Parts):
+    """Additive ones."""
 
     @property
     def plus_gain(self) -> float:
@@ -80,17 +135,6 @@ class Split(Adapter):
         for part in self._each():
             part.orthogonal_()
 
-    def _each(self) -> list[Adapter]:
-        return [part for part in self.parts if isinstance(part, Adapter)]
-
-    def begin(self, x: Tensor) -> None:
-        for part in self._each():
-            part.begin(x)
-
-    def end(self) -> None:
-        for part in self._each():
-            part.end()
-
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return torch.cat([_scaled(part, part.delta(rank_mask_R)) for part in self._each()])
 
@@ -99,11 +143,10 @@ class Split(Adapter):
 
     def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
         """By parts where the pieces are whole ones."""
-        starts = {sum(self.sizes[:i]): part for i, part in enumerate(self._each())}
-        chosen = [starts.get(start) for start, stop in pieces]
-        if any(p is None or p.geometry.out_features != b - a for p, (a, b) in zip(chosen, pieces, strict=True)):
+        chosen = self._whole(pieces)
+        if chosen is None:
             return super().apply_rows(x, gate, pieces)
-        return torch.cat([p.apply_delta(x, _ScaledGate(gate, p.scalar)) for p in chosen if p is not None], -1)
+        return torch.cat([part.apply_delta(x, _ScaledGate(gate, part.scalar)) for part in chosen], -1)
 
     def flops(self, tokens: int) -> tuple[float, float]:
         costs = [part.flops(tokens) for part in self._each()]
@@ -119,24 +162,27 @@ class Split(Adapter):
         for part in self._each():
             part.rescale_(ratio)
 
-    # -- files
 
-    def pack(self) -> dict[str, Tensor]:
-        return self.algorithm.stack([part.pack() for part in self._each()])
+class SplitRotation(_Parts, Reweight):
+    """Rotations of the parts of the output."""
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> None:
-        wanted = set().union(*(part.pack().keys() for part in self._each()))
-        if wanted != set(tensors):
-            raise ValueError(
-                f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(wanted))}"
-            )
-        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
-            part.fits(own)
+    def change(self, t: Tensor, axis: int) -> Tensor:
+        return _changes(self._each(), t, axis)
 
-    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
-        self.fits(tensors)
-        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
-            part.unpack_(own)
+    def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor | None:
+        chosen = self._whole(pieces)
+        return None if chosen is None else _changes(chosen, t, axis)
+
+    def shrink_(self, ratio: float) -> None:
+        for part in self._each():
+            part.shrink_(ratio)
+
+
+def _changes(parts: Sequence[Adapter], t: Tensor, axis: int) -> Tensor:
+    """(T - 1) t, where t has the rows of these parts along an axis."""
+    each = t.split([part.geometry.out_features for part in parts], axis)
+    changes = [p.change(rows, axis) for p, rows in zip(parts, each, strict=True) if isinstance(p, Reweight)]
+    return torch.cat(changes, axis)
 
 
 def _scaled(part: Adapter, value: Tensor) -> Tensor:

@@ -14,12 +14,16 @@ def rotation_less_identity(blocks_NBB: Tensor, limit: float = 0.0) -> Tensor:
     Args:
         limit: the largest Frobenius norm of all Q together; 0 = none.
     """
-    wide = blocks_NBB.to(torch.promote_types(blocks_NBB.dtype, torch.float32))
-    Q = wide - wide.transpose(1, 2)
-    if limit:
-        Q = Q * (limit / Q.norm().clamp_min(1e-30)).clamp_max(1.0)
+    Q = generator(blocks_NBB, limit)
     one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     return 2 * torch.linalg.solve(one - Q, Q, left=False)
+
+
+def generator(blocks_NBB: Tensor, limit: float = 0.0) -> Tensor:
+    """Q = B - B^T within that limit, [N, B, B], in fp32 or wider."""
+    wide = blocks_NBB.to(torch.promote_types(blocks_NBB.dtype, torch.float32))
+    Q = wide - wide.transpose(1, 2)
+    return Q * (limit / Q.norm().clamp_min(1e-30)).clamp_max(1.0) if limit else Q
 
 
 def apply_blocks(blocks_NBB: Tensor, t: Tensor, axis: int) -> Tensor:

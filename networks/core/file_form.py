@@ -1,0 +1,108 @@
+"""How the files of a network are written: what `save_format` can hold of a plan, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..algos import ALGOS
+from ..archs import diffusers_names
+from ..args.parse import Problems
+from ..files.dialects import DIALECTS, PORTABLE, Dialect, Form
+
+if TYPE_CHECKING:
+    from .plan import Plan, PlanRow, Request
+
+_TUCKER = {"mid", "t1", "t2"}
+
+
+def form_of(request: Request, plan: Plan) -> Form:
+    """What the network's files are like."""
+    dialect, places = _chosen(plan.trained, request)[0], {}
+    if dialect.components:
+        parts = {part.name: part for part, _ in request.parts}
+        places = {
+            row.saved_name: diffusers_names.places(
+                request.arch, parts[row.part], row.trainer_name, row.geometry.out_features, row.geometry.in_features
+            )
+            for row in plan.trained
+        }
+    dims = tuple(filter(None, request.args.save_dims))
+    return Form(dialect, request.args.rs_lora, dims, request.arch, places)
+
+
+def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> list[str]:
+    """Report what the files cannot hold.
+
+    Returns:
+        Notes for the user on who reads them, one sentence each.
+    """
+    _save_dims(trained, request.args, problems)
+    dialect, reasons = _chosen(trained, request)
+    notes = []
+    if dialect.name == request.args.save_format:
+        for reason in reasons:
+            problems.add(reason)
+    else:
+        notes.append(f"{reasons[0]}; files are written as save_format={dialect.name} instead")
+    if request.saved is not None:
+        return notes
+    if dialect.prefixes:
+        own, written = dialect.prefixes[0]
+        notes.append(f"files name these layers {written}... instead of {own}..., as sd-scripts' {dialect.name} does")
+    else:
+        notes += sorted({ALGOS[row.algo].readers({**row.options, "split_qkv": row.split}) for row in trained} - {""})
+    if dialect.archs and request.arch.name not in dialect.archs:
+        notes.append(f"save_format={dialect.name}: no other program reads such files of {request.arch.title}")
+    return notes
+
+
+def _chosen(trained: Sequence[PlanRow], request: Request) -> tuple[Dialect, list[str]]:
+    """The form of the files, and why it is not that of `save_format`. An entry's own form makes way for another."""
+    wanted = DIALECTS[request.args.save_format]
+    reasons = _misfits(trained, wanted, request)
+    return (wanted if not reasons or "save_format" in request.args.given else PORTABLE), reasons
+
+
+def _misfits(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> list[str]:
+    """What of the trained layers its files cannot hold."""
+    name, reasons = f"save_format={dialect.name}", []
+    if dialect.components:
+        for part, _ in request.parts:
+            if not part.diffusers and any(row.part == part.name for row in trained):
+                reasons.append(
+                    f"{name}: diffusers reads no adapter of the {part.name} of {request.arch.title}; leave it out"
+                )
+    if dialect.flat_only and any(_TUCKER & row.layout.shapes.keys() for row in trained):
+        reasons.append(f"{name} holds no Tucker form: leave out use_tucker")
+    algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].form() not in dialect.algos}
+    if algos:
+        reasons.append(
+            f"{name} holds {', '.join(dialect.algos)} only, not {', '.join(sorted(algos))}: that program reads the "
+            "others otherwise; leave it out"
+        )
+    kinds = {row.kind for row in trained if row.dora and dialect.dora_kinds and row.kind not in dialect.dora_kinds}
+    if kinds:
+        reasons.append(
+            f"{name} holds DoRA of {', '.join(dialect.dora_kinds)} only, not of {', '.join(sorted(kinds))}: leave it "
+            "out, or the convolutions (conv_dim=0)"
+        )
+    if any(row.dora and row.dora not in dialect.dora_sides for row in trained):
+        reasons.append(f"{name} holds DoRA of output rows only: leave out wd_on_output=False")
+    for option in dialect.lacks:
+        if any(row.options.get(option) or (option == "split_qkv" and row.split) for row in trained):
+            reasons.append(f"{name} has no place for {option}: that program would ignore it, or refuse the file")
+    if dialect.lacks and any(row.options.get("constraint") == 0 for row in trained):
+        reasons.append(f"in {name} the constraint 0 means no rotation at all: 1 is next to no limit")
+    return reasons
+
+
+def _save_dims(trained: Sequence[PlanRow], args: Any, problems: Problems) -> None:
+    """A cut file must differ from the whole one, and its layers must have ranks."""
+    others = sorted({row.algo for row in trained if "save_dims" not in ALGOS[row.algo].features})
+    if args.save_dims and 0 < len(others) < len({row.algo for row in trained}):
+        problems.add(f"save_dims: the ranks of {', '.join(others)} do not stand alone; leave it out")
+    largest = max(row.dim for row in trained)
+    for dim in filter(None, args.save_dims):
+        if dim >= largest:
+            problems.add(f"save_dims: {dim} cuts nothing, the largest dim is {largest}; leave it out")
