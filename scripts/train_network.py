@@ -33,6 +33,7 @@ from networks.hosts.caption_folder import CaptionedImage  # noqa: E402
 from networks.hosts.command_line import INTERRUPTED, import_network_module, run_program, write_atomically  # noqa: E402
 from networks.hosts.drawing import SampleSheet, read_samples  # noqa: E402
 from networks.hosts.loss_log import LossLog  # noqa: E402
+from networks.hosts.sharding import divide, take_sharding  # noqa: E402
 from networks.hosts.small_weights import to_fp8  # noqa: E402
 from networks.hosts.training import (  # noqa: E402
     Objective,
@@ -43,7 +44,7 @@ from networks.hosts.training import (  # noqa: E402
     run_metadata,
     trains_text,
 )
-from networks.hosts.training_data import DiskCache, Order, TrainingData, data_summary, generator, seed_of  # noqa: E402
+from networks.hosts.training_data import DiskCache, Order, TrainingData, data_summary, draw_noise, seed_of  # noqa: E402
 from networks.hosts.training_state import Interrupts, load_state, read_state, save_state  # noqa: E402
 
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,6 +65,9 @@ class Trainer:
         model = Path(args.pretrained_model_name_or_path)
         if args.resume:
             read_state(args)
+        self.sharding = take_sharding()
+        if self.sharding is not None:
+            self.sharding.check(args)
         self.accelerator = make_accelerator(args)
         if args.seed is None:
             args.seed = random.randrange(2**32)
@@ -72,7 +76,8 @@ class Trainer:
 
         self.device, self.dtype = self.accelerator.device, DTYPES[args.mixed_precision]
         self.is_main = self.accelerator.is_main_process
-        self.family = host.load_model(model, self.device, self.dtype, MODEL, args.sdpa, args.quantize)
+        options = (args.sdpa, args.quantize, self.sharding is not None)
+        self.family = host.load_model(model, self.device, self.dtype, MODEL, *options)
         self.say(f"{self.family.title} from {model} on {self.device}, {str(self.dtype).removeprefix('torch.')}")
         if args.fp8_base:
             to_fp8(self.family.denoiser)
@@ -84,6 +89,8 @@ class Trainer:
         self.network = build_network(args, self.family, self.network_args, self.dtype)
         if args.full_bf16:
             self.network.to(torch.bfloat16)
+        if self.sharding is not None:
+            self.say(divide(self.sharding, self.family, self.device, args.train_batch_size))
         self.make_data(images, held_out)
         self.prepare()
         self.write_plan()  # last: a run that fails before its first step leaves an earlier run's files alone
@@ -242,16 +249,8 @@ class Trainer:
     def batch_loss(self, batch: dict[str, Any], number: int) -> Tensor:
         """Loss of one batch at random noise and noise levels, weighted as the options say."""
         latents = self.data.latents(batch)
-        u, noise = [], []
-        for index in batch["index"].tolist():
-            draws = generator(self.args.seed, "noise", number, index)
-            u.append(torch.rand((), generator=draws))
-            noise.append(torch.randn(latents.shape[1:], generator=draws))
-            if self.args.noise_offset:
-                shape = (latents.shape[1], *[1] * (latents.ndim - 2))
-                noise[-1] += self.args.noise_offset * torch.randn(shape, generator=draws)
-        levels = torch.stack(u)
-        losses = self.wrapped(self.data, batch, latents, torch.stack(noise).to(latents), levels)
+        noise, levels = draw_noise(self.args.seed, number, batch["index"].tolist(), latents, self.args.noise_offset)
+        losses = self.wrapped(self.data, batch, latents, noise, levels)
         if self.args.min_snr_gamma:
             losses = losses * self.noise.snr_weights(
                 self.noise.times(levels).to(losses.device), self.args.min_snr_gamma
@@ -302,11 +301,11 @@ class Trainer:
 
     def draw_samples(self) -> None:
         """Draw --sample_prompts into sample/, and all that were drawn so far onto one sheet."""
-        if self.is_main:
+        if self.is_main or self.sharding is not None:  # a divided model computes in all processes or in none
             for model in self.idle:
                 model.to(self.device)
             with self.evaluating():
-                self.sheet.draw(self.samples, self.step)
+                self.sheet.draw(self.samples, self.step, write=self.is_main)
             self.offload()
         self.accelerator.wait_for_everyone()
 

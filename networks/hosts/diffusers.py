@@ -56,11 +56,13 @@ def load_model(
     option: str,
     sdpa: bool = False,
     quantize: str | None = None,
+    keep_denoiser: bool = False,
 ) -> Family:
     """Load a model folder, frozen and in eval mode. The autoencoder stays fp32: SDXL's overflows in fp16.
 
     On the CPU the plain attention is used unless `sdpa`, where a family has it and it is faster there.
-    `quantize` stores the denoiser's Linear layers in 4 or 8 bits, see small_weights.
+    `quantize` stores the denoiser's Linear layers in 4 or 8 bits, see small_weights. `keep_denoiser` leaves the
+    denoiser in memory, to be divided over processes.
     Raises ValueError when the folder is not a model of these families or cannot be read.
     """
     kind = check_model_folder(folder, option)
@@ -81,7 +83,8 @@ def load_model(
         model.requires_grad_(False).eval()
         if quantize and model is family.denoiser:
             small_weights.quantize(model, quantize, dtype, device)
-        model.to(device, torch.float32 if model is family.vae else dtype)
+        where = torch.device("cpu") if keep_denoiser and model is family.denoiser else device
+        model.to(where, torch.float32 if model is family.vae else dtype)
     if device.type == "cpu" and not sdpa:
         family.use_plain_attention()
     return family

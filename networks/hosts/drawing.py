@@ -175,16 +175,18 @@ class SampleSheet:
     def __init__(self, folder: Path, name: str, family: Family, batch_size: int) -> None:
         self.folder, self.name, self.family, self.batch_size = folder, name, family, batch_size
 
-    def draw(self, requests: Sequence[ImageRequest], step: int) -> None:
-        """Draw all requests with the model as it is, and the sheet anew."""
+    def draw(self, requests: Sequence[ImageRequest], step: int, write: bool = True) -> None:
+        """Draw all requests with the model as it is, and the sheet anew. Without `write` only the model's work is done:
+        another process has the files."""
         folder = self.folder / "sample"
         folder.mkdir(exist_ok=True)
         numbers = itertools.count()
         for batch in batches(requests, self.batch_size):
-            for drawn, request in zip(self.family.draw(batch), batch, strict=True):
+            pictures = self.family.draw(batch)
+            for drawn, request in zip(pictures if write else (), batch, strict=write):
                 path = folder / f"{self.name}_{step:06d}_{next(numbers):02d}{self.family.suffix}"
                 self.family.save(drawn, path, request)
-        if self.family.suffix == ".png":
+        if write and self.family.suffix == ".png":
             self._sheet(folder, [request.prompt for request in requests])
 
     def _sheet(self, folder: Path, prompts: Sequence[str]) -> None:

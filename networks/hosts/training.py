@@ -41,27 +41,16 @@ def make_accelerator(args: argparse.Namespace) -> Any:
         project_dir=args.logging_dir,
     )
     plugin = accelerator.state.deepspeed_plugin
-    check_sharding(accelerator.distributed_type.name, plugin.zero_stage if plugin is not None else 0)
+    if plugin is not None and plugin.zero_stage >= 3:
+        raise ValueError(
+            "DeepSpeed ZeRO 3 would cut the adapter into pieces, whose file needs it whole. Configure FSDP, which "
+            "divides the frozen model alone, or ZeRO up to 2."
+        )
     if plugin is not None:  # it asks for the loader's batch size, and ours is no loader that accelerate prepares
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     if args.logging_dir:
         accelerator.init_trackers(args.output_name)
     return accelerator
-
-
-def check_sharding(kind: str, zero_stage: int) -> None:
-    """Raise ValueError when processes hold pieces of the adapter only: files and norms are made from whole layers.
-
-    Args:
-        kind: accelerate's name of the way in which processes work together.
-        zero_stage: DeepSpeed's; from 3 on it divides parameters.
-    """
-    if kind == "FSDP" or zero_stage >= 3:
-        raise ValueError(
-            f"accelerate is configured for {'FSDP' if kind == 'FSDP' else 'DeepSpeed ZeRO 3'}, which cuts the adapter "
-            "into pieces: it is small, and its file needs it whole. Configure plain multi-GPU, or DeepSpeed up to ZeRO "
-            "2; to save memory use --fp8_base, or --quantize nf4."
-        )
 
 
 class Objective(nn.Module):
@@ -143,10 +132,9 @@ def build_network(args: argparse.Namespace, family: Family, network_args: dict[s
         for encoder in encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for model in (unet, *encoders):
-            model.train()  # the libraries checkpoint in train mode only
-            for part in model.modules():
-                if isinstance(part, nn.Dropout):
-                    part.eval()  # T5 has some, and a frozen model keeps its own answer
+            for part in model.modules():  # the libraries checkpoint in train mode only, in which T5 has dropouts
+                drops = isinstance(vars(part).get("dropout"), float)
+                part.training = hasattr(part, "gradient_checkpointing") and not drops
         network.enable_gradient_checkpointing()
     return network
 

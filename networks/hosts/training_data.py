@@ -38,6 +38,25 @@ def generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
+def draw_noise(
+    seed: int, number: int, examples: Sequence[int], latents: Tensor, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Noise of the shape (B, C, ...) of `latents`, and levels u (B,), for batch `number` of a run.
+
+    Args:
+        examples: numbers of the batch's examples.
+        offset: size of the noise that a whole channel has in common.
+    """
+    u, noise = [], []
+    for example in examples:
+        draws = generator(seed, "noise", number, example)
+        u.append(torch.rand((), generator=draws))
+        noise.append(torch.randn(latents.shape[1:], generator=draws))
+        if offset:
+            noise[-1] += offset * torch.randn((latents.shape[1], *[1] * (latents.ndim - 2)), generator=draws)
+    return torch.stack(noise).to(latents), torch.stack(u)
+
+
 class TrainingData(Dataset[dict[str, Any]]):
     """Captioned examples as they are read, or as cached latents."""
 

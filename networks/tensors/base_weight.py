@@ -67,10 +67,12 @@ def check(module: nn.Module) -> None:
             f"{type(module).__name__} has no weight that could be changed: apply the network without merging, or leave "
             "such layers out when it is trained (train_norm=affine)"
         )
-    if not isinstance(module.weight, Tensor) or not module.weight.numel():
+    weight = module.weight
+    divided = hasattr(weight, "device_mesh") or getattr(weight, "_fsdp_flattened", False)  # FSDP2, FSDP1
+    if divided or not isinstance(weight, Tensor) or not weight.numel():
         raise ValueError(
-            f"the weight of {type(module).__name__} is not here (sharded over processes, or emptied by its host): "
-            "merge in one process, on a model that is whole"
+            f"the weight of {type(module).__name__} is not here (sharded over processes, or emptied by its host): do "
+            "this in one process, on a model that is whole"
         )
     form_of(module).check(module)
 

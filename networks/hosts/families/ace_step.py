@@ -24,7 +24,7 @@ TIMBRE_SECONDS = 30  # of silence, which stands for "no reference sound"
 
 class AceStep(Family):
     title, pipeline_class, version = "ACE-Step", "AceStepPipeline", "ace_step_v1.5"
-    flow_mean = -0.4
+    flow_mean, one_call = -0.4, False
     suffix, data_suffixes = ".wav", AUDIO_SUFFIXES
 
     @property

@@ -57,6 +57,7 @@ class Family:
         version: metadata key ss_base_model_version.
         encoders: the pipeline's attributes that hold text encoders, in the order in which networks take them.
         trains_text: whether text encoders may be trained; if not, their outputs are computed once.
+        one_call: whether a batch is one call of the denoiser, whatever the captions.
         flow_shift, flow_mean: of the training's noise levels (see noise.Flow), unless the user says otherwise.
         suffix: of the files that the generator writes.
         data_suffixes: of the files that the trainer reads.
@@ -71,6 +72,7 @@ class Family:
     denoiser_name: ClassVar[str] = "transformer"
     encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     trains_text: ClassVar[bool] = False
+    one_call: ClassVar[bool] = True
     flow_shift: ClassVar[float] = 1.0
     flow_mean: ClassVar[float] = 0.0
     suffix: ClassVar[str] = ".png"
@@ -78,6 +80,7 @@ class Family:
 
     def __init__(self, pipeline: Any, dtype: torch.dtype) -> None:
         self.pipeline, self.dtype = pipeline, dtype
+        self.place: torch.device | None = None  # where the denoiser computes, if its weights may lie elsewhere
 
     # -- parts
 
@@ -110,7 +113,7 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        return self.denoiser.device
+        return self.place or self.denoiser.device
 
     @property
     def is_v2(self) -> bool:
