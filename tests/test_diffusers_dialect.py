@@ -29,7 +29,7 @@ DORA = {"use_dora": "True"}
 @functools.cache
 def whole_model(arch: str) -> nn.Module:
     """diffusers' full-size model, on the meta device."""
-    return skeleton({"sd": "sd15", "sdxl": "sdxl"}[arch]).unet if arch in ("sd", "sdxl") else meta_model(arch)
+    return skeleton("sd15").unet if arch == "sd" else meta_model(arch)
 
 
 @pytest.mark.parametrize("arch", [*CASES, "sd", "sdxl"])

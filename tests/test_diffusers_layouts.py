@@ -176,9 +176,7 @@ def test_a_file_trained_on_diffusers_classes_is_the_trainers(algo: str, tmp_path
         torch.testing.assert_close(model.get_parameter(name) - weights[name], rows, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "arch", [name for name, (_, _, conversion) in CASES.items() if conversion[:1] not in ("", "_")]
-)
+@pytest.mark.parametrize("arch", [name for name, conversion in CONVERSIONS.items() if conversion[0] != "_"])
 def test_normalisation_layers_are_where_diffusers_conversion_puts_them(arch: str) -> None:
     model = meta_model(arch)
     layers = [c for c in candidates(SPECS[arch].denoiser, model, False, norms=True) if c.geometry.family == "norm"]
@@ -189,7 +187,7 @@ def test_normalisation_layers_are_where_diffusers_conversion_puts_them(arch: str
     tagged |= {
         f"{name}.{last}": torch.full(c.geometry.weight_shape, float(i)) for i, (name, c) in enumerate(trained.items())
     }
-    converted = getattr(single_file_utils, CASES[arch][2])(_Lenient(dict(tagged)))
+    converted = getattr(single_file_utils, CONVERSIONS[arch])(_Lenient(dict(tagged)))
     for name, c in trained.items():
         assert torch.equal(converted[f"{c.dotted_name}.weight"], tagged[f"{name}.{last}"]), name
     if arch == "wan":  # one of its three has a weight, under another number
