@@ -118,11 +118,20 @@ class Case:
 
 
 # Values for options that are not switches. A new option without a value here fails `values_of`.
-VALUES: dict[str, tuple[Any, ...]] = {"factor": (9,), "block_size": (3,)}
+# Those without values change nothing in weights: test_tlora.py.
+VALUES: dict[str, tuple[Any, ...]] = {
+    "factor": (9,),
+    "block_size": (3,),
+    "sig_type": ("middle",),
+    "use_data_init": (False,),
+    "min_rank": (),
+    "alpha_rank_scale": (),
+    "mask_group_id": (),
+}
 
 
-# Options under which a training pass has no random choice.
-STEADY: dict[str, dict[str, Any]] = {"dylora": {"block_size": 1 << 30}}
+# Options under which a pass has no random choice, and is the same at all timesteps.
+STEADY: dict[str, dict[str, Any]] = {"dylora": {"block_size": 1 << 30}, "tlora": {"alpha_rank_scale": 0.0}}
 
 
 def options_for(algo: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,6 +273,13 @@ def dense_glora(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     return on_channels + torch.einsum("or,r...->o...", b1.flatten(1), b2).reshape(shape)
 
 
+def dense_tlora(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """P diag(lam) Q - P0 diag(lam0) Q0, of changes and start."""
+    p0, q0, lam0 = t["p0"].flatten(1), t["q0"].flatten(1), t["lam0"]
+    p, q, lam = p0 + t["p_layer.weight"].flatten(1), q0 + t["q_layer.weight"].flatten(1), lam0 + t["lambda_layer"]
+    return ((p @ torch.diag(lam[0])) @ q - (p0 @ torch.diag(lam0[0])) @ q0).reshape(shape)
+
+
 DENSE: dict[str, Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]] = {
     "lora": dense_lora,
     "loha": dense_loha,
@@ -271,15 +287,20 @@ DENSE: dict[str, Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]] = {
     "dylora": dense_lora,
     "lora_fa": dense_lora,
     "glora": dense_glora,
+    "tlora": dense_tlora,
 }
+
+
+def named_tensors(adapter: Adapter, base: Tensor) -> dict[str, Tensor]:
+    """What DENSE wants: parameters by their suffixes in a file, buffers by their own names, the base weight."""
+    named = {adapter.keys[name]: p for name, p in adapter.named_parameters() if name != "scalar"}
+    return named | dict(adapter.named_buffers()) | {"base": base.to(next(adapter.parameters()).dtype)}
 
 
 def dense_update(layer: AdaptedLayer, multiplier: float) -> Tensor:
     """multiplier * scale * scalar * dW of a live layer by the definition, differentiable."""
     adapter = layer.adapter
-    named = {adapter.keys[name]: p for name, p in adapter.named_parameters() if name != "scalar"}
-    named["base"] = layer.whole_weight().to(next(adapter.parameters()).dtype)
-    delta = DENSE[adapter.algo](named, adapter.geometry.weight_shape)
+    delta = DENSE[adapter.algo](named_tensors(adapter, layer.whole_weight()), adapter.geometry.weight_shape)
     scalar = 1.0 if adapter.scalar is None else adapter.scalar
     return delta * scalar * layer.scale * multiplier
 

@@ -17,6 +17,7 @@ from networks.args.table import TABLE
 FLUX_KINDS = [name for name, _ in next(arch for arch in ARCHS if arch.name == "flux").layer_dims]
 SD3_KINDS = [name for name, _ in next(arch for arch in ARCHS if arch.name == "sd3").layer_dims]
 CONV = {"conv_dim": "2"}
+TLORA = {"algo": "tlora"}
 LOKR = {"algo": "lokr", "factor": "2"}
 # argument -> (arguments on both sides, the argument's value)
 EFFECTS: dict[str, tuple[dict[str, str], str]] = {
@@ -35,6 +36,10 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "full_matrix": ({**LOKR, "network_reg_dims": ".*=2"}, "True"),
     "unbalanced_factorization": (LOKR, "True"),
     "block_size": ({"algo": "dylora"}, "2"),
+    "sig_type": (TLORA, "last"),
+    "use_data_init": (TLORA, "False"),
+    "min_rank": (TLORA, "4"),
+    "alpha_rank_scale": (TLORA, "8"),
     "dropout": ({}, "0.5"),
     "rank_dropout": ({}, "0.5"),
     "rank_dropout_scale": ({"rank_dropout": "0.5"}, "False"),
@@ -105,6 +110,7 @@ ONLY_LOGGED = {"verbose", "allow_unknown"}
 AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py
 WATCHING = {"diagnose_steps"}  # test_diagnosis.py
 IN_THE_FORM = {"bypass_mode"}  # test_lycoris_entry.py
+BETWEEN_NETWORKS = {"mask_group_id"}  # test_tlora.py
 IN_FILES = {"save_format", "save_dims"}  # test_dialects.py, test_resize.py
 
 
@@ -158,7 +164,7 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
-    others = AFTER_A_STEP | WATCHING | IN_FILES | IN_THE_FORM
+    others = AFTER_A_STEP | WATCHING | IN_FILES | IN_THE_FORM | BETWEEN_NETWORKS
     assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others == {arg.name for arg in TABLE}
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")

@@ -16,6 +16,7 @@ from helpers_numeric import (
     assert_close,
     make_input,
     make_layer,
+    named_tensors,
     options_for,
     randomise,
     with_weight,
@@ -58,10 +59,8 @@ def single(kind: str, algo: str, side: str, multiplier: Any = MULTIPLIER, **opti
 def definition(layer: AdaptedLayer, W: Tensor, m: float) -> Tensor:
     """W + m ((W + s dW) g / n - W), from the file's tensors, n by torch's own norm."""
     adapter = layer.adapter
-    named = {adapter.keys[name]: p for name, p in adapter.named_parameters() if name != "scalar"}
-    named["base"] = W
     scalar = 1.0 if adapter.scalar is None else adapter.scalar
-    whole = W + DENSE[adapter.algo](named, tuple(W.shape)) * scalar * layer.scale
+    whole = W + DENSE[adapter.algo](named_tensors(adapter, W), tuple(W.shape)) * scalar * layer.scale
     rows = whole.flatten(1) if layer.on_output else whole.transpose(0, 1).flatten(1)
     norms = torch.stack([row.norm() for row in rows]).detach()
     ratio = (layer.magnitude.flatten() / norms).reshape(layer.magnitude.shape)

@@ -23,6 +23,7 @@ from helpers_numeric import (
     make_input,
     make_layer,
     make_network,
+    named_tensors,
     options_for,
     randomise,
 )
@@ -40,10 +41,11 @@ from networks.tensors.geometry import Geometry
 every_algo = pytest.mark.parametrize("algo", list(ADDITIVE))
 every_dropout = pytest.mark.parametrize("dropout", ("dropout", "rank_dropout", "module_dropout"))
 P = 0.3
-# The axis of the rank index that a rank mask weighs, in one tensor of the file: (key, axis flat, axis Tucker).
-RANK_INDEX = dict.fromkeys(("lora", "dylora", "lora_fa"), ("lora_up.weight", 1, 1)) | {
-    "loha": ("hada_w1_a", 1, 0),
-    "lokr": ("lokr_w2_a", 1, 0),
+# The axis of the rank index that a rank mask weighs, in one tensor of a product: (keys, axis flat, axis Tucker).
+RANK_INDEX = dict.fromkeys(("lora", "dylora", "lora_fa"), (("lora_up.weight",), 1, 1)) | {
+    "loha": (("hada_w1_a",), 1, 0),
+    "lokr": (("lokr_w2_a",), 1, 0),
+    "tlora": (("lambda_layer", "lam0"), 1, 1),
 }
 TWO_RANKS = {"glora": (("a2.weight", 0), ("b1.weight", 1))}  # (key, axis) for each half of the mask
 
@@ -86,14 +88,14 @@ def test_a_rank_mask_weighs_the_rank_indices(algo: str, options: dict[str, bool]
     """delta(mask) is the definition with one tensor's rank axis weighed: the ground of the tests below."""
     _, layer = adapted(algo, "conv_3x3", {}, **options)
     adapter = layer.acting
-    tensors = {adapter.keys[name]: p.detach() for name, p in adapter.named_parameters()} | {"base": layer.base.weight}
+    tensors = {key: t.detach() for key, t in named_tensors(adapter, layer.base.weight).items()}
     mask = torch.tensor([0.0, 1.5, 0.0, 2.0, 0.5, 0.0, 1.0, 0.0], dtype=torch.float64)[: adapter.mask_size]
     if algo in TWO_RANKS:
-        places = TWO_RANKS[algo]
+        places = [(*place, part) for place, part in zip(TWO_RANKS[algo], mask.chunk(2), strict=True)]
     else:
-        key, flat, tucker = RANK_INDEX[algo]
-        places = ((key, tucker if adapter.chosen.get("use_tucker") else flat),)
-    for (key, axis), part in zip(places, mask.chunk(len(places)), strict=True):
+        keys, flat, tucker = RANK_INDEX[algo]
+        places = [(key, tucker if adapter.chosen.get("use_tucker") else flat, mask) for key in keys]
+    for key, axis, part in places:
         shape = [1] * tensors[key].dim()
         shape[axis] = 4
         tensors[key] = tensors[key] * part.reshape(shape)
@@ -124,7 +126,7 @@ def test_rank_dropout_factored_masks_per_sample_and_rank_index(algo: str, kind: 
     assert all(0 < int(column.sum()) < 64 for column in dropped.T), "every rank index is dropped and kept somewhere"
 
 
-@every_algo
+@pytest.mark.parametrize("algo", [algo for algo, cls in ADDITIVE.items() if "bypass_mode" in cls.features])
 def test_rank_dropout_materialised_has_one_mask_per_call(algo: str) -> None:
     base, layer = adapted(algo, "linear", {"rank_dropout": P})
     x, seen = make_input("linear", samples=3), []

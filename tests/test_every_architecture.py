@@ -71,7 +71,9 @@ def test_created_trained_saved_loaded(arch: str, tmp_path: Path) -> None:
         again = create(arch, model, **kwargs)
         assert not again.load_weights(file).missing
         again.eval()
-        torch.testing.assert_close(model(signal()), wanted, msg=lambda m, n=name: f"{n}, loaded: {m}")
+        # T-LoRA divides its factors anew into directions and lengths, so fp32 rounds again (float64: test_reparam).
+        near = {"rtol": 1e-4, "atol": 1e-4} if name == "tlora" else {}
+        torch.testing.assert_close(model(signal()), wanted, **near, msg=lambda m, n=name: f"{n}, loaded: {m}")
         again.detach()
         tensors = load_file(file)
         merged = from_file(arch, model, tensors)

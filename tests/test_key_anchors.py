@@ -51,6 +51,7 @@ LAYERS = {
 # arguments -> suffix -> shape, with every layer's O and I; dim 4, LoKr with factor 8
 FORMS: dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]] = {
     "lora": ({}, {"lora_down.weight": (4, "I"), "lora_up.weight": ("O", 4)}),
+    "tlora": ({"algo": "tlora"}, {"lora_down.weight": (8, "I"), "lora_up.weight": ("O", 8)}),
     "loha": (
         {"algo": "loha"},
         {"hada_w1_a": ("O", 4), "hada_w1_b": (4, "I"), "hada_w2_a": ("O", 4), "hada_w2_b": (4, "I")},
@@ -99,7 +100,7 @@ def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
     expected = {f"{saved}.{k}": tuple(sizes.get(n, n) for n in shape) for k, shape in wanted.items()}
     tensors = codec.encode(network.adapted_layers)
     assert {key: tuple(t.shape) for key, t in tensors.items()} == {**expected, f"{saved}.alpha": ()}
-    alphas = {"lokr, full": 4, "ia3": 4, "ia3 on the input side": 4}
+    alphas = {"lokr, full": 4, "ia3": 4, "ia3 on the input side": 4, "tlora": 6}
     alpha = tensors[f"{saved}.alpha"]
     assert float(alpha) == (0 if "oft" in form else alphas.get(form, 3)) and alpha.dtype == torch.float32
 

@@ -448,5 +448,6 @@ def test_known_wrong_peft_lora_on_a_dilated_convolution() -> None:
 
 def test_every_registered_algorithm_is_compared() -> None:
     """A new algorithm which LyCORIS has too belongs into the table LYCORIS; one that it lacks, into `absent`."""
-    absent = {"dylora", "lora_fa"}  # its DyLoRA scales by the block, not by the rank; it has no LoRA-FA
+    # Its DyLoRA scales by the block, not by the rank; it has no LoRA-FA; for T-LoRA see test_tlora.py.
+    absent = {"dylora", "lora_fa", "tlora"}
     assert ADDITIVE.keys() - LYCORIS.keys() - absent == set()

@@ -42,9 +42,12 @@ def recorded(arch: str) -> list[Recorded]:
 
 
 class _Chain:
-    """A forward pass through all layers, each fed with as much of the signal as it wants."""
+    """A forward pass through all layers, each fed with as much of the signal as it wants. It can be told the time by
+    any of the names that the trainers' models have for it."""
 
-    def forward(self: nn.Module, x: Tensor) -> Tensor:  # type: ignore[misc]
+    def forward(  # type: ignore[misc]
+        self: nn.Module, x: Tensor, timestep: Any = None, timesteps: Any = None, t: Any = None, time: Any = None
+    ) -> Tensor:
         out = x
         for module in self.modules():
             if isinstance(module, nn.Linear):

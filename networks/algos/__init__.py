@@ -18,9 +18,10 @@ from .norm import Norm
 from .oft import DiagOFT
 from .reweight import Reweight
 from .saved import Layout
+from .tlora import TLoRA
 
 ALGOS: dict[str, type[Adapter]] = {
-    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, GLoRA, Full, Norm, DiagOFT, BOFT, IA3)
+    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, GLoRA, TLoRA, Full, Norm, DiagOFT, BOFT, IA3)
 }
 
 

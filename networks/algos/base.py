@@ -18,6 +18,7 @@ from torch.func import functional_call, jvp
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import Gate
 from ..tensors.products import OfWeight, Products
+from .clock import Clock
 from .saved import Layout, SavedForm
 
 CHUNK = 1 << 22  # elements of dW that are built at a time where only its norms are wanted
@@ -39,7 +40,9 @@ class Adapter(SavedForm):
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
     alpha_option: ClassVar[str] = ""  # the option which a file holds as alpha, where alpha is no strength
     stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
+    timed: ClassVar[bool] = False  # it acts by the time of the denoising pass: its attribute `clock`
 
+    clock: Clock | None = None  # of the timed ones: when it is, if anybody knows
     side = ""  # of the multiplicative ones: "output" or "input"
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
@@ -62,6 +65,18 @@ class Adapter(SavedForm):
     def reset_parameters(self) -> None:
         """Start values; dW is 0, or its scalar is."""
         raise NotImplementedError
+
+    @property
+    def wants_base(self) -> bool:
+        """Whether its start values follow from the base weight, and nothing has set others yet."""
+        return False
+
+    def see_base(self, weight: Tensor) -> None:
+        """Take the start values from W [O, I, *kernel], fp32 or wider, on any device; without gradient.
+
+        Raises:
+            ValueError: it cannot be the weight that the parameters are for.
+        """
 
     @classmethod
     def splits(cls, options: Mapping[str, Any]) -> bool:

@@ -110,6 +110,11 @@ class SavedForm(nn.Module):
         `stack` do not show them."""
         return None
 
+    @classmethod
+    def portable_alpha(cls, tensors: Mapping[str, Tensor], alpha: float) -> float:
+        """The alpha of a file's layer as our own files would have it: scale = alpha / saved rank."""
+        return alpha
+
     def pack(self) -> dict[str, Tensor]:
         """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""
         tensors = {name: p.detach() for name, p in self.named_parameters() if name != "scalar"}
@@ -167,14 +172,7 @@ class SavedForm(nn.Module):
         Raises:
             ValueError: a tensor is missing, unknown, or of another shape.
         """
-        own = self._by_suffix()
-        if own.keys() != tensors.keys():
-            raise ValueError(f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(own))}")
-        for suffix, p in own.items():
-            if not tensors[suffix].is_floating_point():
-                raise ValueError(f"{suffix} is of type {tensors[suffix].dtype}, not floating point")
-            if _squeezed(tensors[suffix].shape) != _squeezed(p.shape):
-                raise ValueError(f"{suffix} is {tuple(tensors[suffix].shape)}, this network wants {tuple(p.shape)}")
+        check_tensors(self._by_suffix(), tensors)
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over saved tensors.
@@ -193,6 +191,21 @@ class SavedForm(nn.Module):
 
     def _by_suffix(self) -> dict[str, nn.Parameter]:
         return {self.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
+
+
+def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Saved tensors against those that are wanted. 1x1 convolutions and Linears may stand for each other.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another shape.
+    """
+    if own.keys() != tensors.keys():
+        raise ValueError(f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(own))}")
+    for suffix, p in own.items():
+        if not tensors[suffix].is_floating_point():
+            raise ValueError(f"{suffix} is of type {tensors[suffix].dtype}, not floating point")
+        if _squeezed(tensors[suffix].shape) != _squeezed(p.shape):
+            raise ValueError(f"{suffix} is {tuple(tensors[suffix].shape)}, this network wants {tuple(p.shape)}")
 
 
 def unstack_diagonal(name: str, stacked: Tensor, sizes: Sequence[int]) -> list[Tensor]:

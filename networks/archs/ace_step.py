@@ -5,13 +5,14 @@ Files of its trainers (ACE-Step, Side-Step; LyCORIS on the decoder) have the pre
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, below
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below
 
 ACE_STEP = ArchSpec(
     name="ace_step",
     title="ACE-Step 1.5",
     entry="lora_ace_step",
     signatures=(Signature("AceStepDiTModel"), Signature("AceStepTransformer1DModel")),
+    timestep=Timestep(("timestep",), noise=1.0),
     denoiser=Part(
         "dit",
         "lycoris",

@@ -5,7 +5,7 @@ The adapter between the two is trained on request; in diffusers it is a model of
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, below
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below
 
 QWEN3 = ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2")
 
@@ -42,6 +42,7 @@ ANIMA = ArchSpec(
     title="Anima",
     entry="lora_anima",
     signatures=(Signature("Anima"), Signature("CosmosTransformer3DModel")),
+    timestep=Timestep(("timesteps", "timestep"), noise=1.0),
     denoiser=Part(
         "dit",
         "lora_unet",

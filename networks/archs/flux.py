@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
 DOUBLE_BLOCKS = 19
@@ -89,6 +89,7 @@ FLUX = ArchSpec(
     title="FLUX.1",
     entry="lora_flux",
     signatures=(Signature("Flux"), Signature("FluxTransformer2DModel")),
+    timestep=Timestep(("timesteps", "timestep"), noise=1.0),
     denoiser=Part(
         "dit",
         "lora_unet",

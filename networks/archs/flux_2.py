@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV, QK_NORMS, SINGLE_QK_NORMS, TEXT_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Timestep, below, fused
 
 DIFFUSERS = (
     *below(
@@ -38,6 +38,7 @@ FLUX_2 = ArchSpec(
     title="FLUX.2",
     entry="lora_flux_2",
     signatures=(Signature("Flux2"), Signature("Flux2Transformer2DModel")),
+    timestep=Timestep(("timesteps", "timestep"), noise=1.0),
     denoiser=Part(
         "dit",
         "lora_unet",

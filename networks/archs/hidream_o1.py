@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep
 
 VISION = ("Qwen3VLVisionPatchEmbed", "Qwen3VLVisionBlock", "Qwen3VLVisionPatchMerger")
 
@@ -12,6 +12,7 @@ HIDREAM_O1 = ArchSpec(
     entry="lora_hidream_o1",
     # The language model alone has the same class.
     signatures=(Signature("Qwen3VLForConditionalGeneration", has=("model.x_embedder",)),),
+    timestep=Timestep(("timestep",), noise=0.0, clean=1.0),
     denoiser=Part(
         "dit",
         "lora_unet",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV, NORMS, SINGLE_QKV_MLP, TEXT_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
 
 DOUBLE_BLOCKS = 20
 
@@ -49,6 +49,7 @@ HUNYUAN_IMAGE = ArchSpec(
     title="HunyuanImage 2.1",
     entry="lora_hunyuan_image",
     signatures=(Signature("HYImageDiffusionTransformer"), Signature("HunyuanImageTransformer2DModel")),
+    timestep=Timestep(("timestep",)),
     denoiser=Part(
         "dit",
         "lora_unet",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import NORMS
 from .hunyuan_image import DIFFUSERS, QK_NORMS
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below
 
 DOUBLE_BLOCKS = 20
 # FramePack's trainer has diffusers' classes; those of the second line stand in diffusers' image-to-video models.
@@ -18,6 +18,7 @@ HUNYUAN_VIDEO = ArchSpec(
     title="HunyuanVideo",
     entry="lora",
     signatures=(Signature("HYVideoDiffusionTransformer"), Signature("HunyuanVideoTransformer3DModel")),
+    timestep=Timestep(("t", "timestep")),
     denoiser=Part("dit", "lora_unet", ("MMDoubleStreamBlock", "MMSingleStreamBlock", *BLOCKS), layouts=DIFFUSERS),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),
@@ -30,6 +31,7 @@ HV_1_5 = ArchSpec(
     title="HunyuanVideo 1.5",
     entry="lora_hv_1_5",
     signatures=(Signature("HunyuanVideo_1_5_DiffusionTransformer"), Signature("HunyuanVideo15Transformer3DModel")),
+    timestep=Timestep(("timestep",)),
     denoiser=Part(
         "dit",
         "lora_unet",
@@ -69,6 +71,7 @@ FRAMEPACK = ArchSpec(
         Signature("HunyuanVideoTransformer3DModelPacked"),
         Signature("HunyuanVideoFramepackTransformer3DModel"),
     ),
+    timestep=Timestep(("timestep",)),
     denoiser=Part("dit", "lora_unet", BLOCKS),
     axes=(BlockAxis("transformer_blocks."), BlockAxis("single_transformer_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(norm|norm1|norm1_context)\.linear", trained_if=False),),

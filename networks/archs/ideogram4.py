@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
 
 IDEOGRAM4 = ArchSpec(
     name="ideogram4",
     title="Ideogram 4",
     entry="lora_ideogram4",
     signatures=(Signature("Ideogram4Transformer"), Signature("Ideogram4Transformer2DModel")),
+    timestep=Timestep(("t", "timestep"), noise=0.0, clean=1.0),
     denoiser=Part(
         "dit",
         "lora_unet",

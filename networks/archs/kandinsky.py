@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
 
 KANDINSKY = ArchSpec(
     name="kandinsky",
     title="Kandinsky 5",
     entry="lora_kandinsky",
     signatures=(Signature("DiffusionTransformer3D"), Signature("Kandinsky5Transformer3DModel")),
+    timestep=Timestep(("time", "timestep")),
     denoiser=Part(
         "dit",
         "lora_unet",

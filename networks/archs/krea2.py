@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, below
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Timestep, below
 
 BLOCK = (
     Rename("attn.to_q", "attn.wq"),
@@ -42,6 +42,7 @@ KREA2 = ArchSpec(
     title="Krea 2",
     entry="lora_krea2",
     signatures=(Signature("SingleStreamDiT"), Signature("Krea2Transformer2DModel")),
+    timestep=Timestep(("t", "timestep"), noise=1.0),
     denoiser=Part("dit", "lora_unet", ("SingleStreamDiT", "Krea2Transformer2DModel"), layouts=DIFFUSERS),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({264}),

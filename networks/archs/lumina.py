@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
 
 GEMMA2 = ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")
 
@@ -40,6 +40,7 @@ LUMINA = ArchSpec(
     title="Lumina Image 2.0",
     entry="lora_lumina",
     signatures=(Signature("NextDiT"), Signature("Lumina2Transformer2DModel")),
+    timestep=Timestep(("t", "timestep"), noise=0.0, clean=1.0),
     denoiser=Part(
         "dit",
         "lora_unet",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
 
 QWEN_IMAGE = ArchSpec(
     name="qwen_image",
     title="Qwen-Image",
     entry="lora_qwen_image",
     signatures=(Signature("QwenImageTransformer2DModel"),),
+    timestep=Timestep(("timestep",), noise=1.0),
     denoiser=Part("dit", "lora_unet", ("QwenImageTransformerBlock",)),
     axes=(BlockAxis("transformer_blocks."),),
     # The trainer's own default pattern, .*(_mod_).*, is tested on img_mod.1 and matches nothing, so that its files

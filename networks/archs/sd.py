@@ -6,7 +6,7 @@ Saved names are the trainers': for SD the diffusers names of the layers, for SDX
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockLevels, Pairs, Part, Signature, Switch
+from .spec import ArchSpec, BlockLevels, Pairs, Part, Signature, Switch, Timestep
 
 TRANSFORMER = ("Transformer2DModel",)
 CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -103,6 +103,7 @@ SD = ArchSpec(
     title="Stable Diffusion 1.x / 2.x",
     entry="lora",
     signatures=(Signature("UNet2DConditionModel", lacks=("add_embedding", "label_emb")),),
+    timestep=Timestep(("timestep",)),
     denoiser=Part(
         "unet",
         "lora_unet",
@@ -127,6 +128,7 @@ SDXL = ArchSpec(
         Signature("SdxlUNet2DConditionModel"),
         Signature("UNet2DConditionModel", has=("add_embedding",)),
     ),
+    timestep=Timestep(("timesteps", "timestep")),
     denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_release_names(3), diffusers="unet"),
     text_encoders=(clip(1), clip(2)),
     blocks=_sdxl_blocks(),

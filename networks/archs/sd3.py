@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import IMAGE_QKV, TEXT_QKV, t5
 from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, below, fused
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
 
 DIFFUSERS = (
     *below(
@@ -51,6 +51,7 @@ SD3 = ArchSpec(
     title="Stable Diffusion 3 / 3.5",
     entry="lora_sd3",
     signatures=(Signature("MMDiT"), Signature("SD3Transformer2DModel")),
+    timestep=Timestep(("t", "timestep")),
     denoiser=Part("dit", "lora_unet", ("SingleDiTBlock", "JointTransformerBlock"), layouts=DIFFUSERS),
     text_encoders=(clip(1), clip(2), t5()),
     axes=(BlockAxis("joint_blocks.", 0, "train_block_indices"),),

@@ -196,6 +196,20 @@ class BlockLevels:
 
 
 @dataclass(frozen=True)
+class Timestep:
+    """How a denoiser's own forward is told the time.
+
+    Attributes:
+        arguments: its name there, over the classes of the architecture.
+        noise, clean: the values at which a sample is nothing but noise, and without any.
+    """
+
+    arguments: tuple[str, ...]
+    noise: float = 1000.0
+    clean: float = 0.0
+
+
+@dataclass(frozen=True)
 class ArchSpec:
     """An architecture.
 
@@ -204,6 +218,7 @@ class ArchSpec:
         entry: the module that stands for it, `lora_flux`; its own name asserts this architecture.
         signatures: denoiser classes that mark it.
         denoiser, text_encoders: its parts; text encoders in the order in which hosts hand them over.
+        timestep: of the denoiser's forward.
         blocks: (prefix of a trainer's dotted name, block number), for `blocks=`.
         axes: the same for models whose blocks carry their number in the name.
         exclude: regular expressions left out by default.
@@ -225,6 +240,7 @@ class ArchSpec:
     entry: str
     signatures: tuple[Signature, ...]
     denoiser: Part
+    timestep: Timestep
     text_encoders: tuple[Part, ...] = ()
     blocks: tuple[tuple[str, int], ...] = field(default=())
     axes: tuple[BlockAxis, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, below
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Timestep, below
 
 DIFFUSERS = below(
     r"blocks\.(\d+)\.",
@@ -33,6 +33,7 @@ WAN = ArchSpec(
     title="Wan 2.1 / 2.2",
     entry="lora_wan",
     signatures=(Signature("WanModel"), Signature("WanTransformer3DModel")),
+    timestep=Timestep(("t", "timestep")),
     denoiser=Part("dit", "lora_unet", ("WanAttentionBlock", "WanTransformerBlock"), layouts=DIFFUSERS),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({300, 400, 480}),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
 
 ZIMAGE = ArchSpec(
     name="zimage",
     title="Z-Image",
     entry="lora_zimage",
     signatures=(Signature("ZImageTransformer2DModel"),),
+    timestep=Timestep(("t",), noise=0.0, clean=1.0),
     denoiser=Part("dit", "lora_unet", ("ZImageTransformerBlock",)),
     axes=(BlockAxis("layers."),),
     switches=(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .spec import Arg
 
-ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora", "full", "norm", "diag-oft", "boft", "ia3")
-ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora")
+ALGOS = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora", "tlora", "full", "norm", "diag-oft", "boft", "ia3")
+ADDITIVE = ("lora", "loha", "lokr", "dylora", "lora_fa", "glora", "tlora")
 FORM = "form of the factors"
 # Entries whose defaults belong to their own algorithm: with another `algo=` they are as any entry. Their networks leave
 # the text encoders alone.
@@ -159,5 +159,50 @@ FORMS: tuple[Arg, ...] = (
         FORM,
         algos=("dylora",),
         minimum=1,
+    ),
+    Arg(
+        "sig_type",
+        "choice",
+        "principal",
+        "T-LoRA starts from the first (`principal`), the `middle` or the `last` singular vectors",
+        FORM,
+        algos=("tlora",),
+        choices=("principal", "last", "middle"),
+    ),
+    Arg(
+        "use_data_init",
+        "bool",
+        True,
+        "of the base weight; False: of a random matrix",
+        FORM,
+        algos=("tlora",),
+    ),
+    Arg(
+        "min_rank",
+        "int",
+        1,
+        "T-LoRA (2507.05964): ranks that act at the noisiest timestep; all of them act at the last one",
+        FORM,
+        aliases=("tlora_min_rank",),
+        algos=("tlora",),
+        minimum=1,
+    ),
+    Arg(
+        "alpha_rank_scale",
+        "float",
+        1.0,
+        "exponent of its schedule: ((T - t) / T)^x of the ranks above min_rank act at timestep t of T",
+        FORM,
+        aliases=("tlora_alpha", "tlora_alpha_rank_scale"),
+        algos=("tlora",),
+        minimum=0,
+    ),
+    Arg(
+        "mask_group_id",
+        "int",
+        0,
+        "networks of one number share the timestep, or the mask that `set_timestep_mask` sets",
+        FORM,
+        algos=("tlora",),
     ),
 )

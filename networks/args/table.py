@@ -197,7 +197,7 @@ TABLE: tuple[Arg, ...] = (
         "float",
         None,
         "LoRA+ (2402.12354): learning rate of the plus factors (up, hada_w2_a, lokr_w1, glora's a1 and "
-        "b1) over that of the others; diag-oft, boft and ia3 have no such pair and refuse it",
+        "b1, P of tlora) over that of the others; diag-oft, boft and ia3 have no such pair and refuse it",
         _LR,
         neutral=(1,),
         minimum=0,
@@ -333,7 +333,7 @@ TABLE: tuple[Arg, ...] = (
         "change; not given: whichever is cheaper. The same numbers either way, also with use_dora and on "
         "quantised layers",
         _OTHER,
-        algos=ADDITIVE,
+        algos=tuple(algo for algo in ADDITIVE if algo != "tlora"),
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..algos import ALGOS
+from ..algos import ALGOS, Adapter
+from ..algos.clock import Clock, clock_of
 from ..archs.detect import unwrap
+from ..archs.spec import Timestep
 from ..files import codec, dotted, reader, resize, writer
 from ..files.dialects import Form
 from ..layers.adapted import AdaptedLayer
@@ -29,8 +31,9 @@ from .diagnosis import Diagnosis
 from .loading import match
 from .merging import check_bases, merge
 from .plan import Plan, PlanRow
-from .report import LoadReport
+from .report import LoadReport, progress
 from .select import Bases
+from .watching import time_reader, watch
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class Network(nn.Module):
         self.runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
         self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
         self._roots = dict(roots)
+        self.timesteps: dict[str, Timestep] = {}  # part name -> how the forward of its root is told the time
         self._hooks: list[Any] = []
         self._region_hooks: list[Any] = []
         chosen = Dropouts(**(dropouts or {}))
@@ -113,16 +117,21 @@ class Network(nn.Module):
             self.plan = self.plan.keep(parts)
         if not self._layers:
             raise ValueError("no layer is left to train: no part of the model is both trained and targeted")
-        for layer in self.adapted_layers:
-            layer.attach()
+        for layer in progress(self.adapted_layers, any(layer.adapter.wants_base for layer in self.adapted_layers)):
+            try:
+                layer.attach()
+            except ValueError as error:
+                raise ValueError(f"{layer.lora_name}: {error}") from None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if any(layer.dropouts or layer.perturbation or layer.adapter.stepwise for layer in self.adapted_layers):
+        clocks = self._set_clocks()
+        layers = self.adapted_layers
+        if clocks or any(layer.dropouts or layer.perturbation or layer.adapter.stepwise for layer in layers):
             used = {row.part for row, _ in self.layers}
-            self._hooks = [
-                h for part, root in self._roots.items() if part in used for h in _watch(unwrap(root), self.runtime)
-            ]
+            for part, root in ((part, unwrap(root)) for part, root in self._roots.items() if part in used):
+                read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
+                self._hooks += watch(root, self.runtime, clocks if read else (), read)
 
     def detach(self) -> None:
         """Give the model its own forwards back."""
@@ -132,6 +141,26 @@ class Network(nn.Module):
             hook.remove()
         self._hooks = []
         self.leave_region()
+
+    # -- time
+
+    def _set_clocks(self) -> list[Clock]:
+        """Layers of parts whose forward tells the time read the clock of their group; the clocks of all of them."""
+        clocks: dict[int, Clock] = {}
+        for row, layer in self.layers:
+            for adapter in layer.adapter.modules() if row.part in self.timesteps else ():
+                if isinstance(adapter, Adapter) and adapter.timed:
+                    group = int(adapter.chosen.get("mask_group_id", 0))
+                    adapter.clock = clocks.setdefault(group, clock_of(group))
+        return list(clocks.values())
+
+    def set_timestep_mask(self, mask: Tensor | None, group_id: int = 0) -> None:
+        """For all networks of a group: which ranks act, [R] or [samples, R] of 0 and 1, whatever time it is.
+
+        Args:
+            mask: None = by the timestep again, which the denoiser's own forward tells.
+        """
+        clock_of(group_id).mask = mask
 
     # -- strength
 
@@ -235,6 +264,7 @@ class Network(nn.Module):
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
+            adapted.see_base()
             adapted.take_alpha(layer.alpha)
             adapted.take_magnitude(layer.magnitude)
         self._follow_scales()
@@ -297,23 +327,3 @@ class Network(nn.Module):
             layer.scale = layer.scale if scale is None else float(scale) / layer.adapter.plus_gain
         self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-
-
-def _watch(root: nn.Module, runtime: Runtime) -> list[Any]:
-    """Tell training passes from sampling at the model's own entrance: below its wrappers, which hosts take off.
-
-    Never inside a layer: reentrant checkpointing runs layers without gradients in training too. A sampling pass puts
-    back what was before it, so that a recomputation in a later backward sees its own pass's state.
-    """
-    before: list[bool] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        before.append(runtime.sampling)
-        runtime.sampling = not torch.is_grad_enabled()
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        former = before.pop() if before else False
-        if runtime.sampling:
-            runtime.sampling = former
-
-    return [root.register_forward_pre_hook(enter), root.register_forward_hook(leave, always_call=True)]

@@ -94,7 +94,8 @@ class _Planner:
         split = self._split(c, algorithm, a) if shown is None else shown
         if saved is not None:
             wanted = ALGOS[self.args.algo]
-            if wanted.form() == saved.algorithm.form():  # several ways to train make files of one form
+            same = wanted.form() == saved.algorithm.form() and wanted.recognises(set(saved.tensors))
+            if same:  # several ways to train make files of one form
                 saved = replace(saved, algorithm=wanted)
             try:
                 dim, options = saved.describe(g)
@@ -122,6 +123,8 @@ class _Planner:
             self.problems.add(f"{c.dotted_name}: {error}")
             return replace(row, reason="the algorithm has no form for it")
         self._note(c, layout.rank is not None, algorithm.family == Geometry.family)
+        if saved is not None and not split:
+            alpha /= layout.stacked
         scale = 1.0
         if layout.rank is not None and alpha:
             folded = saved is not None or not a.rs_lora

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow
+
+Item = TypeVar("Item")
 
 _KINDS = 8  # of layers that a load report counts one by one
 _FIELDS = (
@@ -142,3 +144,14 @@ def _examples(names: Sequence[str]) -> str:
 def _kind(name: str) -> str:
     """What a layer is, whichever block it is in: the name behind the last block number, other numbers as N."""
     return re.sub(r"_\d+(?=_)", "_N", re.sub(r".*s(_\d+)+_(?=[a-z])", "", name))
+
+
+def progress(items: Sequence[Item], long: bool) -> Iterable[Item]:
+    """The items, with a bar behind them if that takes more than two seconds and there is a program for it."""
+    if not long:
+        return items
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return iter(tqdm(items, desc="start values from the base weights", delay=2, leave=False))

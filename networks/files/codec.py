@@ -132,6 +132,8 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
         suffix, axis = dialect.rank
         if value is not None and flags.rs_lora and suffix in group:
             value *= math.sqrt(group[suffix].shape[axis])
+        if value is not None:
+            value = algorithm.portable_alpha(group, value)
         layers[name] = SavedLayer(name, algorithm, group, value, magnitude)
     return layers, unknown
 

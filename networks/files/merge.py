@@ -45,6 +45,7 @@ def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0, bi
     base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     scale = saved.scale(adapter.record.saved_rank)
     layer = AdaptedLayer(saved.name, base, adapter, scale, dora=saved.side(geometry))
+    layer.see_base()
     layer.take_magnitude(saved.magnitude)
     return layer.new_weight(weight, multiplier).detach()
 

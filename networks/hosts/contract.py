@@ -43,6 +43,7 @@ class HostNetwork(Network):
     def __init__(self, arch: ArchSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.arch = arch
+        self.timesteps[arch.denoiser.name] = arch.timestep
 
     @classmethod
     def variant(cls, args: NetArgs, problems: Problems) -> type[HostNetwork]:

@@ -71,6 +71,7 @@ class AttachedAdapter(nn.Module):
     # -- attachment
 
     def attach(self) -> None:
+        self.see_base()
         self.start_magnitude()
         for site in self.sites:
             site.attach()
@@ -111,6 +112,19 @@ class AttachedAdapter(nn.Module):
         if self.magnitude is not None:
             with torch.no_grad():
                 self.magnitude.copy_(self._norms() if magnitude is None else magnitude.reshape(self.magnitude.shape))
+
+    def see_base(self) -> None:
+        """Start values which follow from the base weight, where the adapter still waits for them.
+
+        Raises:
+            ValueError: the weight cannot be read, or is not the one that the adapter is for.
+        """
+        if not self.adapter.wants_base or any(site.is_meta for site in self.sites):
+            return
+        with torch.no_grad():
+            weight = self.whole_weight()
+            with torch.autocast(weight.device.type, enabled=False):
+                self.adapter.see_base(weight)
 
     def start_magnitude(self) -> None:
         """The lengths of W + s dW, unless training or a file has set others. Hosts may load base weights until the

@@ -95,3 +95,33 @@ def refactor(left_OR: Tensor, right_RJ: Tensor, rank: int | None = None) -> tupl
     kept = len(s) if rank is None else min(rank, len(s))
     root = s[:kept].sqrt()
     return q_left @ (u[:, :kept] * root), (vh[:kept] * root[:, None]) @ q_right.T, s
+
+
+EXACT_BELOW = 512  # of the smaller side: a full SVD costs little there
+_EXTRA, _ROUNDS = 16, 4  # of the iteration: more directions than are asked for, and how often they are refined
+
+
+def singular(
+    matrix_OJ: Tensor, rank: int, part: str = "principal", exact: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular triples u [O, rank], s [rank], vh [rank, J] of a matrix, the largest value first; fewer if it has fewer.
+
+    Args:
+        part: "principal", "middle" or "last" of them.
+        exact: by a full SVD, too, where subspace iteration from a fixed seed would do: principal ones of large
+            matrices, for which a full SVD takes seconds.
+    """
+    full = min(matrix_OJ.shape)
+    rank, wider = min(rank, full), rank + _EXTRA
+    if part == "principal" and not exact and full > max(EXACT_BELOW, 4 * wider):
+        generator = torch.Generator(matrix_OJ.device).manual_seed(0)
+        shape = (matrix_OJ.shape[1], wider)
+        right = torch.randn(shape, generator=generator, device=matrix_OJ.device, dtype=matrix_OJ.dtype)
+        for _ in range(_ROUNDS):
+            left = torch.linalg.qr(matrix_OJ @ right)[0]
+            right = torch.linalg.qr(matrix_OJ.T @ left)[0]
+        v, s, uh = torch.linalg.svd(right.T @ matrix_OJ.T, full_matrices=False)
+        return uh[:rank].T, s[:rank], (right @ v[:, :rank]).T
+    u, s, vh = torch.linalg.svd(matrix_OJ, full_matrices=False)
+    first = {"principal": 0, "middle": (full - rank) // 2, "last": full - rank}[part]
+    return u[:, first : first + rank], s[first : first + rank], vh[first : first + rank]
