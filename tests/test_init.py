@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import ADDITIVE
+from helpers_numeric import ADDITIVE, FORMS, assert_close, forced, make_input, make_layer
+from quantised_layers import FORMS as STORED
+from quantised_layers import quantised
+from safetensors.torch import load_file
 from tiny_parts import draw, sd_unet
 from torch import Tensor, nn
-from toy_models import toy
+from toy_models import signal, toy
 
 import networks.lora
 from networks.algos import ALGOS
+from networks.files import codec, reader
+from networks.files.merge import merged_weight
+from networks.layers.adapted import AdaptedLayer
+from networks.layers.dropout import Dropouts
+from networks.layers.max_norm import limit_norms, update_norm
+from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 from networks.tensors.seeding import seed_of, seeded
 
@@ -151,3 +164,352 @@ def test_more_ranks_than_columns_have_orthonormal_columns() -> None:
 def test_refused_with_the_reason(kwargs: dict[str, str], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         networks.lora.plan(48, 1, None, sd_unet(), **kwargs)
+
+
+# -- PiSSA
+
+
+def pissa_layer(
+    base: nn.Module, algo: str = "lora", dim: int = 4, scale: float = 0.75, moved: float = 0.3, **kwargs: Any
+) -> AdaptedLayer:
+    """An attached layer in float64 that has started from its base weight, and has trained since if `moved`."""
+    adapter = ALGOS[algo](Geometry.of(base), dim).double()
+    adapter.await_base_(scale)
+    layer = AdaptedLayer("lora_unet_x", base, adapter, scale, runtime=Runtime(0.7), **kwargs).double()
+    layer.attach()
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if moved and name.rpartition(".")[2] not in adapter.frozen:
+                p.add_(torch.randn_like(p) * moved)
+    return layer
+
+
+def definition(layer: AdaptedLayer) -> Tensor:
+    """s (B A - B0 A0) from the live parameters, the start by torch's own SVD of W."""
+    a, W = layer.adapter, layer.base.weight
+    u, s, vh = torch.linalg.svd(W.flatten(1), full_matrices=False)
+    R = a.dim
+    now = torch.einsum("or,r...->o...", a.up.flatten(1), a.down)
+    return layer.scale * now - ((u[:, :R] * s[:R]) @ vh[:R]).reshape(W.shape)
+
+
+PISSA_KINDS = ("linear", "linear_no_bias", "conv1d", "conv_3x3", "conv_grouped", "conv3d")
+
+
+@pytest.mark.parametrize("kind", PISSA_KINDS)
+def test_the_start_is_the_base_and_its_principal_part(kind: str) -> None:
+    base = make_layer(kind)
+    weight, x = base.weight.clone(), make_input(kind)
+    before = base(x)
+    layer = pissa_layer(base, moved=0)
+    assert torch.equal(base.weight, weight) and torch.equal(base(x), before)
+    assert torch.equal(layer.new_weight(weight), weight)
+    u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    product = layer.scale * layer.adapter.up.flatten(1) @ layer.adapter.down.flatten(1)
+    assert_close(product, (u[:, :4] * s[:4]) @ vh[:4], "scale * up . down")
+
+
+@pytest.mark.parametrize("kind", PISSA_KINDS)
+def test_forward_merge_gradients_and_file_are_the_difference_from_the_start(kind: str) -> None:
+    base = make_layer(kind)
+    plain, x = copy.deepcopy(base), make_input(kind)
+    layer = pissa_layer(base)
+    W, dW = base.weight, definition(layer)
+    assert_close(layer.new_weight(W) - W, 0.7 * dW, "new_weight")
+    probe = torch.randn_like(plain(x))
+    wanted_y = torch.func.functional_call(plain, {"weight": W + 0.7 * dW}, x)
+    wanted = torch.autograd.grad((wanted_y * probe).sum(), (layer.adapter.down, layer.adapter.up))
+    for form in FORMS:
+        with forced(form):
+            y = base(x)
+            assert_close(y - plain(x), wanted_y - plain(x), f"forward ({form})")
+            found = torch.autograd.grad((y * probe).sum(), (layer.adapter.down, layer.adapter.up))
+            for ours, theirs in zip(found, wanted, strict=True):
+                assert_close(ours, theirs, f"gradient ({form})")
+    t = {key.partition(".")[2]: value for key, value in codec.encode([layer]).items()}
+    assert t.keys() == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert t["lora_down.weight"].shape[0] == t["lora_up.weight"].shape[1] == 8 and float(t["alpha"]) == 0.75 * 8
+    read = 0.75 * torch.einsum("or,r...->o...", t["lora_up.weight"].flatten(1), t["lora_down.weight"])
+    assert_close(read, dW, "what a plain reader computes")
+    assert layer.adapter.refactor_error is not None and layer.adapter.refactor_error < 1e-12
+    lengths = t["lora_up.weight"].flatten(1).norm(dim=0), t["lora_down.weight"].flatten(1).norm(dim=1)
+    assert_close(*lengths, "factors of equal length")
+
+
+@pytest.mark.parametrize("moved", (1e-1, 1e-3))
+def test_half_precision_files_hold_the_difference(moved: float) -> None:
+    """[B, -B0] in half precision would round the principal part, and lose a small difference in that."""
+    base = make_layer("linear")
+    layer = pissa_layer(base, moved=moved)
+    dW = definition(layer)
+    layer.float()
+    a, t = layer.adapter, codec.encode([layer])
+    for dtype, bound in ((torch.float16, 1e-3), (torch.bfloat16, 5e-3)):
+        low = {key: value.to(dtype) if "lora" in key.partition(".")[2] else value for key, value in t.items()}
+        update = merged_weight(codec.decode(low)[0]["lora_unet_x"], base.weight) - base.weight
+        error = float((update - dW).norm() / dW.norm())
+        stacked = [torch.cat(pair, i).to(dtype).double() for i, pair in
+                   ((1, (a.up, a.start_up)), (0, (a.down, -a.start_down)))]  # fmt: skip
+        naive = float((0.75 * stacked[0] @ stacked[1] - dW).norm() / dW.norm())
+        assert error < bound and naive > (1 if moved > 0.01 else 20) * error
+    assert a.refactor_error < 1e-4 and a.up.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ("bnb_nf4", "bnb_int8", "scaled_block", "torchao_int8"))
+def test_quantised_bases_start_from_what_they_stand_for(form: str) -> None:
+    base = quantised(form)
+    layer = AdaptedLayer("lora_unet_x", base, ALGOS["lora"](Geometry.of(base), 4), 0.5)
+    layer.adapter.await_base_(0.5)
+    x = torch.randn(3, base.in_features)
+    with torch.no_grad():
+        before = base(x)
+        layer.attach()
+        assert torch.equal(base(x), before)
+    u, s, vh = torch.linalg.svd(STORED[form].dense(base), full_matrices=False)
+    product = 0.5 * layer.adapter.up.double() @ layer.adapter.down.double()
+    assert_close(product, (u[:, :4] * s[:4]) @ vh[:4], form, 1e-5)
+
+
+def test_directions_in_which_the_weight_has_nothing_still_learn() -> None:
+    """Zero-initialised output layers are common."""
+    base = nn.Linear(12, 9).double()
+    with torch.no_grad():
+        base.weight.zero_()
+        base.weight[:2] = torch.randn(2, 12)
+    layer = pissa_layer(base, moved=0)
+    a, x = layer.adapter, torch.randn(5, 12, dtype=torch.float64)
+    base(x).square().sum().backward()
+    assert bool((a.up.grad.norm(dim=0) + a.down.grad.norm(dim=1) > 0).all())
+    base = nn.Linear(12, 9, bias=False).double()
+    with torch.no_grad():
+        base.weight.zero_()
+    layer = pissa_layer(base, moved=0)
+    (base(x) - 1).square().sum().backward()
+    assert bool((layer.adapter.up.grad.norm(dim=0) > 0).all()) and not bool(layer.adapter.up.any())
+
+
+@pytest.mark.parametrize("side", ("output", "input"))
+def test_dora_on_it(side: str) -> None:
+    base = make_layer("linear")
+    plain, x = copy.deepcopy(base), make_input("linear")
+    layer = pissa_layer(base, moved=0, dora=side)
+    assert_close(base(x), plain(x), "start")
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.rand_like(p) * 0.2)
+    whole = base.weight + definition(layer)
+    norms = whole.norm(dim=1 if side == "output" else 0, keepdim=True)
+    W = base.weight + 0.7 * (whole * layer.magnitude / norms - base.weight)
+    assert_close(base(x), torch.nn.functional.linear(x, W, base.bias), "forward")
+    saved = codec.decode({k: v.detach() for k, v in codec.encode([layer]).items()})[0]["lora_unet_x"]
+    assert_close(merged_weight(saved, base.weight, 0.7), W.detach(), "file")
+
+
+def test_dropouts_act_on_the_difference() -> None:
+    """Which is 0 at the start: the principal part itself is never dropped. The mean stays the update."""
+    for dropouts in (Dropouts(dropout=0.3), Dropouts(rank_dropout=0.3)):
+        base = make_layer("linear")
+        plain, x = copy.deepcopy(base), make_input("linear")[:1]
+        layer = pissa_layer(base, moved=0, dropouts=dropouts).train()
+        assert torch.equal(base(x), plain(x))
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.add_(torch.randn_like(p) * 0.3)
+            mean = layer.update(x.expand(2000, *x.shape[1:])).mean(0)
+            update = layer.eval().update(x)[0]
+        assert float((mean - update).norm() / update.norm()) < 0.1
+
+
+def test_max_norm_goes_back_towards_the_start() -> None:
+    base = make_layer("linear")
+    layer = pissa_layer(base)
+    before = float(update_norm(layer))
+    assert before == pytest.approx(float(definition(layer).norm()))
+    count, _, largest = limit_norms([layer], before * 0.3)
+    assert count == 1 and largest == pytest.approx(before * 0.3, rel=1e-5)
+    assert float(definition(layer).norm()) <= before * 0.3 * (1 + 1e-5)
+    assert limit_norms([layer], before)[0] == 0
+
+
+def test_lora_fa_takes_the_directions_and_keeps_its_rank() -> None:
+    base = make_layer("linear")
+    x = make_input("linear")
+    before = base(x)
+    layer = pissa_layer(base, "lora_fa", moved=0)
+    assert torch.equal(base(x), before)
+    _, s, vh = torch.linalg.svd(base.weight, full_matrices=False)
+    down = layer.adapter.down
+    assert_close(down.norm(dim=1), (s[:4] / 0.75).sqrt(), "lengths")
+    assert_close((down / down.norm(dim=1, keepdim=True) @ vh[:4].T).abs(), torch.eye(4).double(), "directions")
+    t = codec.encode([layer])
+    assert t["lora_unet_x.lora_down.weight"].shape[0] == 4 and not layer.adapter.start_down
+
+
+# -- PiSSA through the entries
+
+
+def trained(unet: nn.Module, steps: int = 3, **kwargs: str) -> tuple[Any, Any, list[float]]:
+    network = networks.lora.create_network(1.0, 4, 2, None, None, unet, init="pissa", **kwargs)
+    network.apply_to(None, unet, False, True)
+    optimizer = torch.optim.AdamW(network.prepare_optimizer_params(None, 1e-3, 1e-3)[0])
+    return network, optimizer, train(unet, optimizer, steps)
+
+
+def train(unet: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = (draw(unet) - 0.1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("rs_lora", ("False", "True"))
+def test_a_file_is_plain_lora_of_twice_the_dim(rs_lora: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unet = sd_unet()
+    weights, start = {n: p.clone() for n, p in unet.named_parameters()}, draw(unet)
+    with caplog.at_level(logging.INFO, logger="networks"):
+        network, _, losses = trained(unet, conv_dim="2", rs_lora=rs_lora, init_seed="3")
+        assert losses[-1] < losses[0] and losses[0] == float((start - 0.1).square().mean())
+        assert all(torch.equal(p, weights[n]) for n, p in unet.named_parameters())
+        network.save_weights(tmp_path / "a.safetensors", torch.float32, {})
+    assert "at twice their dim" in caplog.text
+    tensors, metadata = reader.read_tensors(tmp_path / "a.safetensors")
+    told = json.loads(metadata["networks_init"])
+    assert told["init"] == ["pissa"] and told["init_seed"] == 3 and told["ranks"] == "2 x dim"
+    assert told["refactored_layers"] == len(network.adapted_layers) and told["largest_relative_error"] < 1e-4
+    assert {key.partition(".")[2] for key in tensors} == {"lora_down.weight", "lora_up.weight", "alpha"}
+    assert {t.shape[0] for key, t in tensors.items() if "lora_down" in key} == {4, 8}
+    wanted = draw(unet).detach()
+    network.detach()
+    loaded, given = networks.lora.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, None, unet)
+    loaded.apply_to(None, unet)
+    torch.testing.assert_close(draw(unet), wanted, atol=1e-5, rtol=1e-4)
+    # Further training, as with --dim_from_weights.
+    optimizer = torch.optim.AdamW(loaded.prepare_optimizer_params(None, 1e-3, 1e-3)[0])
+    more = train(unet, optimizer, 3)
+    assert more[-1] < more[0] < losses[0]
+    loaded.detach()
+    loaded.merge_to(None, unet, given, torch.float32, "cpu")
+    torch.testing.assert_close(draw(unet), wanted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("before_apply", (False, True))
+def test_resuming_is_lossless(before_apply: bool) -> None:
+    """The live state has the start, too: a model that has changed since would give another one."""
+    unet = sd_unet()
+    network, optimizer, _ = trained(unet)
+    state, moments = copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = train(unet, optimizer, 2)
+    network.detach()
+    again = networks.lora.create_network(1.0, 4, 2, None, None, unet, init="pissa")
+    if before_apply:
+        again.load_state_dict(state)
+    again.apply_to(None, unet, False, True)
+    if not before_apply:
+        again.load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
+    optimizer = torch.optim.AdamW(again.prepare_optimizer_params(None, 1e-3, 1e-3)[0])
+    optimizer.load_state_dict(moments)
+    assert train(unet, optimizer, 2) == expected
+    plain = networks.lora.create_network(1.0, 4, 2, None, None, unet)
+    with pytest.raises(RuntimeError, match="start_"):
+        plain.load_state_dict(state)
+
+
+def test_files_into_a_network_that_would_start_from_the_weights(tmp_path: Path) -> None:
+    """A file is all there is: no start is subtracted, before and after the network is applied. Its own doubled file
+    does not fit, and the message names the way."""
+    unet = sd_unet()
+    plain = network_on(unet)
+    plain.apply_to(None, unet, False, True)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    plain.save_weights(tmp_path / "plain.safetensors", None, {})
+    wanted = draw(unet).detach()
+    plain.detach()
+    for first in (True, False):
+        network = networks.lora.create_network(1.0, 4, 1, None, None, unet, init="pissa")
+        if first:
+            network.load_weights(str(tmp_path / "plain.safetensors"))
+        network.apply_to(None, unet, False, True)
+        if not first:
+            network.load_weights(str(tmp_path / "plain.safetensors"))
+        torch.testing.assert_close(draw(unet), wanted, atol=1e-6, rtol=1e-5)
+        network.save_weights(tmp_path / "again.safetensors", None, {})
+        assert {t.shape[0] for k, t in load_file(tmp_path / "again.safetensors").items() if "lora_down" in k} == {4}
+        network.detach()
+    network, _, _ = trained(unet)
+    network.save_weights(tmp_path / "own.safetensors", None, {})
+    with pytest.raises(ValueError, match="--dim_from_weights"):
+        network.load_weights(str(tmp_path / "own.safetensors"))
+
+
+def test_with_reparametrised_lora_plus_and_split_parts(tmp_path: Path) -> None:
+    """The same file whichever way the ratio acts; parts start from their own rows."""
+    files = []
+    for mode in ("lr", "reparam"):
+        model = toy("flux")["dit"].requires_grad_(False)
+        kwargs = {
+            "loraplus_lr_ratio": "8",
+            "loraplus_mode": mode,
+            "split_qkv": "True",
+            "init": "pissa",
+            "init_seed": "1",
+        }
+        network = networks.lora.create_network(1.0, 2, 3, None, None, model, **kwargs)
+        start = model(signal())
+        network.apply_to(None, model, False, True)
+        assert torch.equal(model(signal()), start)
+        optimizer = torch.optim.Adam(network.prepare_optimizer_params(None, 1e-3)[0], eps=1e-40)
+        for _ in range(3):
+            (model(signal()) - 0.3).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        network.save_weights(tmp_path / f"{mode}.safetensors", None, {})
+        files.append({k: layer.new_weight(layer.whole_weight()).detach() for k, (_, layer) in network._layers.items()})
+        wanted = model(signal()).detach()
+        network.detach()
+        for split in ("True", "False"):
+            loaded, _ = networks.lora.create_network_from_weights(
+                1.0, str(tmp_path / f"{mode}.safetensors"), None, None, model, split_qkv=split
+            )
+            loaded.apply_to(None, model)
+            torch.testing.assert_close(model(signal()), wanted, atol=1e-5, rtol=1e-4)
+            loaded.detach()
+    for name, weight in files[0].items():
+        torch.testing.assert_close(files[1][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_that_come_between_creation_and_apply_count_and_missing_ones_are_an_error() -> None:
+    unet = sd_unet()
+    network = network_on(unet, init="pissa")
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.mul_(2.0)
+    before = draw(unet)
+    network.apply_to(None, unet, False, True)
+    assert torch.equal(draw(unet), before)
+    layer = network.adapted_layers[0]
+    _, s, _ = torch.linalg.svd(layer.base.weight.flatten(1), full_matrices=False)
+    start = layer.adapter.start_up.flatten(1) @ layer.adapter.start_down.flatten(1)
+    found = torch.linalg.matrix_norm(layer.scale * start, 2)
+    assert float(found) == pytest.approx(float(s[0]), rel=1e-4)
+    with torch.device("meta"):
+        model = toy("flux")["dit"]
+    networks.lora.plan(4, 2, None, model, init="pissa")
+    network = networks.lora.create_network(1.0, 4, 2, None, None, model, init="pissa")
+    with pytest.raises(ValueError, match="load the model before"):
+        network.apply_to(None, model, False, True)
+
+
+def test_the_plan_tells_what_it_costs() -> None:
+    notes = networks.lora.plan(4, 2, None, sd_unet(), init="pissa").notes
+    assert any("init=pissa on 48 layers" in note and "twice the dim" in note for note in notes), notes
+    with pytest.raises(ValueError, match="use_tucker has no core"):
+        networks.lora.plan(4, 2, None, sd_unet(), init="pissa", use_tucker="True", conv_dim="2")
+    with pytest.raises(ValueError, match="use_scalar would start it at 0"):
+        networks.lora.plan(4, 2, None, sd_unet(), init="pissa", use_scalar="True")

@@ -39,10 +39,12 @@ class Adapter(SavedForm):
     frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without gradient and optimizer state
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
     alpha_option: ClassVar[str] = ""  # the option which a file holds as alpha, where alpha is no strength
+    keeps_start: ClassVar[bool] = False  # beside values that come from the base weight, to subtract what they amount to
     stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
     timed: ClassVar[bool] = False  # it acts by the time of the denoising pass: its attribute `clock`
 
     clock: Clock | None = None  # of the timed ones: when it is, if anybody knows
+    refactor_error: float | None = None  # relative, of the tensors of the last `pack`, where they are not the live ones
     side = ""  # of the multiplicative ones: "output" or "input"
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
@@ -77,6 +79,19 @@ class Adapter(SavedForm):
         Raises:
             ValueError: it cannot be the weight that the parameters are for.
         """
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it wants the base weight and has no other start values."""
+        return False
+
+    def await_base_(self, scale: float) -> None:
+        """Start as PiSSA (2404.02948): from values that scale * dW would be the principal part of the base weight, if
+        it did not start at 0."""
+        raise NotImplementedError
+
+    def settle_(self) -> None:
+        """Its values were set by other means: nothing is wanted of the base weight any more."""
 
     @classmethod
     def splits(cls, options: Mapping[str, Any]) -> bool:
@@ -205,6 +220,10 @@ class Adapter(SavedForm):
     def shrink_(self, ratio: float) -> None:
         """Make the change of the layer `ratio` of its size, or about that."""
         self.rescale_(ratio)
+
+    @property
+    def shrinks_exactly(self) -> bool:
+        return not self.side
 
 
 def _chunks(pieces: Pieces, step: int) -> Iterator[tuple[int, int]]:

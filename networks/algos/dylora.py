@@ -27,6 +27,7 @@ class DyLoRA(LoRA):
     options = frozenset({"block_size"})
     unsaved = frozenset({"block_size"})
     features = LoRA.features | {"save_dims"}
+    keeps_start = False
     no_starts = {"pissa": "what has changed since the start has no nested ranks: its files could not be cut"}
     stepwise = True
 

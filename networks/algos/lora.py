@@ -3,6 +3,12 @@
     dW = up . down                         rank R
     Tucker (convolutions with K > 1):  dW[o, i, k] = sum_ab up[o, a] mid[a, b, k] down[b, i]
 
+    PiSSA (init=pissa):  dW = up . down - up0 . down0 = (up - up0) . down + up0 . (down - down0)
+
+There up0 and down0 are the start, with scale * up0 . down0 the principal part of the base weight (2404.02948): the base
+weight stays as it is, the start is the base model, and no two large numbers are subtracted in a forward pass. A file
+holds the difference, of rank 2 R, by QR and SVD.
+
 Parameters (saved as lora_down.weight, lora_mid.weight, lora_up.weight)
     down  [R, I, *kernel]; Tucker [R, I, 1...]      start: uniform 1 / sqrt(fan in)
     mid   [R, R, *kernel], Tucker only              start: as down
@@ -17,10 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry, Pieces
-from ..tensors.low_rank import Gate, low_rank, product_norm_sq, refactor, sum_norm_sq
+from ..tensors.low_rank import Gate, low_rank, product_error, product_norm_sq, refactor, singular, sum_norm_sq
 from ..tensors.tucker import core_times_right
 from .base import Adapter, kaiming_
 from .saved import Layout, Resized, unstack_diagonal
@@ -34,11 +41,20 @@ class LoRA(Adapter):
     required = (frozenset({"lora_up.weight", "lora_down.weight"}),)
     fold = ("up",)
     features = Adapter.features | {"split_qkv"}
-    no_starts: ClassVar[Mapping[str, str]] = {"pissa": "not there yet"}
+    no_starts: ClassVar[Mapping[str, str]] = {}
+    keeps_start: ClassVar[bool] = True
 
     down: nn.Parameter
     mid: nn.Parameter
     up: nn.Parameter
+    start_down: Tensor | None
+    start_up: Tensor | None
+
+    def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(geometry, dim, options)
+        self.start_scale: float | None = None  # of a PiSSA that has not seen its base weight yet
+        self.register_buffer("start_down", None)
+        self.register_buffer("start_up", None)
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:
@@ -61,6 +77,67 @@ class LoRA(Adapter):
         else:
             kaiming_(self.up)
             nn.init.zeros_(self.scalar)
+
+    @classmethod
+    def no_start(cls, init: str, options: Mapping[str, Any]) -> str:
+        if init == "pissa" and options.get("use_tucker"):
+            return "use_tucker has no core for the principal part of a kernel: leave it out"
+        if init == "pissa" and options.get("use_scalar"):
+            return "use_scalar would start it at 0 times that: leave it out"
+        return super().no_start(init, options)
+
+    # -- PiSSA
+
+    def await_base_(self, scale: float) -> None:
+        self.start_scale = scale
+        if self.keeps_start:
+            self.start_down, self.start_up = torch.zeros_like(self.down), torch.zeros_like(self.up)
+
+    @property
+    def wants_base(self) -> bool:
+        return self.start_scale is not None
+
+    @property
+    def needs_base(self) -> bool:
+        return self.start_scale is not None
+
+    def settle_(self) -> None:
+        self.start_scale = None
+
+    def see_base(self, weight: Tensor) -> None:
+        """Directions in which W has nothing keep the default start: at 0 in both factors they would never learn."""
+        if self.start_scale is None:
+            return
+        u, s, vh = singular(weight.flatten(1), self.dim)
+        n = int((s > s[0] * torch.finfo(s.dtype).eps * max(weight.shape[:2])).sum())
+        root = (s[:n] / self.start_scale).sqrt()
+        self.down[:n] = (root[:, None] * vh[:n]).reshape(self.down[:n].shape).to(self.down)
+        if self.start_down is not None and self.start_up is not None:
+            self.up[:, :n] = (u[:, :n] * root / self.plus_unit).reshape(self.up[:, :n].shape).to(self.up)
+            self.start_down.copy_(self.down)
+            self.start_up.copy_(self.up)
+        self.settle_()
+
+    def values(self) -> dict[str, Tensor]:
+        p = super().values()
+        if self.start_down is None or self.start_up is None:
+            return p
+        return _difference(p["down"], p["up"], self.start_down, self.start_up)
+
+    @property
+    def mask_size(self) -> int:
+        return self.dim if self.start_down is None else 2 * self.dim
+
+    @property
+    def shrinks_exactly(self) -> bool:
+        return self.start_down is None
+
+    def shrink_(self, ratio: float) -> None:
+        if self.start_down is None or self.start_up is None:
+            return super().shrink_(ratio)
+        with torch.no_grad():
+            for p, start in ((self.down, self.start_down), (self.up, self.start_up)):
+                p.copy_(torch.lerp(start, p, ratio))
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         p = self.values()
@@ -112,7 +189,7 @@ class LoRA(Adapter):
         return geometry.pointwise(gate.rank(h, 1), up_OR)
 
     def flops(self, tokens: int) -> tuple[float, float]:
-        g, R = self.geometry, self.dim
+        g, R = self.geometry, self.mask_size
         O, J, N = g.out_features, g.columns, g.out_features * g.columns
         if "mid" in self.record.shapes and g.groups == 1:
             middle = R * g.in_features + R * R * g.kernel_size
@@ -126,6 +203,34 @@ class LoRA(Adapter):
             return super().norm()
         p = self.values()
         return torch.sqrt(product_norm_sq(p["up"].flatten(1), p["down"].flatten(1)).sum())
+
+    def pack(self) -> dict[str, Tensor]:
+        self.refactor_error = None
+        if self.start_down is None or self.start_up is None or not bool(self.start_down.any()):
+            return super().pack()
+        tensors = (self.down, self.up, self.start_down, self.start_up)
+        p = _difference(*(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
+        left, right = p["up"].flatten(1) * self.plus_unit, p["down"].flatten(1)
+        up, down, _ = refactor(left, right)
+        self.refactor_error = product_error((left, right), (up, down))
+        missing = 2 * self.dim - up.shape[1]  # of a weight with few rows or columns
+        up, down = F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing))
+        return {
+            "lora_down.weight": down.reshape(-1, *self.down.shape[1:]),
+            "lora_up.weight": up.reshape(*up.shape, *self.geometry.ones),
+        }
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        """A file holds all that there is."""
+        super().unpack_(tensors)
+        self.settle_()
+        for start in (self.start_down, self.start_up):
+            if start is not None:
+                start.zero_()
+
+    @classmethod
+    def file_rank(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        return tensors["lora_down.weight"].shape[0] if "lora_down.weight" in tensors else None
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -182,3 +287,8 @@ def _stacked(up_OR: Tensor) -> int:
         if all(rows) and all(above[-1] < below[0] for above, below in zip(rows, rows[1:], strict=False)):
             return n
     return 1
+
+
+def _difference(down: Tensor, up: Tensor, start_down: Tensor, start_up: Tensor) -> dict[str, Tensor]:
+    """Factors of up . down - start_up . start_down, in which nothing large cancels."""
+    return {"down": torch.cat([down, down - start_down]), "up": torch.cat([up - start_up, start_up], 1)}

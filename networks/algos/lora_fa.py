@@ -3,7 +3,8 @@
     dW = up . down, down frozen
 
 The down factor has neither gradient nor optimizer state, and the layer's input is not kept for the backward pass.
-Parameters, forms and saved keys are LoRA's; start of down: N(0, sqrt(2 / (I + R))).
+Parameters, forms and saved keys are LoRA's; start of down: N(0, sqrt(2 / (I + R))); with
+init=pissa the principal directions of the base weight, as LoRA's, and up from 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class LoRAFA(LoRA):
     algo = "lora_fa"
     saved_as = "lora"
     frozen = frozenset({"down"})
+    keeps_start = False  # (up - up0) . down is of its own form: with up from 0 it is the same, of rank R
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:

@@ -126,6 +126,11 @@ class SavedForm(nn.Module):
         return {self.keys[name]: tensor for name, tensor in tensors.items()}
 
     @classmethod
+    def file_rank(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        """The rank that readers of these saved tensors divide alpha by; None = the adapter's own."""
+        return None
+
+    @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Saved tensors of the layer whose parts, from the first output row down, have these, with split_qkv."""
         raise NotImplementedError

@@ -45,7 +45,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _loraplus(trained, request, problems)
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
-    _starts(trained, problems)
+    _starts(trained, problems, notes)
     _rotations(trained, args, notes)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
         problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
@@ -152,11 +152,18 @@ def unmergeable(plan: Plan) -> list[str]:
     ]
 
 
-def _starts(trained: Sequence[PlanRow], problems: Problems) -> None:
+def _starts(trained: Sequence[PlanRow], problems: Problems, notes: list[str]) -> None:
     reasons = {(row.init, row.algo): ALGOS[row.algo].no_start(row.init, row.options) for row in trained}
     for (init, algo), reason in reasons.items():
         if reason:
             problems.add(f"init={init} does not go with algo={algo}: {reason}")
+    kept = [row for row in trained if row.init == "pissa" and ALGOS[row.algo].keeps_start]
+    if kept:
+        size = 4 * sum(row.layout.parameters for row in kept) / 2**20
+        notes.append(
+            f"init=pissa on {len(kept)} layers: read from the base weights when the network is applied; the start is "
+            f"kept beside the parameters ({size:.1f} MiB), files hold the difference from it with twice the dim"
+        )
 
 
 def _rotations(trained: Sequence[PlanRow], args: Any, notes: list[str]) -> None:

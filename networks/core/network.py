@@ -27,6 +27,7 @@ from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.runtime import Runtime
 from ..layers.site import Site
+from . import starts
 from .diagnosis import Diagnosis
 from .loading import match
 from .merging import check_bases, merge
@@ -236,6 +237,7 @@ class Network(nn.Module):
         """Write a file in the network's form, atomically."""
         ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
         tensors = codec.encode(self.adapted_layers, self.form)
+        ours |= starts.told(self.layers)
         known, health = {**(metadata or {}), **ours}, self.diagnosis.health()
         writer.write_tensors(path, self.form.written(tensors), dtype, known, health)
         for dim in self.form.dims:
@@ -265,7 +267,7 @@ class Network(nn.Module):
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
             adapted.see_base()
-            adapted.take_alpha(layer.alpha)
+            adapted.take_alpha(layer.alpha, layer.algorithm.file_rank(layer.tensors))
             adapted.take_magnitude(layer.magnitude)
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
@@ -325,5 +327,6 @@ class Network(nn.Module):
         for layer in self.adapted_layers:
             scale = state.get(f"{layer.lora_name}.{LIVE_SCALE}")
             layer.scale = layer.scale if scale is None else float(scale) / layer.adapter.plus_gain
+            layer.adapter.settle_()
         self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

@@ -91,6 +91,8 @@ class PlanRow:
         if self.init == "orthogonal":
             adapter.orthogonal_()
         adapter.fold_plus_(self.plus_unit)
+        if self.init == "pissa":
+            adapter.await_base_(self.scale)
         return adapter
 
     @property

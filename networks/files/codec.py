@@ -143,13 +143,14 @@ def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> d
     tensors: dict[str, Tensor] = {}
     dialect = form.dialect
     for layer in layers:
-        name = dialect.written_name(layer.lora_name)
-        for suffix, tensor in layer.adapter.pack().items():
+        name, packed = dialect.written_name(layer.lora_name), layer.adapter.pack()
+        for suffix, tensor in packed.items():
             tensors[f"{name}.{dialect.written_suffix(suffix)}"] = tensor
         if layer.magnitude is not None:
             magnitude = layer.magnitude.detach()
             tensors[f"{name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
         if layer.adapter.saves_alpha:
-            alpha = form.alpha(layer.alpha, layer.adapter.record.saved_rank)
+            rank = layer.adapter.file_rank(packed) or layer.adapter.record.saved_rank
+            alpha = form.alpha(layer.alpha_at(rank), rank)
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors | form.network_keys(any(layer.magnitude is not None for layer in layers))

@@ -94,14 +94,18 @@ class AttachedAdapter(nn.Module):
     @property
     def alpha(self) -> float:
         """The value for which plain alpha / rank readers get our scale; a form without rank states its dim."""
-        rank, option = self.adapter.record.saved_rank, self.adapter.alpha_option
+        return self.alpha_at(self.adapter.record.saved_rank)
+
+    def alpha_at(self, rank: int | None) -> float:
+        """The same in a file that holds the adapter with this rank."""
+        option = self.adapter.alpha_option
         if option:
             return float(self.adapter.chosen.get(option) or 0.0)
         return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
 
-    def take_alpha(self, alpha: float | None) -> None:
+    def take_alpha(self, alpha: float | None, file_rank: int | None = None) -> None:
         """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""
-        rank, option = self.adapter.record.saved_rank, self.adapter.alpha_option
+        rank, option = file_rank or self.adapter.record.saved_rank, self.adapter.alpha_option
         if option:
             self.adapter.chosen[option] = alpha or 0.0
         if rank is not None:
@@ -119,7 +123,14 @@ class AttachedAdapter(nn.Module):
         Raises:
             ValueError: the weight cannot be read, or is not the one that the adapter is for.
         """
-        if not self.adapter.wants_base or any(site.is_meta for site in self.sites):
+        if not self.adapter.wants_base:
+            return
+        if any(site.is_meta for site in self.sites):
+            if self.adapter.needs_base:
+                raise ValueError(
+                    "its start values come from the base weight, which is not there yet (meta device): load the model "
+                    "before the network is applied to it"
+                )
             return
         with torch.no_grad():
             weight = self.whole_weight()
@@ -152,6 +163,7 @@ class AttachedAdapter(nn.Module):
             missing.append(prefix + LIVE_SCALE)
         else:
             self.scale = float(scale) / self.adapter.plus_gain
+        self.adapter.settle_()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
 
     # -- what the formula reads

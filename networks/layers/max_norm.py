@@ -10,7 +10,7 @@ from torch import Tensor
 from ..algos import Reweight
 from .adapted import AdaptedLayer
 
-STEPS = 20  # at most, of a multiplicative adapter: a rotation shrinks by less than its angle
+STEPS = 20  # at most, where one is not exact: a rotation shrinks by less than its angle
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def limit_norms(layers: Sequence[AdaptedLayer], limit: float) -> tuple[int, floa
     above = [(layer, norm) for layer, norm in zip(layers, norms, strict=True) if norm > limit]
     for layer, norm in above:
         layer.adapter.shrink_(limit / norm)
-        for _ in range(STEPS if layer.adapter.side else 0):
+        for _ in range(0 if layer.adapter.shrinks_exactly else STEPS):
             norm = float(update_norm(layer))
             if norm <= limit * (1 + 1e-6):
                 break

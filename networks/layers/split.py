@@ -103,7 +103,10 @@ class _Parts(Adapter):
     # -- files
 
     def pack(self) -> dict[str, Tensor]:
-        return self.algorithm.stack([part.pack() for part in self._each()])
+        packs = [part.pack() for part in self._each()]
+        errors = [part.refactor_error for part in self._each() if part.refactor_error is not None]
+        self.refactor_error = max(errors, default=None)
+        return self.algorithm.stack(packs)
 
     def fits(self, tensors: Mapping[str, Tensor]) -> None:
         wanted = self.pack().keys()
@@ -130,6 +133,26 @@ class Split(_Parts):
     def fold_plus_(self, unit: float) -> None:
         for part in self._each():
             part.fold_plus_(unit)
+
+    def await_base_(self, scale: float) -> None:
+        for part in self._each():
+            part.await_base_(scale)
+
+    @property
+    def wants_base(self) -> bool:
+        return any(part.wants_base for part in self._each())
+
+    @property
+    def needs_base(self) -> bool:
+        return any(part.needs_base for part in self._each())
+
+    def settle_(self) -> None:
+        for part in self._each():
+            part.settle_()
+
+    def see_base(self, weight: Tensor) -> None:
+        for part, rows in zip(self._each(), weight.split(list(self.sizes)), strict=True):
+            part.see_base(rows)
 
     def orthogonal_(self) -> None:
         for part in self._each():
@@ -161,6 +184,21 @@ class Split(_Parts):
     def rescale_(self, ratio: float | Tensor) -> None:
         for part in self._each():
             part.rescale_(ratio)
+
+    def shrink_(self, ratio: float) -> None:
+        for part in self._each():
+            part.shrink_(ratio)
+
+    @property
+    def shrinks_exactly(self) -> bool:
+        return all(part.shrinks_exactly for part in self._each())
+
+    @property
+    def mask_size(self) -> int:
+        return self._each()[0].mask_size
+
+    def file_rank(self, tensors: Mapping[str, Tensor]) -> int | None:  # type: ignore[override]
+        return self.algorithm.file_rank(tensors)
 
 
 class SplitRotation(_Parts, Reweight):

@@ -78,6 +78,18 @@ def sum_norm_sq(weight: Tensor, left_OR: Tensor, right_RIK: Tensor, on_output: b
     return columns.reshape(weight.shape[1], -1).sum(1).clamp_min(0)
 
 
+def product_error(factors: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> float:
+    """||other product - product|| / ||product||, as some random vectors see it; 0 for products of 0.
+
+    In float64 on the CPU, and without building either, so that what rounding there is belongs to the factors.
+    """
+    (left, right), (other_left, other_right) = ([t.cpu().double() for t in pair] for pair in (factors, others))
+    probe = torch.randn(right.shape[1], 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = left @ (right @ probe)
+    size = float(whole.norm())
+    return float((other_left @ (other_right @ probe) - whole).norm()) / size if size else 0.0
+
+
 def refactor(left_OR: Tensor, right_RJ: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The same product, or the nearest one of a lower rank, with factors of equal length and orthogonal directions.
 
@@ -114,9 +126,9 @@ def singular(
     full = min(matrix_OJ.shape)
     rank, wider = min(rank, full), rank + _EXTRA
     if part == "principal" and not exact and full > max(EXACT_BELOW, 4 * wider):
-        generator = torch.Generator(matrix_OJ.device).manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # drawn on the CPU: the same whatever the device
         shape = (matrix_OJ.shape[1], wider)
-        right = torch.randn(shape, generator=generator, device=matrix_OJ.device, dtype=matrix_OJ.dtype)
+        right = torch.randn(shape, generator=generator, dtype=matrix_OJ.dtype).to(matrix_OJ.device)
         for _ in range(_ROUNDS):
             left = torch.linalg.qr(matrix_OJ @ right)[0]
             right = torch.linalg.qr(matrix_OJ.T @ left)[0]
