@@ -51,7 +51,7 @@ def attached(model: nn.Module, *network_args: str, **kwargs: Any) -> Any:
 
 
 def entries() -> Iterator[str]:
-    for file in sorted((ROOT / "networks").glob("lo*.py")):
+    for file in sorted((ROOT / "networks").glob("[!_]*.py")):
         yield file.stem
 
 

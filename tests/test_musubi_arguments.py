@@ -138,6 +138,15 @@ def test_dora_at_multiplier_0_is_a_true_no_op() -> None:
     assert all(torch.equal(t, weights[key]) for key, t in model.state_dict().items())
 
 
+def test_the_summary_counts_layers_with_and_without_dora(caplog: pytest.LogCaptureFixture) -> None:
+    """A projection in parts, of which each has an adapter, stays plain."""
+    with caplog.at_level(logging.INFO, logger="networks"):
+        network = create(dit("flux"), "use_dora=True", "split_qkv=True", entry=networks.lora_flux)
+    plain = {row.dotted_name for row in network.plan.trained if not row.dora}
+    assert f"DoRA on {len(network.plan.trained) - len(plain)} layers, off on {len(plain)} split_qkv" in caplog.text
+    assert plain == {name for name in names(network) if name.endswith((".qkv", ".linear1"))} and len(plain) == 6
+
+
 # -- LoRA+
 
 
@@ -184,6 +193,9 @@ def test_module_dropout_leaves_the_base_alone() -> None:
 def test_conv_dim_and_conv_alpha_default_to_the_network_s() -> None:
     kernels = [row for row in create(sd_unet(), entry=networks.lora).plan.trained if row.geometry.has_kernel]
     assert {(row.dim, row.alpha) for row in kernels} == {(16, 8.0)}
+    for arguments, wanted in ((["conv_dim=32"], (32, 8.0)), (["conv_alpha=2"], (16, 2.0))):
+        network = create(sd_unet(), *arguments, entry=networks.lora)
+        assert {(row.dim, row.alpha) for row in network.plan.trained if row.geometry.has_kernel} == {wanted}
     network = create(sd_unet(), "conv_dim=32", "conv_alpha=16", entry=networks.lora)
     assert {(row.dim, row.alpha) for row in network.plan.trained if row.geometry.has_kernel} == {(32, 16.0)}
 
@@ -195,10 +207,20 @@ def test_patterns_speak_of_dotted_names() -> None:
     every = names(create(dit()))
     without = names(create(dit(), "exclude_patterns=['.*attn.*']"))
     assert without == {name for name in every if "attn" not in name} < every
-    rescued = names(
-        create(dit(), "exclude_patterns=['.*attn.*']", "include_patterns=['.*attn\\.to_q.*', '.*attn\\.to_k.*']")
-    )
-    assert rescued == without | {name for name in every if ".attn.to_q" in name or ".attn.to_k" in name}
+    qkv = "include_patterns=['.*attn\\.to_q.*', '.*attn\\.to_k.*', '.*attn\\.to_v.*']"
+    rescued = names(create(dit(), "exclude_patterns=['.*attn.*']", qkv))
+    assert rescued == without | {name for name in every if name.rpartition(".")[2] in ("to_q", "to_k", "to_v")}
+
+
+@pytest.mark.parametrize("arch", ["qwen_image", "flux", "hunyuan_video"])
+def test_modulation_is_excluded_by_default(arch: str) -> None:
+    """With or without a list of the user's, and writing the default out changes nothing."""
+    model = dit(arch)
+    default = names(create(model, entry=networks.lora))
+    written = names(create(model, "exclude_patterns=['.*(img_mod|txt_mod|modulation).*']", entry=networks.lora))
+    more = names(create(model, "exclude_patterns=['.*mlp.*']", entry=networks.lora))
+    assert default == written > more
+    assert not any("_mod" in name or "modulation" in name for name in default | more)
 
 
 def test_include_patterns_override_the_default_exclusion() -> None:
@@ -234,12 +256,44 @@ def test_verbose_lists_every_layer_with_its_reason(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.INFO, logger="networks"):
         create(dit(), "verbose=True")
     lines = caplog.text.splitlines()
-    assert any("transformer_blocks.0.attn.to_q" in line and "16" in line for line in lines)
+    to_q = next(line for line in lines if "transformer_blocks.0.attn.to_q" in line)
+    dim, alpha, scale, _, parameters, _ = to_q.split()[-6:]
+    assert (dim, alpha, scale, parameters) == ("16", "8", "0.5", "1,536")
     assert any("transformer_blocks.0.img_mod.1" in line and "exclude_mod=False" in line for line in lines)
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="networks"):
         create(dit(), "verbose=False")
     assert "transformer_blocks.0.attn.to_q" not in caplog.text
+
+
+DEFAULTS = {
+    "use_rslora": ("False", "false"),
+    "use_dora": ("False", "no"),
+    "loraplus_lr_ratio": ("None",),
+    "rank_dropout": ("None", "0.0"),
+    "module_dropout": ("None", "0"),
+    "exclude_patterns": ("[]", "None"),
+    "include_patterns": ("[]", "None"),
+    "exclude_mod": ("True", "1"),
+    "verbose": ("False", "off"),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_a_default_that_is_written_out_changes_nothing(name: str, tmp_path: Path) -> None:
+    """In every spelling that the trainers' users have; values arrive as they were typed, blanks included."""
+    files = []
+    for value in (None, *DEFAULTS[name], f" {DEFAULTS[name][0]} "):
+        torch.manual_seed(0)
+        model = dit()
+        network = create(model, *([] if value is None else [f"{name}={value}"]))
+        groups, descriptions = network.prepare_optimizer_params(unet_lr=1e-3)
+        network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {"a": "b"})
+        tensors = load_file(tmp_path / "a.safetensors")
+        files.append(
+            (names(network), descriptions, [g["lr"] for g in groups], {k: t.sum() for k, t in tensors.items()})
+        )
+    assert all(file == files[0] for file in files[1:])
 
 
 # -- known-good combinations

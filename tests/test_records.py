@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from torch import nn
-from toy_models import toy
+from toy_models import recorded, toy
 
 import networks.lora
 import networks.lora_flux_2
@@ -45,6 +45,15 @@ def test_hidream_trains_its_eyes_where_the_trainer_says_so() -> None:
     assert not any(name.startswith(("model.visual.", "model.t_embedder1", "lm_head")) for name in text)
     model.hidream_o1_task = "t2i"  # type: ignore[assignment]
     assert {row.dotted_name for row in networks.lora_hidream_o1.plan(4, 1, None, model).trained} == text
+
+
+def test_hidream_from_a_single_file_is_no_unusual_model() -> None:
+    """The trainer drops the mergers which such files lack; the toy has all layers of its kinds but fewer blocks."""
+    every = {e.dotted for e in recorded("hidream_o1") if e.cls == "Linear" and not e.dotted.endswith("lm_head")}
+    targets = {name for name in every if not name.startswith("model.t_embedder1")}
+    single = {name for name in targets if "deepstack_merger_list" not in name}
+    text = {name for name in single if not name.startswith("model.visual")}
+    assert SPECS["hidream_o1"].usual == {len(text), len(single), len(targets)}
 
 
 def test_a_language_model_of_the_same_class_is_not_taken_for_it() -> None:
