@@ -26,6 +26,7 @@ from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import limit_norms, update_norm
+from networks.layers.perturbation import Perturbation
 from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 from networks.tensors.seeding import seed_of, seeded
@@ -384,7 +385,10 @@ def test_a_file_is_plain_lora_of_twice_the_dim(rs_lora: str, tmp_path: Path, cap
     assert {t.shape[0] for key, t in tensors.items() if "lora_down" in key} == {4, 8}
     wanted = draw(unet).detach()
     network.detach()
-    loaded, given = networks.lora.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, None, unet)
+    loaded, given = networks.lora.create_network_from_weights(
+        1.0, str(tmp_path / "a.safetensors"), None, None, unet, init="pissa", init_seed="3"
+    )
+    assert any(note.startswith("init, init_seed: not used, the file decides") for note in loaded.plan.notes)
     loaded.apply_to(None, unet)
     torch.testing.assert_close(draw(unet), wanted, atol=1e-5, rtol=1e-4)
     # Further training, as with --dim_from_weights.
@@ -513,3 +517,44 @@ def test_the_plan_tells_what_it_costs() -> None:
         networks.lora.plan(4, 2, None, sd_unet(), init="pissa", use_tucker="True", conv_dim="2")
     with pytest.raises(ValueError, match="use_scalar would start it at 0"):
         networks.lora.plan(4, 2, None, sd_unet(), init="pissa", use_scalar="True")
+
+
+def test_a_cast_network_still_starts_at_the_base() -> None:
+    """Hosts cast networks to half precision after they are applied: start and values are rounded alike."""
+    base = nn.Linear(64, 48).to(torch.bfloat16).requires_grad_(False)
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    before = base(x)
+    layer = AdaptedLayer("x", base, ALGOS["lora"](Geometry.of(base), 4), 0.5)
+    layer.adapter.await_base_(0.5)
+    layer.attach()
+    assert torch.equal(base(x), before)
+    layer.to(torch.bfloat16)
+    assert torch.equal(base(x), before)
+    base(x).float().square().sum().backward()
+    assert all(bool(p.grad.any()) for p in layer.parameters())
+
+
+def test_ggpo_sees_the_difference() -> None:
+    base = make_layer("linear")
+    layer = pissa_layer(base, perturbation=Perturbation(0.5, 0.25))
+    base(make_input("linear")).square().sum().backward()
+    noise, before = layer.perturbation, definition(layer).detach()
+    noise.see_gradients(layer)
+    noise.see_weights(layer)
+    torch.testing.assert_close(noise.weight_norms, before.norm(dim=1))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(p.grad, alpha=1e-7)
+    change = (definition(layer).detach() - before) / 1e-7
+    torch.testing.assert_close(noise.gradient_norms, change.norm(dim=1), rtol=1e-4, atol=1e-6)
+
+
+def test_it_compiles_in_one_graph() -> None:
+    base, x = make_layer("linear"), make_input("linear")
+    layer = pissa_layer(base)
+    torch._dynamo.reset()
+    compiled = torch.compile(base, fullgraph=True, backend="eager")
+    assert_close(compiled(x), base(x), "compiled")
+    compiled(x).square().sum().backward()
+    assert all(bool(p.grad.any()) for p in layer.parameters())
+    torch._dynamo.reset()

@@ -64,9 +64,9 @@ FORMS: tuple[Arg, ...] = (
         "choice",
         "default",
         "start values: `default`; `orthogonal`: the random factors have orthonormal rows or columns, so that no two "
-        "ranks start alike (not for loha); `pissa` (2404.02948): the principal part of each base weight, quantised "
-        "ones too, which stays as it is: the start is subtracted, and files hold the difference with twice the dim "
-        "(lora; lora_fa at its dim). The update starts at 0 in each",
+        "ranks start alike (not for loha and tlora); `pissa` (2404.02948): the principal part of each base weight, "
+        "quantised ones too, which stays as it is: the start is subtracted, and files hold the difference with twice "
+        "the dim (lora; lora_fa at its dim). The update starts at 0 in each",
         FORM,
         algos=ADDITIVE,
         choices=("default", "orthogonal", "pissa"),
