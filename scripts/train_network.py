@@ -24,15 +24,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
 import torch  # noqa: E402
+import train_options as cli  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from train_options import MODEL, build_parser, check_options, data_options, flow_options, memory_advice  # noqa: E402
 
 from networks.hosts import diffusers as host  # noqa: E402
 from networks.hosts.caption_folder import CaptionedImage  # noqa: E402
 from networks.hosts.command_line import INTERRUPTED, import_network_module, run_program, write_atomically  # noqa: E402
 from networks.hosts.drawing import SampleSheet, read_samples  # noqa: E402
 from networks.hosts.loss_log import LossLog  # noqa: E402
+from networks.hosts.losses import Loss  # noqa: E402
 from networks.hosts.sharding import divide, take_sharding  # noqa: E402
 from networks.hosts.small_weights import to_fp8  # noqa: E402
 from networks.hosts.training import (  # noqa: E402
@@ -58,7 +59,7 @@ class Trainer:
     """One run, from loading to the saved file."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        images, held_out, self.network_args = check_options(args)
+        images, held_out, self.network_args = cli.check_options(args)
         import_network_module(args.network_module)  # these two fail before anything slow starts
         optimizer_class(args.optimizer_type)
         self.args, self.folder, self.step = args, Path(args.output_dir), 0
@@ -77,11 +78,13 @@ class Trainer:
         self.device, self.dtype = self.accelerator.device, DTYPES[args.mixed_precision]
         self.is_main = self.accelerator.is_main_process
         options = (args.sdpa, args.quantize, self.sharding is not None)
-        self.family = host.load_model(model, self.device, self.dtype, MODEL, *options)
+        self.family = host.load_model(model, self.device, self.dtype, cli.MODEL, *options)
         self.say(f"{self.family.title} from {model} on {self.device}, {str(self.dtype).removeprefix('torch.')}")
         if args.fp8_base:
             to_fp8(self.family.denoiser)
-        self.options = data_options(args, self.family.native_size)
+        self.loss = Loss(cli.loss_options(args), self.family.make_noise(cli.noise_options(args)))
+        self.family.train_at_guidance(args.guidance_scale)
+        self.options = cli.data_options(args, self.family.native_size)
         self.family.check_size(*self.options.size, option="--resolution")
         self.samples = read_samples(args, self.family, self.options.size)
         self.sheet = SampleSheet(self.folder, args.output_name, self.family, args.train_batch_size)
@@ -156,7 +159,6 @@ class Trainer:
         from diffusers.optimization import get_scheduler
 
         args = self.args
-        self.noise = self.family.make_noise(flow_options(args))
         optimizer = build_optimizer(args, self.network)
         self.schedule = get_scheduler(
             args.lr_scheduler,
@@ -165,7 +167,7 @@ class Trainer:
             num_training_steps=args.max_train_steps,
         )
         self.network.prepare_grad_etc(self.family.text_encoder_argument, self.family.denoiser)
-        self.objective = Objective(self.network, self.family, self.noise)
+        self.objective = Objective(self.network, self.family, self.loss)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
         if args.resume:
@@ -190,7 +192,7 @@ class Trainer:
                 self.say(f"interrupted after step {self.step}. To go on, repeat the command with --resume {state}")
                 return INTERRUPTED
             except torch.OutOfMemoryError as error:
-                raise ValueError(memory_advice(args)) from error
+                raise ValueError(cli.memory_advice(args)) from error
             except (ValueError, OSError) as error:
                 if self.step and not isinstance(error, Diverged):  # whatever ended the run, the steps are paid for
                     with contextlib.suppress(ValueError, OSError):
@@ -247,14 +249,11 @@ class Trainer:
         return value
 
     def batch_loss(self, batch: dict[str, Any], number: int) -> Tensor:
-        """Loss of one batch at random noise and noise levels, weighted as the options say."""
+        """Loss of one batch at random noise and noise levels."""
         latents = self.data.latents(batch)
-        noise, levels = draw_noise(self.args.seed, number, batch["index"].tolist(), latents, self.args.noise_offset)
-        losses = self.wrapped(self.data, batch, latents, noise, levels)
-        if self.args.min_snr_gamma:
-            losses = losses * self.noise.snr_weights(
-                self.noise.times(levels).to(losses.device), self.args.min_snr_gamma
-            )
+        sizes = self.args.noise_offset, self.args.ip_noise_gamma
+        draws = draw_noise(self.args.seed, number, batch["index"].tolist(), latents, *sizes)
+        losses = self.wrapped(self.data, batch, latents, *draws)
         return (losses * batch["weight"].to(losses)).sum()
 
     def finish_step(self, loss: float) -> None:
@@ -339,7 +338,7 @@ class Trainer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer; returns the exit code (2 = a mistake in what was asked for, 130 = Ctrl-C)."""
-    return run_program(lambda args: Trainer(args).run(), build_parser(), sys.argv[1:] if argv is None else argv)
+    return run_program(lambda args: Trainer(args).run(), cli.build_parser(), sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

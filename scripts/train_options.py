@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from networks.hosts.caption_folder import Buckets, CaptionedImage, read_caption_folder
 from networks.hosts.command_line import OnOff, check_output_folder, check_weights_file, parse_network_args
 from networks.hosts.diffusers import check_model_folder
-from networks.hosts.families import FAMILIES, DataOptions, FlowOptions
+from networks.hosts.families import FAMILIES, DataOptions, NoiseOptions
+from networks.hosts.families.noise import SAMPLINGS
+from networks.hosts.losses import DISTANCES, HUBER_SCHEDULES, SCHEMES, LossOptions
 from networks.hosts.small_weights import QUANTIZED
 from networks.hosts.training_state import STATE_FILE
 
@@ -108,13 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--max_grad_norm", type=float, default=1.0, help="0 = do not clip; default: 1.0")
     add("--max_train_steps", type=int, default=1600, help="optimizer steps; default: 1600")
-    add("--min_snr_gamma", type=float, help="weight the loss by signal-to-noise ratio; 5 is usual")
-    add("--noise_offset", type=float, default=0.0, help="constant noise per channel")
-    add("--discrete_flow_shift", type=float, help="flow models: above 1, more noise; default: the family's")
-    add("--timestep_sampling", choices=("sigmoid", "uniform"), default="sigmoid", help="flow models; default: sigmoid")
     add("--seed", type=int, help="same seed, same result; default: a random one, printed")
     add("--sdpa", action="store_true", help="torch's fused attention also on the CPU, where the plain one is faster")
 
+    _add_noise_and_loss(parser)
     group = parser.add_argument_group("output")
     add = group.add_argument
     add("--output_dir", metavar="FOLDER")
@@ -131,6 +131,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_noise_and_loss(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("noise and loss")
+    add = group.add_argument
+    add("--loss_type", choices=DISTANCES, default="l2", help="distance of answer and target; default: l2")
+    add("--huber_schedule", choices=HUBER_SCHEDULES, default="snr", help="how c falls with the noise; default: snr")
+    add("--huber_c", type=float, default=0.1, help="c of huber and smooth_l1, at the most noise; default: 0.1")
+    add("--huber_scale", type=float, default=1.0, help="factor on c in exponential and constant schedules; default: 1")
+    add("--noise_offset", type=float, default=0.0, help="size of noise that a channel has in common; 0.1 is usual")
+    add("--ip_noise_gamma", type=float, default=0.0, help="more noise in the input than in the target; 0.1 is usual")
+
+    group = parser.add_argument_group("noise and loss of Stable Diffusion 1, 2 and XL")
+    add = group.add_argument
+    add("--min_snr_gamma", type=float, help="signal-to-noise ratios above it count no more than it; 5 is usual")
+    add("--debiased_estimation_loss", action="store_true", help="weight the loss by 1 / sqrt(signal-to-noise ratio)")
+    add("--zero_terminal_snr", action="store_true", help="v models: the last level is noise alone")
+    add("--scale_v_pred_loss_like_noise_pred", action="store_true", help="v models: weights of a model of noise")
+    add("--v_pred_like_loss", type=float, metavar="X", help="models of noise: add X times the loss of a v model")
+
+    group = parser.add_argument_group("noise and loss of flow models")
+    add = group.add_argument
+    add("--timestep_sampling", choices=SAMPLINGS, help="how noise levels are drawn; default: as the family was trained")
+    add("--discrete_flow_shift", type=float, help="above 1, more noise; for sigma and shift; default: the family's")
+    add("--sigmoid_scale", type=float, help="spread of sigmoid, shift and flux_shift; default: 1")
+    add("--weighting_scheme", choices=SCHEMES, help="density of sigma (logit_normal, mode), or weight of the loss")
+    add("--logit_mean", type=float, help="of logit_normal; above 0, less noise; default: 0")
+    add("--logit_std", type=float, help="of logit_normal; default: 1")
+    add("--mode_scale", type=float, help="of mode; default: 1.29")
+    add("--guidance_scale", type=float, help="what a distilled model is told while it learns; default: 1, no guidance")
+
+
 MODEL = "--pretrained_model_name_or_path"
 NEEDED = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
 AT_LEAST = {
@@ -143,6 +173,13 @@ AT_LEAST = {
     "learning_rate": 0,
     "unet_lr": 0,
     "min_snr_gamma": 0,
+    "v_pred_like_loss": 0,
+    "huber_c": 1e-6,
+    "huber_scale": 1e-6,
+    "ip_noise_gamma": 0,
+    "sigmoid_scale": 0.01,
+    "logit_std": 0.01,
+    "guidance_scale": 0,
     "noise_offset": 0,
     "scale_weight_norms": 0,
     "network_dim": 1,
@@ -216,9 +253,14 @@ def data_options(args: argparse.Namespace, native: int) -> DataOptions:
     )
 
 
-def flow_options(args: argparse.Namespace) -> FlowOptions:
-    """Which noise levels a flow model is trained at."""
-    return FlowOptions(args.discrete_flow_shift, args.timestep_sampling == "sigmoid")
+def noise_options(args: argparse.Namespace) -> NoiseOptions:
+    """Which noise levels the model is trained at."""
+    return NoiseOptions(**{field.name: getattr(args, field.name) for field in fields(NoiseOptions)})
+
+
+def loss_options(args: argparse.Namespace) -> LossOptions:
+    """What is minimised."""
+    return LossOptions(**{field.name: getattr(args, field.name) for field in fields(LossOptions)})
 
 
 def memory_advice(args: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ import tiny_flow_models
 import tiny_models
 import torch
 import train_network
+import train_options
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -248,7 +249,7 @@ def test_loader_switches(assets, tmp_path, monkeypatch, workers, options, expect
     assert train(assets, tmp_path, f"--max_data_loader_n_workers={workers}", *options, steps=1) == 0
     assert (seen["persistent_workers"], seen["pin_memory"]) == expected
     monkeypatch.setattr(sys, "platform", "win32")
-    assert not train_network.build_parser().parse_args([]).persistent_data_loader_workers
+    assert not train_options.build_parser().parse_args([]).persistent_data_loader_workers
 
 
 def test_checkpointing_changes_nothing(assets, tmp_path):
@@ -357,7 +358,7 @@ def test_the_switches_have_two_names_and_a_config_form(tmp_path):
     from networks.hosts.command_line import parse_arguments
 
     def parse(*options: str) -> bool:
-        return parse_arguments(train_network.build_parser(), list(options)).gradient_checkpointing
+        return parse_arguments(train_options.build_parser(), list(options)).gradient_checkpointing
 
     assert parse() and not parse("--no_gradient_checkpointing")
     (tmp_path / "x.toml").write_text("gradient_checkpointing = false\n")
@@ -379,7 +380,7 @@ def test_the_commands_of_the_readme_exist():
     )
     block = section.split("```")[1].replace("\\\n", " ")
     lines = [shlex.split(line) for line in block.strip().splitlines()]
-    parsers = {"scripts/train_network.py": train_network.build_parser(), "scripts/gen_img.py": gen_img.build_parser()}
+    parsers = {"scripts/train_network.py": train_options.build_parser(), "scripts/gen_img.py": gen_img.build_parser()}
     for _, script, *options in lines:
         args = parsers[script].parse_args(options)
         modules = args.network_module if isinstance(args.network_module, list) else [args.network_module]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .command_line import import_network_module, nearest, parse_network_args
 from .families import Family
-from .families.noise import Noise
+from .losses import DECIDES_LOSS, Loss
 from .training_data import TrainingData
 
 
@@ -59,23 +59,36 @@ class Objective(nn.Module):
     The model is no child: it is frozen, and neither wrapped nor saved.
     """
 
-    def __init__(self, network: nn.Module, family: Family, noise: Noise) -> None:
+    def __init__(self, network: nn.Module, family: Family, loss: Loss) -> None:
         super().__init__()
         self.network = network
-        self.family, self.noise = family, noise
+        self.family, self.loss = family, loss
 
-    def forward(self, data: TrainingData, batch: dict[str, Any], latents: Tensor, noise: Tensor, u: Tensor) -> Tensor:
-        """Mean squared error of the denoiser's answer for each sample: (B,), fp32.
+    def forward(
+        self,
+        data: TrainingData,
+        batch: dict[str, Any],
+        latents: Tensor,
+        noise: Tensor,
+        u: Tensor,
+        added: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of the denoiser's answer for each sample, fp32 (B,); without `added`, the plain mean squared error, by
+        which runs of any options can be compared.
 
         Args:
             latents, noise: (B, C, ...), fp32.
             u: (B,), where each sample's noise level lies in their distribution, 0 to 1.
+            added: the noise in the denoiser's input.
         """
-        times = self.noise.times(u).to(latents.device)
-        noisy = self.noise.add(latents, noise, times)
+        rule = self.loss.noise
+        times = rule.times(u, latents.shape[2:]).to(latents.device)
+        noisy = rule.add(latents, noise if added is None else added, times)
         answer = self.family.predict(noisy, times, data.texts(batch), batch)
-        target = self.noise.target(latents, noise, times)
-        return (answer.float() - target.float()).pow(2).flatten(1).mean(1)
+        target = rule.target(latents, noise, times)
+        if added is None:
+            return (answer.float() - target.float()).pow(2).flatten(1).mean(1)
+        return self.loss(answer, target, times)
 
 
 def trains_text(args: argparse.Namespace, family: Family) -> bool:
@@ -187,8 +200,8 @@ def parse_optimizer_args(items: list[str] | None) -> dict[str, object]:
 
 COPIED = (
     "network_module network_dim network_alpha network_dropout learning_rate unet_lr text_encoder_lr seed lr_scheduler "
-    "lr_warmup_steps max_train_steps mixed_precision gradient_checkpointing gradient_accumulation_steps min_snr_gamma "
-    "max_grad_norm scale_weight_norms noise_offset training_comment output_name cache_latents"
+    "lr_warmup_steps max_train_steps mixed_precision gradient_checkpointing gradient_accumulation_steps max_grad_norm "
+    "scale_weight_norms training_comment output_name cache_latents"
 ).split()
 
 
@@ -197,6 +210,8 @@ def run_metadata(
 ) -> dict[str, str]:
     """sd-scripts' metadata keys that apply here. No clock and no machine, so that equal runs give equal files."""
     values: dict[str, Any] = {f"ss_{name}": getattr(args, name) for name in COPIED}
+    of_loss = {name.replace("estimation_loss", "estimation"): getattr(args, name) for name in DECIDES_LOSS}
+    values.update({f"ss_{name}": value for name, value in of_loss.items() if value is not None})
     values.update(
         more,
         ss_base_model_version=family.base_model_version,

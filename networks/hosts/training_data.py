@@ -39,22 +39,26 @@ def generator(*key: object) -> torch.Generator:
 
 
 def draw_noise(
-    seed: int, number: int, examples: Sequence[int], latents: Tensor, offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Noise of the shape (B, C, ...) of `latents`, and levels u (B,), for batch `number` of a run.
+    seed: int, number: int, examples: Sequence[int], latents: Tensor, offset: float = 0.0, perturbation: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise of the shape (B, C, ...) of `latents`, levels u (B,), and the noise that is really added to the latents,
+    for batch `number` of a run.
 
     Args:
         examples: numbers of the batch's examples.
         offset: size of the noise that a whole channel has in common.
+        perturbation: size of more noise that is added to the latents, and that the model is not asked for (2301.11706).
     """
-    u, noise = [], []
+    u, noise, added = [], [], []
     for example in examples:
         draws = generator(seed, "noise", number, example)
         u.append(torch.rand((), generator=draws))
         noise.append(torch.randn(latents.shape[1:], generator=draws))
         if offset:
             noise[-1] += offset * torch.randn((latents.shape[1], *[1] * (latents.ndim - 2)), generator=draws)
-    return torch.stack(noise).to(latents), torch.stack(u)
+        more = perturbation * torch.randn(latents.shape[1:], generator=draws) if perturbation else 0.0
+        added.append(noise[-1] + more)
+    return torch.stack(noise).to(latents), torch.stack(u), torch.stack(added).to(latents)
 
 
 class TrainingData(Dataset[dict[str, Any]]):

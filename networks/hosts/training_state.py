@@ -16,14 +16,15 @@ from typing import Any
 import torch
 
 from .command_line import write_atomically
+from .losses import DECIDES_LOSS
 from .training_data import TrainingData, seed_of
 
 STATE_FILE = "train_state.json"
 # what decides a step; another value would be another run
 SAME = (
     "seed train_batch_size gradient_accumulation_steps network_module network_dim network_alpha network_args "
-    "optimizer_type optimizer_args lr_scheduler lr_warmup_steps noise_offset min_snr_gamma mixed_precision"
-).split()
+    "optimizer_type optimizer_args lr_scheduler lr_warmup_steps mixed_precision"
+).split() + [*DECIDES_LOSS]
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from .ace_step import AceStep
-from .base import Condition, DataOptions, Family, FlowOptions
+from .base import Condition, DataOptions, Family
 from .flux import Flux
+from .noise import NoiseOptions
 from .qwen_image import QwenImage
 from .sd import StableDiffusion, StableDiffusionXL
 from .sd3 import StableDiffusion3
@@ -20,4 +21,4 @@ FAMILIES: tuple[type[Family], ...] = (
     AceStep,
 )
 
-__all__ = ["FAMILIES", "Condition", "DataOptions", "Family", "FlowOptions"]
+__all__ = ["FAMILIES", "Condition", "DataOptions", "Family", "NoiseOptions"]

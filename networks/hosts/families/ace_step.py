@@ -17,6 +17,7 @@ from torch import Tensor
 from ..caption_folder import AUDIO_SUFFIXES, CaptionedImage
 from ..sound import length_of, read_sound, write_wav
 from .base import Condition, DataOptions, Family
+from .noise import Noise, NoiseOptions
 
 LOUDEST = 10 ** (-1 / 20)  # -1 dBFS, the level of what this model's own program writes
 TIMBRE_SECONDS = 30  # of silence, which stands for "no reference sound"
@@ -30,6 +31,11 @@ class AceStep(Family):
     @property
     def helpers(self) -> list[Any]:
         return [*super().helpers, self.pipeline.condition_encoder]
+
+    def make_noise(self, options: NoiseOptions) -> Noise:
+        if options.timestep_sampling == "flux_shift":
+            raise ValueError("--timestep_sampling flux_shift follows the size of pictures; music has none. Use shift.")
+        return super().make_noise(options)
 
     # -- sound
 

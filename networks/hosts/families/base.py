@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..caption_folder import IMAGE_SUFFIXES, Buckets, CaptionedImage, bucket_size, load_pixels
-from .noise import Flow, Noise
+from .noise import Flow, Noise, NoiseOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
 
 Condition = dict[str, Tensor]
 """What the text encoders tell the denoiser about one sample, without a batch axis."""
-
-
-@dataclass(frozen=True)
-class FlowOptions:
-    """What the user says about noise levels; None = the family's own."""
-
-    shift: float | None = None
-    logit_normal: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,6 +72,7 @@ class Family:
 
     def __init__(self, pipeline: Any, dtype: torch.dtype) -> None:
         self.pipeline, self.dtype = pipeline, dtype
+        self.training_guidance = 1.0  # none
         self.place: torch.device | None = None  # where the denoiser computes, if its weights may lie elsewhere
 
     # -- parts
@@ -194,9 +187,19 @@ class Family:
 
     # -- training
 
-    def make_noise(self, options: FlowOptions) -> Noise:
-        shift = self.flow_shift if options.shift is None else options.shift
-        return Flow(shift, self.flow_mean if options.logit_normal else None)
+    def make_noise(self, options: NoiseOptions) -> Noise:
+        return Flow.of(options, self.flow_shift, self.flow_mean)
+
+    def train_at_guidance(self, scale: float | None) -> None:
+        """The guidance that the model is told while it learns, where it is told one.
+
+        Raises:
+            ValueError: this one is not.
+        """
+        if scale is not None:
+            if not getattr(self.denoiser.config, "guidance_embeds", False):
+                raise ValueError(f"--guidance_scale: this {self.title} model takes no guidance as an input. Remove it.")
+            self.training_guidance = scale
 
     def predict(
         self, noisy: Tensor, times: Tensor, conditions: Sequence[Condition], batch: dict[str, Tensor]

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .base import Condition, Family, split, stack
 
-TRAINING_GUIDANCE = 1.0  # what the model is told while it learns: no guidance
-
 
 class Flux(Family):
     title, pipeline_class, version = "FLUX.1", "FluxPipeline", "flux1"
@@ -33,7 +31,7 @@ class Flux(Family):
     ) -> Tensor:
         pipeline, model, (count, channels, height, width) = self.pipeline, self.denoiser, noisy.shape
         dtype, hidden = self.dtype, stack(conditions, "hidden")
-        guidance = torch.full((count,), TRAINING_GUIDANCE, device=noisy.device)
+        guidance = torch.full((count,), self.training_guidance, device=noisy.device)
         answer = model(
             hidden_states=pipeline._pack_latents(noisy.to(dtype), count, channels, height, width),
             timestep=times.to(noisy.device, dtype),

@@ -31,7 +31,9 @@ class QwenImage(Family):
         answer = model(
             hidden_states=pipeline._pack_latents(noisy.to(self.dtype), count, channels, height, width),
             timestep=times.to(noisy.device, self.dtype),
-            guidance=torch.ones(count, device=noisy.device) if model.config.guidance_embeds else None,
+            guidance=torch.full((count,), self.training_guidance, device=noisy.device)
+            if model.config.guidance_embeds
+            else None,
             encoder_hidden_states_mask=None if bool(mask.all()) else mask,
             encoder_hidden_states=hidden.to(self.dtype),
             img_shapes=[[(1, height // 2, width // 2)]] * count,

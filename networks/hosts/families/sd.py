@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Condition, Family, FlowOptions, split, stack
-from .noise import Discrete, Noise
+from .base import Condition, Family, split, stack
+from .noise import Discrete, Noise, NoiseOptions
 
 TEXT_LENGTH = 77  # tokens of one prompt in every Stable Diffusion, unless the tokenizer says less
 
@@ -47,10 +47,8 @@ class StableDiffusion(Family):
         levels = len(self.denoiser.config.block_out_channels)
         return int(self.pipeline.vae_scale_factor) * 2 ** (levels - 1)
 
-    def make_noise(self, options: FlowOptions) -> Noise:
-        if options.shift is not None or not options.logit_normal:
-            raise ValueError(f"--discrete_flow_shift and --timestep_sampling are for flow models, not {self.title}.")
-        return Discrete(self.pipeline.scheduler.config)
+    def make_noise(self, options: NoiseOptions) -> Noise:
+        return Discrete(self.pipeline.scheduler.config, options, self.title)
 
     def _tokens(self, name: str, prompts: Sequence[str]) -> Tensor:
         tokenizer = getattr(self.pipeline, name.replace("text_encoder", "tokenizer"))
