@@ -175,6 +175,7 @@ class AdaptedLayer(AttachedAdapter):
         with torch.no_grad():
             W = read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: site.read(device))
             new = self.new_weight(W, multiplier)
+            lost = sum((site.change(site.take_rows(W), site.take_rows(new)) for site in self.sites), base_weight.EXACT)
             for site in self.sites:
                 site.add_to_bias(self.adapter.bias_change(), m)
-            return sum((site.change(site.take_rows(W), site.take_rows(new)) for site in self.sites), base_weight.EXACT)
+            return lost

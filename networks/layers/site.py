@@ -114,7 +114,8 @@ class Site:
         """Add a change of the layer's bias, in place, rounded once."""
         if change is not None:
             bias = self.module.get_parameter("bias")
-            wide = torch.promote_types(bias.dtype, torch.float32)
+            # float8 has no promotion rules, and a host's model.to(float8) reaches biases, too
+            wide = torch.float64 if bias.dtype == torch.float64 else torch.float32
             bias.copy_(bias.to(wide) + multiplier * self.take_rows(change).to(bias.device, wide))
 
     def change(self, old: Tensor, new: Tensor) -> base_weight.Rounding:
