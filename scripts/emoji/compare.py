@@ -53,12 +53,13 @@ ENTRIES = (
     Entry("lokr", 24, 3e-3, ("factor=4",)),
     Entry("dylora", 4, 4e-3),
     Entry("lora_fa", 4, 4e-3),
-    Entry("glora", 2, 3e-3),
-    Entry("diag-oft", 32, 2e-3),
+    Entry("glora", 2, 2e-3),
+    Entry("tlora", 4, 2e-3),
+    Entry("diag-oft", 32, 3e-3),
     Entry("boft", 4, 1e-3),
     Entry("ia3", 1, 1e-2),
     Entry("norm", 1, 1e-2),
-    Entry("full", 1, 5e-4),
+    Entry("full", 1, 1e-3),
 )
 
 
@@ -221,7 +222,7 @@ def compare(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the algorithms; returns the exit code."""
     parser = argparse.ArgumentParser(prog="compare.py", description="Compare the algorithms.", allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each; default: 60")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each; default: 40")
     parser.add_argument("--model", metavar="FOLDER", default=str(EMOJI / "model"), help="default: the embedded model")
     parser.add_argument(
         "--output",
