@@ -43,7 +43,7 @@ def held_out_losses(pictures: Path, output: Path, steps: int, *more: str) -> lis
             f"--train_batch_size={PICTURES}",
             "--network_module=networks.lora",
             "--network_train_unet_only",
-            "--learning_rate=3e-3",
+            "--learning_rate=1e-3",
             "--cache_latents",
             "--no_gradient_checkpointing",
             "--seed=1",
@@ -61,8 +61,9 @@ def held_out_losses(pictures: Path, output: Path, steps: int, *more: str) -> lis
 def test_loss_falls_and_the_file_has_it(algo: str, pictures: Path, tmp_path: Path) -> None:
     form = [f"--network_dim={DIM}", f"--network_alpha={DIM}", "--network_args", f"algo={algo}"]
     before, after = held_out_losses(pictures, tmp_path / "first", STEPS, *form)
-    assert after < 0.998 * before
+    assert after < 0.999 * before
     file = tmp_path / "first" / "a.safetensors"
     # On from the file alone: before its first step it has the loss of the last one.
-    again = held_out_losses(pictures, tmp_path / "second", 1, f"--network_weights={file}", "--dim_from_weights")
+    from_file = [f"--network_weights={file}", "--dim_from_weights", "--network_args", f"algo={algo}"]
+    again = held_out_losses(pictures, tmp_path / "second", 1, *from_file)
     assert again[0] == pytest.approx(after, rel=1e-5)
