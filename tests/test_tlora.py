@@ -121,8 +121,8 @@ def test_the_weight_is_read_when_it_is_there() -> None:
     base = nn.Linear(20, 12, device="meta")
     adapter = TLoRA(Geometry.of(base), DIM)
     layer = AdaptedLayer("x", base, adapter, SCALE)
-    layer.see_base()
-    assert adapter.wants_base
+    with pytest.raises(ValueError, match="its start values come from the base weight, which is not there yet"):
+        layer.attach()
     base.to_empty(device="cpu")
     nn.init.normal_(base.weight)
     nn.init.zeros_(base.bias)
@@ -287,16 +287,27 @@ def test_a_batch_is_its_samples() -> None:
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize("whole", (True, False))
+def test_compiled(whole: bool) -> None:
+    """The time is no constant of the graphs, nor the reason for new ones."""
     unet = sd_unet()
     made(unet)
     latents, _, text = inputs()
-    wanted = [unet(latents, torch.tensor(times), text).sample for times in ([900, 10], [10, 900])]
+    all_times = ([900, 10], [10, 900], [500, 500])
+    wanted = [unet(latents, torch.tensor(times), text).sample for times in all_times]
     torch._dynamo.reset()
-    for block in unet.down_blocks:
-        block.compile(backend="aot_eager")
-    for times, expected in zip(([900, 10], [10, 900]), wanted, strict=True):
-        torch.testing.assert_close(unet(latents, torch.tensor(times), text).sample, expected, atol=1e-5, rtol=1e-5)
+    torch._dynamo.utils.counters.clear()
+    if whole:
+        call = torch.compile(unet, backend="eager", fullgraph=True)
+    else:
+        call = unet
+        for block in unet.down_blocks:
+            block.compile(backend="aot_eager")
+    graphs = []
+    for times, expected in zip(all_times, wanted, strict=True):
+        torch.testing.assert_close(call(latents, torch.tensor(times), text).sample, expected, atol=1e-5, rtol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[-2]
     torch._dynamo.reset()
 
 
@@ -485,6 +496,13 @@ def test_a_small_change_survives_few_bits(dtype: torch.dtype) -> None:
     x = torch.randn(5, 96).to(dtype)
     product = layer.adapter.geometry.op(x.double(), exact)
     assert float((layer.update(x).double() / SCALE - product).norm() / product.norm()) < 2e-2
+
+
+def test_the_plan_tells_of_start_and_files() -> None:
+    plan = networks.lora.plan(4, 1, None, sd_unet(), algo="tlora")
+    size = 4 * sum(row.parameters for row in plan.trained) / 2**20
+    wanted = f"tlora on {len(plan.trained)} layers: the start is kept beside the parameters ({size:.1f} MiB), "
+    assert wanted + "files are lora with 2 times the dim" in plan.notes
 
 
 def test_refusals() -> None:

@@ -116,11 +116,17 @@ class TLoRA(LoRA):
     def wants_base(self) -> bool:
         return self._waiting or (self.use_data_init and self._fresh == self._versions())
 
+    @property
+    def needs_base(self) -> bool:
+        return self.wants_base
+
+    def settle_(self) -> None:
+        self._waiting, self._fresh = False, None
+
     def see_base(self, weight: Tensor) -> None:
         if not self._waiting:
             self._start_from(weight.flatten(1), self.sig_type)
-            self._fresh = None
-            return
+            return self.settle_()
         given = {name: p.clone() for name, p in self.named_parameters()}  # whole factors, not changes
         self._start_from(weight.flatten(1), "principal", exact=True)
         q, p, q0, p0 = given["q"].flatten(1), given["p"].flatten(1), self.q0.flatten(1), self.p0.flatten(1)
@@ -137,7 +143,7 @@ class TLoRA(LoRA):
         for name, p in self.named_parameters():
             p.copy_(given[name] - getattr(self, f"{name}0"))
         self.p.div_(self.unit)
-        self._waiting = False
+        self.settle_()
 
     def _versions(self) -> int:
         return sum(p._version for p in self.parameters())
@@ -243,7 +249,7 @@ class TLoRA(LoRA):
                 self.get_parameter(name).copy_(now.reshape(self.get_parameter(name).shape))
                 self.get_buffer(f"{name}0").copy_(start.reshape(self.get_buffer(f"{name}0").shape))
             self.p.div_(self.unit)
-            self._waiting = False
+            self.settle_()
 
 
 class _Pairs:

@@ -164,6 +164,13 @@ def _starts(trained: Sequence[PlanRow], problems: Problems, notes: list[str]) ->
             f"init=pissa on {len(kept)} layers: read from the base weights when the network is applied; the start is "
             f"kept beside the parameters ({size:.1f} MiB), files hold the difference from it with twice the dim"
         )
+    own = [row for row in trained if row.layout.stacked > 1 and not row.split]
+    if own:
+        size = 4 * sum(row.layout.parameters for row in own) / 2**20
+        notes.append(
+            f"{own[0].algo} on {len(own)} layers: the start is kept beside the parameters ({size:.1f} MiB), files are "
+            f"{ALGOS[own[0].algo].form()} with {own[0].layout.stacked} times the dim"
+        )
 
 
 def _rotations(trained: Sequence[PlanRow], args: Any, notes: list[str]) -> None:
