@@ -150,6 +150,10 @@ class GLoRA(Adapter):
             for name in _NAMES:
                 self.get_parameter(name).mul_(ratio**0.5)
 
+    @classmethod
+    def readers(cls, options: Mapping[str, Any]) -> str:
+        return "glora files: LyCORIS, ComfyUI and Forge read them; A1111, InvokeAI, PEFT and diffusers do not"
+
     def pack(self) -> dict[str, Tensor]:
         packed = super().pack()
         if self.scalar is not None:
