@@ -19,6 +19,7 @@ import networks.lycoris
 from networks.archs import ARCHS
 from networks.args import presets
 from networks.core.plan import Plan
+from networks.files import reader
 
 BY_ARCH = {arch.name: arch for arch in ARCHS}
 NAMES = presets.names()
@@ -254,7 +255,8 @@ def test_convolutions_follow_enable_conv(preset_file: Any) -> None:
         ("[module_algo_map.Attention]\ndin = 3", "Attention.din, which is no option of a single layer; did you mean"),
         ('[name_algo_map.to_k]\nalgo = "lora"\nfactor = 4', "to_k.factor, which has no effect with algo = lora"),
         ("[name_algo_map.to_k]\nfactor = 4", "factor has no effect with algo=lora"),
-        ('lora_prefix = "lycoris"', "lora_prefix = 'lycoris' would give names that no reader"),
+        ('lora_prefix = "lora_te"', "lora_prefix = 'lora_te' is no beginning of saved names"),
+        ('lora_prefix = "my.net"', "lora_prefix = 'my.net' is no beginning of saved names"),
         ("a = ", "which is no TOML"),
         ("unet_target_module = []", "no layer is left to train; the reasons: not in the preset"),
     ],
@@ -273,6 +275,36 @@ def test_patterns_without_a_layer_are_told(preset_file: Any, caplog: pytest.LogC
     path = preset_file('exclude_name = ["no_such_layer"]\nlora_prefix = "lora_unet"\n')
     networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), preset=path)
     assert "['no_such_layer'] decide no layer of this model" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["lycoris", "my_style"])
+def test_lora_prefix_names_the_layers_of_the_denoiser(prefix: str, preset_file: Any, tmp_path: Path) -> None:
+    """Written, and read back: by every entry for LyCORIS' own, else by a network with the same preset."""
+    path = preset_file(f'lora_prefix = "{prefix}"\n')
+    unet, encoder = sd_unet(), text_encoder()
+    network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet, preset=path)
+    assert any(f"files name these layers {prefix}_" in note for note in network.plan.notes)
+    network.apply_to(encoder, unet, True, True)
+    randomise(network)
+    wanted = draw(unet).detach()
+    file = str(tmp_path / "a.safetensors")
+    network.save_weights(file, None, {})
+    network.detach()
+    names = {key.partition(".")[0] for key in reader.read_tensors(file)[0]}
+    starts = {f"{prefix}_down", f"{prefix}_mid", f"{prefix}_up", "lora_te_text"}
+    assert {next(s for s in starts if n.startswith(s)) for n in names} == starts
+    calls = [{"preset": path}, {}] if prefix == "lycoris" else [{"preset": path}]
+    for options in calls:
+        loaded, tensors = networks.lora.create_network_from_weights(1.0, file, None, encoder, unet, **options)
+        loaded.apply_to(encoder, unet)
+        loaded.load_state_dict(tensors, strict=True)
+        assert torch.equal(draw(unet), wanted)
+        loaded.detach()
+    again = networks.lora.create_network(1.0, 4, 1, None, encoder, unet, preset=path)
+    again.apply_to(encoder, unet, True, True)
+    assert not again.load_weights(file).missing
+    with pytest.raises(ValueError, match="save_format=blissful has names of its own"):
+        networks.lora.plan(4, 1, None, unet, preset=path, save_format="blissful")
 
 
 def test_nothing_leaks_into_the_next_network(preset_file: Any) -> None:

@@ -18,7 +18,7 @@ from .forms import ALGOS, FORM
 from .table import BY_NAME
 
 OWN = "*"  # among target modules: those that the architecture trains anyway
-PREFIXES = ("lora_unet", "lora_te", "lora")  # what saved names have in any case
+PREFIXES = ("lora_unet", "lora")  # what saved names have in any case
 _RANKS = ("dim", "alpha", "conv_dim", "conv_alpha", "rs_lora")
 _HERE = Path(__file__).resolve()
 FOLDERS = (_HERE.parents[1] / "presets", _HERE.parents[2] / "presets")  # installed; in a checkout
@@ -54,6 +54,7 @@ class Preset:
         module_algo_map: class name -> options of the layers below it; the innermost such module wins.
         name_algo_map: pattern -> options; the first that matches, before module_algo_map.
         use_fnmatch: patterns are file name patterns on the whole dotted name.
+        lora_prefix: what the saved names of the denoiser's layers begin with; "" = as the trainers have it.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Preset:
     module_algo_map: Mapping[str, Options] = field(default_factory=dict)
     name_algo_map: Mapping[str, Options] = field(default_factory=dict)
     use_fnmatch: bool = False
+    lora_prefix: str = ""
 
     def matches(self, pattern: str, names: Sequence[str]) -> bool:
         """Whether a pattern means a layer with these dotted names.
@@ -179,13 +181,13 @@ def _strings(raw: Any) -> tuple[str, ...]:
 
 
 def _prefix(raw: Any) -> str:
-    """LyCORIS' trainers do not use it, either."""
-    if raw not in PREFIXES:
+    """The beginning of names such as `lycoris_...`."""
+    if not isinstance(raw, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", raw) or raw.startswith("lora_te"):
         raise ValueError(
-            f"= {raw!r} would give names that no reader of these models finds; layers are saved as the trainers do, "
-            f"{PREFIXES[0]}_...: leave it out"
+            f"= {raw!r} is no beginning of saved names: write letters, digits and _, such as lycoris; text encoders "
+            "keep lora_te"
         )
-    return str(raw)
+    return "" if raw in PREFIXES else raw.rstrip("_")
 
 
 def _map(raw: Any) -> dict[str, Options]:

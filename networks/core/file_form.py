@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..algos import ALGOS
@@ -49,7 +50,8 @@ def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> l
         return notes
     if dialect.prefixes:
         own, written = dialect.prefixes[0]
-        notes.append(f"files name these layers {written}... instead of {own}..., as sd-scripts' {dialect.name} does")
+        why = f"as sd-scripts' {dialect.name} does" if dialect.lacks else "for readers that look for such names"
+        notes.append(f"files name these layers {written}... instead of {own}..., {why}")
     else:
         notes += sorted({ALGOS[row.algo].readers({**row.options, "split_qkv": row.split}) for row in trained} - {""})
     if dialect.archs and request.arch.name not in dialect.archs:
@@ -57,9 +59,15 @@ def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> l
     return notes
 
 
+def wanted_form(args: Any) -> Dialect:
+    """The form that the arguments ask for: `save_format`, with the preset's prefix."""
+    dialect, prefix = DIALECTS[args.save_format], args.preset.lora_prefix if args.preset else ""
+    return replace(dialect, prefixes=(("lora_unet_", f"{prefix}_"),)) if prefix else dialect
+
+
 def _chosen(trained: Sequence[PlanRow], request: Request) -> tuple[Dialect, list[str]]:
     """The form of the files, and why it is not that of `save_format`. An entry's own form makes way for another."""
-    wanted = DIALECTS[request.args.save_format]
+    wanted = wanted_form(request.args)
     reasons = _misfits(trained, wanted, request)
     return (wanted if not reasons or "save_format" in request.args.given else PORTABLE), reasons
 
@@ -67,6 +75,8 @@ def _chosen(trained: Sequence[PlanRow], request: Request) -> tuple[Dialect, list
 def _misfits(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> list[str]:
     """What of the trained layers its files cannot hold."""
     name, reasons = f"save_format={dialect.name}", []
+    if dialect.name != PORTABLE.name and request.args.preset and request.args.preset.lora_prefix:
+        reasons.append(f"{name} has names of its own: leave out it, or the preset's lora_prefix")
     if dialect.components:
         for part, _ in request.parts:
             if not part.diffusers and any(row.part == part.name for row in trained):

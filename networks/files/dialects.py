@@ -64,6 +64,10 @@ class Dialect:
         own, written = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
         return written + name.removeprefix(own)
 
+    def own_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of one of its files, under the saved names that stand behind those in the file."""
+        return {_own_name(key, self.prefixes): tensor for key, tensor in tensors.items()}
+
     def written_suffix(self, suffix: str) -> str:
         return dict(self.suffixes).get(suffix, suffix)
 
@@ -85,6 +89,7 @@ BLISSFUL = Dialect(
     dora_sides=("output",),
 )
 DIFFUSERS = Dialect("diffusers", "dora_scale", algos=("lora",), dora_sides=("output",), flat_only=True, components=True)
+LYCORIS = (("lora_unet_", "lycoris_"),)  # what LyCORIS' own wrapper writes, in whatever form
 # What the modules networks.oft and networks.oft_flux of sd-scripts read and write.
 OFT = Dialect(
     "oft",
@@ -106,8 +111,11 @@ DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, DIFFUSERS,
 
 def own_name(name: str) -> str:
     """The saved name that stands behind one in a file of any dialect."""
-    pairs = (pair for dialect in DIALECTS.values() for pair in dialect.prefixes)
-    own, written = next((pair for pair in pairs if name.startswith(pair[1])), ("", ""))
+    return _own_name(name, (*LYCORIS, *(pair for dialect in DIALECTS.values() for pair in dialect.prefixes)))
+
+
+def _own_name(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
+    own, written = next((pair for pair in prefixes if name.startswith(pair[1])), ("", ""))
     return own + name.removeprefix(written)
 
 

@@ -20,7 +20,7 @@ from ..archs.spec import ArchSpec, Part
 from ..args.forms import OWN_STYLES
 from ..args.parse import NetArgs, Problems, parse
 from ..core.diagnosis import Diagnosis
-from ..core.file_form import form_of
+from ..core.file_form import form_of, wanted_form
 from ..core.network import Network
 from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request
@@ -226,7 +226,7 @@ class Caller:
         """
         problems = Problems(self.name)
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
-        tensors = dotted.read(tensors, request.arch, source)
+        tensors = wanted_form(request.args).own_names(dotted.read(tensors, request.arch, source))
         saved, unknown = codec.decode(tensors)
         if unknown and not saved:
             problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
