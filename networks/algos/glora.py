@@ -5,12 +5,11 @@
 In a convolution A acts on the channels, in front of it; with groups, on those of each group alike.
 
 base(x + A x) is one pass, too, but its update is never apart from the base's output, where DoRA, regions and fused
-layers of several modules need it, and A x is rounded beside x: in bf16 a thousandth of x loses 80 % of itself, in layers
-that quantise their input more. A second pass, base(A x), doubles the cost. So W a1 [O, R] is computed instead, one
-product of R columns, R / T of a pass over T tokens. With it both terms are low-rank chains of the input,
-(W a1)(a2 x) + b1 (b2 x), which are added to the base's output as any other update: the base runs once, on its own input,
-and its bias counts once. W is read in whatever form it is stored and not kept (layers.site); its own dtype is good
-enough for W a1 in half precision.
+layers of several modules need it, and A x is rounded beside x (in bf16, a thousandth of x is off by 80 %). A second
+pass, base(A x), doubles the cost. So W a1 [O, R] is computed instead, one product of R columns, R / T of a pass over T
+tokens. With it both terms are low-rank chains of the input, (W a1)(a2 x) + b1 (b2 x), which are added to the base's
+output as any other update: the base runs once, on its own input, and its bias counts once. W is read in whatever form
+it is stored and not kept (layers.site); its own dtype is good enough for W a1 in half precision.
 
 LoRA+: the plus factors are a1 and b1, which lead out of the rank, as up does.
 
