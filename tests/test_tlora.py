@@ -230,19 +230,24 @@ def test_dora_measures_the_weight_with_all_ranks(side: str) -> None:
         assert_close(y[i], wanted, f"sample {i}")
 
 
+@pytest.mark.parametrize("passes", (1, 2))
 @pytest.mark.parametrize("reentrant", (True, False))
-def test_gradients_under_checkpointing_are_those_of_each_sample(reentrant: bool) -> None:
-    """A picture drawn without gradients between forward and backward changes nothing."""
+def test_gradients_under_checkpointing_are_those_of_each_sample(reentrant: bool, passes: int) -> None:
+    """Also where a trainer makes a pass for each sample before it goes back. A picture drawn without gradients between
+    forward and backward changes nothing."""
     found = []
     for way in ("plain", "checkpoint"):
-        torch.manual_seed(0)
         unet = sd_unet()
+        torch.manual_seed(0)
         network = made(unet)
         if way == "checkpoint":
             unet.enable_gradient_checkpointing(lambda f, *a: checkpoint(f, *a, use_reentrant=reentrant))
             unet.train()
         latents, _, text = inputs()
-        y = unet(latents.requires_grad_(), torch.tensor([900, 10]), text).sample
+        latents.requires_grad_()
+        parts = [torch.tensor([900, 10])] if passes == 1 else torch.tensor([[900], [10]])
+        pieces = zip(latents.chunk(passes), parts, text.chunk(passes), strict=True)
+        y = torch.cat([unet(x, time, words).sample for x, time, words in pieces])
         with torch.no_grad():
             unet(latents, 500, text)
         y.square().sum().backward()

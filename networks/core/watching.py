@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,8 @@ def watch(root: nn.Module, runtime: Runtime, clocks: Iterable[Clock] = (), read:
     """Hooks on the model itself, below its wrappers, which hosts take off.
 
     Never inside a layer: reentrant checkpointing runs layers without gradients in training, too. A pass without
-    gradients puts back what was before it; the time of one with gradients stays, so that a recomputation in its
-    backward sees it. (Two such passes before one backward would both be recomputed with the later one's time.)
+    gradients puts back what was before it. The time of one with gradients comes back with its own backward, so that a
+    recomputation sees it, also where a host makes several passes (one for each sample, say) before it goes back.
     """
     before: list[tuple[bool, list[Tensor | None]]] = []
     shared = list(clocks)
@@ -65,10 +65,31 @@ def watch(root: nn.Module, runtime: Runtime, clocks: Iterable[Clock] = (), read:
         sampling, times = before.pop() if before else (False, [None] * len(shared))
         if runtime.sampling:
             runtime.sampling = sampling
-            for clock, time in zip(shared, times, strict=True):
-                clock.time = time
+            _set(shared, times)
+        elif shared and not torch.compiler.is_compiling():  # compiled graphs keep their inputs, the time among them
+            now = [clock.time for clock in shared]
+            for tensor in _tensors(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: _set(shared, now))
 
     return [
         root.register_forward_pre_hook(enter, with_kwargs=True),
         root.register_forward_hook(leave, always_call=True),
     ]
+
+
+def _set(clocks: Sequence[Clock], times: Sequence[Tensor | None]) -> None:
+    for clock, time in zip(clocks, times, strict=True):
+        clock.time = time
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Those in a model's output, which may be of a library's own class."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _tensors(value)
