@@ -96,9 +96,10 @@ def test_training_on_it_is_training_on_the_dequantised_weight(
     (y * probe.to(y.dtype)).sum().backward()
     assert_close(y.double().detach(), wanted.detach(), "output", tolerances(form))
     assert_close(inputs.grad.double(), gradients[0], "gradient of the input", tolerances(form))
+    stages = 2 if case == "boft" else 1  # five of them in a row, each rounded to the dtype of the activations
     for p, theirs in zip(layer.adapter.parameters(), gradients[1:], strict=True):
         assert p.grad is not None
-        assert_close(p.grad.double(), theirs, "gradient of the adapter", tolerances(form))
+        assert_close(p.grad.double(), theirs, "gradient of the adapter", stages * tolerances(form))
     assert bits(base) == before and all(p.grad is None for p in base.parameters())
 
 

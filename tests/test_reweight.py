@@ -304,3 +304,29 @@ def unet_of_48() -> nn.Module:
         norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("algo", ["diag-oft", "boft"])
+def test_a_small_rotation_is_not_lost_in_bf16(algo: str) -> None:
+    """T y - y would keep the digits of y only, which are 2^-8 apart; (T - 1) y keeps its own."""
+    base = nn.Linear(20, 48, bias=False).to(torch.bfloat16).requires_grad_(False)
+    adapter = ALGOS[algo](Geometry.of(base), 6)
+    for p in adapter.parameters():
+        nn.init.normal_(p, std=1e-4)
+    y = torch.randn(64, 48).to(torch.bfloat16)
+    exact = adapter.double().change(y.double(), -1).detach()
+    assert_close(adapter.change(y, -1).detach().double(), exact, "change", 2e-2)
+    assert float(exact.norm() / y.double().norm()) < 2e-3
+
+
+def test_boft_compiles_whole() -> None:
+    base = nn.Linear(20, 48).requires_grad_(False)
+    layer = AdaptedLayer("x", base, ALGOS["boft"](Geometry.of(base), 6, {"rescaled": True}), 1.0)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.1)
+    layer.attach()
+    x = torch.randn(5, 20)
+    wanted = torch.autograd.grad(base(x).square().sum(), list(layer.parameters()))
+    compiled = torch.compile(lambda x: base(x).square().sum(), backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x), list(layer.parameters())), wanted, strict=True):
+        assert_close(a, b, "gradient", 1e-5)

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..tensors.geometry import Geometry
-from ..tensors.rotation import apply_blocks, butterfly, rotation_less_identity
+from ..tensors.rotation import butterfly, butterfly_chain, rotation_less_identity
 from .oft import Rotation
 from .saved import Layout
 
@@ -41,15 +42,14 @@ class BOFT(Rotation):
     def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
         return tensors["oft_blocks"].dim() == 4
 
-    def rotated(self, t: Tensor, axis: int) -> Tensor:
-        stages, count, size, _ = self.blocks.shape
-        less = rotation_less_identity(self.blocks.flatten(0, 1), self.limit).unflatten(0, (stages, count)).to(t.dtype)
-        change = t.new_zeros(())
-        for i, blocks in enumerate(less):
-            distance = 2**i * (size // 2)
-            mixed = apply_blocks(blocks, butterfly(t + change, axis, distance), axis)
-            change = change + butterfly(mixed, axis, distance, back=True)
-        return change
+    def change(self, t: Tensor, axis: int) -> Tensor:
+        stages, _, size, _ = self.blocks.shape
+        less = rotation_less_identity(self.blocks.flatten(0, 1), self.limit).unflatten(0, (stages, -1))
+        distances = tuple(2**i * (size // 2) for i in range(stages))
+        if "rescale" in self.record.shapes:  # r P^-1 R P = P^-1 (P r) R P
+            rows = butterfly(self.rescale.flatten(), 0, distances[-1])
+            less = torch.cat([less[:-1], self.with_rows(less[-1], rows)[None]])
+        return butterfly_chain(t, less.to(t.dtype), axis, distances)
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

@@ -57,23 +57,12 @@ class Rotation(Reweight):
     def limit(self) -> float:
         return float(self.chosen.get("constraint") or 0.0) * self.features_of_side
 
-    def rotated(self, t: Tensor, axis: int) -> Tensor:
-        """(T - 1) t without the factors by row."""
-        raise NotImplementedError
-
-    def change(self, t: Tensor, axis: int) -> Tensor:
-        return self._rescaled(self.rotated(t, axis), t, axis)
-
-    def _rescaled(self, change: Tensor, t: Tensor, axis: int, pieces: Pieces | None = None) -> Tensor:
-        """(r T - 1) t from (T - 1) t."""
+    def with_rows(self, less_NBB: Tensor, rows: Tensor | None = None) -> Tensor:
+        """r T - 1 for the blocks of T - 1, with the factors r of these rows, or of all in order."""
         if "rescale" not in self.record.shapes:
-            return change
-        r = self.rescale.flatten()
-        r = r if pieces is None else torch.cat([r[start:stop] for start, stop in pieces])
-        shape = [1] * t.dim()
-        shape[axis] = -1
-        r = r.reshape(shape)
-        return change * r.to(t.dtype) + t * (r - 1).to(t.dtype)
+            return less_NBB
+        r = (self.rescale.flatten() if rows is None else rows).reshape(*less_NBB.shape[:2], 1)
+        return r * less_NBB + torch.diag_embed(r[..., 0] - 1)
 
     @classmethod
     def readers(cls, options: Mapping[str, Any]) -> str:
@@ -120,26 +109,28 @@ class DiagOFT(Rotation):
     def side(self) -> str:  # type: ignore[override]
         return "input" if self.chosen.get("train_on_input") else "output"
 
-    def rotated(self, t: Tensor, axis: int) -> Tensor:
-        less = rotation_less_identity(self.blocks, self.limit).to(t.dtype)
-        if self.side == "output":
-            return apply_blocks(less.transpose(1, 2), t, axis)
-        groups = t.shape[axis] // self.geometry.in_features  # of a convolution: each has its own I channels
-        return apply_blocks(less.repeat(groups, 1, 1), t, axis)
+    def _less(self) -> Tensor:
+        """T - 1 as blocks [N, B, B] that act on features."""
+        less = rotation_less_identity(self.blocks, self.limit)
+        return less if self.side == "input" else self.with_rows(less.transpose(1, 2))
+
+    def change(self, t: Tensor, axis: int) -> Tensor:
+        less = self._less().to(t.dtype)
+        if self.side == "input":  # of a convolution with groups: each has its own I channels
+            less = less.repeat(t.shape[axis] // self.geometry.in_features, 1, 1)
+        return apply_blocks(less, t, axis)
 
     def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor | None:
         size = self.blocks.shape[1]
         if any(n % size for piece in pieces for n in piece):
             return None
-        less = rotation_less_identity(self.blocks, self.limit).to(t.dtype)
-        chosen = torch.cat([less[start // size : stop // size] for start, stop in pieces])
-        return self._rescaled(apply_blocks(chosen.transpose(1, 2), t, axis), t, axis, pieces)
+        less = self._less().to(t.dtype)
+        return apply_blocks(torch.cat([less[start // size : stop // size] for start, stop in pieces]), t, axis)
 
     def new_weight(self, weight: Tensor) -> Tensor:
         if self.side == "output":
             return super().new_weight(weight)
-        less = rotation_less_identity(self.blocks, self.limit).to(weight.dtype)
-        return weight + apply_blocks(less.transpose(1, 2), weight, 1)
+        return weight + apply_blocks(self._less().to(weight.dtype).transpose(1, 2), weight, 1)
 
     # -- files
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,12 @@ def generator(blocks_NBB: Tensor, limit: float = 0.0) -> Tensor:
 def apply_blocks(blocks_NBB: Tensor, t: Tensor, axis: int) -> Tensor:
     """out[n, i] = sum_j blocks[n, i, j] t[n, j] along an axis of N B features."""
     count, size = blocks_NBB.shape[:2]
-    last = t.movedim(axis, -1)
-    out = torch.einsum("...nj,nij->...ni", last.unflatten(-1, (count, size)), blocks_NBB)
-    return out.flatten(-2).movedim(-1, axis)
+    axis %= t.dim()
+    parts = t.unflatten(axis, (count, size))
+    if axis == t.dim() - 1:
+        return torch.einsum("...nj,nij->...ni", parts, blocks_NBB).flatten(-2)
+    # Positions stay behind the features, as convolutions have them: no copy of t is made, nor kept for backward.
+    return torch.matmul(blocks_NBB, parts.flatten(axis + 2)).reshape(t.shape)
 
 
 def butterfly(t: Tensor, axis: int, distance: int, back: bool = False) -> Tensor:
@@ -39,3 +44,48 @@ def butterfly(t: Tensor, axis: int, distance: int, back: bool = False) -> Tensor
     last = t.movedim(axis, -1)
     pair = (distance, 2) if back else (2, distance)
     return last.unflatten(-1, (-1, *pair)).transpose(-1, -2).flatten(-3).movedim(-1, axis)
+
+
+def butterfly_chain(t: Tensor, less_SNBB: Tensor, axis: int, distances: tuple[int, ...]) -> Tensor:
+    """(T - 1) t for T = P_s^-1 R_s P_s ... P_0^-1 R_0 P_0, from the blocks of every R - 1.
+
+    Only t is kept for backward, which goes through the stages once more: they would keep as many copies of t.
+    """
+    change: Tensor = _Chain.apply(t, less_SNBB, axis, distances)  # type: ignore[no-untyped-call]
+    return change
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, less: Tensor, axis: int, distances: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(t, less)
+        ctx.axis, ctx.distances = axis, distances
+        return _stages(t, less, axis, distances)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (t, less), (G,) = ctx.saved_tensors, gradients
+        axis, found, more = ctx.axis, [], torch.zeros_like(G)
+        inputs = _stages(t, less, axis, ctx.distances)[1] if ctx.needs_input_grad[1] else []
+        for i in reversed(range(len(less))):
+            mixed = butterfly(G + more, axis, ctx.distances[i])
+            if ctx.needs_input_grad[1]:
+                pair = (_in_blocks(whole, axis, less.shape[2]) for whole in (mixed, inputs[i]))
+                found.append(torch.einsum("...ni,...nj->nij", *pair))
+            turned = apply_blocks(less[i].transpose(1, 2), mixed, axis)
+            more = more + butterfly(turned, axis, ctx.distances[i], back=True)
+        return more, torch.stack(found[::-1]) if found else None, None, None
+
+
+def _stages(t: Tensor, less: Tensor, axis: int, distances: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    """(T - 1) t, and what goes into the blocks of each stage. Added up apart from t, whose digits are coarser."""
+    inputs, change = [], torch.zeros_like(t)
+    for blocks, distance in zip(less, distances, strict=True):
+        inputs.append(butterfly(t + change, axis, distance))
+        change = change + butterfly(apply_blocks(blocks, inputs[-1], axis), axis, distance, back=True)
+    return change, inputs
+
+
+def _in_blocks(t: Tensor, axis: int, size: int) -> Tensor:
+    """[..., N, B] of an axis of N B features."""
+    return t.movedim(axis, -1).unflatten(-1, (-1, size))
