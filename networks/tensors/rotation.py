@@ -51,7 +51,7 @@ def butterfly_chain(t: Tensor, less_SNBB: Tensor, axis: int, distances: tuple[in
 
     Only t is kept for backward, which goes through the stages once more: they would keep as many copies of t.
     """
-    change: Tensor = _Chain.apply(t, less_SNBB, axis, distances)  # type: ignore[no-untyped-call]
+    change: Tensor = _Chain.apply(t, less_SNBB, axis, distances)
     return change
 
 
