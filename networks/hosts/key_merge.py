@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..files import codec, dialects
+from ..files import codec
 from ..files.merge import merged_bias, merged_weight
 from ..files.weight_names import stem_of
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 LOADER, READER = "load_safetensors_with_lora_and_fp8", "load_safetensors_with_fp8_optimization_and_hook"
 PREFIXES = ("lora_unet_", "")  # of a saved name, before the weight's key; text encoders come renamed, without one
 FROM_WEIGHTS = "create_arch_network_from_weights"
-PLAIN = frozenset({"lora_down.weight", "lora_up.weight", "alpha"})  # the form that every trainer merges itself
+WRAPPED = "model_diffusion_model_"  # before the keys of some checkpoints; the trainers strip it after they merged
 Fingerprint = tuple[tuple[str, float], ...]
 _merged_by_key: set[Fingerprint] = set()  # files, in this process
 
@@ -87,7 +87,7 @@ def _decode(tensors: Mapping[str, Tensor], source: str) -> dict[str, codec.Saved
 
 @dataclass
 class _File:
-    """The layers of one adapter file that we merge."""
+    """The layers of one adapter file, and which of them found their weight."""
 
     source: str
     layers: dict[str, codec.SavedLayer]
@@ -97,8 +97,8 @@ class _File:
 
     def take(self, flat_key: str, bias: bool = False) -> codec.SavedLayer | None:
         """Its layer of this name, if it has something for the weight, or for the bias."""
-        for prefix in PREFIXES:
-            layer = self.layers.get(prefix + flat_key)
+        for name in (prefix + key for key in (flat_key, flat_key.removeprefix(WRAPPED)) for prefix in PREFIXES):
+            layer = self.layers.get(name)
             if layer is not None and (not bias or layer.bias_change is not None):
                 (self.shifted if bias else self.used).add(layer.name)
                 return layer
@@ -131,11 +131,6 @@ class _File:
             )  # fmt: skip
 
 
-def _is_plain(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the trainer merges the whole file as we would; in another dialect, alpha may mean something else."""
-    return dialects.detect(tensors) is dialects.PORTABLE and {key.partition(".")[2] for key in tensors} <= PLAIN
-
-
 def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]:
     """One per file, 1 where none is given. A bare number is the default of an option that takes a list."""
     values = [float(given)] * count if isinstance(given, (int, float)) else [float(value) for value in given or ()]
@@ -145,8 +140,8 @@ def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]
 def extend(lora_utils: ModuleType) -> None:
     """Let the module's loader merge what it does not know: LoHa, LoKr, Tucker forms, DoRA.
 
-    It still merges plain LoRA alone. With another file among them, all are merged here, in their order, since what DoRA
-    does depends on the weight that it finds. The trainer's code stays as it is: the functions are wrapped in memory.
+    All files are merged here, in their order: what DoRA does depends on the weight that it finds. The trainer's code
+    stays as it is: the functions are wrapped in memory.
     """
     load: Callable[..., Any] | None = getattr(lora_utils, LOADER, None)
     read: Callable[..., Any] | None = getattr(lora_utils, READER, None)
@@ -162,10 +157,6 @@ def extend(lora_utils: ModuleType) -> None:
         if not given:
             return load(*args, **kwargs)
         strengths = _strengths(call.arguments.get("lora_multipliers"), len(given))
-        _merged_by_key.update(map(_fingerprint, given))
-        if all(map(_is_plain, given)):
-            call.arguments["lora_multipliers"] = strengths
-            return load(*call.args, **call.kwargs)
         files = []
         for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
             source = f"adapter file {number} of {len(given)}"
@@ -186,6 +177,7 @@ def extend(lora_utils: ModuleType) -> None:
             setattr(lora_utils, READER, read)
         for file in files:
             file.report()
+        _merged_by_key.update(map(_fingerprint, given))
         return result
 
     setattr(lora_utils, LOADER, load_and_merge)
