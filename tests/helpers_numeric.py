@@ -23,10 +23,11 @@ from networks.core.network import Network
 from networks.core.plan import Plan, PlanRow
 from networks.layers.adapted import AdaptedLayer
 from networks.tensors.geometry import Geometry
+from networks.tensors.norms import layer_geometry
 
 FOR_LINEARS = [name for name, cls in ALGOS.items() if cls.family == Geometry.family]  # and convolutions
-# Those of the matrix; the others have no update apart from the base weight (test_reweight.py).
-ADDITIVE = {name: ALGOS[name] for name in FOR_LINEARS if not issubclass(ALGOS[name], Reweight) and name != "full"}
+ADDITIVE = {name: cls for name, cls in ALGOS.items() if not issubclass(cls, Reweight)}  # have an update of their own
+FACTORED = {name: cls for name, cls in ADDITIVE.items() if "bypass_mode" in cls.features}  # of small factors
 TOLERANCE = 1e-9  # of everything in float64, relative to the largest value
 OUT, IN = 110, 108  # 10 * 11 and 9 * 12, so that a rank of 4 is below half of every factor
 DIM, ALPHA, MULTIPLIER = 4, 3.0, 0.7
@@ -61,23 +62,44 @@ KINDS: dict[str, Kind] = {
 }
 
 
+NORM_KINDS: dict[str, Kind] = {
+    "layer_norm": Kind(lambda: nn.LayerNorm(IN), (2, 5, IN)),
+    "layer_norm_no_bias": Kind(lambda: nn.LayerNorm(IN, bias=False), (6, IN)),
+    "group_norm": Kind(lambda: nn.GroupNorm(9, IN), (2, IN, 3, 4)),
+    "rms_norm": Kind(lambda: nn.RMSNorm(IN, eps=1e-3), (2, 5, IN)),
+}
+ALL_KINDS = KINDS | NORM_KINDS
+
+
 def make_layer(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A frozen layer of this kind with random weights."""
-    return KINDS[kind].make().to(dtype).requires_grad_(False)
+    return ALL_KINDS[kind].make().to(dtype).requires_grad_(False)
 
 
 def make_input(kind: str, dtype: torch.dtype = torch.float64, samples: int = 2) -> Tensor:
     """A random input; its first axis holds the samples."""
-    shape = KINDS[kind].shape
+    shape = ALL_KINDS[kind].shape
     return torch.randn(samples if len(shape) > 2 else shape[0], *shape[1:], dtype=dtype)
 
 
-def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """A copy of an unattached layer with another weight: the base operation, by torch's own class."""
+def with_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """A copy of an unattached layer with another weight, and bias: the base operation, by torch's own class."""
     twin = copy.deepcopy(layer)
     with torch.no_grad():
         twin.weight.copy_(weight)
+        if bias is not None:
+            twin.bias.copy_(bias)
     return twin
+
+
+def _geometry(kind: str) -> Geometry:
+    with torch.device("meta"):
+        found = layer_geometry(ALL_KINDS[kind].make())
+    assert found is not None
+    return found
+
+
+_GEOMETRIES = {kind: _geometry(kind) for kind in ALL_KINDS}
 
 
 class Zoo(nn.Module):
@@ -104,6 +126,18 @@ class Case:
     dim: int = DIM
     rs_lora: bool = False
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The layer kinds for which its algorithm is, and for which it has a form with this dim."""
+        return tuple(kind for kind, geometry in _GEOMETRIES.items() if self.fits(geometry))
+
+    def fits(self, geometry: Geometry) -> bool:
+        try:
+            ALGOS[self.algo].layout(geometry, self.dim, **self.options)
+        except ValueError:
+            return False
+        return ALGOS[self.algo].family == geometry.family
+
     def __str__(self) -> str:
         words = [self.algo]
         words += [name if value is True else f"{name}={value}" for name, value in self.options.items()]
@@ -121,6 +155,7 @@ class Case:
 # Those without values change nothing in weights: test_tlora.py.
 VALUES: dict[str, tuple[Any, ...]] = {
     "factor": (9,),
+    "constraint": (2**-5,),  # is exact in fp32, and limits random blocks
     "block_size": (3,),
     "sig_type": ("middle",),
     "use_data_init": (False,),
@@ -150,14 +185,17 @@ def values_of(algorithm: type[Adapter], option: str) -> tuple[Any, ...]:
 
 
 def cases() -> list[Case]:
-    """For every registered algorithm: plain, every option, every pair of options, RS-LoRA, and a large dim."""
+    """For every algorithm: plain, every option, every pair of options; with a rank also RS-LoRA and a large dim."""
     found = []
-    for algo, algorithm in ADDITIVE.items():
+    for algo, algorithm in ALGOS.items():
         singles = [{o: v} for o in sorted(algorithm.options) for v in values_of(algorithm, o)]
         pairs = [a | b for a, b in itertools.combinations(singles, 2) if a.keys() != b.keys()]
-        found += [Case(algo, options) for options in ({}, *singles, *pairs)]
-        # sqrt(4) is exact, so that RS-LoRA's folded alpha, which a file holds in fp32, is exact too.
-        found += [Case(algo, {}, rs_lora=True), Case(algo, {}, dim=16)]
+        dim = DIM if Case(algo).kinds else OUT  # some divide the features into blocks that fill them
+        plain = [Case(algo, options, dim) for options in ({}, *singles, *pairs)]
+        found += [case for case in plain if case.kinds]
+        if algorithm.layout(_GEOMETRIES[plain[0].kinds[0]], dim).rank is not None:
+            # sqrt(4) is exact, so that RS-LoRA's folded alpha, which a file holds in fp32, is exact too.
+            found += [Case(algo, {}, rs_lora=True), Case(algo, {}, dim=16)]
     return found
 
 
@@ -167,7 +205,7 @@ def make_network(
     """A real network with one adapted layer per child of `zoo`, in the dtype of its weights if that can be trained."""
     rows, modules = [], {}
     for name, module in zoo.named_children():
-        geometry = Geometry.of(module)
+        geometry = layer_geometry(module)
         assert geometry is not None, name
         layout = ALGOS[case.algo].layout(geometry, case.dim, **case.options)
         saved = f"lora_unet_{name}"
@@ -280,6 +318,48 @@ def dense_tlora(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     return ((p @ torch.diag(lam[0])) @ q - (p0 @ torch.diag(lam0[0])) @ q0).reshape(shape)
 
 
+def dense_oft(t: Mapping[str, Tensor], layer: AdaptedLayer, W: Tensor) -> Tensor:
+    """T W, or W T on the input side, T made of dense matrices: Cayley's rotations of blocks, in stages for BOFT."""
+    on_input = layer.adapter.side == "input"
+    blocks = layer.adapter.blocks
+    Q = blocks - blocks.transpose(-1, -2)
+    constraint = layer.adapter.chosen.get("constraint", 0) * W.shape[1 if on_input else 0]
+    if constraint and Q.norm() > constraint:
+        blocks = blocks * constraint / Q.norm()
+    if on_input:
+        return torch.einsum("oj...,ji->oi...", W, torch.block_diag(*(_cayley(B) for B in blocks)))
+    T = torch.eye(len(W), dtype=W.dtype)
+    for i, stage in enumerate(blocks[None] if blocks.dim() == 3 else blocks):
+        R = torch.block_diag(*(_cayley(B) for B in stage))
+        if blocks.dim() == 3:
+            T = R.T @ T
+            continue
+        half = 2**i * stage.shape[-1] // 2  # features that lie `half` apart come side by side
+        P = torch.eye(len(W), dtype=W.dtype)[torch.arange(len(W)).reshape(-1, 2, half).transpose(1, 2).flatten()]
+        T = P.T @ R @ P @ T
+    if "rescale" in t:
+        T = t["rescale"].reshape(-1, 1) * T
+    return (T @ W.flatten(1)).reshape(W.shape)
+
+
+def _cayley(B: Tensor) -> Tensor:
+    Q = B - B.T
+    one = torch.eye(len(Q), dtype=Q.dtype)
+    return (one + Q) @ torch.linalg.inv(one - Q)
+
+
+def dense_ia3(t: Mapping[str, Tensor], layer: AdaptedLayer, W: Tensor) -> Tensor:
+    """W (1 + w), by column or by row."""
+    shape = (1, -1) if layer.adapter.side == "input" else (-1, 1)
+    return W * (1 + t["weight"]).reshape(*shape, *[1] * (W.dim() - 2))
+
+
+# W' of the multiplicative algorithms
+DENSE_WEIGHT: dict[str, Callable[[Mapping[str, Tensor], AdaptedLayer, Tensor], Tensor]] = {
+    "diag-oft": dense_oft,
+    "boft": dense_oft,
+    "ia3": dense_ia3,
+}
 DENSE: dict[str, Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]] = {
     "lora": dense_lora,
     "loha": dense_loha,
@@ -287,6 +367,8 @@ DENSE: dict[str, Callable[[Mapping[str, Tensor], tuple[int, ...]], Tensor]] = {
     "dylora": dense_lora,
     "lora_fa": dense_lora,
     "glora": dense_glora,
+    "full": lambda t, shape: t["diff"],
+    "norm": lambda t, shape: t["w_norm"],
     "tlora": dense_tlora,
 }
 
@@ -298,11 +380,21 @@ def named_tensors(adapter: Adapter, base: Tensor) -> dict[str, Tensor]:
 
 
 def dense_update(layer: AdaptedLayer, multiplier: float) -> Tensor:
-    """multiplier * scale * scalar * dW of a live layer by the definition, differentiable."""
-    adapter = layer.adapter
-    delta = DENSE[adapter.algo](named_tensors(adapter, layer.whole_weight()), adapter.geometry.weight_shape)
+    """multiplier * (W' - W) of a live layer by the definition, differentiable: of scale * scalar * dW."""
+    adapter, W = layer.adapter, layer.whole_weight()
+    if adapter.algo in DENSE_WEIGHT:
+        W = W.to(next(adapter.parameters()).dtype)
+        return (DENSE_WEIGHT[adapter.algo](named_tensors(adapter, W), layer, W) - W) * multiplier
+    delta = DENSE[adapter.algo](named_tensors(adapter, W), adapter.geometry.weight_shape)
     scalar = 1.0 if adapter.scalar is None else adapter.scalar
     return delta * scalar * layer.scale * multiplier
+
+
+def dense_bias(layer: AdaptedLayer, multiplier: float) -> Tensor | None:
+    """The base layer's bias with multiplier * its change by the definition, differentiable; None without a bias."""
+    bias = getattr(layer.base, "bias", None)
+    change = dict(layer.adapter.named_parameters()).get(layer.adapter.bias_key)
+    return bias if bias is None or change is None else bias + multiplier * change
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:

@@ -10,14 +10,18 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_numeric import (
     ADDITIVE,
+    ALL_KINDS,
     ALPHA,
     DENSE,
+    DENSE_WEIGHT,
+    FACTORED,
     FORMS,
     KINDS,
     MULTIPLIER,
@@ -25,6 +29,7 @@ from helpers_numeric import (
     Zoo,
     assert_close,
     cases,
+    dense_bias,
     dense_update,
     forced,
     layers_of,
@@ -40,17 +45,23 @@ from torch.utils.checkpoint import checkpoint
 from networks.algos import ALGOS, recognise
 from networks.core.network import Network
 from networks.files import codec, reader
-from networks.files.merge import merged_weight
+from networks.files.merge import merged_bias, merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import update_norm
 from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
+from networks.tensors.norms import layer_geometry
 
 CASES = cases()
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-NOT_IN_LAYOUT = {"block_size": "test_dylora.py", "sig_type": "test_tlora.py", "use_data_init": "test_tlora.py"}
-every_algo = pytest.mark.parametrize("algo", list(ADDITIVE))
+NOT_IN_LAYOUT = {
+    "constraint": "test_reweight.py",
+    "block_size": "test_dylora.py",
+    "sig_type": "test_tlora.py",
+    "use_data_init": "test_tlora.py",
+}
+every_algo = pytest.mark.parametrize("algo", list(FACTORED))
 
 
 @pytest.fixture(autouse=True)
@@ -61,12 +72,15 @@ def _seed() -> None:
 
 @functools.lru_cache(maxsize=1)
 def _template() -> Zoo:
-    return Zoo()
+    return Zoo(tuple(ALL_KINDS))
 
 
-def zoo() -> Zoo:
-    """A zoo of its own for the test, with the same weights each time."""
-    return copy.deepcopy(_template())
+def zoo(case: Case) -> Zoo:
+    """A zoo of its own for the test, with the same weights each time: the layers for which the algorithm is."""
+    found = copy.deepcopy(_template())
+    for kind in ALL_KINDS.keys() - {*case.kinds}:
+        delattr(found, kind)
+    return found
 
 
 def single(
@@ -92,14 +106,14 @@ def trained(layer: AdaptedLayer) -> list[tuple[str, nn.Parameter]]:
 
 
 def test_every_algorithm_has_a_definition_to_be_tested_against() -> None:
-    missing = ADDITIVE.keys() - DENSE.keys()
+    missing = ALGOS.keys() - DENSE.keys() - DENSE_WEIGHT.keys()
     assert not missing, f"write the dense formula of {sorted(missing)} in helpers_numeric.DENSE, from its paper"
 
 
-@every_algo
+@pytest.mark.parametrize("algo", ALGOS)
 def test_every_option_changes_the_layout_somewhere(algo: str) -> None:
     """An option set without effect on all these layers would test nothing."""
-    geometries = [Geometry.of(module) for module in _template().children()]
+    geometries = [layer_geometry(module) for module in _template().children()]
     layout = ALGOS[algo].layout
     for case in (c for c in CASES if c.algo == algo):
         for option in case.options:
@@ -109,7 +123,9 @@ def test_every_option_changes_the_layout_somewhere(algo: str) -> None:
                 continue
             without = {name: value for name, value in case.options.items() if name != option}
             assert any(
-                layout(g, case.dim, **case.options).shapes != layout(g, case.dim, **without).shapes for g in geometries
+                layout(g, case.dim, **case.options).shapes != layout(g, case.dim, **without).shapes
+                for g in geometries
+                if case.fits(g) and replace(case, options=without).fits(g)
             ), f"{case}: {option} has no effect on any layer kind"
 
 
@@ -119,7 +135,7 @@ def test_every_option_changes_the_layout_somewhere(algo: str) -> None:
 @every_case
 def test_forward_and_weights_and_file_agree(case: Case, tmp_path: Path) -> None:
     """Both forms of forward == base op with new_weight == merged layer == merge from the file == the definition."""
-    model = zoo()
+    model = zoo(case)
     plain = copy.deepcopy(model)
     network = make_network(case, model)
     randomise(network)
@@ -127,7 +143,7 @@ def test_forward_and_weights_and_file_agree(case: Case, tmp_path: Path) -> None:
     saved, unknown = codec.decode(reader.read_tensors(tmp_path / "adapter.safetensors")[0])
     assert not unknown
     network.attach()
-    inputs = {kind: make_input(kind) for kind in KINDS}
+    inputs = {kind: make_input(kind) for kind in case.kinds}
     outputs: dict[str, dict[str, Tensor]] = {}
     for form in FORMS:
         with forced(form), torch.no_grad():
@@ -141,11 +157,13 @@ def test_forward_and_weights_and_file_agree(case: Case, tmp_path: Path) -> None:
             base = plain.get_submodule(kind)
             W = base.weight
             new = layer.new_weight(W)
-            if case.algo in DENSE:
-                assert_close(new - W, dense_update(layer, MULTIPLIER), f"{kind}: new_weight and the definition")
-            from_file = merged_weight(saved[layer.lora_name], W, MULTIPLIER)
+            assert_close(new - W, dense_update(layer, MULTIPLIER), f"{kind}: new_weight and the definition")
+            from_file = merged_weight(saved[layer.lora_name], W, MULTIPLIER, bias_too=True)
             assert_close(from_file - W, new - W, f"{kind}: merge from the file")
-            expected = with_weight(base, new)(inputs[kind]) - base(inputs[kind])
+            bias = dense_bias(layer, MULTIPLIER)
+            if bias is not None:
+                assert_close(merged_bias(saved[layer.lora_name], base.bias, MULTIPLIER), bias, f"{kind}: bias, file")
+            expected = with_weight(base, new, bias)(inputs[kind]) - base(inputs[kind])
             for form, output in outputs.items():
                 assert_close(output[kind] - base(inputs[kind]), expected, f"{kind}: forward ({form})")
     network.detach()
@@ -159,20 +177,23 @@ def test_forward_and_weights_and_file_agree(case: Case, tmp_path: Path) -> None:
 
 @every_case
 def test_start_is_the_base_bit_exactly(case: Case) -> None:
-    model = zoo()
-    inputs = {kind: make_input(kind) for kind in KINDS}
+    model = zoo(case)
+    inputs = {kind: make_input(kind) for kind in case.kinds}
     before = model(inputs)
     network = make_network(case, model)
     for kind, layer in layers_of(network).items():
         W = model.get_submodule(kind).weight
         assert torch.equal(layer.new_weight(W), W), kind
-        assert any(bool(p.any()) for p in layer.adapter.state_dict().values()), f"{kind}: nothing could ever be learnt"
     network.attach()
     for form in FORMS:
         with forced(form):
             after = model(inputs)
-        for kind in KINDS:
+        for kind in case.kinds:
             assert torch.equal(after[kind], before[kind]), f"{kind} ({form})"
+    sum(y.square().sum() for y in after.values()).backward()
+    for kind, layer in layers_of(network).items():
+        grads = [p.grad for p in layer.adapter.parameters() if p.grad is not None]
+        assert any(bool(g.any()) for g in grads), f"{kind}: nothing could ever be learnt"
 
 
 def gradients(model: Zoo, network: Network, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,11 +210,11 @@ def gradients(model: Zoo, network: Network, inputs: dict[str, Tensor], weights: 
 @every_case
 def test_gradients_of_both_forms_are_the_definitions(case: Case) -> None:
     """Every parameter and the input get the same, nonzero gradient in both forms, that of the dense formula."""
-    model = zoo()
+    model = zoo(case)
     plain = copy.deepcopy(model)
     network = make_network(case, model)
     randomise(network)
-    inputs = {kind: make_input(kind) for kind in KINDS}
+    inputs = {kind: make_input(kind) for kind in case.kinds}
     weights = {kind: torch.randn_like(y) for kind, y in plain(inputs).items()}
     network.attach()
     found = {}
@@ -202,14 +223,13 @@ def test_gradients_of_both_forms_are_the_definitions(case: Case) -> None:
             found[form] = gradients(model, network, inputs, weights)
     for name, gradient in found["factored"].items():
         assert_close(gradient, found["materialised"][name], f"{name}: factored against materialised")
-    if case.algo not in DENSE:
-        return
     leaves = {kind: x.clone().requires_grad_() for kind, x in inputs.items()}
     total = torch.zeros((), dtype=torch.float64)
     for kind, layer in layers_of(network).items():
         base = plain.get_submodule(kind)
-        new = base.weight + dense_update(layer, MULTIPLIER)
-        total = total + (torch.func.functional_call(base, {"weight": new}, leaves[kind]) * weights[kind]).sum()
+        new, bias = {"weight": base.weight + dense_update(layer, MULTIPLIER)}, dense_bias(layer, MULTIPLIER)
+        new |= {} if bias is None else {"bias": bias}
+        total = total + (torch.func.functional_call(base, new, leaves[kind]) * weights[kind]).sum()
     total.backward()
     expected = {f"input of {kind}": leaf.grad for kind, leaf in leaves.items()}
     expected |= {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
@@ -220,8 +240,8 @@ def test_gradients_of_both_forms_are_the_definitions(case: Case) -> None:
 
 @every_case
 def test_multiplier_zero_is_the_base_bit_exactly(case: Case) -> None:
-    model = zoo()
-    inputs = {kind: make_input(kind) for kind in KINDS}
+    model = zoo(case)
+    inputs = {kind: make_input(kind) for kind in case.kinds}
     before, weights = model(inputs), {name: p.clone() for name, p in model.named_parameters()}
     network = make_network(case, model, multiplier=0.0)
     randomise(network)
@@ -238,18 +258,17 @@ def test_multiplier_zero_is_the_base_bit_exactly(case: Case) -> None:
 @every_case
 def test_one_multiplier_per_sample_is_a_loop_over_samples(case: Case) -> None:
     """Two values for a batch of four (guidance stacks the batch twice), in both forms."""
-    model = zoo()
+    model = zoo(case)
     network = make_network(case, model)
     randomise(network)
     network.attach()
-    inputs = {kind: make_input(kind, samples=4) for kind in KINDS if kind != "linear_no_bias"}
-    inputs["linear_no_bias"] = make_input("linear_no_bias")  # [6, I]: samples without a token axis
+    inputs = {kind: make_input(kind, samples=4) for kind in case.kinds}  # [6, I] where samples have no token axis
     values = [0.3, -1.5]
     for form in FORMS:
         with forced(form), torch.no_grad():
             network.runtime.multiplier = torch.tensor(values, dtype=torch.float64)  # set_multiplier rounds to fp32
             together = model(inputs)
-            apart: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+            apart: dict[str, list[Tensor]] = {kind: [] for kind in case.kinds}
             for i in range(6):
                 network.set_multiplier(values[i % 2])
                 one = {kind: x[i : i + 1] if i < len(x) else x[:1] for kind, x in inputs.items()}
@@ -262,14 +281,14 @@ def test_one_multiplier_per_sample_is_a_loop_over_samples(case: Case) -> None:
 @every_case
 def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
     """The live state is lossless, scalar and scale included; a file gives an equal network our output."""
-    model = zoo()
+    model = zoo(case)
     network = make_network(case, model)
     randomise(network)
     for layer in network.adapted_layers:
         layer.scale *= 1 / 3 if layer.adapter.record.rank is not None else 1
     state = {name: value.clone() for name, value in network.state_dict().items()}
     network.save(tmp_path / "adapter.safetensors")
-    inputs = {kind: make_input(kind) for kind in KINDS}
+    inputs = {kind: make_input(kind) for kind in case.kinds}
     network.attach()
     expected = model(inputs)
     network.detach()
@@ -293,7 +312,7 @@ def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
     expected = model(inputs)
     network.detach()
     report = other.load(tmp_path / "exact.safetensors")
-    assert len(report.matched) == len(KINDS) and not report.missing and not report.unexpected
+    assert len(report.matched) == len(case.kinds) and not report.missing and not report.unexpected
     other.attach()
     for kind, y in model(inputs).items():
         assert_close(y, expected[kind], f"{kind}: file")
@@ -310,14 +329,14 @@ def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
 @every_case
 def test_layout_and_keys_describe_the_adapter(case: Case) -> None:
     """Layout == parameters; the saved keys are recognised, and describe the layout that they came from."""
-    model = zoo()
+    model = zoo(case)
     network = make_network(case, model)
     for kind, layer in layers_of(network).items():
         adapter, geometry = layer.adapter, layer.adapter.geometry
         shapes = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
         assert shapes == adapter.record.shapes, kind
         assert adapter.record.parameters == sum(p.numel() for p in adapter.parameters()), kind
-        assert adapter.plus & shapes.keys(), f"{kind}: LoRA+ has no parameter to act on"
+        assert adapter.plus & shapes.keys() or not adapter.plus, f"{kind}: LoRA+ has no parameter to act on"
         packed = adapter.pack()
         found = recognise(packed)
         assert found is not None and found.form() == type(adapter).form(), kind
@@ -331,15 +350,15 @@ def test_layout_and_keys_describe_the_adapter(case: Case) -> None:
             type(adapter)(geometry, case.dim, case.options)
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if case.algo in ADDITIVE], ids=str)
 def test_norm_rescale_and_limit(case: Case) -> None:
     """norm() is the Frobenius norm of delta(); max norm shrinks the true update: scale, scalar and all."""
-    network = make_network(case, zoo())
+    network = make_network(case, zoo(case))
     randomise(network)
     with torch.no_grad():
         for kind, layer in layers_of(network).items():
             adapter = layer.acting
-            delta = adapter.delta()
+            delta = adapter.delta().clone()
             assert_close(adapter.norm(), torch.linalg.vector_norm(delta), f"{kind}: norm")
             assert_close(update_norm(layer), true_norm(layer), f"{kind}: norm of the true update")
             adapter.rescale_(0.3)
@@ -541,7 +560,7 @@ def test_autocast(algo: str, base_dtype: torch.dtype, kind: str) -> None:
 @pytest.mark.parametrize("base_dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize(
     ("algo", "use_scalar"),
-    [(name, on) for name, cls in ADDITIVE.items() for on in (False, True) if not on or "use_scalar" in cls.options],
+    [(name, on) for name, cls in FACTORED.items() for on in (False, True) if not on or "use_scalar" in cls.options],
 )
 def test_merge_rounds_once(algo: str, base_dtype: torch.dtype, adapter_dtype: torch.dtype, use_scalar: bool) -> None:
     """W' is computed in fp32 or wider, also when the host has cast the network (gen_img does), and rounded once."""

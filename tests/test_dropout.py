@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers_numeric import (
-    ADDITIVE,
     ALPHA,
     DENSE,
+    FACTORED,
     FORMS,
     KINDS,
     TOLERANCE,
@@ -38,7 +38,7 @@ from networks.layers.dropout import Dropouts
 from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 
-every_algo = pytest.mark.parametrize("algo", list(ADDITIVE))
+every_algo = pytest.mark.parametrize("algo", list(FACTORED))
 every_dropout = pytest.mark.parametrize("dropout", ("dropout", "rank_dropout", "module_dropout"))
 P = 0.3
 # The axis of the rank index that a rank mask weighs, in one tensor of a product: (keys, axis flat, axis Tucker).
@@ -126,7 +126,7 @@ def test_rank_dropout_factored_masks_per_sample_and_rank_index(algo: str, kind: 
     assert all(0 < int(column.sum()) < 64 for column in dropped.T), "every rank index is dropped and kept somewhere"
 
 
-@pytest.mark.parametrize("algo", [algo for algo, cls in ADDITIVE.items() if "bypass_mode" in cls.features])
+@pytest.mark.parametrize("algo", list(FACTORED))
 def test_rank_dropout_materialised_has_one_mask_per_call(algo: str) -> None:
     base, layer = adapted(algo, "linear", {"rank_dropout": P})
     x, seen = make_input("linear", samples=3), []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import ADDITIVE, make_layer, options_for, randomise
+from helpers_numeric import FACTORED, make_layer, options_for, randomise
 from tiny_parts import draw, sd_unet
 from torch import nn
 
@@ -28,7 +28,7 @@ def perturbed(algo: str, sigma: float = 0.5, beta: float = 0.25) -> AdaptedLayer
     return layer
 
 
-@pytest.mark.parametrize("algo", list(ADDITIVE))
+@pytest.mark.parametrize("algo", list(FACTORED))
 def test_statistics_are_of_the_true_update(algo: str) -> None:
     layer = perturbed(algo)
     noise = layer.perturbation

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import ADDITIVE, FORMS, assert_close, forced, make_input, make_layer
+from helpers_numeric import FACTORED, FORMS, assert_close, forced, make_input, make_layer
 from quantised_layers import FORMS as STORED
 from quantised_layers import quantised
 from safetensors.torch import load_file
@@ -52,7 +52,7 @@ def values(network: nn.Module) -> dict[str, Tensor]:
 # -- init_seed
 
 
-@pytest.mark.parametrize("algo", ADDITIVE)
+@pytest.mark.parametrize("algo", FACTORED)
 def test_start_values_depend_on_name_and_seed_alone(algo: str) -> None:
     """Not on what was drawn before, nor on which other layers are trained or in which order."""
     kwargs = {"algo": algo, "conv_dim": "2", "init_seed": "5"}

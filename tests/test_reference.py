@@ -14,9 +14,9 @@ import lycoris.kohya
 import pytest
 import torch
 from helpers_numeric import (
-    ADDITIVE,
     ALPHA,
     DIM,
+    FACTORED,
     KINDS,
     MULTIPLIER,
     Case,
@@ -450,4 +450,4 @@ def test_every_registered_algorithm_is_compared() -> None:
     """A new algorithm which LyCORIS has too belongs into the table LYCORIS; one that it lacks, into `absent`."""
     # Its DyLoRA scales by the block, not by the rank; it has no LoRA-FA; for T-LoRA see test_tlora.py.
     absent = {"dylora", "lora_fa", "tlora"}
-    assert ADDITIVE.keys() - LYCORIS.keys() - absent == set()
+    assert FACTORED.keys() - LYCORIS.keys() - absent == set()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import ADDITIVE
+from helpers_numeric import FACTORED
 from safetensors.torch import load_file
 from tiny_parts import randomise, sd_unet
 from torch import nn
@@ -18,7 +18,7 @@ from networks.layers.max_norm import update_norm
 
 RATIO = 8.0
 FORMS: dict[str, dict[str, str]] = {
-    **{algo: {"algo": algo} for algo in ADDITIVE},
+    **{algo: {"algo": algo} for algo in FACTORED},
     "lokr both low rank": {"algo": "lokr", "decompose_both": "True", "factor": "8"},
     "scalar": {"use_scalar": "True"},
     "dora": {"use_dora": "True"},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import ADDITIVE, assert_close, options_for, randomise
+from helpers_numeric import FACTORED, assert_close, options_for, randomise
 from tiny_parts import randomise as randomise_network
 from torch import Tensor, nn
 from toy_models import signal, toy
@@ -28,7 +28,7 @@ from networks.layers.split import Split
 from networks.tensors.geometry import Geometry
 
 SPECS = {spec.name: spec for spec in ARCHS}
-SPLIT = [algo for algo, cls in ALGOS.items() if "split_qkv" in cls.features and algo in ADDITIVE]
+SPLIT = [algo for algo, cls in ALGOS.items() if "split_qkv" in cls.features and algo in FACTORED]
 SIZES = (48, 24, 24)
 # The fused layer's rows in modules of their own, one of them with its halves swapped.
 PIECES: tuple[tuple[tuple[int, int], ...], ...] = (((0, 48),), ((60, 72), (48, 60)), ((72, 96),))
@@ -119,7 +119,7 @@ def test_a_whole_adapter_is_no_stack() -> None:
 
 
 @pytest.mark.parametrize("dora", ["", "output", "input"])
-@pytest.mark.parametrize("algo", list(ADDITIVE))
+@pytest.mark.parametrize("algo", list(FACTORED))
 def test_one_adapter_on_several_modules_is_that_of_the_fused_layer(algo: str, dora: str) -> None:
     """Forward, gradients, merge and norms; LoKr with pieces that do and do not fall on blocks of its second factor."""
     base = fused()
