@@ -558,3 +558,20 @@ def test_it_compiles_in_one_graph() -> None:
     compiled(x).square().sum().backward()
     assert all(bool(p.grad.any()) for p in layer.parameters())
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dim", (3, 4, 8))
+def test_a_dim_near_or_above_the_full_rank(dim: int) -> None:
+    """A file has twice the dim still, with empty ranks; above the full rank the others start as by default."""
+    base = nn.Linear(6, 5).double().requires_grad_(False)
+    plain, x = copy.deepcopy(base), torch.randn(7, 6, dtype=torch.float64)
+    layer = pissa_layer(base, dim=dim, moved=0)
+    assert torch.equal(base(x), plain(x))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    t = {key: value.detach() for key, value in codec.encode([layer]).items()}
+    assert t["lora_unet_x.lora_down.weight"].shape == (2 * dim, 6)
+    merged = merged_weight(codec.decode(t)[0]["lora_unet_x"], base.weight, 0.7)
+    assert_close(base(x), torch.nn.functional.linear(x, merged, base.bias), "file")
+    assert_close(merged - base.weight, 0.7 * definition(layer).detach(), "definition")
