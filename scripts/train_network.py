@@ -179,7 +179,8 @@ class Trainer:
     def run(self) -> int:
         """Train, save, draw the curve. Ctrl-C saves what was trained and returns INTERRUPTED."""
         args = self.args
-        with LossLog(self.folder / f"{args.output_name}-loss.csv", self.step) as self.log, Interrupts() as self.signals:
+        csv = self.folder / f"{args.output_name}-loss.csv"
+        with LossLog(csv, self.step, self.loss.is_plain) as self.log, Interrupts() as self.signals:
             try:
                 if not self.step:
                     self.log.add(0, None, None, self.validate())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -307,3 +308,47 @@ def test_flow_levels():
     assert float(normal[49]) == pytest.approx(float(torch.sigmoid(torch.tensor(-0.4))), abs=1e-6)
     draws = torch.sigmoid(torch.randn(200_000, generator=torch.Generator().manual_seed(0)) - 0.4)
     assert torch.allclose(torch.quantile(draws, u), normal, atol=5e-3)
+
+
+def commands_of_the_readme() -> list[list[str]]:
+    """The block with one command per family, each as a shell divides it."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    block = text.partition("One command per family:\n\n```\n")[2].partition("```")[0]
+    return [shlex.split(command) for command in block.replace("\\\n", " ").splitlines()]
+
+
+PLACES = {
+    "SD15": "StableDiffusionPipeline",
+    "SDXL": "StableDiffusionXLPipeline",
+    "FLUX1": "FluxPipeline",
+    "SD35": "StableDiffusion3Pipeline",
+    "QWEN_IMAGE": "QwenImagePipeline",
+    "Z_IMAGE": "ZImagePipeline",
+    "ACE_STEP": "AceStepPipeline",
+}
+
+
+@pytest.mark.parametrize("command", commands_of_the_readme(), ids=lambda command: command[3])
+def test_the_commands_of_the_readme_run(folder, tmp_path, command, monkeypatch):
+    """As they stand there, on tiny models and pictures, and for two steps."""
+    monkeypatch.chdir(tmp_path)
+    python, script, *options = command
+    name = PLACES[options[1]]
+    if not hasattr(diffusers, name):
+        pytest.skip("this diffusers has no such pipeline")
+    places = {options[1]: folder(name), "IMAGES": folder.root / "images", "SOUNDS": folder.root / "sounds"}
+    options = [str(places.get(option, option)) for option in options]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if script.endswith("train_network.py"):
+        small = ["--max_train_steps=2", "--resolution=32", "--min_bucket_reso=16", "--bucket_reso_steps=4", "--debug"]
+        assert python == "python" and train_network.main([*options, *small]) == 0
+        assert load_file("out/last.safetensors")
+        return
+    train(folder, name, Path("out"), "--network_train_unet_only", "--max_train_steps=1")
+    assert gen_img.main([*options, "--steps=1", "--W=32", "--H=32", "--debug"]) == 0
+    assert len(list(Path("out").glob("im_*.png"))) == 9 and Path("out/grid_000000.png").is_file()
+
+
+def test_every_family_has_a_command():
+    said = {PLACES[command[3]] for command in commands_of_the_readme() if command[1].endswith("train_network.py")}
+    assert said == {family.pipeline_class for family in FAMILIES}

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from networks.hosts.families import NoiseOptions
 from networks.hosts.families.noise import Discrete, Flow
+from networks.hosts.loss_log import LossLog
 from networks.hosts.losses import Loss, LossOptions
+from networks.hosts.training import log_name
 from networks.hosts.training_data import draw_noise
 
 U = torch.linspace(0.02, 0.98, 49)
@@ -301,3 +303,37 @@ def test_music_has_no_size(models) -> None:
     family = AceStep(SimpleNamespace(), torch.float32)
     with pytest.raises(ValueError, match="flux_shift follows the size of pictures"):
         family.make_noise(NoiseOptions(timestep_sampling="flux_shift"))
+
+
+def test_each_run_has_curves_of_its_own(tmp_path) -> None:
+    assert log_name(tmp_path, "a", False) == log_name(tmp_path, "a", True) == "a"
+    for wanted in ("a-2", "a-3"):
+        (tmp_path / log_name(tmp_path, "a", False)).mkdir()
+        assert log_name(tmp_path, "a", False) == wanted
+    assert log_name(tmp_path, "a", True) == "a-2"
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({}, True),
+        ({"weighting_scheme": "mode"}, True),
+        ({"weighting_scheme": "cosmap"}, False),
+        ({"huber_c": 0.2}, False),
+    ],
+)
+def test_which_losses_compare_with_held_out_ones(options: dict[str, Any], plain: bool) -> None:
+    assert Loss(LossOptions(**options), flow()).is_plain is plain
+
+
+def test_the_curve_has_a_second_axis_for_what_does_not_compare(tmp_path, monkeypatch) -> None:
+    from matplotlib.axes import Axes
+
+    made = []
+    monkeypatch.setattr(Axes, "twinx", lambda self, twin=Axes.twinx: made.append(self) or twin(self))
+    for comparable in (True, False):
+        with LossLog(tmp_path / "loss.csv", 0, comparable) as log:
+            log.add(0, None, None, 0.2)
+            log.add(1, 0.01, 1e-3, 0.1)
+            log.draw(tmp_path / "loss.png", "two kinds")
+        assert len(made) == (not comparable) and (tmp_path / "loss.png").stat().st_size > 1000

@@ -151,10 +151,10 @@ def make_qwen_image(folder: Path) -> Path:
         in_channels=16,
         out_channels=4,
         num_layers=2,
-        attention_head_dim=16,
+        attention_head_dim=32,  # 64 in all, as bitsandbytes' 4 bits need it
         num_attention_heads=2,
         joint_attention_dim=TEXT_WIDTH,
-        axes_dims_rope=(4, 6, 6),
+        axes_dims_rope=(8, 12, 12),
     )
     vae = AutoencoderKLQwenImage(
         base_dim=8,

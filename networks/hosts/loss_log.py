@@ -22,6 +22,7 @@ class LossLog:
 
     path: Path
     resumed: int = 0
+    comparable: bool = True  # losses of the training and held-out ones are of one kind
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     smoothed: list[float] = field(default_factory=list)
@@ -75,20 +76,24 @@ class LossLog:
             steps, losses = zip(*self.train, strict=True)
             axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
             axes.plot(steps, self.smoothed, color="#08519c", linewidth=2, label="training, smoothed")
+        second = axes if self.comparable or not self.validation else axes.twinx()
         if self.validation:
             steps, losses = zip(*self.validation, strict=True)
-            axes.plot(steps, losses, "o-", color="#d95f0e", markersize=6, label="held-out images")
+            kind = "held out" if second is axes else "held out, mean squared error (right)"
+            second.plot(steps, losses, "o-", color="#d95f0e", markersize=6, label=kind)
             for (step, loss), side in zip((self.validation[0], self.validation[-1]), ("left", "right"), strict=True):
                 box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
                 place = {"textcoords": "offset points", "xytext": (0, -16), "ha": side, "bbox": box}
-                axes.annotate(f"{loss:.4f}", (step, loss), color="#993404", **place)
+                second.annotate(f"{loss:.4f}", (step, loss), color="#993404", **place)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.set_title(title)
-        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        for each in {axes, second}:
+            each.set_ylim(0, 1.15 * each.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right")
+        handles = [line for each in dict.fromkeys((axes, second)) for line in each.get_lines()]
+        axes.legend(handles=handles, loc="upper right")
         figure.tight_layout()
         write_atomically(path, lambda temporary: figure.savefig(temporary))
         pyplot.close(figure)

@@ -12,7 +12,7 @@ r = a / (1 - a) of the sample's time, those of flow models from the time itself.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,12 @@ class Loss:
             raise ValueError("--v_pred_like_loss: this model predicts v itself. Remove it.")
         elif not noise.is_v and o.scale_v_pred_loss_like_noise_pred:
             raise ValueError("--scale_v_pred_loss_like_noise_pred: for models that predict v. Remove it.")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the mean squared error."""
+        weighted = self.options.weighting_scheme in ("sigma_sqrt", "cosmap")
+        return not weighted and replace(self.options, weighting_scheme=None) == LossOptions()
 
     def __call__(self, answer: Tensor, target: Tensor, times: Tensor) -> Tensor:
         """Loss (B,) of answers (B, C, ...) to targets of the same shape, at times (B,) as the noise counts them."""

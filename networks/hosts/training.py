@@ -49,8 +49,17 @@ def make_accelerator(args: argparse.Namespace) -> Any:
     if plugin is not None:  # it asks for the loader's batch size, and ours is no loader that accelerate prepares
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
     if args.logging_dir:
-        accelerator.init_trackers(args.output_name)
+        accelerator.init_trackers(log_name(Path(args.logging_dir), args.output_name, bool(args.resume)))
     return accelerator
+
+
+def log_name(folder: Path, name: str, goes_on: bool) -> str:
+    """Where a run's curves go: a folder of its own, `name`, `name-2`, ..., or the last one if it goes on."""
+    number = 1
+    while (folder / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    number -= goes_on and number > 1
+    return name if number == 1 else f"{name}-{number}"
 
 
 class Objective(nn.Module):
