@@ -62,6 +62,7 @@ EFFECTS |= {
     "dim_is_count": ({"algo": "diag-oft", "network_reg_dims": ".*=2"}, "True"),
     "train_on_input": ({"algo": "ia3"}, "True"),
     "enable_conv": ({}, "True"),
+    "train_norm": ({}, "True"),
     "enable_all_linear": ({}, "False"),
     "wd_on_output": ({"use_dora": "True"}, "False"),
 }

@@ -19,7 +19,7 @@ import networks.lycoris
 from networks.archs import ARCHS
 from networks.args import presets
 from networks.core.plan import Plan
-from networks.files import reader
+from networks.files import codec, reader
 
 BY_ARCH = {arch.name: arch for arch in ARCHS}
 NAMES = presets.names()
@@ -305,6 +305,20 @@ def test_lora_prefix_names_the_layers_of_the_denoiser(prefix: str, preset_file: 
     assert not again.load_weights(file).missing
     with pytest.raises(ValueError, match="save_format=blissful has names of its own"):
         networks.lora.plan(4, 1, None, unet, preset=path, save_format="blissful")
+
+
+def test_lora_prefix_where_the_names_begin_otherwise(preset_file: Any) -> None:
+    """ACE-Step's trainers write lycoris_ themselves."""
+    path, model = preset_file('lora_prefix = "mine"\n'), toy("ace_step")["dit"]
+    network = networks.lora.create_network(1.0, 4, 1, None, None, model, preset=path)
+    names = {key.partition(".")[0] for key in codec.encode(network.adapted_layers, network.form)}
+    assert all(name.startswith("mine_layers_") for name in names)
+    loaded = codec.encode(network.adapted_layers, network.form)
+    assert not network.take(loaded).missing
+    plain = networks.lora.create_network(1.0, 4, 1, None, None, model)
+    names = {key.partition(".")[0] for key in codec.encode(plain.adapted_layers, plain.form)}
+    assert all(name.startswith("lycoris_layers_") for name in names)
+    assert not plain.take(codec.encode(plain.adapted_layers, plain.form)).missing
 
 
 def test_nothing_leaks_into_the_next_network(preset_file: Any) -> None:

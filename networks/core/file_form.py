@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..algos import ALGOS
 from ..archs import diffusers_names
+from ..archs.spec import ArchSpec
 from ..args.parse import Problems
 from ..files.dialects import DIALECTS, PORTABLE, Dialect, Form
 
@@ -59,15 +60,15 @@ def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> l
     return notes
 
 
-def wanted_form(args: Any) -> Dialect:
+def wanted_form(args: Any, arch: ArchSpec) -> Dialect:
     """The form that the arguments ask for: `save_format`, with the preset's prefix."""
     dialect, prefix = DIALECTS[args.save_format], args.preset.lora_prefix if args.preset else ""
-    return replace(dialect, prefixes=(("lora_unet_", f"{prefix}_"),)) if prefix else dialect
+    return replace(dialect, prefixes=((f"{arch.denoiser.prefix}_", f"{prefix}_"),)) if prefix else dialect
 
 
 def _chosen(trained: Sequence[PlanRow], request: Request) -> tuple[Dialect, list[str]]:
     """The form of the files, and why it is not that of `save_format`. An entry's own form makes way for another."""
-    wanted = wanted_form(request.args)
+    wanted = wanted_form(request.args, request.arch)
     reasons = _misfits(trained, wanted, request)
     return (wanted if not reasons or "save_format" in request.args.given else PORTABLE), reasons
 

@@ -261,7 +261,7 @@ class Network(nn.Module):
         Raises:
             ValueError: they do not fit, or none belongs to this network.
         """
-        tensors = self.form.dialect.own_names(dotted.read(tensors, self.form.arch, source))
+        tensors = self.form.dialect.own_names(dotted.read(tensors, self.form.arch, source), self.form.arch)
         found, unexpected = match(tensors, self._layers, self._aliases, source, self.plan.title)
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]

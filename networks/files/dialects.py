@@ -64,9 +64,11 @@ class Dialect:
         own, written = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
         return written + name.removeprefix(own)
 
-    def own_names(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of one of its files, under the saved names that stand behind those in the file."""
-        return {_own_name(key, self.prefixes): tensor for key, tensor in tensors.items()}
+    def own_names(self, tensors: Mapping[str, Tensor], arch: ArchSpec | None) -> dict[str, Tensor]:
+        """The tensors of one of its files, or of LyCORIS' own wrapper, under the saved names that stand behind those
+        in the file."""
+        wrapper = ((f"{arch.denoiser.prefix}_", "lycoris_"),) if arch else ()
+        return {_own_name(key, (*self.prefixes, *wrapper)): tensor for key, tensor in tensors.items()}
 
     def written_suffix(self, suffix: str) -> str:
         return dict(self.suffixes).get(suffix, suffix)
@@ -89,7 +91,6 @@ BLISSFUL = Dialect(
     dora_sides=("output",),
 )
 DIFFUSERS = Dialect("diffusers", "dora_scale", algos=("lora",), dora_sides=("output",), flat_only=True, components=True)
-LYCORIS = (("lora_unet_", "lycoris_"),)  # what LyCORIS' own wrapper writes, in whatever form
 # What the modules networks.oft and networks.oft_flux of sd-scripts read and write.
 OFT = Dialect(
     "oft",
@@ -111,7 +112,7 @@ DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, DIFFUSERS,
 
 def own_name(name: str) -> str:
     """The saved name that stands behind one in a file of any dialect."""
-    return _own_name(name, (*LYCORIS, *(pair for dialect in DIALECTS.values() for pair in dialect.prefixes)))
+    return _own_name(name, [pair for dialect in DIALECTS.values() for pair in dialect.prefixes])
 
 
 def _own_name(name: str, prefixes: Sequence[tuple[str, str]]) -> str:

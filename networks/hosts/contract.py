@@ -226,7 +226,9 @@ class Caller:
         """
         problems = Problems(self.name)
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
-        tensors = wanted_form(request.args).own_names(dotted.read(tensors, request.arch, source))
+        tensors = wanted_form(request.args, request.arch).own_names(
+            dotted.read(tensors, request.arch, source), request.arch
+        )
         saved, unknown = codec.decode(tensors)
         if unknown and not saved:
             problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
