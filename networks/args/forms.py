@@ -193,7 +193,8 @@ FORMS: tuple[Arg, ...] = (
         "alpha_rank_scale",
         "float",
         1.0,
-        "exponent of its schedule: ((T - t) / T)^x of the ranks above min_rank act at timestep t of T",
+        "exponent of its schedule: ((T - t) / T)^x of the ranks above min_rank act at timestep t of T; 0: all "
+        "ranks, always",
         FORM,
         aliases=("tlora_alpha", "tlora_alpha_rank_scale"),
         algos=("tlora",),

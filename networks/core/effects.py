@@ -19,6 +19,7 @@ _DECIDED_BY_FILE = frozenset(
     "network_reg_alphas rs_lora algo use_tucker factor decompose_both full_matrix "
     "unbalanced_factorization init init_seed".split()
 )
+_OF_TIME = {"min_rank", "alpha_rank_scale", "mask_group_id"}
 _TUCKER = {"mid", "t1", "t2"}
 
 
@@ -46,6 +47,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
     _starts(trained, problems, notes)
+    _times(trained, request, problems)
     _rotations(trained, args, notes)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
         problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
@@ -171,6 +173,14 @@ def _starts(trained: Sequence[PlanRow], problems: Problems, notes: list[str]) ->
             f"{own[0].algo} on {len(own)} layers: the start is kept beside the parameters ({size:.1f} MiB), files are "
             f"{ALGOS[own[0].algo].form()} with {own[0].layout.stacked} times the dim"
         )
+
+
+def _times(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
+    """Ranks follow the timestep in the denoiser alone."""
+    timed = {name for row in trained if ALGOS[row.algo].timed for name in row.options} & _OF_TIME & request.args.given
+    denoiser = request.arch.denoiser.name
+    if timed and not any(ALGOS[row.algo].timed and row.part == denoiser for row in trained):
+        problems.add(f"{', '.join(sorted(timed))}: no effect, text encoders are told no timestep")
 
 
 def _rotations(trained: Sequence[PlanRow], args: Any, notes: list[str]) -> None:
