@@ -258,3 +258,23 @@ def test_merging_by_key_reads_the_flag(tmp_path: Path) -> None:
     zero = torch.zeros(up.shape[0], down.shape[1])
     merged = merge_weights_to_tensor(zero, name, tensors, set(tensors), 1.0, "cpu")
     torch.testing.assert_close(merged, 2 / 3 * (up @ down))
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_lokr_files_of_that_program(flagged: bool) -> None:
+    """They have a third key for the whole file; two whole factors are scaled there, by alpha / longest side of w2."""
+    own = torch.Generator().manual_seed(0)
+    w1, w2, b1, a, b = (torch.randn(*shape, generator=own) for shape in ((8, 6), (6, 8), (8, 8), (6, 2), (2, 6)))
+    tensors = {"lora_unet_a.lokr_w1": w1, "lora_unet_a.lokr_w2": w2, "lora_unet_a.alpha": torch.tensor(3.0)}
+    tensors |= {"lora_unet_b.lokr_w1": b1, "lora_unet_b.lokr_w2_a": a, "lora_unet_b.lokr_w2_b": b}
+    tensors["lora_unet_b.alpha"] = torch.tensor(3.0)
+    if flagged:
+        for key, value in (("use_rslora_flag", 0.0), ("use_dora_flag", 0.0), ("lokr_factor", 8.0)):
+            tensors[key] = torch.tensor(value)
+    layers, unknown = codec.decode(tensors)
+    assert not unknown and layers.keys() == {"lora_unet_a", "lora_unet_b"}
+    zero = torch.zeros(48, 48, dtype=torch.float64)
+    whole = torch.kron(w1.double(), w2.double()) * (3 / 8 if flagged else 1)
+    torch.testing.assert_close(merged_weight(layers["lora_unet_a"], zero), whole, rtol=1e-6, atol=1e-6)
+    low = torch.kron(b1.double(), a.double() @ b.double()) * 1.5
+    torch.testing.assert_close(merged_weight(layers["lora_unet_b"], zero), low, rtol=1e-6, atol=1e-6)

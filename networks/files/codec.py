@@ -116,7 +116,7 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
     dialect = flags.dialect
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if key not in dialect.flags:
+        if key not in dialect.flags and key != dialect.whole[0]:
             name, _, suffix = key.partition(".")
             groups.setdefault(dialects.own_name(name), {})[suffix] = tensor
     layers, unknown = {}, []
@@ -133,6 +133,7 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
         if value is not None and flags.rs_lora and suffix in group:
             value *= math.sqrt(group[suffix].shape[axis])
         if value is not None:
+            group = dialect.scaled(group, value) if dialect.whole[0] in tensors else group
             value = algorithm.portable_alpha(group, value)
         layers[name] = SavedLayer(name, algorithm, group, value, magnitude)
     return layers, unknown

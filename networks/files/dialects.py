@@ -40,6 +40,8 @@ class Dialect:
         suffixes: (end of a key, what stands for it in files), where a layer has one such tensor.
         archs: architectures on which other programs read it; none = all.
         lacks: options that its files have no place for.
+        whole: (key, suffix, suffix); in a file with that key, a layer with both suffixes has the scale alpha / longest side
+            of the second, where all other programs know none.
         components: files are written with PEFT's names, see `dotted`; until then keys are the portable ones.
     """
 
@@ -58,6 +60,7 @@ class Dialect:
     suffixes: tuple[tuple[str, str], ...] = ()
     archs: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    whole: tuple[str, str, str] = ("", "", "")
 
     def written_name(self, name: str) -> str:
         """A saved name as its files have it."""
@@ -72,6 +75,13 @@ class Dialect:
 
     def written_suffix(self, suffix: str) -> str:
         return dict(self.suffixes).get(suffix, suffix)
+
+    def scaled(self, layer: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
+        """The tensors of a layer in a file with the key of `whole`, with that scale multiplied in."""
+        _, first, second = self.whole
+        if first not in layer or second not in layer:
+            return layer
+        return {**layer, first: layer[first] * (alpha / max(layer[second].shape))}
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -89,6 +99,7 @@ BLISSFUL = Dialect(
     algos=("lora",),
     dora_kinds=("Linear",),
     dora_sides=("output",),
+    whole=("lokr_factor", "lokr_w1", "lokr_w2"),
 )
 DIFFUSERS = Dialect("diffusers", "dora_scale", algos=("lora",), dora_sides=("output",), flat_only=True, components=True)
 # What the modules networks.oft and networks.oft_flux of sd-scripts read and write.
