@@ -40,8 +40,8 @@ class Dialect:
         suffixes: (end of a key, what stands for it in files), where a layer has one such tensor.
         archs: architectures on which other programs read it; none = all.
         lacks: options that its files have no place for.
-        whole: (key, suffix, suffix); in a file with that key, a layer with both suffixes has the scale alpha / longest side
-            of the second, where all other programs know none.
+        whole: (key, suffix, suffix); in a file with that key, a layer with both suffixes has the scale
+            alpha / longest side of the second, where all other programs know none.
         components: files are written with PEFT's names, see `dotted`; until then keys are the portable ones.
     """
 
