@@ -51,6 +51,10 @@ EXAMPLES: list[dict[str, str]] = [
     {"algo": "loha", "dora_wd": "True"},
     {"algo": "lokr", "dora_wd": "True", "wd_on_output": "False", "bypass_mode": "True"},
     {"bypass_mode": "True"},
+    {"train_norm": "True"},
+    {"algo": "lokr", "train_norm": "True"},
+    {"algo": "diag-oft", "train_norm": "True", "constrain": "1e-4"},
+    {"algo": "lora", "use_conv_cp": "True", "conv_dim": "2"},
     {"bypass_mode": "False", "use_tucker": "False", "rs_lora": "True"},
 ]
 
@@ -69,8 +73,8 @@ def models(name: str) -> tuple[Any, nn.Module]:
 def test_examples_of_the_document(example: dict[str, str], model: str) -> None:
     arguments = dict(example)
     dim = int(arguments.pop("network_dim", 4))
-    if model == "flux":  # has no convolutions: what speaks of them alone is told so
-        if arguments.keys() & {"conv_dim", "use_tucker", "use_cp"} and "False" not in arguments.values():
+    if model == "flux":  # the stand-in has no convolutions and no norms: what speaks of them alone is told so
+        if arguments.keys() & {"conv_dim", "use_tucker", "use_cp", "train_norm"} and "False" not in arguments.values():
             with pytest.raises(ValueError, match="has no effect"):
                 networks.lycoris.plan(dim, 1, *models(model), **arguments)
             return
@@ -79,7 +83,7 @@ def test_examples_of_the_document(example: dict[str, str], model: str) -> None:
         network = create(1.0, dim, 1, None, encoders, denoiser, **arguments)
         assert network.plan.trained
     algo = {"locon": "lora"}.get(arguments.get("algo", "lora"), arguments.get("algo", "lora"))
-    assert {row.algo for row in network.plan.trained} == {algo}
+    assert {row.algo for row in network.plan.trained} == {algo, *(["norm"] if "train_norm" in arguments else [])}
 
 
 def test_defaults() -> None:

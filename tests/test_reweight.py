@@ -330,3 +330,41 @@ def test_boft_compiles_whole() -> None:
     compiled = torch.compile(lambda x: base(x).square().sum(), backend="aot_eager", fullgraph=True)
     for a, b in zip(torch.autograd.grad(compiled(x), list(layer.parameters())), wanted, strict=True):
         assert_close(a, b, "gradient", 1e-5)
+
+
+def test_peft_computes_the_same_from_the_numbers_of_the_input_side() -> None:
+    """Its exact Cayley transform (use_cayley_neumann=False), on a Linear: our file's tensor is its parameter."""
+    from peft import OFTConfig, get_peft_model
+
+    layer, x = single("linear", "diag-oft", {"train_on_input": True, "constraint": 2**-7}, 1.0)
+    model = nn.Sequential(copy.deepcopy(layer.base))
+    size = layer.adapter.blocks.shape[1]
+    config = OFTConfig(r=0, oft_block_size=size, target_modules=["0"], use_cayley_neumann=False)
+    theirs = get_peft_model(model, config).double()
+    (parameter,) = [p for name, p in theirs.named_parameters() if "oft_R" in name]
+    with torch.no_grad():
+        parameter.copy_(layer.adapter.pack()["oft_R.weight"])
+    layer.attach()
+    assert_close(theirs(x), layer.base(x), "forward", 1e-6)
+
+
+def test_a_file_of_the_input_side(tmp_path: Path) -> None:
+    """Saved under keys of its own, loaded, merged, and refused where the output is rotated."""
+    unet = sd_unet()
+    network = networks.lora.create_network(1.0, 4, 1, None, None, unet, algo="diag-oft", train_on_input="True")
+    assert any("no program but this package reads its files" in note for note in network.plan.notes)
+    network.apply_to(None, unet, False, True)
+    randomise_network(network)
+    wanted, file = draw(unet).detach(), str(tmp_path / "a.safetensors")
+    network.save_weights(file, None, {})
+    assert {key.partition(".")[2] for key in reader.read_tensors(file)[0]} == {"oft_R.weight", "alpha"}
+    network.detach()
+    loaded, tensors = networks.lora.create_network_from_weights(1.0, file, None, None, unet)
+    loaded.apply_to(None, unet)
+    torch.testing.assert_close(draw(unet), wanted)
+    loaded.detach()
+    other = networks.lora.create_network(1.0, 4, 1, None, None, unet, algo="diag-oft")
+    with pytest.raises(ValueError, match="the file has train_on_input=True, this network has the other"):
+        other.load_weights(file)
+    loaded.merge_to(None, unet, tensors, torch.float32, "cpu")
+    torch.testing.assert_close(draw(unet), wanted, atol=1e-4, rtol=1e-4)
