@@ -35,9 +35,9 @@ from networks.hosts.drawing import SampleSheet, read_samples  # noqa: E402
 from networks.hosts.loss_log import LossLog  # noqa: E402
 from networks.hosts.losses import Loss  # noqa: E402
 from networks.hosts.sharding import divide, take_sharding  # noqa: E402
-from networks.hosts.small_weights import to_fp8  # noqa: E402
 from networks.hosts.training import (  # noqa: E402
     Objective,
+    autocast,
     build_network,
     build_optimizer,
     make_accelerator,
@@ -77,11 +77,9 @@ class Trainer:
 
         self.device, self.dtype = self.accelerator.device, DTYPES[args.mixed_precision]
         self.is_main = self.accelerator.is_main_process
-        options = (args.sdpa, args.quantize, self.sharding is not None)
+        options = (args.sdpa, "fp8" if args.fp8_base else args.quantize, self.sharding is not None)
         self.family = host.load_model(model, self.device, self.dtype, cli.MODEL, *options)
         self.say(f"{self.family.title} from {model} on {self.device}, {str(self.dtype).removeprefix('torch.')}")
-        if args.fp8_base:
-            to_fp8(self.family.denoiser)
         self.loss = Loss(cli.loss_options(args), self.family.make_noise(cli.noise_options(args)))
         self.family.train_at_guidance(args.guidance_scale)
         self.options = cli.data_options(args, self.family.native_size)
@@ -127,7 +125,7 @@ class Trainer:
         disk = DiskCache(self.family, Path(args.pretrained_model_name_or_path), self.dtype)
         self.cached = args.cache_latents or args.cache_latents_to_disk
         text = trains_text(args, self.family)
-        with self.accelerator.autocast(), self.accelerator.main_process_first():
+        with autocast(self.device, self.dtype), self.accelerator.main_process_first():
             for data in (self.data, self.held_out):
                 if self.cached or data is self.held_out:  # the held-out ones are few, and needed several times
                     data.cache_latents(disk if args.cache_latents_to_disk else None)
@@ -282,7 +280,7 @@ class Trainer:
         """No gradients, no dropout."""
         self.network.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), autocast(self.device, self.dtype):
                 yield
         finally:
             self.network.train()

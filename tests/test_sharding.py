@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,16 +38,27 @@ def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.allclose(one[k], other[k], rtol=1e-4, atol=1e-7) for k in one)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(assets, tmp_path, version):
+HOWS = [
+    (["--use_fsdp", "--fsdp_version=1"], "FSDP1: the first process keeps 0.4 of 0.8 MB of the model"),
+    (["--use_fsdp", "--fsdp_version=2"], "FSDP2: the first process keeps 0.4 of 0.8 MB of the model"),
+]
+if importlib.util.find_spec("deepspeed"):  # no requirement of ours: it builds an extension with a C++ compiler
+    HOWS += [
+        (["--use_deepspeed", "--zero_stage=1"], "You are using ZeRO with an untested optimizer"),
+        (["--use_deepspeed", "--zero_stage=2"], "You are using ZeRO with an untested optimizer"),
+        (["--use_deepspeed", "--zero_stage=3"], "ZeRO 3: the first process keeps 0.4 of 0.8 MB of the model"),
+    ]
+
+
+@pytest.mark.parametrize(("how", "sign"), HOWS, ids=lambda value: "-".join(value) if isinstance(value, list) else "")
+def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(assets, tmp_path, how, sign):
     """With DoRA, which reads base weights in every pass, samples in the middle, and a state to go on from."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square --s 2 --d 1\n")
     options = ["--optimizer_type=SGD", "--learning_rate=1", "--save_every_n_steps=2", "--save_state"]
     options += [f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--network_args", "use_dora=True"]
-    how = ["--use_fsdp", f"--fsdp_version={version}"]
     said = launch(2, arguments(assets, tmp_path / "two", *options), *how)
-    assert f"FSDP{version}: the first process keeps 0.4 of 0.8 MB of the model" in said
+    assert sign in said
     assert train(assets, tmp_path / "one", *options, "--train_batch_size=4") == 0
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert any(bool(one[key].any()) for key in one if key.startswith("lora_unet") and key.endswith("lora_up.weight"))
@@ -80,6 +93,15 @@ def test_the_environment_is_taken(monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "2")
     sharding = take_sharding()
     assert sharding is not None and sharding.title == "FSDP2" and take_sharding() is None
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    assert take_sharding() is None and os.environ["ACCELERATE_USE_DEEPSPEED"] == "true"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    sharding = take_sharding()
+    assert sharding is not None and sharding.title == "ZeRO 3" and take_sharding() is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install deepspeed"):
+        sharding.check(argparse.Namespace(quantize=None, fp8_base=False))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,36 +57,60 @@ def load_model(
     dtype: torch.dtype,
     option: str,
     sdpa: bool = False,
-    quantize: str | None = None,
+    small: str | None = None,
     keep_denoiser: bool = False,
 ) -> Family:
     """Load a model folder, frozen and in eval mode. The autoencoder stays fp32: SDXL's overflows in fp16.
 
+    Part after part, each in its own precision from the start and in its place before the next is read, so that memory
+    never holds the whole model in fp32, nor the GPU the denoiser in `dtype` that is to be `small`.
+
     On the CPU the plain attention is used unless `sdpa`, where a family has it and it is faster there.
-    `quantize` stores the denoiser's Linear layers in 4 or 8 bits, see small_weights. `keep_denoiser` leaves the
-    denoiser in memory, to be divided over processes.
+    `small` stores the denoiser's weights in 4 or 8 bits, see small_weights. `keep_denoiser` leaves the denoiser in
+    memory, to be divided over processes.
     Raises ValueError when the folder is not a model of these families or cannot be read.
     """
     kind = check_model_folder(folder, option)
     quiet_libraries()
     from .pixel_autoencoder import load_pipeline
 
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"torch_dtype": dtype}
     if kind is FAMILIES[0]:
         extra.update(safety_checker=None, requires_safety_checker=False)
-    try:
-        pipeline = load_pipeline(folder, **extra)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{option} {folder} cannot be loaded: {first}. Is a part missing or truncated?") from error
+    with _told(f"{option} {folder}"):
+        denoiser = _load_part(folder, kind.denoiser_name, dtype)
+    if small:
+        small_weights.shrink(denoiser, small, dtype, device)
+    extra[kind.denoiser_name] = denoiser.to("cpu" if keep_denoiser else device)
+    with _told(f"{option} {folder}"):
+        vae = _load_part(folder, "vae", torch.float32)
+        pipeline = load_pipeline(folder, **extra, **({} if vae is None else {"vae": vae}))
     pipeline.set_progress_bar_config(disable=True)
     family = kind(pipeline, dtype)
-    for model in (family.denoiser, *family.helpers):
+    for model in family.helpers:
         model.requires_grad_(False).eval()
-        if quantize and model is family.denoiser:
-            small_weights.quantize(model, quantize, dtype, device)
-        where = torch.device("cpu") if keep_denoiser and model is family.denoiser else device
-        model.to(where, torch.float32 if model is family.vae else dtype)
+        model.to(device, torch.float32 if model is family.vae else dtype)
     if device.type == "cpu" and not sdpa:
         family.use_plain_attention()
     return family
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of a library that reads a damaged model become ours."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{what} cannot be loaded: {first}. Is a part missing or truncated?") from error
+
+
+def _load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
+    """One of the pipeline's diffusers models, frozen, in memory; None when its class is not diffusers' own."""
+    import diffusers
+
+    library, class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[name]
+    if library != "diffusers" or not hasattr(diffusers, class_name):
+        return None
+    model = getattr(diffusers, class_name).from_pretrained(folder / name, torch_dtype=dtype)
+    return model.requires_grad_(False).eval().to(dtype)  # some parts come in fp32 whatever is asked for

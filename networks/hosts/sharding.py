@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -56,8 +57,6 @@ class Sharding:
 def take_sharding() -> Sharding | None:
     """What accelerate's environment asks for, taken out of it: accelerate itself shall treat the adapter as any other
     small model. None when nothing is to be divided.
-
-    Raises ValueError when a package for it is missing.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         from accelerate import FullyShardedDataParallelPlugin
@@ -69,6 +68,13 @@ def take_sharding() -> Sharding | None:
         plugin = FullyShardedDataParallelPlugin(**options)
         del os.environ["ACCELERATE_USE_FSDP"]
         return Fsdp(plugin)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        from accelerate import DeepSpeedPlugin
+
+        deepspeed = DeepSpeedPlugin()
+        if deepspeed.zero_stage == 3:
+            del os.environ["ACCELERATE_USE_DEEPSPEED"]
+            return Zero3(deepspeed)
     return None
 
 
@@ -93,7 +99,7 @@ def divide(sharding: Sharding, family: Family, device: torch.device, batch_size:
 
 
 def _bytes(model: nn.Module) -> int:
-    local = [getattr(p, "_local_tensor", p) for p in model.parameters()]
+    local = [getattr(p, "ds_tensor", getattr(p, "_local_tensor", p)) for p in model.parameters()]
     return sum(p.untyped_storage().nbytes() for p in {p.untyped_storage().data_ptr(): p for p in local}.values())
 
 
@@ -146,6 +152,42 @@ class Fsdp(Sharding):
             device_id=torch.device("cpu") if device.type == "cpu" else device,  # it knows no number of a CPU
             use_orig_params=True,  # layers find their weights under the names that they know
         )
+
+
+class Zero3(Sharding):
+    """DeepSpeed's third stage, for parameters that are not trained.
+
+    Args:
+        plugin: accelerate's; what its configuration says of the optimizer has no object here.
+    """
+
+    title = "ZeRO 3"
+    mixed = True
+
+    def __init__(self, plugin: Any) -> None:
+        self.plugin = plugin
+
+    def check(self, args: argparse.Namespace) -> None:
+        super().check(args)
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ValueError("DeepSpeed is configured, but not installed. Install it: pip install deepspeed")
+
+    def divide(self, model: nn.Module, device: torch.device) -> nn.Module:
+        import deepspeed
+
+        dtype = next(model.parameters()).dtype
+        zero = self.plugin.deepspeed_config["zero_optimization"]
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # it asks; this is the loader's business
+            "zero_optimization": {k: v for k, v in zero.items() if k != "offload_optimizer" and v != "auto"},
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        }
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+        deepspeed.zero.Init(module=model, config_dict_or_path=config)  # parameter by parameter onto the device
+        self.engine = deepspeed.initialize(model=model, config=config)[0]
+        return model
 
 
 def _contiguous(unit: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -23,6 +23,14 @@ def block_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterat
             yield name, module
 
 
+def shrink(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Store the weights of a model in memory as `kind`, "fp8" or one of QUANTIZED, layer by layer; see `quantize`."""
+    if kind == "fp8":
+        to_fp8(model)
+    else:
+        quantize(model, kind, dtype, device)
+
+
 def to_fp8(model: nn.Module) -> None:
     """Round weights to float8_e4m3fn; under autocast each is cast up when it is used."""
     for _, layer in block_layers(model, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -7,6 +7,7 @@ import ast
 import importlib
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .training_data import TrainingData
 
 def make_accelerator(args: argparse.Namespace) -> Any:
     """accelerate as the options and `accelerate launch` configure it."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if args.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU. Use bf16 or no.")
@@ -30,24 +31,30 @@ def make_accelerator(args: argparse.Namespace) -> Any:
 
         if not is_tensorboard_available():
             raise ValueError("--logging_dir needs TensorBoard's writer. Install it: pip install tensorboardX")
-    # SDXL does not use the last layers of its first text encoder, so their adapters get no gradient
+    precision, handlers = args.mixed_precision, []
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     bare = not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
+    if deepspeed:
+        if precision == "fp16":
+            raise ValueError("--mixed_precision fp16: under DeepSpeed the adapter has no loss scale. Use bf16.")
+        precision = "bf16" if args.full_bf16 else "no"  # it would round what is trained; Objective has its own autocast
+        handlers += [InitProcessGroupKwargs(backend="gloo")] if bare else []
+    else:
+        # SDXL does not use the last layers of its first text encoder, so their adapters get no gradient
+        handlers.append(DistributedDataParallelKwargs(find_unused_parameters=True))
     accelerator = Accelerator(
-        cpu=bare,  # several processes without a GPU find each other only if it is said
-        mixed_precision=args.mixed_precision,
+        cpu=bare and not deepspeed,  # several processes without a GPU find each other only if it is said
+        mixed_precision=precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=handlers,
         log_with="tensorboard" if args.logging_dir else None,
         project_dir=args.logging_dir,
     )
     plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage >= 3:
-        raise ValueError(
-            "DeepSpeed ZeRO 3 would cut the adapter into pieces, whose file needs it whole. Configure FSDP, which "
-            "divides the frozen model alone, or ZeRO up to 2."
-        )
     if plugin is not None:  # it asks for the loader's batch size, and ours is no loader that accelerate prepares
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
+        plugin.deepspeed_config["gradient_clipping"] = args.max_grad_norm
     if args.logging_dir:
         accelerator.init_trackers(log_name(Path(args.logging_dir), args.output_name, bool(args.resume)))
     return accelerator
@@ -60,6 +67,11 @@ def log_name(folder: Path, name: str, goes_on: bool) -> str:
         number += 1
     number -= goes_on and number > 1
     return name if number == 1 else f"{name}-{number}"
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision as the run has it, whatever wraps the model."""
+    return torch.autocast(device.type, dtype, enabled=dtype in (torch.float16, torch.bfloat16))
 
 
 class Objective(nn.Module):
@@ -93,7 +105,8 @@ class Objective(nn.Module):
         rule = self.loss.noise
         times = rule.times(u, latents.shape[2:]).to(latents.device)
         noisy = rule.add(latents, noise if added is None else added, times)
-        answer = self.family.predict(noisy, times, data.texts(batch), batch)
+        with autocast(latents.device, self.family.dtype):
+            answer = self.family.predict(noisy, times, data.texts(batch), batch)
         target = rule.target(latents, noise, times)
         if added is None:
             return (answer.float() - target.float()).pow(2).flatten(1).mean(1)
@@ -154,9 +167,10 @@ def build_network(args: argparse.Namespace, family: Family, network_args: dict[s
         for encoder in encoders:
             encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for model in (unet, *encoders):
-            for part in model.modules():  # the libraries checkpoint in train mode only, in which T5 has dropouts
-                drops = isinstance(vars(part).get("dropout"), float)
-                part.training = hasattr(part, "gradient_checkpointing") and not drops
+            model.train()  # the libraries checkpoint in train mode only
+            for part in model.modules():
+                if isinstance(part, nn.Dropout) or isinstance(vars(part).get("dropout"), float):
+                    part.training = False  # T5 has some of both kinds, and a frozen model keeps its own answer
         network.enable_gradient_checkpointing()
     return network
 
