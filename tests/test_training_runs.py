@@ -148,10 +148,8 @@ def test_caches_change_nothing_and_are_used(assets, tmp_path, monkeypatch):
     assert train(assets, tmp_path / "again", *data, *disk) == 0
     assert not encoded
     monkeypatch.undo()
-    for name in ("disk", "again"):
+    for name in ("plain", "disk", "again"):
         assert same(weights(tmp_path / "memory"), weights(tmp_path / name)), name
-    for key, value in weights(tmp_path / "plain").items():  # a convolution's last bits depend on its batch
-        assert torch.allclose(weights(tmp_path / "memory")[key], value, rtol=1e-3, atol=1e-6), key
     tiny_models.make_images(images, 5, seed=3)  # other images and captions under the same names
     assert train(assets, tmp_path / "new", *data, "--cache_latents") == 0
     assert train(assets, tmp_path / "new disk", *data, *disk) == 0
