@@ -137,6 +137,18 @@ def test_the_weight_is_read_when_it_is_there() -> None:
     assert torch.equal(adapter.q0, start)
 
 
+def test_a_copy_made_before_the_base_was_seen_still_waits_for_it() -> None:
+    base = make_layer("linear")
+    adapter = TLoRA(Geometry.of(base), DIM, {}).double()
+    copied = copy.deepcopy(adapter)
+    for one in (adapter, copied):
+        assert one.wants_base
+        AdaptedLayer("lora_unet_x", base, one, SCALE).attach()
+        assert not one.wants_base and not copy.deepcopy(one).wants_base
+        torch.testing.assert_close(one.lam0.flatten(), torch.linalg.svdvals(base.weight)[:DIM])
+        base = make_layer("linear")
+
+
 def test_more_ranks_than_the_layer_has() -> None:
     """Those above are free directions of length 0, which can grow."""
     base = nn.Linear(3, 5).double()

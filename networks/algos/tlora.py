@@ -148,6 +148,14 @@ class TLoRA(LoRA):
     def _versions(self) -> int:
         return sum(p._version for p in self.parameters())
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors with versions of their own."""
+        return self.__dict__ | {"_fresh": self._fresh == self._versions()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._fresh = self._versions() if state["_fresh"] else None
+
     # -- the mathematics
 
     def values(self) -> dict[str, Tensor]:
