@@ -20,11 +20,14 @@ from toy_models import signal, toy
 import networks.lora
 import networks.lycoris
 from networks.algos.clock import Clock, clock_of
+from networks.algos.lora import LoRA
 from networks.algos.tlora import TLoRA
 from networks.archs import ARCHS
 from networks.core.watching import time_reader
 from networks.files import codec
-from networks.files.merge import merged_weight
+from networks.files.checkpoint import Checkpoint
+from networks.files.merge import AdapterFile, CheckpointMerge, merged_weight
+from networks.hosts import key_merge
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime
 from networks.tensors import low_rank
@@ -573,6 +576,27 @@ def test_files_of_lycoris(kind: str) -> None:
     torch.testing.assert_close(base.forward(x), plain)
     new = merged_weight(saved, W)
     torch.testing.assert_close(Geometry.of(base).op(x, new - W), wanted - plain, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.reference
+def test_files_of_lycoris_after_others_start_from_the_base(tmp_path: Path) -> None:
+    """Merged second, in either way of merging."""
+    base = make_layer("linear", torch.float32)
+    W, name = base.weight.detach(), "lora_unet_x"
+    other = AdaptedLayer(name, base, LoRA(Geometry.of(base), DIM), 1.0)
+    move(other, 0.5)
+    first, second = codec.encode([other]), keys_of(foreign(base))
+    alone = [merged_weight(codec.decode(tensors)[0][name], W) - W for tensors in (first, second)]
+    save_file({"x.weight": W}, tmp_path / "base.safetensors")
+    files = []
+    for i, tensors in enumerate((first, second)):
+        save_file({key: t.contiguous() for key, t in tensors.items()}, tmp_path / f"{i}.safetensors")
+        files.append(AdapterFile.open(tmp_path / f"{i}.safetensors", 1.0))
+    CheckpointMerge(Checkpoint(tmp_path / "base.safetensors"), files).write(tmp_path / "out.safetensors")
+    merged = load_file(tmp_path / "out.safetensors")["x.weight"]
+    torch.testing.assert_close(merged, W + alone[0] + alone[1], atol=1e-4, rtol=1e-4)
+    layers = [(codec.decode(tensors)[0][name], 1.0) for tensors in (first, second)]
+    torch.testing.assert_close(key_merge._merge(W, layers, "cpu"), merged, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.reference

@@ -24,12 +24,15 @@ SCALES = ("scale_weight", "weight_scale")  # beside a weight in fp8: the trainer
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors spells them
 
 
-def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0, bias_too: bool = False) -> Tensor:
+def merged_weight(
+    saved: SavedLayer, weight: Tensor, multiplier: float = 1.0, start: Tensor | None = None, bias_too: bool = False
+) -> Tensor:
     """W' of one layer, by the formula of the forward pass.
 
     Args:
         saved: the layer as `codec.decode` found it.
         weight: base weight [O, I, *kernel], or [C] of a normalisation layer; fp32 or wider.
+        start: the same before other files were merged into it, where the adapter's start values come from.
         bias_too: the caller sees to the bias (`merged_bias`).
 
     Raises:
@@ -45,6 +48,9 @@ def merged_weight(saved: SavedLayer, weight: Tensor, multiplier: float = 1.0, bi
     base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     scale = saved.scale(adapter.record.saved_rank)
     layer = AdaptedLayer(saved.name, base, adapter, scale, dora=saved.side(geometry))
+    if start is not None and adapter.wants_base:
+        with torch.no_grad():
+            adapter.see_base(start)
     layer.see_base()
     layer.take_magnitude(saved.magnitude)
     return layer.new_weight(weight, multiplier).detach()
@@ -196,10 +202,10 @@ class CheckpointMerge:
         stores = [self._load(key) for key in target.keys]
         olds = [base_weight.read(store, self.device) for store in stores]
         swapped = target.swapped and olds[0].shape[0] == 2 * olds[0].shape[1]
-        whole = torch.cat([_swap(old) if swapped else old for old in olds])
+        whole = start = torch.cat([_swap(old) if swapped else old for old in olds])
         for adapter in self.adapters:
             if name in adapter.layers:
-                whole = merged_weight(adapter.layers[name], whole, adapter.multiplier, bias_too=True)
+                whole = merged_weight(adapter.layers[name], whole, adapter.multiplier, start, bias_too=True)
         changed: dict[str, Tensor] = {}
         parts = whole.split([len(old) for old in olds])
         for key, store, old, part in zip(target.keys, stores, olds, parts, strict=True):

@@ -62,19 +62,24 @@ def _merge(
     weight: Tensor,
     layers: Iterable[tuple[codec.SavedLayer, float]],
     device: torch.device | str,
-    merged: Callable[[codec.SavedLayer, Tensor, float], Tensor] = merged_weight,
+    merged: Callable[[codec.SavedLayer, Tensor, float, Tensor], Tensor] = merged_weight,
 ) -> Tensor:
     """W' on `device`, in the weight's dtype; or the bias."""
     wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
+    start = wide
     for layer, multiplier in layers:
         try:
-            wide = merged(layer, wide, multiplier)
+            wide = merged(layer, wide, multiplier, start)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
     if weight.itemsize == 1:  # depending on torch and kind, a cast to fp8 makes inf or NaN of what is too large
         limit = torch.finfo(weight.dtype).max
         wide = wide.clamp(-limit, limit)
     return wide.to(weight.dtype)
+
+
+def _of_bias(layer: codec.SavedLayer, bias: Tensor, multiplier: float, start: Tensor) -> Tensor:
+    return merged_bias(layer, bias, multiplier)
 
 
 def _decode(tensors: Mapping[str, Tensor], source: str) -> dict[str, codec.SavedLayer]:
@@ -194,7 +199,7 @@ def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: 
         found = [(layer, file.multiplier) for file in files if (layer := file.take(flat, bias)) is not None]
         if not found:
             return weight
-        merged = _merge(weight, found, device, merged_bias if bias else functools.partial(merged_weight, bias_too=True))
+        merged = _merge(weight, found, device, _of_bias if bias else functools.partial(merged_weight, bias_too=True))
         return merged if keep_on_calc_device else merged.to(weight.device)
 
     return merge
