@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..algos import ALGOS
 from ..args.forms import OWN_STYLES
 from ..args.parse import Problems
+from ..files.dialects import DIALECTS
 from ..tensors.norms import NormGeometry
 
 if TYPE_CHECKING:
@@ -125,10 +126,11 @@ def _dora(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list
         notes.append(f"DoRA on {len(on)} layers" + (f", off on {reasons}" if off else ""))
     if "wd_on_output" in args.given and not args.wd_on_output and not on:
         problems.add("wd_on_output has no effect without use_dora")
-    if any(row.dora == "output" for row in on):
+    if any(row.dora == "output" for row in on) and not DIALECTS[args.save_format].fold_flag:
         notes.append(
             "DoRA on the output side is exact in LyCORIS and PEFT; ComfyUI and Forge divide by the norm of the base "
-            "weight alone, A1111 and InvokeAI misread it: wd_on_output=False is exact in all of these but PEFT"
+            "weight alone, A1111 and InvokeAI misread it: wd_on_output=False is exact in all of these but PEFT, "
+            "save_format=comfyui in ComfyUI"
         )
 
 

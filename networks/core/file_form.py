@@ -84,6 +84,10 @@ def _misfits(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> 
                 reasons.append(
                     f"{name}: diffusers reads no adapter of the {part.name} of {request.arch.title}; leave it out"
                 )
+    if dialect.fold_flag and request.saved is None and not any(row.dora == "output" for row in trained):
+        reasons.append(f"{name} changes only DoRA magnitudes of output rows, and there are none: leave it out")
+    if dialect.fold_flag and any(request.args.save_dims):
+        reasons.append(f"{name}: its magnitudes hold for the whole dim alone; leave out save_dims")
     if dialect.flat_only and any(_TUCKER & row.layout.shapes.keys() for row in trained):
         reasons.append(f"{name} holds no Tucker form: leave out use_tucker")
     algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].form() not in dialect.algos}

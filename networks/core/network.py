@@ -268,7 +268,7 @@ class Network(nn.Module):
             adapted.adapter.unpack_(layer.tensors)
             adapted.see_base()
             adapted.take_alpha(layer.alpha, layer.algorithm.file_rank(layer.tensors))
-            adapted.take_magnitude(layer.magnitude)
+            adapted.take_magnitude(layer.magnitude, layer.folded)
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
         return LoadReport(source, tuple(found), missing, unexpected)

@@ -33,6 +33,7 @@ class SavedLayer:
         tensors: suffix -> tensor, without alpha.
         alpha: None if the file has none (scale 1).
         magnitude: of DoRA, [O, 1, ..] or [1, I, ..]; None for plain layers.
+        folded: it is as dialects with a fold_flag have it.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SavedLayer:
     tensors: dict[str, Tensor]
     alpha: float | None
     magnitude: Tensor | None = None
+    folded: bool = False
 
     def side(self, geometry: Geometry) -> str:
         """Where the magnitude sits, "output" or "input"; "" without one.
@@ -135,7 +137,8 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
         if value is not None:
             group = dialect.scaled(group, value) if dialect.whole[0] in tensors else group
             value = algorithm.portable_alpha(group, value)
-        layers[name] = SavedLayer(name, algorithm, group, value, magnitude)
+        folded = magnitude is not None and bool(dialect.fold_flag)
+        layers[name] = SavedLayer(name, algorithm, group, value, magnitude, folded)
     return layers, unknown
 
 
@@ -148,7 +151,7 @@ def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> d
         for suffix, tensor in packed.items():
             tensors[f"{name}.{dialect.written_suffix(suffix)}"] = tensor
         if layer.magnitude is not None:
-            magnitude = layer.magnitude.detach()
+            magnitude = layer.folded(layer.magnitude.detach()) if dialect.fold_flag else layer.magnitude.detach()
             tensors[f"{name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
         if layer.adapter.saves_alpha:
             rank = layer.adapter.file_rank(packed) or layer.adapter.record.saved_rank

@@ -42,6 +42,8 @@ class Dialect:
         lacks: options that its files have no place for.
         whole: (key, suffix, suffix); in a file with that key, a layer with both suffixes has the scale
             alpha / longest side of the second, where all other programs know none.
+        fold_flag: key that says that magnitudes of output rows are multiplied by ||W|| / ||W + s dW||, for readers that
+            divide by the norm of the base weight alone; "" = they are as they act.
         components: files are written with PEFT's names, see `dotted`; until then keys are the portable ones.
     """
 
@@ -55,6 +57,7 @@ class Dialect:
     dora_kinds: tuple[str, ...] = ()
     dora_sides: tuple[str, ...] = ("output", "input")
     flat_only: bool = False
+    fold_flag: str = ""
     components: bool = False
     prefixes: tuple[tuple[str, str], ...] = ()
     suffixes: tuple[tuple[str, str], ...] = ()
@@ -85,7 +88,7 @@ class Dialect:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return tuple(key for key in (self.rs_flag, self.dora_flag) if key)
+        return tuple(key for key in (self.rs_flag, self.dora_flag, self.fold_flag) if key)
 
 
 PORTABLE = Dialect("portable", "dora_scale")
@@ -101,6 +104,7 @@ BLISSFUL = Dialect(
     dora_sides=("output",),
     whole=("lokr_factor", "lokr_w1", "lokr_w2"),
 )
+COMFYUI = Dialect("comfyui", "dora_scale", fold_flag="use_folded_dora_flag")
 DIFFUSERS = Dialect("diffusers", "dora_scale", algos=("lora",), dora_sides=("output",), flat_only=True, components=True)
 # What the modules networks.oft and networks.oft_flux of sd-scripts read and write.
 OFT = Dialect(
@@ -118,7 +122,7 @@ OFT_FLUX = replace(
     archs=("flux", "chroma"),
     lacks=("rescaled", "train_on_input"),
 )
-DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, DIFFUSERS, OFT, OFT_FLUX)}
+DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, COMFYUI, DIFFUSERS, OFT, OFT_FLUX)}
 
 
 def own_name(name: str) -> str:
@@ -141,9 +145,9 @@ def own_suffixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def detect(keys: Iterable[str]) -> Dialect:
     """The dialect of a file's keys under the trainers' names, by its flags or by the name of its magnitudes."""
     found = set(keys)
-    for dialect in (PORTABLE, BLISSFUL):
+    for dialect in (BLISSFUL, COMFYUI):
         named = any(key.partition(".")[2] == dialect.magnitude for key in found)
-        if not found.isdisjoint(dialect.flags) or (named and dialect is not PORTABLE):
+        if not found.isdisjoint(dialect.flags) or (named and dialect.magnitude != PORTABLE.magnitude):
             return dialect
     return PORTABLE
 
@@ -205,6 +209,8 @@ class Form:
     def network_keys(self, magnitudes: bool) -> dict[str, Tensor]:
         """The flags, 0-d floats: they follow the layers' keys in a file, whose first key some programs look at."""
         values = {self.dialect.rs_flag: self.rs_lora, self.dialect.dora_flag: magnitudes}
+        if magnitudes:
+            values[self.dialect.fold_flag] = True
         return {key: torch.tensor(float(value)) for key, value in values.items() if key}
 
     def check(
@@ -221,8 +227,8 @@ class Form:
             ValueError: RS-LoRA differs, or magnitudes are missing.
         """
         flags = Flags.of(tensors)
-        plain = metadata.get("networks_dialect") in (PORTABLE.name, DIFFUSERS.name)
-        if flags.dialect is PORTABLE and (plain or not self.dialect.flags):
+        plain = metadata.get("networks_dialect") in (PORTABLE.name, COMFYUI.name, DIFFUSERS.name)
+        if not flags.dialect.rs_flag and (plain or not self.dialect.rs_flag):
             if self.rs_lora and "networks_dialect" not in metadata and flags.suspicious[0] * 2 > flags.suspicious[1]:
                 log.warning("%s: %s; it is read as alpha / rank", source, _hint(flags))
             return dict(tensors)

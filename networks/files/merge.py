@@ -52,7 +52,7 @@ def merged_weight(
         with torch.no_grad():
             adapter.see_base(start)
     layer.see_base()
-    layer.take_magnitude(saved.magnitude)
+    layer.take_magnitude(saved.magnitude, saved.folded)
     return layer.new_weight(weight, multiplier).detach()
 
 

@@ -84,6 +84,7 @@ DORA = {
 # For files in another form than the portable one.
 OTHER_FORMS = {
     "diffusers": "diffusers' load_lora_weights and PEFT: exactly",
+    "comfyui": "ComfyUI and Forge: DoRA exactly; LyCORIS reads its magnitudes otherwise, the rest as the portable form",
     "blissful": "DustyL's blissful-tuner: exactly; others take RS-LoRA as alpha / rank and miss the magnitudes",
 }
 

@@ -42,6 +42,10 @@ def resize(tensors: Mapping[str, Tensor], dim: int, way: str) -> tuple[dict[str,
     if unknown or not layers:
         raise ValueError(f"no adapter that we know: {unknown[0] if unknown else 'it has no layers'}")
     flags = dialects.Flags.of(tensors)
+    if flags.dialect.fold_flag:
+        raise ValueError(
+            "its DoRA magnitudes hold for the whole update alone (save_format=comfyui): resize another form"
+        )
     form = dialects.Form(flags.dialect, bool(flags.rs_lora))
     result, lost, whole, changed = dict(tensors), 0.0, 0.0, False
     for name, saved in layers.items():

@@ -111,11 +111,25 @@ class AttachedAdapter(nn.Module):
         if rank is not None:
             self.scale = alpha / rank if alpha else 1.0
 
-    def take_magnitude(self, magnitude: Tensor | None) -> None:
+    def take_magnitude(self, magnitude: Tensor | None, folded: bool = False) -> None:
         """The magnitude of a file; without one the update's own length, so that it acts as the plain one it is."""
         if self.magnitude is not None:
             with torch.no_grad():
-                self.magnitude.copy_(self._norms() if magnitude is None else magnitude.reshape(self.magnitude.shape))
+                own = self._norms() if magnitude is None else magnitude.reshape(self.magnitude.shape)
+                self.magnitude.copy_(self.folded(own, back=True) if folded else own)
+
+    @torch.no_grad()
+    def folded(self, magnitude: Tensor, back: bool = False) -> Tensor:
+        """A magnitude of output rows for readers that divide by ||W|| where we divide by ||W + s dW||; `back`: ours
+        from theirs. On the input side nothing changes."""
+        if not self.on_output:
+            return magnitude
+        W = self.whole_weight(magnitude.device)
+        base = torch.linalg.vector_norm(W.flatten(1), dim=1).reshape(magnitude.shape).to(magnitude.device)
+        changed = self._norms().to(base)
+        known = (base > 0) & (changed > 0)
+        factor = torch.where(known, changed / base if back else base / changed, 1.0)
+        return magnitude * factor.to(magnitude.device)
 
     def see_base(self) -> None:
         """Start values which follow from the base weight, where the adapter still waits for them.
