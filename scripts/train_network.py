@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 
 from networks.hosts import diffusers as host  # noqa: E402
 from networks.hosts.caption_folder import CaptionedImage  # noqa: E402
-from networks.hosts.command_line import INTERRUPTED, import_network_module, run_program, write_atomically  # noqa: E402
+from networks.hosts.command_line import INTERRUPTED, import_network_module, run_program  # noqa: E402
 from networks.hosts.drawing import SampleSheet, read_samples  # noqa: E402
 from networks.hosts.loss_log import LossLog  # noqa: E402
 from networks.hosts.losses import Loss  # noqa: E402
@@ -44,6 +42,7 @@ from networks.hosts.training import (  # noqa: E402
     optimizer_class,
     run_metadata,
     trains_text,
+    write_plan,
 )
 from networks.hosts.training_data import DiskCache, Order, TrainingData, data_summary, draw_noise, seed_of  # noqa: E402
 from networks.hosts.training_state import Interrupts, load_state, read_state, save_state  # noqa: E402
@@ -107,13 +106,8 @@ class Trainer:
 
     def write_plan(self) -> None:
         """Write what will be trained, layer by layer, before it costs anything."""
-        plan = getattr(self.network, "plan", None)
-        if plan is None or not self.is_main:
+        if not self.is_main or not write_plan(self.network, self.folder / f"{self.args.output_name}-plan"):
             return
-        text, content = plan.to_text(), json.dumps(plan.to_json(), indent=1)
-        for suffix, body in ((".txt", text), (".json", content)):
-            path = self.folder / f"{self.args.output_name}-plan{suffix}"
-            write_atomically(path, partial(Path.write_text, data=body + "\n", encoding="utf-8"))
         self.say(f"plan in {self.folder / self.args.output_name}-plan.txt")
 
     def make_data(self, images: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage]) -> None:
@@ -190,12 +184,11 @@ class Trainer:
                 self.draw_curve()
                 self.say(f"interrupted after step {self.step}. To go on, repeat the command with --resume {state}")
                 return INTERRUPTED
-            except torch.OutOfMemoryError as error:
-                raise ValueError(cli.memory_advice(args)) from error
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 if self.step and not isinstance(error, Diverged):  # whatever ended the run, the steps are paid for
-                    with contextlib.suppress(ValueError, OSError):
-                        self.save("-interrupted")
+                    with contextlib.suppress(ValueError, OSError, RuntimeError):
+                        state = self.save("-interrupted", with_state=self.accelerator.num_processes == 1)
+                        self.say(f"stopped after step {self.step}. To go on from there: --resume {state}")
                 raise
             self.save("", args.save_state)
             self.draw_curve()
@@ -335,9 +328,19 @@ class Trainer:
         return state
 
 
+def run(args: argparse.Namespace) -> int:
+    """One run; memory that ran out, at whatever stage, is answered with what can be switched on."""
+    try:
+        return Trainer(args).run()
+    except (RuntimeError, MemoryError) as error:
+        if not host.is_out_of_memory(error):
+            raise
+        raise ValueError(cli.memory_advice(args)) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trainer; returns the exit code (2 = a mistake in what was asked for, 130 = Ctrl-C)."""
-    return run_program(lambda args: Trainer(args).run(), cli.build_parser(), sys.argv[1:] if argv is None else argv)
+    return run_program(run, cli.build_parser(), sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A network module of the smallest kind: LoRA on attention projections, and a record of every call it gets.
 
 The trainer and the generator are tested against it as well as against the real modules: it shows what they call, in
-which order and with which arguments, and can fail on demand (`fail=interrupt`, `fail=full_disk`, `fail=memory`).
+which order and with which arguments, and can fail on demand (`fail=interrupt`, `fail=full_disk`, `fail=memory`, `fail=memory_later`).
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Network(nn.Module):
         note("on_step_start", text_encoder, unet)
         if self.fail == "interrupt" and sum(name == "on_step_start" for name, *_ in CALLS) == 2:
             raise KeyboardInterrupt
-        if self.fail == "memory":
+        steps = sum(name == "on_step_start" for name, *_ in CALLS)
+        if self.fail == "memory" or (self.fail == "memory_later" and steps == 3):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def get_trainable_params(self) -> Any:

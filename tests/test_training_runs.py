@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import standin_network
 import tiny_flow_models
 import tiny_models
 import torch
@@ -269,6 +270,32 @@ def test_out_of_memory_says_what_to_switch_on(assets, tmp_path, capsys):
     for advice in ("--cache_latents", "--network_train_unet_only", "bf16", "--train_batch_size 1", "--quantize nf4"):
         assert advice in error
     assert "gradient_checkpointing" not in error  # it is on already
+
+
+def test_out_of_memory_later_keeps_the_steps(assets, tmp_path, capsys):
+    standin_network.CALLS.clear()
+    options = ["--network_module=standin_network", "--network_args", "fail=memory_later"]
+    assert train(assets, tmp_path, *options) == 2
+    said = capsys.readouterr()
+    assert "out of memory. Switch on" in said.err.splitlines()[-1]
+    assert f"after step 2. To go on from there: --resume {tmp_path / 'last-interrupted-state'}" in said.out + said.err
+    assert (tmp_path / "last-interrupted.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: you tried"), MemoryError()],
+)
+def test_out_of_memory_while_loading(assets, tmp_path, capsys, monkeypatch, error):
+    """The model's files are not to blame."""
+
+    def load(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("networks.hosts.diffusers._load_part", load)
+    assert train(assets, tmp_path) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "out of memory. Switch on" in last and "truncated" not in last
 
 
 # bitsandbytes is among the test requirements on Linux only

@@ -95,12 +95,19 @@ def load_model(
     return family
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the GPU, or of the machine: torch has no class of its own for the latter."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     """Errors of a library that reads a damaged model become ours."""
     try:
         yield
     except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{what} cannot be loaded: {first}. Is a part missing or truncated?") from error
 

@@ -8,13 +8,14 @@ import importlib
 import itertools
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .command_line import import_network_module, nearest, parse_network_args
+from .command_line import import_network_module, nearest, parse_network_args, write_atomically
 from .families import Family
 from .losses import DECIDES_LOSS, Loss
 from .training_data import TrainingData
@@ -173,6 +174,18 @@ def build_network(args: argparse.Namespace, family: Family, network_args: dict[s
                     part.training = False  # T5 has some of both kinds, and a frozen model keeps its own answer
         network.enable_gradient_checkpointing()
     return network
+
+
+def write_plan(network: Any, path: Path) -> bool:
+    """Write path.txt and path.json, what is trained layer by layer; False when the network has no plan."""
+    plan = getattr(network, "plan", None)
+    if plan is None:
+        return False
+    for suffix, body in ((".txt", plan.to_text()), (".json", json.dumps(plan.to_json(), indent=1))):
+        write_atomically(
+            path.with_name(path.name + suffix), partial(Path.write_text, data=body + "\n", encoding="utf-8")
+        )
+    return True
 
 
 def build_optimizer(args: argparse.Namespace, network: Any) -> torch.optim.Optimizer:
