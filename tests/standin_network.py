@@ -1,7 +1,8 @@
 """A network module of the smallest kind: LoRA on attention projections, and a record of every call it gets.
 
 The trainer and the generator are tested against it as well as against the real modules: it shows what they call, in
-which order and with which arguments, and can fail on demand (`fail=interrupt`, `fail=full_disk`, `fail=memory`, `fail=memory_later`).
+which order and with which arguments, and can fail on demand (`fail=interrupt`, `fail=full_disk`, `fail=memory`,
+`fail=memory_later`).
 """
 
 from __future__ import annotations
