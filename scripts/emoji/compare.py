@@ -2,9 +2,9 @@
 
     python scripts/emoji/compare.py
 
-Algorithms with a rank get a dim that makes them about equally large; those without have the size that they have. Each
-has a learning rate that a few short runs found good. What is in the output folder already is not made again; one
-algorithm takes about a minute on a free CPU. `algorithms.png` beside this file is the result.
+Algorithms with a rank get a dim that makes them about equally large; those without have the size that they have. The
+learning rates are not tuned: one to three values were tried for each. What is in the output folder already is not made again; one algorithm takes
+about a minute on a free CPU, BOFT several. `algorithms.png` beside this file is the result.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ class Entry:
 
 ENTRIES = (
     Entry("lora", 4, 3e-3),
-    Entry("loha", 2, 3e-3),
+    Entry("loha", 2, 8e-3),
     Entry("lokr", 14, 3e-3, ("factor=4",)),
     Entry("dylora", 4, 4e-3),
     Entry("lora_fa", 4, 4e-3),
     Entry("glora", 2, 2e-3),
     Entry("tlora", 4, 2e-3),
-    Entry("diag-oft", 32, 3e-3),
+    Entry("diag-oft", 32, 1e-3),
     Entry("boft", 2, 2e-3),
-    Entry("ia3", 1, 1e-2),
+    Entry("ia3", 1, 3e-2),
     Entry("norm", 1, 1e-2),
     Entry("full", 1, 1e-3),
 )
@@ -69,21 +69,25 @@ class Result:
 
     Attributes:
         before, after: loss on the held-out pictures.
-        parameters: that are trained.
         size: bytes of the file (fp32).
-        seconds: of one thread for a training step.
     """
 
     algo: str
     before: float
     after: float
-    parameters: int
     size: int
-    seconds: float
 
 
-def step_seconds(entry: Entry | None, repeats: int = 5) -> tuple[float, int]:
-    """(CPU time of forward, backward and optimizer step, median; trained parameters), or of the bare UNet's passes."""
+@dataclass(frozen=True)
+class Cost:
+    """CPU time of one thread for a training step, in parts of the frozen UNet's passes, and the trained parameters."""
+
+    step: float
+    parameters: int
+
+
+def costs(repeats: int = 6) -> dict[str, Cost]:
+    """Of all algorithms, in turns, so that other work of the computer weighs on all of them alike."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -91,29 +95,35 @@ def step_seconds(entry: Entry | None, repeats: int = 5) -> tuple[float, int]:
 
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    unet = UNet2DConditionModel.from_pretrained(EMOJI / "model" / "unet", torch_dtype=torch.float32).requires_grad_(
-        False
-    )
     latents, text = torch.randn(BATCH, 27, 16, 16).requires_grad_(), torch.randn(BATCH, 12, 128)
-    optimizer, parameters = None, 0
-    if entry is not None:
+    unet = UNet2DConditionModel.from_pretrained(EMOJI / "model" / "unet", torch_dtype=torch.float32)
+    unet.requires_grad_(False)
+    made: dict[str, tuple[Any, Any]] = {}
+    for entry in ENTRIES:
         network = networks.lora.create_network(1.0, entry.dim, entry.dim, None, None, unet, **entry.arguments)
-        network.apply_to(None, unet, False, True)
         groups, _ = network.prepare_optimizer_params(None, 1e-6, 1e-6)
-        optimizer, parameters = torch.optim.AdamW(groups), sum(p.numel() for g in groups for p in g["params"])
-    times = []
-    for _ in range(repeats + 1):
-        start = time.process_time()
-        unet(latents, torch.full((BATCH,), 500), text).sample.square().mean().backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-        times.append(time.process_time() - start)
-    return statistics.median(times[1:]), parameters
+        made[entry.algo] = network, torch.optim.AdamW(groups)
+    times: dict[str, list[float]] = {algo: [] for algo in ("", *made)}
+    for _ in range(repeats):
+        for algo in times:
+            network, optimizer = made.get(algo, (None, None))
+            if network is not None:
+                network.apply_to(None, unet, False, True)
+            start = time.process_time()
+            unet(latents, torch.full((BATCH,), 500), text).sample.square().mean().backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+            times[algo].append(time.process_time() - start)
+            if network is not None:
+                network.detach()
+    bare = statistics.median(times.pop(""))
+    parameters = {algo: sum(p.numel() for g in o.param_groups for p in g["params"]) for algo, (_, o) in made.items()}
+    return {algo: Cost(statistics.median(spent) / bare, parameters[algo]) for algo, spent in times.items()}
 
 
 def measure(entry: Entry, model: Path, output: Path, steps: int) -> Result:
-    """Train it, draw with it, time it."""
+    """Train it, and draw with it."""
     arguments = [
         a for a in train_arguments(model, output, steps) if not a.startswith(("--network_", "conv_", "--learn"))
     ]
@@ -132,11 +142,10 @@ def measure(entry: Entry, model: Path, output: Path, steps: int) -> Result:
     prompts.write_text("".join(f"{caption}\n" for caption in CAPTIONS), encoding="utf-8")
     adapter = output / f"{NAME}.safetensors"
     run("gen_img.py", draw_arguments(model, output, prompts, 24, adapter))
-    seconds, parameters = step_seconds(entry)
-    return Result(entry.algo, losses[0], losses[-1], parameters, adapter.stat().st_size, seconds)
+    return Result(entry.algo, losses[0], losses[-1], adapter.stat().st_size)
 
 
-def draw_chart(results: Sequence[Result], bare: float, steps: int, output: Path, path: Path) -> None:
+def draw_chart(results: Sequence[Result], cost: dict[str, Cost], steps: int, output: Path, path: Path) -> None:
     """Loss against parameters, cost of a step, and what each draws."""
     import matplotlib
 
@@ -150,19 +159,21 @@ def draw_chart(results: Sequence[Result], bare: float, steps: int, output: Path,
     axes = figure.add_subplot(upper[0])
     colours = [pyplot.get_cmap("tab20")(i) for i in range(len(results))]
     for result, colour in zip(results, colours, strict=True):
-        axes.plot(result.parameters, result.after, "o", color=colour, markersize=9)
-    _label(axes, results)
-    axes.axhline(results[0].before, color="#888888", linestyle="--", linewidth=1)
-    axes.text(0.01, results[0].before, "base model", transform=axes.get_yaxis_transform(), va="bottom", color="#666666")
+        axes.plot(cost[result.algo].parameters, result.after, "o", color=colour, markersize=9)
     axes.set_xscale("log")
-    axes.margins(x=0.12)
-    axes.set_ylim(0, 1.1 * results[0].before)
+    axes.margins(x=0.15, y=0.1)
+    _label(axes, results, cost)
     axes.set_xlabel("trained parameters")
-    axes.set_ylabel(f"loss on held-out pictures after {steps} steps")
+    axes.set_ylabel(f"loss on held-out pictures after {steps} steps (base model: {results[0].before:.3f})")
     axes.grid(alpha=0.3)
     bars = figure.add_subplot(upper[1])
-    ordered = sorted(zip(results, colours, strict=True), key=lambda pair: -pair[0].seconds)
-    bars.barh([r.algo for r, _ in ordered], [r.seconds / bare for r, _ in ordered], color=[c for _, c in ordered])
+    ordered = sorted(zip(results, colours, strict=True), key=lambda pair: -cost[pair[0].algo].step)
+    lengths = [cost[r.algo].step for r, _ in ordered]
+    bars.bar_label(
+        bars.barh([r.algo for r, _ in ordered], lengths, color=[c for _, c in ordered]), fmt="%.1f", padding=3
+    )
+    bars.set_xscale("log")
+    bars.set_xlim(0.9, 1.4 * max(lengths))
     bars.axvline(1, color="#888888", linestyle="--", linewidth=1)
     bars.set_xlabel("cost of a training step\n(1 = the frozen UNet, forward and backward)")
     pictures = [read_images(output / result.algo, rows) for result in results]
@@ -184,16 +195,17 @@ def draw_chart(results: Sequence[Result], bare: float, steps: int, output: Path,
     pyplot.close(figure)
 
 
-def _label(axes: Any, results: Sequence[Result]) -> None:
-    """Names beside their points; those of near points one above the other."""
+def _label(axes: Any, results: Sequence[Result], cost: dict[str, Cost]) -> None:
+    """Names beside their points, with a line to them; those of near points one above the other."""
+    low, high = axes.get_ylim()
     taken: list[tuple[float, float]] = []
-    step = 0.045 * results[0].before
     for result in sorted(results, key=lambda r: r.after):
-        y = result.after
-        while any(abs(x / result.parameters - 1) < 0.9 and abs(y - other) < step for x, other in taken):
-            y += step / 4
-        taken.append((result.parameters, y))
-        axes.annotate(result.algo, (result.parameters, y), textcoords="offset points", xytext=(8, -4))
+        x, y = cost[result.algo].parameters, result.after
+        while any(max(x / other, other / x) < 2 and y < place + 0.045 * (high - low) for other, place in taken):
+            y += 0.002 * (high - low)
+        taken.append((x, y))
+        line = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7}
+        axes.annotate(result.algo, (x, result.after), (1.5 * x, y), va="center", arrowprops=line)
 
 
 def compare(args: argparse.Namespace) -> int:
@@ -210,11 +222,11 @@ def compare(args: argparse.Namespace) -> int:
             known = {**wanted, "result": asdict(result)}
             cache.write_text(json.dumps(known, indent=1), encoding="utf-8")
         results.append(Result(**known["result"]))
-    bare = step_seconds(None)[0]
-    draw_chart(results, bare, args.steps, output, Path(args.chart))
+    cost = costs()
+    draw_chart(results, cost, args.steps, output, Path(args.chart))
     print(f"\n{'':10}{'parameters':>12}{'file':>10}{'loss':>9}{'step':>7}")
     for r in results:
-        print(f"{r.algo:10}{r.parameters:12,}{r.size / 1e6:7.2f} MB{r.after:9.4f}{r.seconds / bare:7.2f}")
+        print(f"{r.algo:10}{cost[r.algo].parameters:12,}{r.size / 1e6:7.2f} MB{r.after:9.4f}{cost[r.algo].step:7.2f}")
     print(f"chart  {args.chart}")
     return 0
 
