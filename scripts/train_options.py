@@ -218,6 +218,7 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
         raise ValueError("--fp8_base needs --mixed_precision bf16 or fp16, in which it is computed. Add it.")
     if args.quantize and args.fp8_base:
         raise ValueError("--quantize and --fp8_base exclude each other. Remove one.")
+    parse_resolution(args.resolution, 1)
     network_args = parse_network_args(args.network_args)
     _check_weights(args)
     if args.resume and not (Path(args.resume) / STATE_FILE).is_file():

@@ -327,6 +327,25 @@ def test_a_corrupt_image_is_named_before_the_model_is_loaded(assets, tmp_path, c
     assert str(broken) in error and "Replace or remove it" in error
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("prompts.toml", b'prompt = "a red square"', "plain text, one a line. Write them into a .txt"),
+        ("prompts.txt", b"\xff\xfe a", "is not UTF-8 text"),
+    ],
+)
+def test_prompts_of_another_form_are_refused(assets, tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert train(assets, tmp_path / "out", f"--sample_prompts={tmp_path / name}") == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_resolution_that_is_none_stops_before_the_model_is_loaded(assets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("networks.hosts.diffusers.load_model", lambda *_: pytest.fail("too late"))
+    assert train(assets, tmp_path, "--resolution=abc") == 2
+    assert "is not a size. Write 512" in capsys.readouterr().err.splitlines()[-1]
+
+
 # ---- several processes ----
 
 

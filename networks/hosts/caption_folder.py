@@ -48,7 +48,7 @@ def read_caption_folder(
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not paths:
         inner = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in suffixes})
-        hint = f" Its subfolders have some ({', '.join(inner[:3])}): give one of them." if inner else ""
+        hint = f" Its subfolders have some ({', '.join(inner[:3])}): give one of them." if inner else " Put them there."
         raise ValueError(f"{option} {folder} holds no {what} ({', '.join(suffixes)}).{hint}")
     extension = extension if extension.startswith(".") else f".{extension}"
     missing = [path.name for path in paths if not path.with_suffix(extension).is_file()]

@@ -118,7 +118,12 @@ def read_prompt_file(path: Path, defaults: ImageRequest, option: str) -> list[Im
     """
     if not path.is_file():
         raise ValueError(f"{option} {path}: there is no such file. Give a text file with one prompt a line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    if path.suffix.lower() in (".toml", ".json"):
+        raise ValueError(f"{option} {path}: prompts are read from plain text, one a line. Write them into a .txt file.")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{option} {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
     requests = [parse_prompt_line(line, defaults) for line in lines if line and not line.startswith("#")]
     if not requests:
         raise ValueError(f"{option} {path} holds no prompt. Write one a line.")
