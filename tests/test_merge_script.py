@@ -93,6 +93,25 @@ def test_a_trainers_file_with_two_adapters_at_their_multipliers(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("double_blocks.0.img_attn.qkv", "lycoris_double_blocks_0_img_attn_qkv"),
+        ("layers.0.self_attn.q_proj", "lycoris_layers_0_self_attn_q_proj"),  # of ACE-Step, whose own prefix it is
+    ],
+)
+def test_the_prefix_of_lycoris(key: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {f"{key}.weight": torch.randn(3 * D, D)}
+    save_file(model, tmp_path / "m.safetensors")
+    tensors, dW = lora(name, 3 * D, D)
+    save_file(tensors, tmp_path / "a.safetensors")
+    code, said = run(
+        capsys, tmp_path / "m.safetensors", tmp_path / "a.safetensors", "--out", tmp_path / "out.safetensors"
+    )
+    assert code == 0, said
+    close(load_file(tmp_path / "out.safetensors")[f"{key}.weight"], model[f"{key}.weight"].double() + dW)
+
+
 def test_a_sharded_diffusers_folder_whose_projections_the_trainer_has_fused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,8 @@ from . import dotted
 
 log = logging.getLogger(__name__)
 
+WRAPPER = "lycoris_"  # before the names of layers in the files of LyCORIS' own wrapper
+
 
 @dataclass(frozen=True)
 class Dialect:
@@ -73,7 +75,7 @@ class Dialect:
     def own_names(self, tensors: Mapping[str, Tensor], arch: ArchSpec | None) -> dict[str, Tensor]:
         """The tensors of one of its files, or of LyCORIS' own wrapper, under the saved names that stand behind those
         in the file."""
-        wrapper = ((f"{arch.denoiser.prefix}_", "lycoris_"),) if arch else ()
+        wrapper = ((f"{arch.denoiser.prefix}_", WRAPPER),) if arch else ()
         return {_own_name(key, (*self.prefixes, *wrapper)): tensor for key, tensor in tensors.items()}
 
     def written_suffix(self, suffix: str) -> str:

@@ -15,7 +15,7 @@ from ..archs import ARCHS
 from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
 from ..tensors.norms import weight_geometry
-from . import codec, dotted, reader, weight_names
+from . import codec, dialects, dotted, reader, weight_names
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
 from .weight_names import Target
@@ -106,13 +106,14 @@ class AdapterFile:
 
 
 def _trainers_names(tensors: dict[str, Tensor], keys: Collection[str], source: str) -> dict[str, Tensor]:
-    """Keys with dots by the architecture of which the checkpoint has the most layers; the first if it has none."""
-    if not dotted.has_dots(tensors):
+    """Keys with dots, or with the prefix of LyCORIS' own wrapper, by the architecture of which the checkpoint has the
+    most layers; the first if it has none."""
+    if not dotted.has_dots(tensors) and not any(key.startswith(dialects.WRAPPER) for key in tensors):
         return tensors
     best, most, problem = tensors, -1, None
     for arch in ARCHS:
         try:
-            read = dotted.read(tensors, arch, source)
+            read = dialects.PORTABLE.own_names(dotted.read(tensors, arch, source), arch)
             count = len(weight_names.find(keys, {key.partition(".")[0] for key in read}))
         except ValueError as error:
             problem = problem or error
