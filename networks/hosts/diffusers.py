@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def quiet_libraries() -> None:
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
+    # the older name of `dtype`, which every version understands
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
 
 
 def check_model_folder(folder: Path, option: str) -> type[Family]:
