@@ -3,8 +3,9 @@
     python scripts/emoji/compare.py
 
 Algorithms with a rank get a dim that makes them about equally large; those without have the size that they have. The
-learning rates are not tuned: one to three values were tried for each. What is in the output folder already is not made
-again; one algorithm takes about a minute on a free CPU, BOFT several. `algorithms.png` beside this file is the result.
+learning rates are not tuned: one value was tried for most, up to three for loha, ia3 and diag-oft. What is in the
+output folder already is not made again; one algorithm takes about a minute on a free CPU, BOFT several.
+`algorithms.png` beside this file is the result.
 """
 
 from __future__ import annotations
