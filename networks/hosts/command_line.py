@@ -198,6 +198,14 @@ def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.Argu
     except (ValueError, OSError, ImportError) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and "free" not in str(error)
-        print(f"error: {error}{'. Free some space; no earlier file was touched.' if full else ''}", file=sys.stderr)
+        print(f"error: {_told(error)}", file=sys.stderr)
         return USER_ERROR
+
+
+def _told(error: Exception) -> str:
+    """An error for people: without the system's number, and with what to do about a full disk."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f"{error.filename}: " if error.filename and str(error.filename) not in error.strerror else ""
+    full = error.errno == errno.ENOSPC and "free" not in error.strerror
+    return f"{where}{error.strerror}{'. Free some space; no earlier file was touched.' if full else ''}"
