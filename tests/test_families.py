@@ -328,14 +328,16 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("command", commands_of_the_readme(), ids=lambda command: command[3])
+@pytest.mark.parametrize(
+    "command",  # Python 3.10's last diffusers has not all pipelines
+    [command for command in commands_of_the_readme() if hasattr(diffusers, PLACES[command[3]])],
+    ids=lambda command: command[3],
+)
 def test_the_commands_of_the_readme_run(folder, tmp_path, command, monkeypatch):
     """As they stand there, on tiny models and pictures, and for two steps."""
     monkeypatch.chdir(tmp_path)
     python, script, *options = command
     name = PLACES[options[1]]
-    if not hasattr(diffusers, name):
-        pytest.skip("this diffusers has no such pipeline")
     places = {options[1]: folder(name), "IMAGES": folder.root / "images", "SOUNDS": folder.root / "sounds"}
     options = [str(places.get(option, option)) for option in options]
     AcceleratorState._reset_state(reset_partial_state=True)

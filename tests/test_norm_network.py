@@ -379,7 +379,8 @@ def test_several_networks_on_one_model() -> None:
 
 def test_beside_quantised_linears() -> None:
     """Their norms stay plain, and are merged into as such."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     unet = sd_unet()
     for name, module in list(unet.named_modules()):
         if isinstance(module, nn.Linear) and "attn" in name:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tiny_flow_models import make_flux
 from tiny_models import make_sd, make_sdxl
 
 import networks.lora
+from networks.hosts import skeleton as releases
 from networks.hosts.releases import RELEASES
 from networks.hosts.skeleton import skeleton
 
@@ -58,6 +61,18 @@ def test_headers_of_every_trainers_checkpoint(arch: str, tmp_path: Path) -> None
     found = skeleton(str(checkpoint(tmp_path / "a.safetensors", arch, prefix)))
     assert RELEASES[arch].title in found.title
     assert len(networks.lora.plan(4, 1, None, found.unet).trained) == COUNTS[arch][0]
+
+
+def test_an_older_diffusers_finds_the_models_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the trainers' environments."""
+    files = {arch: str(checkpoint(tmp_path / f"{arch}.safetensors", arch, "")) for arch in ("flux", "krea2")}
+    monkeypatch.setattr(releases, "_layers_of", functools.cache(releases._layers_of.__wrapped__))
+    for name in ("ChromaTransformer2DModel", "Krea2Transformer2DModel"):
+        monkeypatch.setitem(RELEASES, name, replace(RELEASES["flux"], denoiser=f"No{name}"))
+        monkeypatch.delitem(RELEASES, "krea2", raising=False)
+    assert "FLUX.1" in skeleton(files["flux"]).title
+    with pytest.raises(ValueError, match="lacks ChromaTransformer2DModel, Krea2Transformer2DModel: a newer one may"):
+        skeleton(files["krea2"])
 
 
 def test_more_blocks_than_the_release_are_a_variant(tmp_path: Path) -> None:

@@ -163,7 +163,8 @@ def test_more_ranks_than_the_layer_has() -> None:
 
 
 def test_a_quantised_base_is_read_dequantised() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     base = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
     base.load_state_dict({"weight": torch.randn(64, 64)})
     base = base.to("cpu")
@@ -550,7 +551,8 @@ def test_refusals() -> None:
 
 def foreign(layer: nn.Module, scale: float = 0.05, **options: Any) -> Any:
     """LyCORIS' module on a layer, its factors moved from their start."""
-    module = pytest.importorskip("lycoris.modules.tlora").TLoraModule
+    from lycoris.modules.tlora import TLoraModule as module
+
     theirs = module("lora_unet_x", layer, 1.0, DIM, 2.0, **options)
     with torch.no_grad():
         for p in theirs.parameters():

@@ -333,7 +333,7 @@ TABLE: tuple[Arg, ...] = (
         "change; not given: whichever is cheaper. The same numbers either way, also with use_dora and on "
         "quantised layers",
         _OTHER,
-        algos=tuple(algo for algo in ADDITIVE if algo != "tlora"),
+        algos=("lora", "loha", "lokr", "dylora", "lora_fa", "glora"),
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),

@@ -26,6 +26,10 @@ _NUMBER = re.compile(r"\d+")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
+class Missing(ValueError):
+    """The installed library lacks a class."""
+
+
 @dataclass(frozen=True)
 class Skeleton:
     """A model on the meta device, as a host would hand it over."""
@@ -86,13 +90,15 @@ def _library(library: str, name: str) -> Any:
     """A class of diffusers or transformers.
 
     Raises:
-        ValueError: the installed version has no such class.
+        Missing: the installed version has no such class.
     """
     try:
         return getattr(importlib.import_module(library), name)
     except (ImportError, AttributeError):
-        remedy = f"install a newer one (pip install -U {library})"
-        raise ValueError(f"{name} is not in the installed {library}: {remedy}") from None
+        raise Missing(
+            f"{name} is not in the installed {library}: run this in an environment with a newer one (scripts/start.py "
+            "makes one); leave the trainer's as it is"
+        ) from None
 
 
 def _from_folder(folder: Path) -> Skeleton:
@@ -150,23 +156,28 @@ def _from_header(path: Path) -> Skeleton:
     if codec.is_adapter(shapes):
         raise ValueError(f"{path} is an adapter, not a model; give the model that it was trained for")
     cross = sorted(shape for key, shape in shapes.items() if _is_cross_attention(key))
-    fits, present = dict[str, int](), set() if cross else weight_names.all_names(shapes)
+    fits, unknown, present = dict[str, int](), list[str](), set() if cross else weight_names.all_names(shapes)
     for name, release in RELEASES.items():
         context = release.sizes.get("cross_attention_dim")
         if (context is None) != (not cross) or (cross and cross[0][1] != context):
             continue
         if cross:
             fits[name] = int(_cross_attention(_from_release(release, with_text_encoders=False).unet) == cross)
-        else:
+            continue
+        try:
             fits[name] = _layers_in(name, shapes, present)
+        except Missing:  # the trainers pin older libraries, which know their own models
+            unknown.append(name)
     if any(fits.values()):
         release = RELEASES[max(fits, key=lambda name: fits[name])]
         whole = any(key.startswith(("cond_stage_model.", "conditioner.", "text_encoders.")) for key in shapes)
         built = _from_release(release, with_text_encoders=whole)
         return Skeleton(f"{path} ({release.title})", built.unet, built.text_encoders)
+    known = ", ".join(name for name in RELEASES if name not in unknown)
+    newer = f" (the installed diffusers lacks {', '.join(unknown)}: a newer one may know it)" if unknown else ""
     raise ValueError(
-        f"{path} has not the layers of a release that we know ({', '.join(RELEASES)}): for another model or a variant, "
-        "give its diffusers folder"
+        f"{path} has not the layers of a release that we know ({known}){newer}: for another model or a variant, give "
+        "its diffusers folder"
     )
 
 
