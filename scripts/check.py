@@ -1,4 +1,4 @@
-"""The one gate: format, lint, types, generated docs, tests. It runs everything and says what failed.
+"""The one gate: format, lint, types, branches per function, generated docs, tests. It runs all and says what failed.
 
 Run it inside the environment: `python scripts/start.py check`. `--fix` formats and mends what ruff can mend;
 `--no_tests` leaves out the tests, for a quick look or a commit hook. Further arguments go to pytest.
@@ -29,6 +29,7 @@ def build_steps(fix: bool, tests: bool, pytest_args: Sequence[str]) -> list[tupl
         ("format", [*python, "ruff", "format", *([] if fix else ["--check"]), *STYLE, *folders]),
         ("lint", [*python, "ruff", "check", *(["--fix"] if fix else []), *STYLE, *RULES, *folders]),
         ("types", [*python, "mypy", "networks", "scripts"]),
+        ("branches", [sys.executable, str(ROOT / "scripts" / "branches.py")]),
     ]
     docs = ROOT / "scripts" / "docs.py"
     if docs.is_file():
@@ -40,7 +41,9 @@ def build_steps(fix: bool, tests: bool, pytest_args: Sequence[str]) -> list[tupl
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all steps, also after one failed; returns 0 only if every one passed."""
-    parser = argparse.ArgumentParser(description="Format, lint, types, generated docs and tests.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="Format, lint, types, branches per function, generated docs and tests.", allow_abbrev=False
+    )
     parser.add_argument("--fix", action="store_true", help="format, and mend what ruff can mend")
     parser.add_argument("--no_tests", action="store_true", help="leave out the tests")
     args, pytest_args = parser.parse_known_args(argv)

@@ -1,0 +1,108 @@
+"""How much a reader must hold in his head: branches plus boolean operators of each function, at most MOST.
+
+Run by scripts/check.py. What is above it stands in OLDER with its number, which may only fall.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("networks", "scripts")
+MOST = 12
+BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.match_case, ast.comprehension)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+# Functions from before this count existed: to be divided when they are next touched.
+OLDER: dict[str, int] = {
+    "networks/core/file_form.py:_misfits": 37,
+    "networks/core/select.py:candidates": 32,
+    "networks/core/planner.py:_Planner.row": 30,
+    "scripts/train_options.py:check_options": 28,
+    "networks/core/effects.py:_forms": 25,
+    "networks/core/preset_choices.py:PresetChoices.admit": 23,
+    "networks/hosts/caption_folder.py:read_caption_folder": 22,
+    "networks/hosts/training.py:build_network": 22,
+    "networks/core/network.py:Network.attach": 21,
+    "networks/files/merge.py:CheckpointMerge._merge": 20,
+    "scripts/gen_img.py:check_options": 20,
+    "networks/hosts/families/noise.py:Flow.of": 19,
+    "networks/args/parse.py:parse": 18,
+    "networks/core/planner.py:_Planner._reason": 18,
+    "networks/files/dialects.py:Form.check": 18,
+    "networks/hosts/trainer_options.py:check": 18,
+    "scripts/show.py:lines": 18,
+    "networks/files/codec.py:decode": 17,
+    "networks/hosts/command_line.py:config_arguments": 17,
+    "networks/core/effects.py:_dora": 16,
+    "networks/core/optim.py:parameter_groups": 15,
+    "networks/files/weight_names.py:find": 15,
+    "networks/hosts/skeleton.py:_from_header": 15,
+    "networks/args/presets.py:_options": 14,
+    "networks/files/dotted.py:_join": 14,
+    "networks/files/merge.py:CheckpointMerge.__post_init__": 14,
+    "networks/files/resize.py:resize": 14,
+    "networks/hosts/training.py:make_accelerator": 14,
+    "networks/layers/adapted.py:AdaptedLayer._product": 14,
+    "networks/tensors/norms.py:NormGeometry.of": 14,
+    "networks/algos/lokr.py:LoKr.layout": 13,
+    "networks/args/coerce.py:_regex_map": 13,
+    "networks/core/blocks.py:BlockChoices._lengths": 13,
+    "networks/core/effects.py:_starts": 13,
+    "networks/files/writer.py:_cast": 13,
+    "networks/layers/adapted.py:AdaptedLayer.run": 13,
+    "scripts/train_network.py:Trainer.make_data": 13,
+}
+
+
+def count(function: ast.AST) -> int:
+    """Branches and boolean operators of a function, without those of functions and classes inside it."""
+    total, waiting = 0, list(ast.iter_child_nodes(function))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            continue
+        total += isinstance(node, BRANCHES)
+        total += len(node.ifs) if isinstance(node, ast.comprehension) else 0
+        total += len(node.values) - 1 if isinstance(node, ast.BoolOp) else 0
+        waiting += ast.iter_child_nodes(node)
+    return total
+
+
+def functions(file: Path) -> Iterator[tuple[str, int]]:
+    """(path:Class.name, count) of every function in a file."""
+    where = file.relative_to(ROOT).as_posix()
+
+    def walk(node: ast.AST, above: str) -> Iterator[tuple[str, int]]:
+        for child in ast.iter_child_nodes(node):
+            name = f"{above}{child.name}" if isinstance(child, (*FUNCTIONS, ast.ClassDef)) else above
+            if isinstance(child, FUNCTIONS):
+                yield f"{where}:{name}", count(child)
+            yield from walk(child, f"{name}." if name != above else above)
+
+    yield from walk(ast.parse(file.read_text(encoding="utf-8")), "")
+
+
+def problems() -> list[str]:
+    """One line for each function above its limit, and for each line of OLDER that is not needed any more."""
+    counts = dict(
+        found for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py")) for found in functions(file)
+    )
+    lines = []
+    for name, number in counts.items():
+        limit = OLDER.get(name, MOST)
+        if number > limit:
+            lines.append(f"{name} has {number} branches and boolean operators, at most {limit}: divide it")
+    for name, limit in OLDER.items():
+        if counts.get(name, 0) < limit:
+            lines.append(f"{name} has {counts.get(name, 0)} now: lower its number in OLDER, or take it out")
+    return lines
+
+
+if __name__ == "__main__":
+    found = problems()
+    print("\n".join(found) or f"no function has more than {MOST} branches and boolean operators, older ones apart")
+    sys.exit(1 if found else 0)
