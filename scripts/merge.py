@@ -13,10 +13,15 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from networks.files.merge import CheckpointMerge, MergeInput
+    from networks.files.places import Allowance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import run_program  # noqa: E402
+from networks.hosts.command_line import add_allow_missing, run_program  # noqa: E402
 
 SHOWN = 10  # names of layers that found no weight
 
@@ -28,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="PATH", type=Path, required=True, help="a .safetensors file, or a new folder")
     parser.add_argument("--prefix", default="", help="lora_te1 or lora_te2: which text encoder a folder is")
     parser.add_argument("--device", default="cpu", help="where it is computed; default: %(default)s")
+    add_allow_missing(parser)
     parser.add_argument("--strict", action="store_true", help="a layer without a weight is an error")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -41,26 +47,40 @@ def merge(args: argparse.Namespace) -> int:
     import torch
 
     from networks.files.checkpoint import Checkpoint, check_free
-    from networks.files.merge import AdapterFile, CheckpointMerge
+    from networks.files.merge import CheckpointMerge, MergeInput
+    from networks.files.places import Allowance
 
     checkpoint = Checkpoint(args.checkpoint)
     check_free(checkpoint, args.out)
-    adapters = [AdapterFile.open(*split_multiplier(item), checkpoint.shapes) for item in args.adapters]
+    adapters = [MergeInput.open(*split_multiplier(item), checkpoint.shapes) for item in args.adapters]
     plan = CheckpointMerge(checkpoint, adapters, args.prefix, torch.device(args.device))
+    allowance = Allowance.given(args.allow_missing, "--allow_missing")
     for adapter in adapters:
-        missing = plan.unmatched(adapter)
         print(f"{adapter.path} at {adapter.multiplier:g}: {len(plan.matched(adapter))} layers matched")
-        if missing:
-            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
-            print(f"  {len(missing)} have no weight here: {', '.join(missing[:SHOWN])}{more}")
-            if args.strict:
-                raise ValueError(f"{adapter.path}: {len(missing)} layers have no weight here, and --strict was given")
+        report(plan, adapter, plan.unmatched(adapter), allowance, args.strict)
     sizes = [entry["data_offsets"] for header in checkpoint.headers.values() for entry in header.entries.values()]
     warning = plan.write(args.out, progress_bar(sum(end - start for start, end in sizes)))
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {args.out}")
     return 0
+
+
+def report(
+    plan: CheckpointMerge, adapter: MergeInput, unmatched: list[str], allowance: Allowance, strict: bool
+) -> None:
+    """Say what of a file is left out. Raises ValueError where that is too much."""
+    if unmatched and strict:
+        raise ValueError(f"{adapter.path}: {len(unmatched)} layers have no weight here, and --strict was given")
+    missing = plan.missing(adapter, allowance)
+    for line in filter(None, (missing.counted(), missing.told())):
+        print(f"  {line}")
+    if missing.names:
+        more = f" and {len(missing.names) - SHOWN} more" if len(missing.names) > SHOWN else ""
+        print(f"warning: left out: {', '.join(missing.names[:SHOWN])}{more}", file=sys.stderr)
+    if adapter.file.stray:
+        print(f"  {len(adapter.file.stray)} keys are no adapter, e.g. {adapter.file.stray[0]}")
+    print(f"  strength by {adapter.file.strength}")
 
 
 def split_multiplier(item: str) -> tuple[Path, float]:

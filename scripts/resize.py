@@ -49,10 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from networks.files import reader, writer
+    from networks.files import writer
+    from networks.files.adapter_file import FileTensors, Naming
     from networks.files.resize import is_nested, numbered, resize, told
 
-    tensors, metadata = reader.read_tensors(args.file)
+    tensors = FileTensors(args.file)
+    file, metadata = tensors.opened(Naming()), tensors.metadata
     nested = is_nested(metadata)
     way = args.way or ("first" if nested else "nearest")
     if way == "first" and not nested:
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     for dim in args.dims:
-        smaller, lost = resize(tensors, dim, way)
+        smaller, lost = resize(file, tensors, dim, way)
         out = numbered((args.out_dir or args.file.parent) / args.file.name, dim)
         writer.write_tensors(out, smaller, metadata=told(metadata, dim, way))
         print(f"wrote {out}: dim {dim}" + (f", {lost:.1%} of the update lost" if way == "nearest" else ""))

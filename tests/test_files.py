@@ -393,8 +393,8 @@ def test_a_partly_matching_file_says_what_was_missing(tmp_path: Path, caplog: py
     save_file(kept, file)
     load(file)
     kind = Q.rsplit("_0_", 1)[1]
-    assert f"1 layers of this network are not in it (1 unet: 1 {kind}; e.g. {Q})" in caplog.text
-    assert "1 of its layers have no place here (1 unet: 1 elsewhere; e.g. lora_unet_elsewhere)" in caplog.text
+    assert f"1 layers of this network are not in it (1 lora_unet: 1 {kind}; e.g. {Q})" in caplog.text
+    assert "1 of its layers have no place here (1 lora_unet: 1 elsewhere; e.g. lora_unet_elsewhere)" in caplog.text
 
 
 def test_a_failed_load_changes_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import networks.lycoris
 from networks.algos import ALGOS
 from networks.files import codec
 from networks.files.checkpoint import Checkpoint
-from networks.files.merge import AdapterFile, CheckpointMerge, merged_weight
+from networks.files.merge import CheckpointMerge, MergeInput, merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime
 from networks.layers.site import Site
@@ -253,7 +253,7 @@ def test_checkpoints_are_merged_file_after_file(tmp_path: Path) -> None:
         save_file(file, tmp_path / f"{name}.safetensors")
         last = expected
         expected = expected + 0.7 * 0.5 * (expected @ f["a1"] @ f["a2"] + f["b1"] @ f["b2"])
-    adapters = [AdapterFile.open(tmp_path / f"{name}.safetensors", 0.7) for name in ("a", "b")]
+    adapters = [MergeInput.open(tmp_path / f"{name}.safetensors", 0.7) for name in ("a", "b")]
     CheckpointMerge(Checkpoint(tmp_path / "m.safetensors"), adapters).write(tmp_path / "o.safetensors")
     assert_close(load_file(tmp_path / "o.safetensors")["blocks.0.q.weight"], expected, "merge script")
     keys = set(file)

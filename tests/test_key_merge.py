@@ -20,6 +20,7 @@ from toy_models import signal, toy
 import networks.loha
 import networks.lokr
 import networks.lora_flux
+from networks.files import places
 from networks.hosts import key_merge
 
 LAUNCH = Path(__file__).resolve().parents[1] / "scripts" / "launch.py"
@@ -283,8 +284,15 @@ def test_layers_without_a_weight_are_named(
     trainer: ModuleType, model: tuple[Path, dict[str, Tensor]], caplog: pytest.LogCaptureFixture
 ) -> None:
     file = {key.replace("mlp", "mlpp"): value for key, value in one_file()[0].items()}
-    load(trainer, model[0], [file], [1.0])
-    assert "no weight for 1 of its layers, e.g. lora_unet_mlpp" in caplog.text
+    with pytest.raises(
+        ValueError, match="1 of its 4 layers have no place here .*--allow_missing before the script's name"
+    ):
+        load(trainer, model[0], [file], [1.0])
+    lenient = ModuleType("lora_utils")
+    exec(LORA_UTILS, vars(lenient))
+    key_merge.extend(lenient, places.Allowance(True))
+    load(lenient, model[0], [file], [1.0])
+    assert "1 of its layers have no place here (1 lora_unet: 1 mlpp; e.g. lora_unet_mlpp)" in caplog.text
 
 
 def test_a_loader_of_another_shape_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:

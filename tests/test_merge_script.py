@@ -17,7 +17,7 @@ from torch import Tensor
 from networks.archs.sd import SD
 from networks.files import weight_names
 from networks.files.checkpoint import Checkpoint
-from networks.files.merge import AdapterFile, CheckpointMerge
+from networks.files.merge import CheckpointMerge, MergeInput
 
 D = 16
 ALPHA, RANK = 3.0, 4
@@ -75,11 +75,11 @@ def test_a_trainers_file_with_two_adapters_at_their_multipliers(
     save_file(second, tmp_path / "b.safetensors")
     code, said = run(
         capsys, tmp_path / "m.safetensors", tmp_path / "a.safetensors", f"{tmp_path / 'b.safetensors'}=-0.5",
-        "--out", tmp_path / "new" / "out.safetensors",
+        "--out", tmp_path / "new" / "out.safetensors", "--allow_missing",
     )  # fmt: skip
     assert code == 0, said
     assert "a.safetensors at 1: 1 layers matched" in said and "b.safetensors at -0.5: 1 layers matched" in said
-    assert "1 have no weight here: lora_unet_double_blocks_0_not_here" in said
+    assert "left out: lora_unet_double_blocks_0_not_here" in said
     merged = load_file(tmp_path / "new" / "out.safetensors")
     key = "double_blocks.0.img_attn.qkv.weight"
     close(merged[key], model[key].double() + dW - 0.5 * torch.kron(w1.double(), w2.double()))
@@ -284,7 +284,7 @@ def test_memory_stays_near_one_layer(tmp_path: Path) -> None:
         alive = [t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape == (odd, odd)]
         counts.append(len({t.untyped_storage().data_ptr() for t in alive}))
 
-    plan = CheckpointMerge(Checkpoint(tmp_path / "m.safetensors"), [AdapterFile.open(tmp_path / "a.safetensors", 1.0)])
+    plan = CheckpointMerge(Checkpoint(tmp_path / "m.safetensors"), [MergeInput.open(tmp_path / "a.safetensors", 1.0)])
     plan.write(tmp_path / "o.safetensors", progress)
     assert len(counts) == 20 and 1 <= max(counts) <= 2
 
@@ -341,7 +341,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(
 def test_interrupted_leaves_nothing_behind(tmp_path: Path) -> None:
     save_file({f"b.{i}.weight": torch.randn(D, D) for i in range(3)}, tmp_path / "m.safetensors")
     save_file(lora("lora_unet_b_1", D, D)[0], tmp_path / "a.safetensors")
-    plan = CheckpointMerge(Checkpoint(tmp_path / "m.safetensors"), [AdapterFile.open(tmp_path / "a.safetensors", 1.0)])
+    plan = CheckpointMerge(Checkpoint(tmp_path / "m.safetensors"), [MergeInput.open(tmp_path / "a.safetensors", 1.0)])
 
     def progress(key: str, size: int) -> None:
         if key == "b.1.weight":

@@ -26,7 +26,7 @@ from networks.archs import ARCHS
 from networks.core.watching import time_reader
 from networks.files import codec
 from networks.files.checkpoint import Checkpoint
-from networks.files.merge import AdapterFile, CheckpointMerge, merged_weight
+from networks.files.merge import CheckpointMerge, MergeInput, merged_weight
 from networks.hosts import key_merge
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime
@@ -593,7 +593,7 @@ def test_files_of_lycoris_after_others_start_from_the_base(tmp_path: Path) -> No
     files = []
     for i, tensors in enumerate((first, second)):
         save_file({key: t.contiguous() for key, t in tensors.items()}, tmp_path / f"{i}.safetensors")
-        files.append(AdapterFile.open(tmp_path / f"{i}.safetensors", 1.0))
+        files.append(MergeInput.open(tmp_path / f"{i}.safetensors", 1.0))
     CheckpointMerge(Checkpoint(tmp_path / "base.safetensors"), files).write(tmp_path / "out.safetensors")
     merged = load_file(tmp_path / "out.safetensors")["x.weight"]
     torch.testing.assert_close(merged, W + alone[0] + alone[1], atol=1e-4, rtol=1e-4)

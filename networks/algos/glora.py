@@ -45,6 +45,7 @@ class GLoRA(Adapter):
     keys = {name: f"{name}.weight" for name in _NAMES}
     required = (frozenset(keys.values()),)
     fold = ("b2",)
+    rank_shows = (("a2.weight", 0),)
     no_starts = {"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"}
 
     a1: nn.Parameter

@@ -42,6 +42,7 @@ class LoHa(Adapter):
     }
     required = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
     fold = ("w1_a",)
+    rank_shows = (("hada_w1_b", 0),)
     features = Adapter.features | {"split_qkv"}
     no_starts = {
         "orthogonal": "a Hadamard product has no orthogonal rows, whatever its factors have",

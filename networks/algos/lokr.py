@@ -49,6 +49,7 @@ class LoKr(Adapter):
         for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
     )
     fold = ("w1", "w1_a")
+    rank_shows = (("lokr_w1_b", 0), ("lokr_w2_b", 0))
     no_starts = {"pissa": "the difference of two Kronecker products is none, so no file could hold it"}
 
     w2: nn.Parameter

@@ -40,6 +40,7 @@ class LoRA(Adapter):
     keys = {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"}
     required = (frozenset({"lora_up.weight", "lora_down.weight"}),)
     fold = ("up",)
+    rank_shows: ClassVar[tuple[tuple[str, int], ...]] = (("lora_down.weight", 0),)
     features = Adapter.features | {"split_qkv"}
     no_starts: ClassVar[Mapping[str, str]] = {}
     keeps_start: ClassVar[bool] = True
@@ -227,10 +228,6 @@ class LoRA(Adapter):
         for start in (self.start_down, self.start_up):
             if start is not None:
                 start.zero_()
-
-    @classmethod
-    def file_rank(cls, tensors: Mapping[str, Tensor]) -> int | None:
-        return tensors["lora_down.weight"].shape[0] if "lora_down.weight" in tensors else None
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -67,6 +67,7 @@ class SavedForm(nn.Module):
     saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
     bias_key: ClassVar[str] = ""  # suffix of the change of the layer's bias, where a file can have one
     saves_alpha: ClassVar[bool] = True  # whether readers expect one
+    rank_shows: ClassVar[tuple[tuple[str, int], ...]] = ()  # (suffix, axis): the first that a file has is the rank
 
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     scalar: nn.Parameter | None
@@ -111,9 +112,23 @@ class SavedForm(nn.Module):
         return None
 
     @classmethod
-    def portable_alpha(cls, tensors: Mapping[str, Tensor], alpha: float) -> float:
-        """The alpha of a file's layer as our own files would have it: scale = alpha / saved rank."""
-        return alpha
+    def shown_rank(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        """The rank that readers of these saved tensors divide alpha by; None if there is none."""
+        return next((tensors[suffix].shape[axis] for suffix, axis in cls.rank_shows if suffix in tensors), None)
+
+    @classmethod
+    def with_scale(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """Saved tensors with the alpha for this scale; without a rank it goes into a factor, if there is one."""
+        rank = cls.shown_rank(tensors)
+        if rank is not None:
+            return {**tensors, "alpha": torch.tensor(scale * rank)}
+        suffix = next((cls.keys[name] for name in cls.fold if cls.keys[name] in tensors), "")
+        wide = (
+            {suffix: tensors[suffix].to(torch.promote_types(tensors[suffix].dtype, torch.float32)) * scale}
+            if suffix
+            else {}
+        )
+        return {**tensors, **wide}
 
     def pack(self) -> dict[str, Tensor]:
         """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""
@@ -124,11 +139,6 @@ class SavedForm(nn.Module):
             name = next(name for name in self.fold if name in tensors)
             tensors[name] = tensors[name] * self.scalar.detach()
         return {self.keys[name]: tensor for name, tensor in tensors.items()}
-
-    @classmethod
-    def file_rank(cls, tensors: Mapping[str, Tensor]) -> int | None:
-        """The rank that readers of these saved tensors divide alpha by; None = the adapter's own."""
-        return None
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

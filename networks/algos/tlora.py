@@ -43,6 +43,7 @@ class TLoRA(LoRA):
     unsaved = options
     no_starts = Adapter.no_starts
     plus = frozenset({"p"})
+    rank_shows = (*LoRA.rank_shows, ("q_layer.weight", 0))
     keys = {"q": "q_layer.weight", "p": "p_layer.weight", "lam": FOREIGN}
     # A whole weight change has one mask, samples have many; in a stack of parts the ranks that belong together, and
     # those which a timestep masks, could not be told from the file.
@@ -212,10 +213,6 @@ class TLoRA(LoRA):
     @classmethod
     def recognises(cls, suffixes: set[str]) -> bool:
         return set(cls.keys.values()) <= suffixes or super().recognises(suffixes)
-
-    @classmethod
-    def portable_alpha(cls, tensors: Mapping[str, Tensor], alpha: float) -> float:
-        return 2 * alpha if FOREIGN in tensors else alpha
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

@@ -335,6 +335,14 @@ TABLE: tuple[Arg, ...] = (
         _OTHER,
         algos=("lora", "loha", "lokr", "dylora", "lora_fa", "glora"),
     ),
+    Arg(
+        "allow_missing",
+        "bool",
+        False,
+        "go on although a whole part, a whole kind of layers or more than a tenth of the layers of a loaded file have "
+        "no place in this network",
+        _OTHER,
+    ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),
 )

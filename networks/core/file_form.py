@@ -30,7 +30,8 @@ def form_of(request: Request, plan: Plan) -> Form:
             for row in plan.trained
         }
     dims = tuple(filter(None, request.args.save_dims))
-    return Form(dialect, request.args.rs_lora, dims, request.arch, places)
+    rs_lora = request.args.rs_lora if request.rs_lora is None else request.rs_lora
+    return Form(dialect, rs_lora, dims, request.arch, places)
 
 
 def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> list[str]:

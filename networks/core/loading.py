@@ -2,76 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from ..files import codec
+from ..files.adapter_file import AdapterFile
 from ..files.codec import SavedLayer
+from ..files.places import Allowance, Missing, find_missing
 from ..layers.adapted import AdaptedLayer
 from .plan import PlanRow
 
+log = logging.getLogger(__name__)
 
-def match(
-    tensors: Mapping[str, Tensor],
-    layers: Mapping[str, tuple[PlanRow, AdaptedLayer]],
-    aliases: Mapping[str, str],
-    source: str,
-    title: str,
-) -> tuple[dict[str, SavedLayer], tuple[str, ...]]:
-    """Saved layers by the network's own names, and the names of those that have no place in it.
+NAMED = 5  # layers in a message
 
-    Args:
+
+@dataclass(frozen=True)
+class Places:
+    """Where a network has a place for the layers of a file.
+
+    Attributes:
         layers: of the network, by saved name.
         aliases: other saved names for them.
+        held, known: prefixes of the parts that it has, and that its architecture has.
         title: of the network, for messages.
+        allowance: what of a file may be without a place.
+    """
+
+    layers: Mapping[str, tuple[PlanRow, AdaptedLayer]]
+    aliases: Mapping[str, str]
+    held: Collection[str]
+    known: Collection[str]
+    title: str
+    allowance: Allowance
+
+    def own(self, name: str) -> str:
+        """The network's name of a file's layer; "" if it has none."""
+        return name if name in self.layers else self.aliases.get(name, "")
+
+
+def match(file: AdapterFile, places: Places) -> tuple[dict[str, SavedLayer], Missing]:
+    """Saved layers by the network's own names, and what of the file has no place in it.
 
     Raises:
-        ValueError: they do not fit, or none belongs to this network.
+        ValueError: they do not fit, none or too few belong to this network, or magnitudes of DoRA are missing.
     """
-    saved, unknown = codec.decode(tensors)
-    unexpected: list[str] = []
-    found: dict[str, SavedLayer] = {}
-    wrong: list[str] = []
-    for key in unknown:
-        name, _, suffix = key.partition(".")
-        if name in layers or name in aliases:
-            raise ValueError(codec.unknown_form(source, name, suffix))
-        else:
-            unexpected.append(name)
-    for name, layer in saved.items():
-        own = name if name in layers else aliases.get(name, "")
-        if own not in layers:
-            unexpected.append(name)
-            continue
-        found[own] = layer
-        try:
-            _check(layers[own][1], layer)
-        except ValueError as error:
-            wrong.append(f"{name}: {error}")
-    if wrong:
-        raise ValueError(_misfit(source, wrong))
+    for name, suffix in file.unread.items():
+        if places.own(name) in places.layers:
+            raise ValueError(codec.unknown_form(file.source, name, suffix))
+    found = {own: saved for name, saved in file.layers.items() if (own := places.own(name)) in places.layers}
+    _check_fit(file, found, places)
     if not found:
-        theirs, ours = next(iter(tensors), "no tensor"), next(iter(layers), "-")
+        raise ValueError(_nothing(file, places))
+    families = {name: saved.algorithm.family for name, saved in file.layers.items()}
+    families |= {name: "unknown" for name in file.unread}
+    placed = {name for name in families if places.own(name) in places.layers}
+    missing = find_missing(families, placed, places.held, places.known, places.allowance, file.source)
+    return _with_magnitudes(file, found, places), missing
+
+
+def _check_fit(file: AdapterFile, found: Mapping[str, SavedLayer], places: Places) -> None:
+    wrong = []
+    for own, saved in found.items():
+        try:
+            _check(places.layers[own][1], saved)
+        except ValueError as error:
+            wrong.append(f"{saved.name}: {error}")
+    if wrong:
         raise ValueError(
-            f"{source} has nothing for this network: it holds names like {theirs}, this network "
-            f"({title}) has names like {ours}; choose a file of this architecture"
+            f"{file.source} does not fit this network in {len(wrong)} layers, e.g. {wrong[0]}; use the dim and "
+            "arguments it was trained with, or --dim_from_weights, which takes them from the file"
         )
-    return found, tuple(dict.fromkeys(unexpected))
 
 
 def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
     if (layer.adapter.saved_as or layer.adapter.algo) != saved.algorithm.form():
         raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
-    side, own = saved.side(layer.adapter.geometry), layer.side
-    if side and side != own:
-        remedy = "give use_dora=True" if not own else f"give wd_on_output={side == 'output'}"
-        raise ValueError(f"the file has DoRA magnitudes on the {side} side, this network has not: {remedy}")
+    side = saved.side(layer.adapter.geometry)
+    if side and layer.side and side != layer.side:
+        raise ValueError(
+            f"the file has DoRA magnitudes on the {side} side, this network on the other: give "
+            f"wd_on_output={side == 'output'}"
+        )
     layer.adapter.fits(saved.tensors)
 
 
-def _misfit(source: str, wrong: Sequence[str]) -> str:
+def _with_magnitudes(file: AdapterFile, found: Mapping[str, SavedLayer], places: Places) -> dict[str, SavedLayer]:
+    """The layers with the magnitudes that this network uses, whatever the dialect.
+
+    Raises:
+        ValueError: some that it expects are missing.
+    """
+    dora = [own for own in found if places.layers[own][1].side]
+    missing = [found[own].name for own in dora if found[own].magnitude is None]
+    if missing and len(missing) == len(dora):
+        raise ValueError(
+            f"DoRA flag mismatch: this network expects DoRA but {file.source} has no magnitudes; leave out "
+            "use_dora=True, or load a file that was trained with it"
+        )
+    if missing:
+        raise ValueError(
+            f"{file.source} has no DoRA magnitude for {len(missing)} of {len(dora)} layers: "
+            f"{', '.join(sorted(missing)[:NAMED])}; use the arguments that it was trained with"
+        )
+    surplus = [own for own in found if found[own].magnitude is not None and own not in dora]
+    if surplus:
+        log.warning(
+            "DoRA flag mismatch: %s has DoRA magnitudes for %d layers but this network does not expect them there: "
+            "they are ignored and the rest acts as plain LoRA; add use_dora=True to use them",
+            file.source, len(surplus),
+        )  # fmt: skip
+    return {**found, **{own: replace(found[own], magnitude=None) for own in surplus}}
+
+
+def _nothing(file: AdapterFile, places: Places) -> str:
+    theirs = next(iter([*file.layers, *file.unread, *file.stray]), "no tensor")
+    ours = next(iter(places.layers), "-")
     return (
-        f"{source} does not fit this network in {len(wrong)} layers, e.g. {wrong[0]}; use the dim and arguments it was "
-        "trained with, or --dim_from_weights, which takes them from the file"
+        f"{file.source} has nothing for this network: it holds names like {theirs}, this network ({places.title}) has "
+        f"names like {ours}; choose a file of this architecture"
     )

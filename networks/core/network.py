@@ -17,8 +17,11 @@ from ..algos import ALGOS, Adapter
 from ..algos.clock import Clock, clock_of
 from ..archs.detect import unwrap
 from ..archs.spec import Timestep
-from ..files import codec, dotted, reader, resize, writer
+from ..files import codec, resize, writer
+from ..files.adapter_file import AdapterFile, Naming, as_encoded, of_tensors, open_file
 from ..files.dialects import Form
+from ..files.places import Allowance
+from ..files.strengths import ALPHA, SAID
 from ..layers.adapted import AdaptedLayer
 from ..layers.attached import LIVE_SCALE
 from ..layers.dropout import Dropouts
@@ -29,7 +32,7 @@ from ..layers.runtime import Runtime
 from ..layers.site import Site
 from . import starts
 from .diagnosis import Diagnosis
-from .loading import match
+from .loading import Places, match
 from .merging import check_bases, merge
 from .plan import Plan, PlanRow
 from .report import LoadReport, progress
@@ -74,6 +77,7 @@ class Network(nn.Module):
         self.plan = plan
         self.runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
         self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
+        self.allowance = Allowance()  # what of a file may be without a place
         self._roots = dict(roots)
         self.timesteps: dict[str, Timestep] = {}  # part name -> how the forward of its root is told the time
         self._hooks: list[Any] = []
@@ -241,37 +245,54 @@ class Network(nn.Module):
         known, health = {**(metadata or {}), **ours}, self.diagnosis.health()
         writer.write_tensors(path, self.form.written(tensors), dtype, known, health)
         for dim in self.form.dims:
-            smaller = self.form.written(resize.resize(tensors, dim, "first")[0])
+            smaller = self.form.written(resize.resize(as_encoded(tensors), tensors, dim, "first")[0])
             writer.write_tensors(resize.numbered(path, dim), smaller, dtype, resize.told(known, dim, "first"), health)
+
+    @property
+    def _naming(self) -> Naming:
+        return Naming(self.form.arch, self.form.dialect)
 
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
         """Take over a file.
 
         Raises:
-            ValueError: it is unreadable, does not fit, contradicts this network, or has nothing for it.
+            ValueError: it is unreadable, does not fit, contradicts this network, or has too little for it.
         """
-        tensors, metadata = reader.read_tensors(path)
-        tensors = dotted.read(dotted.with_alphas(tensors, metadata), self.form.arch, str(path))
-        magnitudes = frozenset(name for name, (_, layer) in self._layers.items() if layer.magnitude is not None)
-        return self.take(self.form.check(tensors, metadata, magnitudes, str(path)), str(path))
+        return self.take(open_file(path, self._naming))
 
-    def take(self, tensors: Mapping[str, Tensor], source: str = "weights") -> LoadReport:
+    def take_tensors(self, tensors: Mapping[str, Tensor], source: str = "the weights") -> LoadReport:
         """Take over the tensors of a file.
 
         Raises:
-            ValueError: they do not fit, or none belongs to this network.
+            ValueError: as `load`.
         """
-        tensors = self.form.dialect.own_names(dotted.read(tensors, self.form.arch, source), self.form.arch)
-        found, unexpected = match(tensors, self._layers, self._aliases, source, self.plan.title)
+        return self.take(of_tensors(tensors, self._naming, source))
+
+    def take(self, file: AdapterFile) -> LoadReport:
+        """Take over an opened file.
+
+        Raises:
+            ValueError: it does not fit, contradicts this network, or has too little for it; nothing was changed.
+        """
+        self.form.check(file.flags, file.metadata, file.source)
+        found, without = match(file, self._places())
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
             adapted.see_base()
-            adapted.take_alpha(layer.alpha, layer.algorithm.file_rank(layer.tensors))
+            adapted.take_alpha(layer.alpha, layer.algorithm.shown_rank(layer.tensors))
             adapted.take_magnitude(layer.magnitude, layer.folded)
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
-        return LoadReport(source, tuple(found), missing, unexpected)
+        strength = "" if file.strength in (SAID[ALPHA], "") else file.strength
+        if strength:
+            log.info("%s: strength by %s", file.source, strength)
+        return LoadReport(file.source, tuple(found), missing, without, file.stray, strength)
+
+    def _places(self) -> Places:
+        prefixes = {} if self.form.arch is None else {part.name: part.prefix for part in self.form.arch.parts}
+        held = {prefixes[row.part] for row, _ in self.layers if row.part in prefixes}
+        return Places(self._layers, self._aliases, held, {*prefixes.values()}, self.plan.title, self.allowance)
 
     def _follow_scales(self) -> None:
         """After a load: the plan states the scale that is in force, and the log says where it is another."""
@@ -301,7 +322,7 @@ class Network(nn.Module):
         if any(key.endswith(LIVE_SCALE) for key in state_dict):
             missing, unexpected = self._take_live(state_dict)
         else:
-            report = self.take(state_dict)
+            report = self.take_tensors(state_dict)
             missing, unexpected = list(report.missing), list(report.unexpected)
         if strict and (missing or unexpected):
             raise RuntimeError(

@@ -149,7 +149,8 @@ class Request:
         dim, alpha: of Linears and 1x1 convolutions; alpha 0 means dim.
         saved: layers of a file that decides dims, forms and alphas; None without a file.
         source: the file's name, for messages.
-        unknown: layer name -> a suffix of it that no algorithm of ours has, in that file.
+        unknown: layer name -> its suffixes that no algorithm of ours has, in that file.
+        rs_lora: what the file says of RS-LoRA; None = nothing.
     """
 
     arch: ArchSpec
@@ -160,3 +161,4 @@ class Request:
     saved: Mapping[str, SavedLayer] | None = None
     source: str = "the file"
     unknown: Mapping[str, str] = field(default_factory=dict)
+    rs_lora: bool | None = None

@@ -105,9 +105,8 @@ class _Planner:
             except ValueError as error:
                 self.problems.add(f"{saved.name}: {error}")
                 return replace(row, reason="the file does not fit it")
-            algorithm, alpha = saved.algorithm, float(dim) if saved.alpha is None else saved.alpha
-            stacked = 1 if shown is not None else max(1, len(split))
-            dim, alpha = dim // stacked, alpha / stacked
+            algorithm, alpha = saved.algorithm, saved.alpha or 0.0
+            dim //= 1 if shown is not None else max(1, len(split))
             # The file decides the form; some options do not show in one.
             options |= self.args.pick(algorithm.unsaved & algorithm.options & self.args.given)
         else:
@@ -123,12 +122,11 @@ class _Planner:
             self.problems.add(f"{c.dotted_name}: {error}")
             return replace(row, reason="the algorithm has no form for it")
         self._note(c, layout.rank is not None, algorithm.family == Geometry.family)
-        if saved is not None and not split:
-            alpha /= layout.stacked
         scale = 1.0
-        if layout.rank is not None and alpha:
-            folded = saved is not None or not a.rs_lora
-            scale = alpha / (layout.rank if folded else math.sqrt(layout.rank))
+        if layout.rank is not None and saved is not None:
+            scale, alpha = saved.scale, saved.scale * layout.rank
+        elif layout.rank is not None and alpha:
+            scale = alpha / (math.sqrt(layout.rank) if a.rs_lora else layout.rank)
         denoiser, folded_plus = self._of_denoiser(c), self.args.loraplus_mode == "reparam"
         return replace(
             row,

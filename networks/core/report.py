@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..files.places import Missing, examples
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow
 
 Item = TypeVar("Item")
 
-_KINDS = 8  # of layers that a load report counts one by one
 _FIELDS = (
     "part",
     "dotted_name",
@@ -110,40 +110,41 @@ def _size(count: int) -> str:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a file gave to a network, by layer name."""
+    """What a file gave to a network.
+
+    Attributes:
+        matched, missing: layers of the network that are in the file, and that are not.
+        without: what of the file has no place.
+        stray: keys of the file that are no adapter.
+        strength: where its strengths stand, if that is not beside the tensors.
+    """
 
     source: str
     matched: tuple[str, ...]
     missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
+    without: Missing = Missing()
+    stray: tuple[str, ...] = ()
+    strength: str = ""
+
+    @property
+    def unexpected(self) -> tuple[str, ...]:
+        """Layers of the file that have no place, wherever they belong."""
+        return (*self.without.elsewhere, *self.without.names)
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether layers of the network or of the file stayed without the other."""
+        return bool(self.missing or self.without.names)
 
     def __str__(self) -> str:
         text = f"{self.source}: {len(self.matched)} layers loaded"
         if self.missing:
-            text += f"; {len(self.missing)} layers of this network are not in it{_examples(self.missing)}"
-        if self.unexpected:
-            text += f"; {len(self.unexpected)} of its layers have no place here{_examples(self.unexpected)}"
-        return text
-
-
-def _examples(names: Sequence[str]) -> str:
-    """Counted by part and kind of layer: `24 unet: 8 attn1_to_q, 16 mlp_fc1; e.g. ...`."""
-    parts: dict[str, Counter[str]] = {}
-    for name in names:
-        known = name.startswith("lora_")
-        part = name.split("_")[1] if known else "other"
-        parts.setdefault(part, Counter())[_kind(name.removeprefix(f"lora_{part}_"))] += 1
-    counted = []
-    for part, kinds in parts.items():
-        common = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(_KINDS))
-        rest = sum(kinds.values()) - sum(n for _, n in kinds.most_common(_KINDS))
-        counted.append(f"{sum(kinds.values())} {part}: {common}" + (f", {rest} of other kinds" if rest else ""))
-    return f" ({'; '.join(counted)}; e.g. {names[0]})"
-
-
-def _kind(name: str) -> str:
-    """What a layer is, whichever block it is in: the name behind the last block number, other numbers as N."""
-    return re.sub(r"_\d+(?=_)", "_N", re.sub(r".*s(_\d+)+_(?=[a-z])", "", name))
+            text += f"; {len(self.missing)} layers of this network are not in it{examples(self.missing)}"
+        for more in (self.without.told(), self.without.counted()):
+            text += f"; {more}" if more else ""
+        if self.stray:
+            text += f"; {len(self.stray)} keys are no adapter, e.g. {self.stray[0]}"
+        return text + (f"; strength by {self.strength}" if self.strength else "")
 
 
 def progress(items: Sequence[Item], long: bool) -> Iterable[Item]:

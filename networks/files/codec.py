@@ -93,9 +93,11 @@ class SavedLayer:
         adapter.unpack_(self.tensors)
         return adapter
 
-    def scale(self, rank: int | None) -> float:
+    @property
+    def scale(self) -> float:
         """alpha / rank; 1 without alpha, with alpha 0, and for a form without rank."""
-        return self.alpha / rank if rank is not None and self.alpha else 1.0
+        rank = self.algorithm.shown_rank(self.tensors)
+        return self.alpha / rank if rank and self.alpha else 1.0
 
     def _wide(self) -> bool:
         return all(t.dtype == torch.float64 for t in self.tensors.values() if t.is_floating_point())
@@ -136,7 +138,6 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
             value *= math.sqrt(group[suffix].shape[axis])
         if value is not None:
             group = dialect.scaled(group, value) if dialect.whole[0] in tensors else group
-            value = algorithm.portable_alpha(group, value)
         folded = magnitude is not None and bool(dialect.fold_flag)
         layers[name] = SavedLayer(name, algorithm, group, value, magnitude, folded)
     return layers, unknown
@@ -154,7 +155,7 @@ def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> d
             magnitude = layer.folded(layer.magnitude.detach()) if dialect.fold_flag else layer.magnitude.detach()
             tensors[f"{name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
         if layer.adapter.saves_alpha:
-            rank = layer.adapter.file_rank(packed) or layer.adapter.record.saved_rank
+            rank = layer.adapter.shown_rank(packed) or layer.adapter.record.saved_rank
             alpha = form.alpha(layer.alpha_at(rank), rank)
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors | form.network_keys(any(layer.magnitude is not None for layer in layers))

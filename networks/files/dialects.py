@@ -177,11 +177,6 @@ class Flags:
         magnitudes = frozenset(name for name, _, suffix in pairs if suffix == dialect.magnitude)
         return cls(dialect, rs, dora, magnitudes, _alphas_of_roots(tensors))
 
-    @property
-    def has_dora(self) -> bool:
-        """The flag decides; a file without one may have magnitudes all the same."""
-        return bool(self.magnitudes) if self.dora is None else self.dora or bool(self.magnitudes)
-
 
 @dataclass(frozen=True)
 class Form:
@@ -215,53 +210,31 @@ class Form:
             values[self.dialect.fold_flag] = True
         return {key: torch.tensor(float(value)) for key, value in values.items() if key}
 
-    def check(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dora: frozenset[str], source: str
-    ) -> dict[str, Tensor]:
-        """The tensors to load, after comparing what a file says with what this network is.
+    def check(self, flags: Flags, metadata: Mapping[str, str], source: str) -> None:
+        """Compare what a file says of RS-LoRA with what this network is.
 
         A file which says nothing is held to the network's own dialect; one of ours without flags needs none.
 
-        Args:
-            dora: names of this network's layers with a magnitude.
-
         Raises:
-            ValueError: RS-LoRA differs, or magnitudes are missing.
+            ValueError: they differ.
         """
-        flags = Flags.of(tensors)
         plain = metadata.get("networks_dialect") in (PORTABLE.name, COMFYUI.name, DIFFUSERS.name)
+        hint = _hint(flags) if flags.suspicious[0] * 2 > flags.suspicious[1] else ""
         if not flags.dialect.rs_flag and (plain or not self.dialect.rs_flag):
-            if self.rs_lora and "networks_dialect" not in metadata and flags.suspicious[0] * 2 > flags.suspicious[1]:
-                log.warning("%s: %s; it is read as alpha / rank", source, _hint(flags))
-            return dict(tensors)
-        if bool(flags.rs_lora) != self.rs_lora:
-            says = "nothing of RS-LoRA" if flags.rs_lora is None else f"{flags.dialect.rs_flag} = {flags.rs_lora}"
-            hint = ""
-            if flags.rs_lora is None and flags.suspicious[0] * 2 > flags.suspicious[1]:
-                hint = f". Hint: {_hint(flags)}"
-            raise ValueError(
-                f"RS-LoRA flag mismatch: {source} says {says}, this network has use_rslora={self.rs_lora}; give "
-                f"use_rslora={bool(flags.rs_lora)}, as it was trained{hint}"
-            )
-        missing = sorted(dora - flags.magnitudes)
-        if dora and not flags.has_dora:
-            raise ValueError(
-                f"DoRA flag mismatch: this network expects DoRA but {source} has no magnitudes; leave out "
-                "use_dora=True, or load a file that was trained with it"
-            )
-        if dora and missing:
-            raise ValueError(
-                f"{source} has no DoRA magnitude for {len(missing)} of {len(dora)} layers: {', '.join(missing[:5])}; "
-                "use the arguments that it was trained with"
-            )
-        if flags.has_dora and not dora:
-            log.warning(
-                "DoRA flag mismatch: %s has DoRA magnitudes but this network does not expect them: they are ignored "
-                "and the rest acts as plain LoRA; add use_dora=True to use them",
-                source,
-            )
-            return {key: t for key, t in tensors.items() if key.partition(".")[2] != flags.dialect.magnitude}
-        return dict(tensors)
+            if hint and self.rs_lora and "networks_dialect" not in metadata:
+                log.warning("%s: %s; it is read as alpha / rank", source, hint)
+        elif bool(flags.rs_lora) != self.rs_lora:
+            raise ValueError(rs_lora_differs(flags, self.rs_lora, source, hint))
+
+
+def rs_lora_differs(flags: Flags, wanted: bool, source: str, hint: str = "") -> str:
+    """Message."""
+    says = "nothing of RS-LoRA" if flags.rs_lora is None else f"{flags.dialect.rs_flag} = {flags.rs_lora}"
+    more = f". Hint: {hint}" if hint and flags.rs_lora is None else ""
+    return (
+        f"RS-LoRA flag mismatch: {source} says {says}, this network has use_rslora={wanted}; give "
+        f"use_rslora={bool(flags.rs_lora)}, as it was trained{more}"
+    )
 
 
 def _alphas_of_roots(tensors: Mapping[str, Tensor]) -> tuple[int, int]:

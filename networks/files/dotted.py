@@ -11,19 +11,19 @@ finds it too. Its files have no alpha unless their metadata say one.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algos import ALGOS
+from ..algos import ALGOS, recognise
 from ..archs.diffusers_names import Place
 from ..archs.spec import ArchSpec, Part, Rename
+from . import strengths
+from .strengths import PEFT
 
 DOWN, UP, MAGNITUDE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
 VECTOR = "lora_magnitude_vector"
@@ -38,14 +38,13 @@ SUFFIXES = {  # as others write them -> ours
     f"{VECTOR}.weight": MAGNITUDE,
     f"{VECTOR}.default.weight": MAGNITUDE,
     **{suffix: suffix for algorithm in ALGOS.values() for suffix in algorithm.keys.values() if suffix != "weight"},
+    "magnitude": MAGNITUDE,  # ai-toolkit's
     MAGNITUDE: MAGNITUDE,
     ALPHA: ALPHA,
 }
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 _ENDING = re.compile(rf"\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
-PEFT = "base_model.model."
 DENOISER = ("transformer.", "unet.", "diffusion_model.", "model.diffusion_model.")
-METADATA = "lora_adapter_metadata"  # of a file: PEFT's settings, as JSON
 
 
 def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) -> dict[str, Tensor]:
@@ -80,37 +79,38 @@ def _turn(rows: Tensor, place: Place) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
 
 
-def with_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a file, with alphas which only its metadata say.
+@dataclass(frozen=True)
+class Known:
+    """A file's tensors with all that says their strength.
+
+    Attributes:
+        tensors: under the file's names, alphas filled in.
+        told: where the strengths stand, for people.
+    """
+
+    tensors: dict[str, Tensor]
+    told: str
+
+
+def with_strengths(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any] | None, source: str
+) -> Known:
+    """The tensors of a file, with the strengths that stand beside them, see `strengths`.
 
     Raises:
-        ValueError: its metadata are unreadable.
+        ValueError: what stands there cannot be read, or disagrees.
     """
-    if METADATA not in metadata:
-        return dict(tensors)
-    try:
-        settings: dict[str, Any] = json.loads(metadata[METADATA])
-        more: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
-            path, suffix = _divide(key)
-            if SUFFIXES.get(suffix) == DOWN and "." in path and f"{path}.{ALPHA}" not in tensors:
-                alpha = _stated(path, settings, tensor.shape[0])
-                more |= {} if alpha is None else {f"{path}.{ALPHA}": torch.tensor(alpha)}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"the metadata {METADATA} cannot be read: {error}") from None
-    return {**tensors, **more}
-
-
-def _stated(path: str, settings: Mapping[str, Any], rank: int) -> float | None:
-    component, _, name = path.partition(".")
-    alpha = settings.get(f"{component}.lora_alpha")
-    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            alpha = value
-            break
-    if alpha is None:
-        return None
-    return float(alpha) * (math.sqrt(rank) if settings.get(f"{component}.use_rslora") else 1.0)
+    layers: dict[str, dict[str, Tensor]] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for key, path, suffix in divided(tensors):
+        own = SUFFIXES.get(suffix, suffix)
+        layers.setdefault(path, {})[own], keys[path, own] = tensors[key], key
+    kinds = {name: kind for name, group in layers.items() if (kind := recognise(group)) is not None}
+    filled = strengths.fill(layers, kinds, metadata, config, source)
+    found = dict(tensors)
+    for name, group in filled.layers.items():
+        found |= {keys.get((name, suffix), f"{name}.{suffix}"): tensor for suffix, tensor in group.items()}
+    return Known(found, filled.told)
 
 
 def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "the file") -> dict[str, Tensor]:
@@ -121,8 +121,8 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
     """
     found: dict[str, Tensor] = {}
     groups: dict[str, dict[int, _Piece]] = {}
-    for key, tensor in tensors.items():
-        path, suffix = _divide(key)
+    for key, path, suffix in divided(tensors):
+        tensor = tensors[key]
         if arch is None or "." not in path:
             found[key] = tensor
             continue
@@ -130,7 +130,7 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
         layer = part.layout_of(dotted) or Rename(dotted, part.trainer_name(dotted))
         name = f"{part.prefix}_{layer.trainer}".replace(".", "_")
         piece = groups.setdefault(name, {}).setdefault(layer.position, _Piece(path, layer, {}))
-        piece.tensors[SUFFIXES[suffix]] = tensor.flatten() if VECTOR in suffix else tensor
+        piece.tensors[SUFFIXES.get(suffix, suffix)] = tensor.flatten() if VECTOR in suffix else tensor
     for name, pieces in groups.items():
         count = next(iter(pieces.values())).layer.count
         if len(pieces) < count:
@@ -144,22 +144,34 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
 
 def has_dots(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file has names of this kind."""
-    return any("." in _divide(key)[0] for key in tensors)
+    return any("." in divide(key)[0] for key in tensors)
 
 
 def flattened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every layer as the file has it, with slashes for the dots of its name: to look at, where no model is known."""
     found = {}
-    for key, tensor in tensors.items():
-        path, suffix = _divide(key)
-        found[f"{path.replace('.', '/')}.{SUFFIXES[suffix]}" if "." in path else key] = tensor
+    for key, path, suffix in divided(tensors):
+        own = SUFFIXES.get(suffix, suffix)
+        found[f"{path.replace('.', '/')}.{own}" if "." in path else key] = tensors[key]
     return found
 
 
-def _divide(key: str) -> tuple[str, str]:
-    """(name of the layer, suffix); a suffix that nobody knows is "" ."""
+def divide(key: str) -> tuple[str, str]:
+    """(name of the layer, suffix); a suffix that nobody knows is "", and the name what stands before the first dot."""
     match = _ENDING.search(key)
     return (key[: match.start()], match[1]) if match else (key.partition(".")[0], "")
+
+
+def divided(keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(key, name of the layer, suffix) of each. A suffix that nobody knows belongs to the layer which others name."""
+    known = {key: divide(key) for key in keys}
+    layers = {path for path, suffix in known.values() if suffix}
+    for key, (path, suffix) in known.items():
+        cuts = [at for at, letter in enumerate(key) if letter == "."] if not suffix else []
+        at = next((at for at in reversed(cuts) if key[:at] in layers), None)
+        if at is not None:
+            path, suffix = key[:at], key[at + 1 :]
+        yield key, path, suffix or key[len(path) + 1 :]
 
 
 def _locate(path: str, arch: ArchSpec) -> tuple[Part, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,9 +15,11 @@ from ..archs import ARCHS
 from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
 from ..tensors.norms import weight_geometry
-from . import codec, dialects, dotted, reader, weight_names
+from . import dialects, dotted, weight_names
+from .adapter_file import AdapterFile, FileTensors, Naming
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
+from .places import Allowance, Missing, find_missing, part_of
 from .weight_names import Target
 
 SCALES = ("scale_weight", "weight_scale")  # beside a weight in fp8: the trainers' name, and another program's
@@ -46,8 +48,7 @@ def merged_weight(
     geometry = weight_geometry(weight.shape)
     adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
     base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    scale = saved.scale(adapter.record.saved_rank)
-    layer = AdaptedLayer(saved.name, base, adapter, scale, dora=saved.side(geometry))
+    layer = AdaptedLayer(saved.name, base, adapter, saved.scale, dora=saved.side(geometry))
     if start is not None and adapter.wants_base:
         with torch.no_grad():
             adapter.see_base(start)
@@ -74,7 +75,7 @@ def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Ten
 
 
 @dataclass(frozen=True)
-class AdapterFile:
+class MergeInput:
     """An adapter file to be merged, and how strongly.
 
     Attributes:
@@ -83,43 +84,42 @@ class AdapterFile:
 
     path: Path
     multiplier: float
-    layers: dict[str, SavedLayer]
+    file: AdapterFile
+
+    @property
+    def layers(self) -> Mapping[str, SavedLayer]:
+        return self.file.layers
 
     @classmethod
-    def open(cls, path: Path, multiplier: float, keys: Collection[str] = ()) -> AdapterFile:
+    def open(cls, path: Path, multiplier: float, keys: Collection[str] = ()) -> MergeInput:
         """Read it.
 
         Args:
             keys: of the checkpoint, by which names in diffusers' spelling are understood.
 
         Raises:
-            ValueError: it is no adapter, or has a form that we do not know.
+            ValueError: it is no adapter, is broken, or has a form that we do not know.
         """
-        tensors = dotted.with_alphas(*reader.read_tensors(path))
-        layers, unknown = codec.decode(_trainers_names(tensors, keys, str(path)))
-        if not layers:
-            raise ValueError(f"{path} has no adapter that we know; its keys look like {next(iter(unknown), 'nothing')}")
-        if unknown:
-            name, _, suffix = unknown[0].partition(".")
-            raise ValueError(codec.unknown_form(str(path), name, suffix))
-        return cls(path, multiplier, layers)
+        tensors = FileTensors(path)
+        return cls(path, multiplier, tensors.opened(_naming(tensors, keys)).all_read())
 
 
-def _trainers_names(tensors: dict[str, Tensor], keys: Collection[str], source: str) -> dict[str, Tensor]:
+def _naming(tensors: FileTensors, keys: Collection[str]) -> Naming:
     """Keys with dots, or with the prefix of LyCORIS' own wrapper, by the architecture of which the checkpoint has the
     most layers; the first if it has none."""
     if not dotted.has_dots(tensors) and not any(key.startswith(dialects.WRAPPER) for key in tensors):
-        return tensors
-    best, most, problem = tensors, -1, None
+        return Naming()
+    best, most, problem = Naming(), -1, None
     for arch in ARCHS:
+        naming = Naming(arch)
         try:
-            read = dialects.PORTABLE.own_names(dotted.read(tensors, arch, source), arch)
-            count = len(weight_names.find(keys, {key.partition(".")[0] for key in read}))
+            names = {key.partition(".")[0] for key in naming.apply(tensors, tensors.source)}
+            count = len(weight_names.find(keys, names))
         except ValueError as error:
             problem = problem or error
             continue
         if count > most:
-            best, most = read, count
+            best, most = naming, count
     if most < 0 and problem:
         raise problem
     return best
@@ -138,7 +138,7 @@ class CheckpointMerge:
     """
 
     checkpoint: Checkpoint
-    adapters: Sequence[AdapterFile]
+    adapters: Sequence[MergeInput]
     prefix: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -166,13 +166,26 @@ class CheckpointMerge:
                     raise ValueError(f"{name} changes a bias, but {self.checkpoint.path} has no {lacking[0]}")
                 self._layer_of.update(dict.fromkeys(target.bias_keys, name))
 
-    def matched(self, adapter: AdapterFile) -> list[str]:
+    def matched(self, adapter: MergeInput) -> list[str]:
         """Its layers that the checkpoint has."""
         return [name for name in adapter.layers if name in self.targets]
 
-    def unmatched(self, adapter: AdapterFile) -> list[str]:
+    def unmatched(self, adapter: MergeInput) -> list[str]:
         """Its layers that the checkpoint has not."""
         return [name for name in adapter.layers if name not in self.targets]
+
+    def missing(self, adapter: MergeInput, allowance: Allowance) -> Missing:
+        """What of a file finds no weight.
+
+        Raises:
+            ValueError: that is too much.
+        """
+        families = {name: saved.algorithm.family for name, saved in adapter.layers.items()}
+        placed = self.matched(adapter)
+        held = weight_names.held(self.checkpoint.shapes) | {part_of(name) for name in placed}
+        if self.prefix:
+            held = {self.prefix}
+        return find_missing(families, placed, held, weight_names.PREFIXES, allowance, str(adapter.path))
 
     def write(self, out: Path, progress: Callable[[str, int], None] = lambda key, size: None) -> str:
         """Write the merged checkpoint, atomically.
@@ -224,7 +237,7 @@ class CheckpointMerge:
             changed |= {key: (_swap(part) if swapped else part).to(old.dtype) for key, old, part in biases}
         return changed
 
-    def _shifted(self, name: str) -> list[AdapterFile]:
+    def _shifted(self, name: str) -> list[MergeInput]:
         """The files that change the bias of a layer."""
         found = [a for a in self.adapters if name in a.layers and a.multiplier != 0]
         return [a for a in found if a.layers[name].bias_change is not None]
@@ -240,7 +253,7 @@ class CheckpointMerge:
         stem = key.removesuffix("weight")
         return [stem + name for name in SCALES if stem + name in self.checkpoint.shapes][:1]
 
-    def _nothing(self, adapter: AdapterFile) -> str:
+    def _nothing(self, adapter: MergeInput) -> str:
         names = sorted(weight_names.all_names(self.checkpoint.shapes))
         first = next(iter(adapter.layers))
         near = get_close_matches(first, names, n=3, cutoff=0.3) or names[:3]

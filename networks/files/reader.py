@@ -11,6 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+PEFT_FILE = "adapter_model.safetensors"  # in a folder with its settings
+
 
 @dataclass(frozen=True)
 class Header:
@@ -68,12 +70,14 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
 
 
 def check(path: str | os.PathLike[str]) -> Path:
-    """The path of an existing .safetensors file.
+    """The path of an existing .safetensors file, also given as the folder which PEFT wrote it to.
 
     Raises:
         ValueError: with the nearest thing that would work.
     """
     file = Path(path)
+    if (file / PEFT_FILE).is_file():
+        return file / PEFT_FILE
     if file.is_dir():
         inside = sorted(p.name for p in file.glob("*.safetensors"))
         hint = f"; it holds {', '.join(inside[:5])}" if inside else "; it holds no .safetensors file"

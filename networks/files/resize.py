@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import codec, dialects
+from . import dialects, dotted
+from .adapter_file import AdapterFile
 
 WAYS = ("first", "nearest")
 
@@ -25,10 +26,11 @@ def is_nested(metadata: Mapping[str, str]) -> bool:
     return str(algo or metadata.get("ss_network_module", "").rpartition(".")[2]).lower() == "dylora"
 
 
-def resize(tensors: Mapping[str, Tensor], dim: int, way: str) -> tuple[dict[str, Tensor], float]:
-    """A file's tensors with at most `dim` ranks in every layer, in the same dialect and dtype.
+def resize(file: AdapterFile, tensors: Mapping[str, Tensor], dim: int, way: str) -> tuple[dict[str, Tensor], float]:
+    """A file's tensors with at most `dim` ranks in every layer, in the same dialect and dtype, under the same names.
 
     Args:
+        file: the same tensors, opened without an architecture.
         way: "first" keeps the first ranks and alpha as it is: a file of DyLoRA then acts as it was trained at that dim.
             "nearest" keeps the nearest update of that rank at the same strength.
 
@@ -38,29 +40,29 @@ def resize(tensors: Mapping[str, Tensor], dim: int, way: str) -> tuple[dict[str,
     Raises:
         ValueError: the form of a layer has no such ranks, or none has more than `dim`.
     """
-    layers, unknown = codec.decode(tensors)
-    if unknown or not layers:
-        raise ValueError(f"no adapter that we know: {unknown[0] if unknown else 'it has no layers'}")
-    flags = dialects.Flags.of(tensors)
-    if flags.dialect.fold_flag:
+    file.all_read()
+    if file.flags.dialect.fold_flag:
         raise ValueError(
             "its DoRA magnitudes hold for the whole update alone (save_format=comfyui): resize another form"
         )
-    form = dialects.Form(flags.dialect, bool(flags.rs_lora))
+    form = dialects.Form(file.flags.dialect, bool(file.flags.rs_lora))
+    keys = {(path, dotted.SUFFIXES.get(suffix, suffix)): key for key, path, suffix in dotted.divided(tensors)}
     result, lost, whole, changed = dict(tensors), 0.0, 0.0, False
-    for name, saved in layers.items():
+    for name, saved in file.layers.items():
         try:
             new = (saved.algorithm.first_ranks if way == "first" else saved.algorithm.nearest)(saved.tensors, dim)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         before, after = new.ranks
-        alpha = float(before) if not saved.alpha else saved.alpha
+        alpha = saved.alpha or float(before)
         if way == "nearest":
             alpha *= after / before
+        written = {**new.tensors, "alpha": torch.tensor(form.alpha(alpha, after), dtype=torch.float32)}
+        path = name.replace("/", ".")
         for suffix in saved.tensors:
-            del result[f"{name}.{suffix}"]
-        result |= {f"{name}.{suffix}": tensor.contiguous() for suffix, tensor in new.tensors.items()}
-        result[f"{name}.alpha"] = torch.tensor(form.alpha(alpha, after), dtype=torch.float32)
+            result.pop(keys.get((path, suffix), f"{path}.{suffix}"), None)
+        for suffix, tensor in written.items():
+            result[keys.get((path, suffix), f"{path}.{suffix}")] = tensor.contiguous()
         scale_sq = (alpha / after) ** 2
         lost, whole, changed = lost + scale_sq * new.lost, whole + scale_sq * new.whole, changed or after < before
     if not changed:

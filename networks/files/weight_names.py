@@ -31,6 +31,17 @@ _PARTS: tuple[Part, ...] = tuple(part for arch in ARCHS for part in arch.parts)
 PREFIXES = tuple(dict.fromkeys(part.prefix for part in _PARTS))
 
 
+# Below these are models that are no denoiser, whatever they are called there.
+OTHERS = ("conditioner.", "cond_stage_model.", "text_encoders.", "text_encoder.", "text_encoder_2.", "te1.", "te2.")
+
+
+def held(keys: Collection[str]) -> set[str]:
+    """Prefixes of the saved names of all that a checkpoint may hold beside what is found in it: its encoders, whichever
+    names they have there."""
+    encoders = any(key.startswith(OTHERS) for key in keys)
+    return {part.prefix for arch in ARCHS for part in arch.text_encoders} if encoders else set()
+
+
 @dataclass(frozen=True)
 class Target:
     """The weights that are one layer for an adapter.

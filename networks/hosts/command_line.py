@@ -39,6 +39,24 @@ class OnOff(argparse.Action):
         setattr(namespace, self.dest, option_string == self.option_strings[-1])
 
 
+class AlsoAlone(argparse.Action):
+    """A switch that can be given alone, or with a value behind `=`, several times: a list, "" for alone."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), values])
+
+
+def add_allow_missing(parser: argparse.ArgumentParser) -> None:
+    """The leave to go on with a file of which much has no place: for all of it, or for some parts."""
+    parser.add_argument(
+        "--allow_missing", action=AlsoAlone, metavar="PART",
+        help="go on although a whole part, a whole kind of layers or more than a tenth of a file's layers have no "
+        "place; with a part (lora_te2) for that part alone, may be repeated",
+    )  # fmt: skip
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean X?` for the known name closest to `name`, or an empty string."""
     return nearest_name(name, known, " Did you mean {}?")
@@ -137,10 +155,24 @@ def _refuse(message: str) -> NoReturn:
     raise ValueError(f"{message}. --help lists all options.")
 
 
+def _with_underscores(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """Options that were written with hyphens, as we write them."""
+    known = {name: action for action in parser._actions for name in action.option_strings}
+    found = []
+    for item in argv:
+        name, equals, value = item.partition("=")
+        spelled = "--" + name[2:].replace("-", "_")
+        action = known.get(spelled) if name.startswith("--") else None
+        equals = "=" if isinstance(action, AlsoAlone) else equals
+        found.append(f"{spelled}{equals}{value}" if action is not None else item)
+    return found
+
+
 def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`, preceded by what its `--config_file` holds. Raises ValueError for an unknown option."""
     setattr(parser, "error", _refuse)  # noqa: B010 - argparse's own prints the whole usage and leaves
-    args, unknown = parser.parse_known_args(list(argv))
+    argv = _with_underscores(parser, argv)
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         options = [name for action in parser._actions for name in action.option_strings]
         name = unknown[0].partition("=")[0]

@@ -26,7 +26,9 @@ from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request
 from ..core.planner import build_plan
 from ..core.report import LoadReport, summary
-from ..files import codec, dotted
+from ..files.adapter_file import Naming, of_tensors
+from ..files.dialects import rs_lora_differs
+from ..files.places import Allowance
 from . import trainer_options
 from .beside import origin
 
@@ -77,7 +79,7 @@ class HostNetwork(Network):
     def load_weights(self, file: str) -> LoadReport:
         """Take over an adapter file; the report is printed by the host."""
         report = self.load(file)
-        if report.missing or report.unexpected:
+        if report.incomplete:
             log.warning("%s", report)
         return report
 
@@ -144,7 +146,7 @@ class HostNetwork(Network):
         """Merge at the network's multiplier. `dtype` is the host's wish for the intermediate result; we compute in
         fp32 or wider and round once, to the dtype of the base weight. `non_blocking` is a hint that we do not need."""
         if weights_sd:
-            self.take(weights_sd)
+            self.take_tensors(weights_sd)
         self.merge(torch.device(device) if device is not None else None)
 
     def set_enabled(self, is_enabled: bool) -> None:
@@ -207,7 +209,7 @@ class Caller:
         request = self._request(host, dim, alpha, text_encoder, unet, raw, problems)
         return self._build(kind, request, problems, multiplier)
 
-    def from_tensors(
+    def from_weights(
         self,
         kind: type[Kind],
         host: str,
@@ -226,17 +228,17 @@ class Caller:
         """
         problems = Problems(self.name)
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
-        tensors = wanted_form(request.args, request.arch).own_names(
-            dotted.read(tensors, request.arch, source), request.arch
-        )
-        saved, unknown = codec.decode(tensors)
-        if unknown and not saved:
-            problems.add(f"{source}: no adapter that we know; its keys look like {unknown[0]}")
-        forms = {name: suffix for name, _, suffix in (key.partition(".") for key in unknown)}
-        request = replace(request, saved=saved, source=source, unknown=forms)
+        file = of_tensors(tensors, Naming(request.arch, wanted_form(request.args, request.arch)), source)
+        if not file.layers and not file.unread:
+            first = next(iter(file.stray), "nothing")
+            problems.add(f"{source}: no adapter that we know; its keys look like {first}")
+        flags, args = file.flags, request.args
+        if flags.rs_lora is not None and "rs_lora" in args.given and flags.rs_lora != args.rs_lora:
+            problems.add(rs_lora_differs(flags, args.rs_lora, source))
+        request = replace(request, saved=file.layers, source=source, unknown=file.unread, rs_lora=flags.rs_lora)
         network = self._build(kind, request, problems, multiplier, for_inference)
-        report = network.take(tensors, source)
-        if report.unexpected:
+        report = network.take(file)
+        if report.incomplete:
             log.warning("%s", report)
         return network
 
@@ -299,6 +301,7 @@ class Caller:
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.runtime.factored = a.bypass_mode
+        network.allowance = Allowance(a.allow_missing)
         log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
         for line in plan.to_text().splitlines() if a.verbose else summary(plan):
             log.info("%s", line)

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..files import codec
+from ..files.adapter_file import Naming, of_tensors
+from ..files.codec import SavedLayer
 from ..files.merge import merged_bias, merged_weight
+from ..files.places import Allowance, find_missing, part_of
+from ..files.weight_names import PREFIXES as PARTS
 from ..files.weight_names import stem_of
 
 log = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ LOADER, READER = "load_safetensors_with_lora_and_fp8", "load_safetensors_with_fp
 PREFIXES = ("lora_unet_", "")  # of a saved name, before the weight's key; text encoders come renamed, without one
 FROM_WEIGHTS = "create_arch_network_from_weights"
 WRAPPED = "model_diffusion_model_"  # before the keys of some checkpoints; the trainers strip it after they merged
+_NOTHING = Allowance(remedy="--allow_missing before the script's name")
 Fingerprint = tuple[tuple[str, float], ...]
 _merged_by_key: set[Fingerprint] = set()  # files, in this process
 
@@ -50,7 +54,10 @@ def merge_weights_to_tensor(
     """
     keys = [key for key in lora_weight_keys if key.startswith(f"{lora_name}.")]
     flags = {key: tensor for key, tensor in lora_sd.items() if "." not in key}  # of the whole file
-    layer = _decode(flags | {key: lora_sd[key] for key in keys}, "the file").get(lora_name)
+    part = of_tensors(flags | {key: lora_sd[key] for key in keys}, Naming(), "the file", tell=False)
+    layer = part.layers.get(lora_name)
+    if part.unread:
+        part.all_read()
     if layer is None:
         return model_weight
     for key in keys:
@@ -60,9 +67,9 @@ def merge_weights_to_tensor(
 
 def _merge(
     weight: Tensor,
-    layers: Iterable[tuple[codec.SavedLayer, float]],
+    layers: Iterable[tuple[SavedLayer, float]],
     device: torch.device | str,
-    merged: Callable[[codec.SavedLayer, Tensor, float, Tensor], Tensor] = merged_weight,
+    merged: Callable[[SavedLayer, Tensor, float, Tensor], Tensor] = merged_weight,
 ) -> Tensor:
     """W' on `device`, in the weight's dtype; or the bias."""
     wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
@@ -78,16 +85,8 @@ def _merge(
     return wide.to(weight.dtype)
 
 
-def _of_bias(layer: codec.SavedLayer, bias: Tensor, multiplier: float, start: Tensor) -> Tensor:
+def _of_bias(layer: SavedLayer, bias: Tensor, multiplier: float, start: Tensor) -> Tensor:
     return merged_bias(layer, bias, multiplier)
-
-
-def _decode(tensors: Mapping[str, Tensor], source: str) -> dict[str, codec.SavedLayer]:
-    layers, unknown = codec.decode(tensors)
-    if unknown:
-        name, _, suffix = unknown[0].partition(".")
-        raise ValueError(codec.unknown_form(source, name, suffix))
-    return layers
 
 
 @dataclass
@@ -95,12 +94,13 @@ class _File:
     """The layers of one adapter file, and which of them found their weight."""
 
     source: str
-    layers: dict[str, codec.SavedLayer]
+    layers: Mapping[str, SavedLayer]
     multiplier: float
+    allowance: Allowance
     used: set[str] = field(default_factory=set)
     shifted: set[str] = field(default_factory=set)
 
-    def take(self, flat_key: str, bias: bool = False) -> codec.SavedLayer | None:
+    def take(self, flat_key: str, bias: bool = False) -> SavedLayer | None:
         """Its layer of this name, if it has something for the weight, or for the bias."""
         for name in (prefix + key for key in (flat_key, flat_key.removeprefix(WRAPPED)) for prefix in PREFIXES):
             layer = self.layers.get(name)
@@ -121,8 +121,11 @@ class _File:
                 f"{self.source}: no weight of this model belongs to its {len(self.layers)} layers, e.g. {missed[0]}; "
                 "choose a file that was trained on this model"
             )
-        if missed:
-            log.warning("%s: no weight for %d of its layers, e.g. %s", self.source, len(missed), missed[0])
+        families = {name: saved.algorithm.family for name, saved in self.layers.items()}
+        parts = {part_of(name) for name in self.used}
+        missing = find_missing(families, self.used, parts, PARTS, self.allowance, self.source)
+        for line in filter(None, (missing.told(), missing.counted())):
+            log.warning("%s: %s", self.source, line)
         lost = sorted(n for n in self.used - self.shifted if self.layers[n].bias_change is not None)
         if lost:
             raise ValueError(
@@ -142,11 +145,14 @@ def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]
     return (values + [1.0] * count)[:count]
 
 
-def extend(lora_utils: ModuleType) -> None:
+def extend(lora_utils: ModuleType, allowance: Allowance = _NOTHING) -> None:
     """Let the module's loader merge what it does not know: LoHa, LoKr, Tucker forms, DoRA.
 
     All files are merged here, in their order: what DoRA does depends on the weight that it finds. The trainer's code
     stays as it is: the functions are wrapped in memory.
+
+    Args:
+        allowance: what of a file may be without a place.
     """
     load: Callable[..., Any] | None = getattr(lora_utils, LOADER, None)
     read: Callable[..., Any] | None = getattr(lora_utils, READER, None)
@@ -165,7 +171,8 @@ def extend(lora_utils: ModuleType) -> None:
         files = []
         for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
             source = f"adapter file {number} of {len(given)}"
-            files.append(_File(source, _decode(tensors, source), strength))
+            layers = of_tensors(tensors, Naming(), source).all_read().layers
+            files.append(_File(source, layers, strength, allowance))
         call.arguments.update(lora_weights_list=None, lora_multipliers=None)
 
         @functools.wraps(read)

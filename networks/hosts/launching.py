@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
@@ -64,21 +65,29 @@ def _sources(checkout: Path) -> list[Path]:
     return [folder for folder, mark in marks.items() if mark.exists()]
 
 
-def run(script: Path, arguments: Sequence[str], ours: Path) -> None:
-    """Run the script as `__main__`; `ours` is the folder that holds our package."""
+def run(script: Path, arguments: Sequence[str], ours: Path, allow_missing: Sequence[str] = ()) -> None:
+    """Run the script as `__main__`.
+
+    Args:
+        ours: the folder that holds our package.
+        allow_missing: parts of adapter files that may be without a place, "" for all.
+    """
     arrange_path(script, ours)
     entries = sorted(file.stem for file in (ours / "networks").glob("lo*.py"))
-    acts = dict.fromkeys(MERGERS, _extend_merger) | dict.fromkeys([f"{READERS}.{e}" for e in entries], _lend_reader)
+    acts = dict.fromkeys(MERGERS, partial(_extend_merger, allow_missing=allow_missing)) | dict.fromkeys(
+        [f"{READERS}.{e}" for e in entries], _lend_reader
+    )
     sys.meta_path.insert(0, _AfterImport(acts))
     sys.meta_path.append(_SecondName(ours / "networks"))
     sys.argv[:] = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def _extend_merger(module: ModuleType) -> None:
+def _extend_merger(module: ModuleType, allow_missing: Sequence[str]) -> None:
+    from ..files.places import Allowance
     from .key_merge import extend  # torch only comes in when the trainer has it, too
 
-    extend(module)
+    extend(module, Allowance.given(allow_missing, "--allow_missing before the script's name"))
 
 
 def _lend_reader(module: ModuleType) -> None:

@@ -67,4 +67,4 @@ class MusubiCalls(Caller):
         """
         if unet is None:
             raise ValueError(f"{self.name}: no model was given (unet=None), so there is nothing to adapt")
-        return self.from_tensors(MusubiNetwork, HOST, multiplier, weights_sd, None, unet, for_inference, kwargs)
+        return self.from_weights(MusubiNetwork, HOST, multiplier, weights_sd, None, unet, for_inference, kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..archs.detect import unwrap
 from ..args.parse import NetArgs, Problems
 from ..core.optim import Groups, text_encoder_rates
-from ..files import dotted, reader
+from ..files.adapter_file import FileTensors
 from .contract import Caller, HostNetwork, TextEncoders
 
 log = logging.getLogger("networks")
@@ -177,9 +177,9 @@ class SdScriptsCalls(Caller):
         if weights_sd is None:
             if file is None:
                 raise ValueError(f"{self.name}: neither a file nor its tensors were given")
-            weights_sd = dotted.with_alphas(*reader.read_tensors(file))
+            weights_sd = FileTensors(file)
         source = str(file or "the file")
-        network = self.from_tensors(
+        network = self.from_weights(
             self.kind, HOST, multiplier, weights_sd, text_encoder, unet, for_inference, kwargs, source
         )
         return network, weights_sd

@@ -197,8 +197,8 @@ class Split(_Parts):
     def mask_size(self) -> int:
         return self._each()[0].mask_size
 
-    def file_rank(self, tensors: Mapping[str, Tensor]) -> int | None:  # type: ignore[override]
-        return self.algorithm.file_rank(tensors)
+    def shown_rank(self, tensors: Mapping[str, Tensor]) -> int | None:  # type: ignore[override]
+        return self.algorithm.shown_rank(tensors)
 
 
 class SplitRotation(_Parts, Reweight):
