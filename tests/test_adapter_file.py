@@ -317,7 +317,7 @@ NONE = Allowance()
 
 
 def judged(file: list[str], placed: list[str], held: set[str], known: set[str], allowed: Allowance = NONE) -> Any:
-    return places.find_missing(dict.fromkeys(file, "linear"), placed, held, known, allowed, "F")
+    return places.find_missing(dict.fromkeys(file, "linear"), placed, held, known, (), allowed, "F")
 
 
 BLOCKS = [f"lora_unet_blocks_{i}_{kind}" for i in range(10) for kind in ("attn_q", "attn_k", "mlp")]
@@ -345,10 +345,10 @@ def test_a_tenth_a_kind_and_a_part() -> None:
         judged([*many, *ENCODER], many, all_held, PARTS)
     families = {name: "norm" if "attn_k" in name else "linear" for name in BLOCKS}
     with pytest.raises(ValueError, match="all like"):
-        places.find_missing(families, [n for n in BLOCKS if "attn_k" not in n], all_held, PARTS, Allowance(), "F")
+        places.find_missing(families, [n for n in BLOCKS if "attn_k" not in n], all_held, PARTS, (), NONE, "F")
     odd = {f"lora_unet_{name}": "norm" if name in ("x", "y") else "linear" for name in "abcdefghijklmnopqrstuvwxyz"}
     with pytest.raises(ValueError, match="among them all of kind norm"):
-        places.find_missing(odd, [n for n in odd if odd[n] != "norm"], all_held, PARTS, Allowance(), "F")
+        places.find_missing(odd, [n for n in odd if odd[n] != "norm"], all_held, PARTS, (), NONE, "F")
 
 
 def test_parts_that_a_call_does_not_hold_are_a_count() -> None:
@@ -379,18 +379,21 @@ def test_the_trainers_doors(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     only_unet.apply_to(encoder, unet, False, True)  # --network_train_unet_only
     assert only_unet.load_weights(path).without.counted().endswith("(12 of lora_te)")
     assert "large.safetensors" not in caplog.text
+    asked = network_of(unet, only_patterns=".*attn1.*").load_weights(path).without
+    assert len(asked.unwanted) == 32 and not asked.names and "32 of its layers are left out by the" in asked.counted()
+    strange = {key.replace("attn1_to_q", "attn1_to_qq"): tensor for key, tensor in tensors.items()}
+    save_file(strange, tmp_path / "large.safetensors")
     for call in (
-        lambda **more: network_of(unet, only_patterns=".*attn1.*", **more).load_weights(path),
-        lambda **more: network_of(unet, only_patterns=".*attn1.*", **more).load_state_dict(tensors, False),
-        lambda **more: networks.lora.create_network_from_weights(
-            1.0, path, None, encoder, unet, exclude_patterns=".*attn1.*", **more
-        ),
+        lambda **more: network_of(unet, **more).load_weights(path),
+        lambda **more: network_of(unet, **more).load_state_dict(strange, False),
+        lambda **more: networks.lora.create_network_from_weights(1.0, path, None, encoder, unet, **more),
     ):
         with pytest.raises(ValueError, match="have no place here .*among them all like .*allow_missing=True"):
             call()
         caplog.clear()
         call(allow_missing="True")
-        assert "layers have no place here" in caplog.text or "load_state_dict" in str(call)
+        told = [r.getMessage() for r in caplog.records if "layers have no place here" in r.getMessage()]
+        assert len(told) == 1 and "4 of its layers have no place here (4 lora_unet: 4 attn1_to_qq; e.g. " in told[0]
 
 
 def test_the_scripts_doors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

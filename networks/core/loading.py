@@ -26,6 +26,7 @@ class Places:
         layers: of the network, by saved name.
         aliases: other saved names for them.
         held, known: prefixes of the parts that it has, and that its architecture has.
+        unwanted: saved names of layers that its call left out.
         title: of the network, for messages.
         allowance: what of a file may be without a place.
     """
@@ -34,6 +35,7 @@ class Places:
     aliases: Mapping[str, str]
     held: Collection[str]
     known: Collection[str]
+    unwanted: Collection[str]
     title: str
     allowance: Allowance
 
@@ -58,7 +60,8 @@ def match(file: AdapterFile, places: Places) -> tuple[dict[str, SavedLayer], Mis
     families = {name: saved.algorithm.family for name, saved in file.layers.items()}
     families |= {name: "unknown" for name in file.unread}
     placed = {name for name in families if places.own(name) in places.layers}
-    missing = find_missing(families, placed, places.held, places.known, places.allowance, file.source)
+    away = (places.held, places.known, places.unwanted)
+    missing = find_missing(families, placed, *away, places.allowance, file.source)
     return _with_magnitudes(file, found, places), missing
 
 

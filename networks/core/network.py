@@ -285,14 +285,17 @@ class Network(nn.Module):
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
         strength = "" if file.strength in (SAID[ALPHA], "") else file.strength
-        if strength:
-            log.info("%s: strength by %s", file.source, strength)
-        return LoadReport(file.source, tuple(found), missing, without, file.stray, strength)
+        report = LoadReport(file.source, tuple(found), missing, without, file.stray, strength)
+        if report.incomplete:
+            log.warning("%s", report)
+        return report
 
     def _places(self) -> Places:
         prefixes = {} if self.form.arch is None else {part.name: part.prefix for part in self.form.arch.parts}
         held = {prefixes[row.part] for row, _ in self.layers if row.part in prefixes}
-        return Places(self._layers, self._aliases, held, {*prefixes.values()}, self.plan.title, self.allowance)
+        unwanted = {name for row in self.plan.rows if row.unwanted for name in (row.saved_name, row.own_saved_name)}
+        known = {*prefixes.values()}
+        return Places(self._layers, self._aliases, held, known, unwanted, self.plan.title, self.allowance)
 
     def _follow_scales(self) -> None:
         """After a load: the plan states the scale that is in force, and the log says where it is another."""

@@ -39,6 +39,7 @@ class PlanRow:
         split: output rows of the projections that have an adapter each; () for one adapter on the whole.
         init, init_seed: its start values, and what they are drawn from beside its saved name; None = the host's seed.
         reason: why it is left out; "" if it is trained.
+        unwanted: it is left out because the call says so, not by the architecture's record.
         trainer_name: its dotted name in the trainer's own model.
     """
 
@@ -67,6 +68,7 @@ class PlanRow:
     init: str = "default"
     init_seed: int | None = None
     reason: str = ""
+    unwanted: bool = False
     trainer_name: str = ""
 
     @property

@@ -41,6 +41,7 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, Ba
     return replace(plan, notes=tuple(notes), warnings=warnings), modules
 
 
+_OFF = {True: "dim 0", False: "its block has the learning rate factor 0"}
 _UNASKED = {
     NormGeometry.family: "give train_norm=True to train it",
     Geometry.family: "norm is for normalisation layers alone",
@@ -87,7 +88,7 @@ class _Planner:
         saved, a = self._saved(c), self.preset.args(c)
         reason = self._reason(c, saved)
         if reason:
-            return replace(row, reason=reason)
+            return replace(row, reason=reason, unwanted=saved is not None or self._unwanted(c))
         algorithm = suited(a.algo, g.family) if saved is None else saved.algorithm
         assert algorithm is not None
         shown = None if saved is None else saved.parts
@@ -113,7 +114,7 @@ class _Planner:
             dim, alpha, side = self._dim(c), self._alpha(c), ""
             if dim == 0 or self.blocks.rate(c.trainer_name) == 0 and self._of_denoiser(c):
                 self._note(c, scaled=False)
-                return replace(row, reason="dim 0" if dim == 0 else "its block has the learning rate factor 0")
+                return replace(row, reason=_OFF[dim == 0], unwanted=True)
             options = a.pick(algorithm.options)
         side, plain = self._dora(side, split, a, algorithm)
         try:
@@ -208,6 +209,12 @@ class _Planner:
         if self.only and not self.only.first(c):
             return "not in only_patterns"
         return self.blocks.reason(c.trainer_name) if self._of_denoiser(c) and not self._is_extra(c) else ""
+
+    def _unwanted(self, c: Candidate) -> bool:
+        """Whether a layer that is left out would be trained if the call did not say otherwise."""
+        if self.exclude.first(c) or self.switched_off.first(c):
+            return True
+        return (c.default or not c.reason) and not self.default_exclude.first(c)
 
     def _of_denoiser(self, c: Candidate) -> bool:
         return c.part is self.request.arch.denoiser

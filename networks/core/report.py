@@ -129,7 +129,7 @@ class LoadReport:
     @property
     def unexpected(self) -> tuple[str, ...]:
         """Layers of the file that have no place, wherever they belong."""
-        return (*self.without.elsewhere, *self.without.names)
+        return (*self.without.elsewhere, *self.without.unwanted, *self.without.names)
 
     @property
     def incomplete(self) -> bool:

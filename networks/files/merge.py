@@ -185,7 +185,7 @@ class CheckpointMerge:
         held = weight_names.held(self.checkpoint.shapes) | {part_of(name) for name in placed}
         if self.prefix:
             held = {self.prefix}
-        return find_missing(families, placed, held, weight_names.PREFIXES, allowance, str(adapter.path))
+        return find_missing(families, placed, held, weight_names.PREFIXES, (), allowance, str(adapter.path))
 
     def write(self, out: Path, progress: Callable[[str, int], None] = lambda key, size: None) -> str:
         """Write the merged checkpoint, atomically.

@@ -45,18 +45,23 @@ class Missing:
 
     Attributes:
         elsewhere: layers of parts which the call does not hold.
+        unwanted: layers which the call says to leave out.
         names: the others.
     """
 
     elsewhere: tuple[str, ...] = ()
+    unwanted: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
 
     def counted(self) -> str:
-        """A line on the parts which are not held; "" without any."""
-        if not self.elsewhere:
-            return ""
-        parts = ", ".join(f"{count} of {part}" for part, count in Counter(map(part_of, self.elsewhere)).items())
-        return f"{len(self.elsewhere)} of its layers are for models that are not here ({parts})"
+        """A line on what is not held or wanted; "" without any."""
+        lines = []
+        if self.elsewhere:
+            parts = ", ".join(f"{count} of {part}" for part, count in Counter(map(part_of, self.elsewhere)).items())
+            lines.append(f"{len(self.elsewhere)} of its layers are for models that are not here ({parts})")
+        if self.unwanted:
+            lines.append(f"{len(self.unwanted)} of its layers are left out by the arguments")
+        return "; ".join(lines)
 
     def told(self) -> str:
         """A line on the others; "" without any."""
@@ -68,6 +73,7 @@ def find_missing(
     placed: Collection[str],
     held: Collection[str],
     known: Collection[str],
+    unwanted: Collection[str],
     allowance: Allowance,
     source: str,
 ) -> Missing:
@@ -78,22 +84,24 @@ def find_missing(
         placed: those that have a place.
         held: prefixes of the parts that the call trains or holds.
         known: prefixes of the parts that the model can have.
+        unwanted: names of layers which the call says to leave out.
 
     Raises:
         ValueError: they are too many.
     """
-    without = [name for name in families if name not in placed]
-    away = {name for name in without if (part := part_of(name)) in known and part not in held}
-    left = [name for name in without if name not in away]
+    without, absent = families.keys() - set(placed), {*known} - {*held}
+    away = {name for name in without if part_of(name) in absent}
+    refused = (without & {*unwanted}) - away
+    here = [name for name in families if name not in away and name not in refused]
+    left = [name for name in here if name in without]
     judged = [name for name in left if not allowance.covers(part_of(name))]
-    here = [name for name in families if name not in away]
     why = _too_much(judged, here, families)
     if why:
         raise ValueError(
             f"{source}: {len(left)} of its {len(here)} layers have no place here{examples(left)}, {why}: it is of "
             f"another model or has names that are not known; {allowance.remedy} goes on without them"
         )
-    return Missing(tuple(sorted(away)), tuple(left))
+    return Missing(tuple(sorted(away)), tuple(sorted(refused)), tuple(left))
 
 
 def _too_much(missing: Sequence[str], here: Sequence[str], families: Mapping[str, str]) -> str:

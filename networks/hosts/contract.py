@@ -78,10 +78,7 @@ class HostNetwork(Network):
 
     def load_weights(self, file: str) -> LoadReport:
         """Take over an adapter file; the report is printed by the host."""
-        report = self.load(file)
-        if report.incomplete:
-            log.warning("%s", report)
-        return report
+        return self.load(file)
 
     def enable_gradient_checkpointing(self) -> None:
         """The base model checkpoints its own blocks; an adapter needs nothing for it."""
@@ -238,8 +235,8 @@ class Caller:
         request = replace(request, saved=file.layers, source=source, unknown=file.unread, rs_lora=flags.rs_lora)
         network = self._build(kind, request, problems, multiplier, for_inference)
         report = network.take(file)
-        if report.incomplete:
-            log.warning("%s", report)
+        if report.strength and not report.incomplete:
+            log.info("%s", report)
         return network
 
     def plan(

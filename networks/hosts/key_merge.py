@@ -123,7 +123,7 @@ class _File:
             )
         families = {name: saved.algorithm.family for name, saved in self.layers.items()}
         parts = {part_of(name) for name in self.used}
-        missing = find_missing(families, self.used, parts, PARTS, self.allowance, self.source)
+        missing = find_missing(families, self.used, parts, PARTS, (), self.allowance, self.source)
         for line in filter(None, (missing.told(), missing.counted())):
             log.warning("%s: %s", self.source, line)
         lost = sorted(n for n in self.used - self.shifted if self.layers[n].bias_change is not None)
