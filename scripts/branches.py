@@ -32,7 +32,6 @@ OLDER: dict[str, int] = {
     "networks/hosts/families/noise.py:Flow.of": 19,
     "networks/args/parse.py:parse": 18,
     "networks/core/planner.py:_Planner._reason": 18,
-    "networks/hosts/trainer_options.py:check": 18,
     "scripts/show.py:lines": 18,
     "networks/files/codec.py:decode": 17,
     "networks/hosts/command_line.py:config_arguments": 17,
@@ -50,7 +49,6 @@ OLDER: dict[str, int] = {
     "networks/args/coerce.py:_regex_map": 13,
     "networks/core/blocks.py:BlockChoices._lengths": 13,
     "networks/core/effects.py:_starts": 13,
-    "networks/files/writer.py:_cast": 13,
     "networks/layers/adapted.py:AdaptedLayer.run": 13,
     "scripts/train_network.py:Trainer.make_data": 13,
 }

@@ -57,7 +57,7 @@ def lines(found: dict[str, Any], layers: bool, metadata: bool) -> list[str]:
         rank = "" if dim is None else f", dim {dim}"
         text.append(f"  {prefix}: {count} x {kind}{rank}, scale {scale:g}" + (f", DoRA ({dora})" if dora else ""))
     text.append(f"  strength by {found['strength']}")
-    text += [f"  not read: {key}" for key in found["unknown"]]
+    text += [f"  {line}" for line in (*found["warnings"], *map("not read: {}".format, found["unknown"]))]
     if layers:
         width = max(len(row["name"]) for row in found["layers"])
         for row in found["layers"]:

@@ -234,6 +234,12 @@ def randomise(module: nn.Module) -> None:
             p.copy_(torch.randn_like(p) * 0.5 + (1.0 if p.dim() == 0 else 0.0))
 
 
+def learn_lengths(layer: AdaptedLayer) -> None:
+    """Every magnitude half to one and a half times what it was, by what is learnt of it."""
+    with torch.no_grad():
+        layer.magnitude_change.add_(layer.magnitude * (torch.rand_like(layer.magnitude) - 0.5))
+
+
 # -- forms of the forward pass
 
 FORMS = ("factored", "materialised")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_numeric import Case, assert_close, dense_update, make_network, randomise
+from helpers_numeric import Case, assert_close, dense_update, learn_lengths, make_network, randomise
 from quantised_layers import (
     FLOAT8,
     FORMS,
@@ -54,8 +54,7 @@ def adapted(base: nn.Module, algo: str = "lora", dora: str = "", size: float = 0
     adapter.rescale_(size / float(update_norm(layer)))
     if dora:
         layer.take_magnitude(None)
-        with torch.no_grad():
-            layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+        learn_lengths(layer)
     return layer
 
 

@@ -23,6 +23,7 @@ from helpers_numeric import (
     MULTIPLIER,
     assert_close,
     dense_update,
+    learn_lengths,
     make_input,
     make_layer,
     options_for,
@@ -103,8 +104,7 @@ def layer_of(case: Case, base: torch.nn.Module, dtype: torch.dtype, runtime: Run
     layer = AdaptedLayer("lora_unet_x", base, adapter, scale, Dropouts(), runtime, dora=case["side"]).to(dtype)
     if case["side"]:
         layer.take_magnitude(None)
-        with torch.no_grad():
-            layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+        learn_lengths(layer)
     return layer
 
 

@@ -15,8 +15,10 @@ from tiny_parts import draw, sd_unet
 from torch import nn
 
 import networks.lora
+from networks.core import diagnosis
 
-CALM = {"no_gradient": 0, "at_start": 0, "non_finite_tensors": 0, "underflow_tensors": 0}
+SUMS = diagnosis._sums
+CALM = {"no_gradient": 0, "at_start": 0, "dead_kinds": 0, "non_finite_tensors": 0, "underflow_tensors": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +114,62 @@ def test_values_that_are_not_finite_or_vanish_in_the_file(tmp_path: Path, caplog
         found = health(network, tmp_path, torch.float16)
     assert found is not None and found["non_finite_tensors"] == 1 and found["underflow_tensors"] == 2
     assert len(caplog.records) == 2  # one warning per kind, from the one place that looks at the saved values
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (torch.float16, "start again with an fp32 adapter (adapter_dtype=fp32), or with eps=1e-4 (optimizer_args)"),
+        (torch.float32, "go on from an earlier file with a lower learning rate"),
+    ],
+)
+def test_values_that_are_not_finite_are_told_after_the_first_step(
+    dtype: torch.dtype, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Adam in fp16, whose eps is 0 there; a loss that is infinite, in fp32."""
+    unet, network, _ = start(diagnose_steps="50")
+    network.to(dtype)
+    optimizer = torch.optim.AdamW(network.get_trainable_params(), lr=1e-4)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        factor = 1.0 if dtype == torch.float16 else float("inf")
+        train(unet, network, optimizer, 3, loss=lambda: draw(unet).square().mean() * factor)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith(f"after the first step, {len(network.adapted_layers)} layers have NaN") and words in said
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_a_kind_of_value_that_moves_nowhere_is_told_in_one_line(
+    dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Large values in bf16, or a learning rate of 0. The others of each layer move, so no layer is at its start."""
+    unet, network, _ = start(diagnose_steps="20")
+    with torch.no_grad():
+        for layer in network.adapted_layers:
+            layer.adapter.down.fill_(100.0 if dtype == torch.bfloat16 else 0.1)
+    network.to(dtype)
+    rates = {"up": 1e-4, "down": 1e-4 if dtype == torch.bfloat16 else 0.0}
+    groups = [
+        {"params": [getattr(la.adapter, kind) for la in network.adapted_layers], "lr": lr} for kind, lr in rates.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        train(unet, network, optimizer, 21)
+    (said,) = (record.getMessage() for record in caplog.records)
+    remedy = {torch.bfloat16: "its steps are too small for bfloat16, adapter_dtype=fp32 keeps it in fp32"}
+    assert said.startswith(f"after 20 steps, down has moved in none of {len(network.adapted_layers)} layers")
+    assert said.endswith(remedy.get(dtype, "or its learning rate is too small"))
+    found = health(network, tmp_path)
+    assert found is not None and (found["dead_kinds"], found["at_start"]) == (1, 0)
+
+
+def test_watching_costs_a_look_at_the_start_after_a_step_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(diagnosis, "_sums", lambda parameters: looks.append(1) or SUMS(parameters))
+    unet, network, optimizer = start(diagnose_steps="4")
+    train(unet, network, optimizer, 7)
+    assert len(looks) == 3
 
 
 def test_a_bf16_network_whose_updates_vanish_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from helpers_numeric import (
     MULTIPLIER,
     STEADY,
     assert_close,
+    learn_lengths,
     make_input,
     make_layer,
     named_tensors,
@@ -80,9 +81,7 @@ def test_forward_merge_and_file_are_the_definition(kind: str, options: dict[str,
     layer = single(kind, algo, side, **options)
     base, x = layer.base, make_input(kind)
     plain, W = copy.deepcopy(base), base.weight.clone()
-    with torch.no_grad():
-        start = layer.magnitude.clone()
-        layer.magnitude.mul_(torch.rand_like(start) + 0.5)
+    learn_lengths(layer)
     expected = definition(layer, W, MULTIPLIER)
     assert_close(layer.new_weight(W) - W, expected - W, "new_weight")
     saved = codec.decode(codec.encode([layer]))[0]["lora_unet_x"]
@@ -102,8 +101,7 @@ def test_forward_merge_and_file_are_the_definition(kind: str, options: dict[str,
 def test_gradients_are_those_of_the_definition(kind: str, algo: str, side: str) -> None:
     layer = single(kind, algo, side)
     plain, W, x = copy.deepcopy(layer.base), layer.base.weight.clone(), make_input(kind).requires_grad_()
-    with torch.no_grad():
-        layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+    learn_lengths(layer)
     names, values = zip(*((n, p) for n, p in layer.named_parameters() if p.requires_grad), strict=True)
     geometry = layer.adapter.geometry
     bias = 0 if plain.bias is None else geometry.on_outputs(plain.bias)
@@ -126,8 +124,8 @@ def test_peft_has_the_same_forward_gradients_and_merge(kind: str) -> None:
     randomise(adapter)
     layer = AdaptedLayer("x", base, adapter, 0.75, dora="output").double()
     layer.take_magnitude(None)
+    learn_lengths(layer)
     with torch.no_grad():
-        layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
         theirs.lora_A["default"].weight.copy_(adapter.down)
         theirs.lora_B["default"].weight.copy_(adapter.up)
         magnitude = theirs.lora_magnitude_vector["default"].weight
@@ -140,7 +138,7 @@ def test_peft_has_the_same_forward_gradients_and_merge(kind: str) -> None:
     wanted.backward(upstream)
     assert_close(adapter.down.grad, theirs.lora_A["default"].weight.grad, "down")
     assert_close(adapter.up.grad, theirs.lora_B["default"].weight.grad, "up")
-    assert_close(layer.magnitude.grad.flatten(), magnitude.grad.flatten(), "magnitude")
+    assert_close(layer.magnitude_change.grad.flatten(), magnitude.grad.flatten(), "magnitude")
     with torch.no_grad():
         delta = theirs.base_layer.weight.clone()
         theirs.merge()
@@ -220,7 +218,7 @@ def test_base_weights_loaded_between_creation_and_attachment_count() -> None:
     layer.attach()
     torch.testing.assert_close(layer.magnitude.flatten(), base.weight.norm(dim=1))
     with torch.no_grad():
-        layer.magnitude.add_(1)
+        layer.magnitude_change.add_(1)
     kept = layer.magnitude.clone()
     layer.detach()
     layer.attach()
@@ -232,8 +230,7 @@ def test_module_dropout_leaves_out_the_whole_change(side: str) -> None:
     layer = single("linear", "lora", side)
     layer.dropouts = Dropouts(module_dropout=0.5)
     plain, x = copy.deepcopy(layer.base), make_input("linear")
-    with torch.no_grad():
-        layer.magnitude.mul_(1.5)
+    learn_lengths(layer)
     layer.attach()
     whole = {False: plain(x), True: with_weight(plain, layer.new_weight(plain.weight))(x)}
     seen = set()
@@ -345,6 +342,6 @@ def test_where_dora_cannot_be(kind: str, caplog: pytest.LogCaptureFixture) -> No
 def test_magnitudes_train_at_the_plain_rate() -> None:
     made, _ = network(use_dora="True", loraplus_lr_ratio="16")
     groups, texts = made.prepare_optimizer_params_with_multiple_te_lrs(None, 1e-3, 1e-3)
-    magnitudes = {id(layer.magnitude) for layer in made.adapted_layers}
+    magnitudes = {id(layer.magnitude_change) for layer in made.adapted_layers}
     plain = next(g for g, text in zip(groups, texts, strict=True) if "plus" not in text)
     assert magnitudes <= {id(p) for p in plain["params"]} and plain["lr"] == 1e-3

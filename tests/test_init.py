@@ -185,13 +185,17 @@ def pissa_layer(
     return layer
 
 
+def product(layer: AdaptedLayer) -> Tensor:
+    """B A of the whole factors, of which the parameters are what has changed since the start."""
+    a = layer.adapter
+    return torch.einsum("or,r...->o...", (a.up0 + a.up).flatten(1), a.down0 + a.down)
+
+
 def definition(layer: AdaptedLayer) -> Tensor:
-    """s (B A - B0 A0) from the live parameters, the start by torch's own SVD of W."""
-    a, W = layer.adapter, layer.base.weight
+    """s (B A - B0 A0), the start by torch's own SVD of W."""
+    W, R = layer.base.weight, layer.adapter.dim
     u, s, vh = torch.linalg.svd(W.flatten(1), full_matrices=False)
-    R = a.dim
-    now = torch.einsum("or,r...->o...", a.up.flatten(1), a.down)
-    return layer.scale * now - ((u[:, :R] * s[:R]) @ vh[:R]).reshape(W.shape)
+    return layer.scale * product(layer) - ((u[:, :R] * s[:R]) @ vh[:R]).reshape(W.shape)
 
 
 PISSA_KINDS = ("linear", "linear_no_bias", "conv1d", "conv_3x3", "conv_grouped", "conv3d")
@@ -206,8 +210,7 @@ def test_the_start_is_the_base_and_its_principal_part(kind: str) -> None:
     assert torch.equal(base.weight, weight) and torch.equal(base(x), before)
     assert torch.equal(layer.new_weight(weight), weight)
     u, s, vh = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-    product = layer.scale * layer.adapter.up.flatten(1) @ layer.adapter.down.flatten(1)
-    assert_close(product, (u[:, :4] * s[:4]) @ vh[:4], "scale * up . down")
+    assert_close(layer.scale * product(layer).flatten(1), (u[:, :4] * s[:4]) @ vh[:4], "scale * up . down")
 
 
 @pytest.mark.parametrize("kind", PISSA_KINDS)
@@ -250,7 +253,7 @@ def test_half_precision_files_hold_the_difference(moved: float) -> None:
         update = merged_weight(codec.decode(low)[0]["lora_unet_x"], base.weight) - base.weight
         error = float((update - dW).norm() / dW.norm())
         stacked = [torch.cat(pair, i).to(dtype).double() for i, pair in
-                   ((1, (a.up, a.start_up)), (0, (a.down, -a.start_down)))]  # fmt: skip
+                   ((1, (a.up0 + a.up, a.up0)), (0, (a.down0 + a.down, -a.down0)))]  # fmt: skip
         naive = float((0.75 * stacked[0] @ stacked[1] - dW).norm() / dW.norm())
         assert error < bound and naive > (1 if moved > 0.01 else 20) * error
     assert a.refactor_error < 1e-4 and a.up.dtype == torch.float32
@@ -267,8 +270,7 @@ def test_quantised_bases_start_from_what_they_stand_for(form: str) -> None:
         layer.attach()
         assert torch.equal(base(x), before)
     u, s, vh = torch.linalg.svd(STORED[form].dense(base), full_matrices=False)
-    product = 0.5 * layer.adapter.up.double() @ layer.adapter.down.double()
-    assert_close(product, (u[:, :4] * s[:4]) @ vh[:4], form, 1e-5)
+    assert_close(0.5 * product(layer).double(), (u[:, :4] * s[:4]) @ vh[:4], form, 1e-5)
 
 
 def test_directions_in_which_the_weight_has_nothing_still_learn() -> None:
@@ -286,7 +288,7 @@ def test_directions_in_which_the_weight_has_nothing_still_learn() -> None:
         base.weight.zero_()
     layer = pissa_layer(base, moved=0)
     (base(x) - 1).square().sum().backward()
-    assert bool((layer.adapter.up.grad.norm(dim=0) > 0).all()) and not bool(layer.adapter.up.any())
+    assert bool((layer.adapter.up.grad.norm(dim=0) > 0).all()) and not bool(layer.adapter.up0.any())
 
 
 @pytest.mark.parametrize("side", ("output", "input"))
@@ -343,7 +345,7 @@ def test_lora_fa_takes_the_directions_and_keeps_its_rank() -> None:
     assert_close(down.norm(dim=1), (s[:4] / 0.75).sqrt(), "lengths")
     assert_close((down / down.norm(dim=1, keepdim=True) @ vh[:4].T).abs(), torch.eye(4).double(), "directions")
     t = codec.encode([layer])
-    assert t["lora_unet_x.lora_down.weight"].shape[0] == 4 and not layer.adapter.start_down
+    assert t["lora_unet_x.lora_down.weight"].shape[0] == 4 and layer.adapter.down0 is None
 
 
 # -- PiSSA through the entries
@@ -419,7 +421,7 @@ def test_resuming_is_lossless(before_apply: bool) -> None:
     optimizer.load_state_dict(moments)
     assert train(unet, optimizer, 2) == expected
     plain = networks.lora.create_network(1.0, 4, 2, None, None, unet)
-    with pytest.raises(RuntimeError, match="start_"):
+    with pytest.raises(RuntimeError, match="down0"):
         plain.load_state_dict(state)
 
 
@@ -499,7 +501,7 @@ def test_weights_that_come_between_creation_and_apply_count_and_missing_ones_are
     assert torch.equal(draw(unet), before)
     layer = network.adapted_layers[0]
     _, s, _ = torch.linalg.svd(layer.base.weight.flatten(1), full_matrices=False)
-    start = layer.adapter.start_up.flatten(1) @ layer.adapter.start_down.flatten(1)
+    start = layer.adapter.up0.flatten(1) @ layer.adapter.down0.flatten(1)
     found = torch.linalg.matrix_norm(layer.scale * start, 2)
     assert float(found) == pytest.approx(float(s[0]), rel=1e-4)
     with torch.device("meta"):

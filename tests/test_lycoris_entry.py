@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import lycoris.kohya
 import pytest
 import torch
+from lycoris.modules.locon import LoConModule
+from lycoris.wrapper import network_module_dict
 from tiny_parts import draw, inputs, randomise, sd_unet, sdxl_unet, text_encoder
 from torch import nn
 from toy_models import toy
 
 import networks.lokr
+import networks.lora
 import networks.lycoris
 from networks.algos import ALGOS
 from networks.algos.lokr import LoKr
+from networks.args import presets
+from networks.args.parse import Problems, parse
 from networks.args.table import BY_NAME
 from networks.layers.adapted import AdaptedLayer
 from networks.tensors.geometry import Geometry
@@ -191,8 +198,82 @@ def test_rank_dropout_scale() -> None:
         torch.manual_seed(5)
         outputs[value] = layer.update(x).detach()
     torch.testing.assert_close(outputs["True"], 2 * outputs["False"])
-    with pytest.raises(ValueError, match="rank_dropout_scale=False has no effect without rank_dropout"):
-        networks.lycoris.plan(4, 1, None, sd_unet(), rank_dropout_scale="False")
+    for entry, usual, other in ((networks.lora, "True", "False"), (networks.lycoris, "False", "True")):
+        entry.plan(4, 1, None, sd_unet(), rank_dropout_scale=usual)
+        with pytest.raises(ValueError, match=f"rank_dropout_scale={other} has no effect without rank_dropout"):
+            entry.plan(4, 1, None, sd_unet(), rank_dropout_scale=other)
+
+
+# Defaults that differ from LyCORIS', and why.
+OTHER_DEFAULTS = {
+    "bypass_mode": (None, False),  # whichever form is cheaper: the same numbers
+}
+
+
+@pytest.mark.reference
+def test_defaults_are_those_of_lycoris(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parser's where it passes them on, else those of its modules; under its name for the argument or for ours."""
+    found: dict[str, Any] = {}
+    for module in set(network_module_dict.values()):
+        for parameter in inspect.signature(module.__init__).parameters.values():
+            if parameter.default is not inspect.Parameter.empty:
+                found[parameter.name] = parameter.default
+    with monkeypatch.context() as patch:
+        passed: dict[str, Any] = {}
+        patch.setattr(lycoris.kohya, "LycorisNetworkKohya", Recorder(passed))
+        lycoris.kohya.create_network(1.0, 16, 8.0, None, None, sd_unet())
+    found |= passed
+    theirs = {
+        "conv_dim": found.pop("conv_lora_dim"),
+        "use_dora": found.pop("weight_decompose"),
+        "wd_on_output": found.pop("wd_on_out"),
+        "algo": found.pop("network_module"),
+        **found,
+    }
+    ours = parse({}, "lora", Problems("x"), "sd_scripts", {"network_dim": 16, "network_alpha": 8.0}, "lycoris")
+    known = {name: getattr(ours, name) for name in theirs if name in BY_NAME and BY_NAME[name].name == name}
+    assert len(known) >= 24 and {"rank_dropout_scale", "block_size", "factor", "constraint", "sig_type"} <= known.keys()
+    known["train_norm"] = known["train_norm"] == "true"
+    differing = {name: (value, theirs[name]) for name, value in known.items() if value != theirs[name]}
+    assert differing == OTHER_DEFAULTS
+    preset = inspect.getsource(lycoris.kohya.create_network)
+    assert 'kwargs.get("preset", "full")' in preset and ours.preset == presets.load("full")
+
+
+class Recorder:
+    """In place of LyCORIS' network: keeps the keywords."""
+
+    def __init__(self, passed: dict[str, Any]) -> None:
+        self.passed = passed
+
+    def apply_preset(self, preset: Any) -> None:
+        pass
+
+    def __call__(self, *models: Any, **keywords: Any) -> None:
+        self.passed |= keywords
+
+
+@pytest.mark.reference
+def test_rank_dropout_trains_as_strong_an_update_as_lycoris() -> None:
+    """Half of the saved one at 0.5. There whole rows go, one choice for the batch; here rank indices of each sample."""
+    base = nn.Linear(32, 64)
+    theirs = LoConModule("x", copy.deepcopy(base), 1.0, 4, 4, rank_dropout=0.5, rank_dropout_scale=False)
+    unet = sd_unet()
+    network = networks.lycoris.create_network(1.0, 4, 4, None, None, unet, preset="attn-only", rank_dropout="0.5")
+    layer = network.adapted_layers[0].train()
+    with torch.no_grad():
+        for p in (*theirs.parameters(), *layer.adapter.parameters()):
+            p.normal_()
+        whole = theirs.eval().make_weight()
+        drawn = [theirs.train().make_weight() for _ in range(400)]
+        kept = torch.stack([(one != 0).float().mean(1) for one in drawn])
+        assert set(kept.unique().tolist()) == {0.0, 1.0}  # whole rows
+        assert float((sum(drawn) * whole).sum() / 400 / whole.square().sum()) == pytest.approx(0.5, abs=0.02)
+        x = torch.randn(1, 1, layer.base.in_features).expand(4000, -1, -1)
+        update = layer.update(x)
+        saved = layer.eval().update(x[:1])
+    assert float((update.mean(0) * saved[0]).sum() / saved.square().sum()) == pytest.approx(0.5, abs=0.05)
+    assert update.flatten(1).unique(dim=0).shape[0] <= 2**4  # one of the sets of rank indices for each sample
 
 
 def test_lokr_dim_above_5120_is_a_whole_second_factor() -> None:
@@ -232,5 +313,29 @@ def test_loraplus_has_a_factor_to_act_on_or_says_so(algo: str) -> None:
     network.apply_to(None, sd_unet(), False, True)
     groups, _ = network.prepare_optimizer_params(None, 1e-3)
     names = {name for layer in network.adapted_layers for name in layer.adapter.record.shapes}
-    only_plus = names <= ALGOS[algo].plus | ALGOS[algo].frozen  # of lora_fa the up factor, of full its one tensor
+    only_plus = names <= ALGOS[algo].plus | ALGOS[algo].frozen  # of lora_fa the up factor
     assert {group["lr"] for group in groups} == ({4e-3} if only_plus else {4e-3, 1e-3})
+
+
+@pytest.mark.parametrize("mode", ["lr", "reparam"])
+def test_loraplus_beside_layers_without_a_pair_is_counted(mode: str, tmp_path: Path) -> None:
+    """A preset with `full` on some layers, and norm layers: they stay at the one rate and have no unit."""
+    preset = tmp_path / "mixed.toml"
+    preset.write_text('unet_target_module = ["*"]\n[module_algo_map.FeedForward]\nalgo = "full"\n', encoding="utf-8")
+    arguments = {"preset": str(preset), "loraplus_lr_ratio": "16", "loraplus_mode": mode, "train_norm": "True"}
+    unet = sd_unet()
+    network = networks.lora.create_network(1.0, 4, 1, None, None, unet, **arguments)
+    network.apply_to(None, unet, False, True)
+    pairs = [row for row in network.plan.trained if row.algo == "lora"]
+    others = [row for row in network.plan.trained if row.algo != "lora"]
+    assert {row.algo for row in others} == {"full", "norm"} and pairs
+    note = f"loraplus_lr_ratio acts on {len(pairs)} of {len(network.plan.trained)} layers, not on full, norm"
+    assert any(text.startswith(note) for text in network.plan.notes)
+    assert {(row.plus_ratio, row.plus_unit) for row in others} == {(1.0, 1.0)}
+    groups, _ = network.prepare_optimizer_params(None, 1e-3)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for row, layer in network.layers:
+        for name, p in layer.adapter.named_parameters():
+            fast = mode == "lr" and row.algo == "lora" and name == "up"
+            assert rates[id(p)] == pytest.approx(16e-3 if fast else 1e-3)
+            assert layer.adapter.plus_gain == (16.0 if mode == "reparam" and row.algo == "lora" else 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import FACTORED, assert_close, options_for, randomise
+from helpers_numeric import FACTORED, assert_close, learn_lengths, options_for, randomise
 from tiny_parts import randomise as randomise_network
 from torch import Tensor, nn
 from toy_models import signal, toy
@@ -133,8 +133,7 @@ def test_one_adapter_on_several_modules_is_that_of_the_fused_layer(algo: str, do
             layer = AdaptedLayer("x", sites, adapter, 0.75, runtime=Runtime(0.7), dora=dora).double()
             layer.take_magnitude(None)
             if layer.magnitude is not None:
-                with torch.no_grad():
-                    layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+                learn_lengths(layer)
             layers.append(layer)
         one, several = layers
         for layer in layers:

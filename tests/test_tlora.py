@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import KINDS, assert_close, make_input, make_layer
+from helpers_numeric import KINDS, assert_close, learn_lengths, make_input, make_layer
 from safetensors.torch import load_file, save_file
 from tiny_parts import draw, inputs, randomise, sd_unet, text_encoder
 from torch import Tensor, nn
@@ -234,8 +234,7 @@ def test_rows_of_one_sample_follow_each_other() -> None:
 @pytest.mark.parametrize("side", ("output", "input"))
 def test_dora_measures_the_weight_with_all_ranks(side: str) -> None:
     layer, x = single("linear", side), make_input("linear", samples=3)
-    with torch.no_grad():
-        layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+    learn_lengths(layer)
     W, dim = layer.base.weight, 1 if side == "output" else 0
     lengths = (W + SCALE * masked(layer.adapter, DIM)).norm(dim=dim, keepdim=True)
     layer.adapter.clock.time = TIMES

@@ -93,6 +93,9 @@ class Adapter(SavedForm):
     def settle_(self) -> None:
         """Its values were set by other means: nothing is wanted of the base weight any more."""
 
+    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Say a live state of an earlier version, under names that begin so, in today's terms, in place."""
+
     @classmethod
     def splits(cls, options: Mapping[str, Any]) -> bool:
         """Whether adapters of the parts of a layer, each with these options, can stand for one on the whole."""
@@ -218,12 +221,8 @@ class Adapter(SavedForm):
                 p.mul_(ratio ** (1 / len(factors)))
 
     def shrink_(self, ratio: float) -> None:
-        """Make the change of the layer `ratio` of its size, or about that."""
+        """Make the change of the layer `ratio` of its size, or about that: 0 at 0, and without a jump in between."""
         self.rescale_(ratio)
-
-    @property
-    def shrinks_exactly(self) -> bool:
-        return not self.side
 
 
 def _chunks(pieces: Pieces, step: int) -> Iterator[tuple[int, int]]:

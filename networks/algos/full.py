@@ -24,7 +24,7 @@ from .saved import Layout
 class Full(Adapter):
     algo = "full"
     options = frozenset()
-    plus = frozenset({"diff", "diff_b"})
+    plus = frozenset()  # one factor is no pair
     keys = {"diff": "diff", "diff_b": "diff_b"}
     required = (frozenset({"diff"}),)
     fold = ()
@@ -61,10 +61,6 @@ class Full(Adapter):
         with torch.no_grad():
             for p in self.parameters():
                 p.mul_(ratio)
-
-    @property
-    def plus_gain(self) -> float:
-        return float(self.plus_unit)
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

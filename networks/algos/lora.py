@@ -3,17 +3,19 @@
     dW = up . down                         rank R
     Tucker (convolutions with K > 1):  dW[o, i, k] = sum_ab up[o, a] mid[a, b, k] down[b, i]
 
-    PiSSA (init=pissa):  dW = up . down - up0 . down0 = (up - up0) . down + up0 . (down - down0)
+    PiSSA (init=pissa):  dW = (up0 + up) . (down0 + down) - up0 . down0 = up . (down0 + down) + up0 . down
 
-There up0 and down0 are the start, with scale * up0 . down0 the principal part of the base weight (2404.02948): the base
-weight stays as it is, the start is the base model, and no two large numbers are subtracted in a forward pass. A file
-holds the difference, of rank 2 R, by QR and SVD.
+There up0 and down0 are the start, with scale * up0 . down0 the principal part of the base weight (2404.02948), and the
+parameters are what has changed since, from 0: the base weight stays as it is, the start is the base model, no two large
+numbers are subtracted in a forward pass, and half precision holds small changes of large factors. A file holds the
+difference, of rank 2 R, by QR and SVD.
 
 Parameters (saved as lora_down.weight, lora_mid.weight, lora_up.weight)
     down  [R, I, *kernel]; Tucker [R, I, 1...]      start: uniform 1 / sqrt(fan in)
     mid   [R, R, *kernel], Tucker only              start: as down
     up    [O, R, 1...]                              start: 0 (with a scalar: as down)
     scalar, 0-d, with use_scalar only               start: 0
+Buffers, part of the live state, with init=pissa only: down0, up0.
 """
 
 from __future__ import annotations
@@ -48,14 +50,14 @@ class LoRA(Adapter):
     down: nn.Parameter
     mid: nn.Parameter
     up: nn.Parameter
-    start_down: Tensor | None
-    start_up: Tensor | None
+    down0: Tensor | None
+    up0: Tensor | None
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(geometry, dim, options)
         self.start_scale: float | None = None  # of a PiSSA that has not seen its base weight yet
-        self.register_buffer("start_down", None)
-        self.register_buffer("start_up", None)
+        self.register_buffer("down0", None)
+        self.register_buffer("up0", None)
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:
@@ -92,7 +94,7 @@ class LoRA(Adapter):
     def await_base_(self, scale: float) -> None:
         self.start_scale = scale
         if self.keeps_start:
-            self.start_down, self.start_up = torch.zeros_like(self.down), torch.zeros_like(self.up)
+            self.down0, self.up0 = torch.zeros_like(self.down), torch.zeros_like(self.up)
 
     @property
     def wants_base(self) -> bool:
@@ -113,32 +115,32 @@ class LoRA(Adapter):
         n = int((s > s[0] * torch.finfo(s.dtype).eps * max(weight.shape[:2])).sum())
         root = (s[:n] / self.start_scale).sqrt()
         self.down[:n] = (root[:, None] * vh[:n]).reshape(self.down[:n].shape).to(self.down)
-        if self.start_down is not None and self.start_up is not None:
-            self.up[:, :n] = (u[:, :n] * root / self.plus_unit).reshape(self.up[:, :n].shape).to(self.up)
-            self.start_down.copy_(self.down)
-            self.start_up.copy_(self.up)
+        if self.down0 is not None and self.up0 is not None:
+            self.down0.copy_(self.down)
+            self.up0[:, :n] = (u[:, :n] * root / self.plus_unit).reshape(self.up0[:, :n].shape).to(self.up0)
+            self.down.zero_()
         self.settle_()
+
+    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
+        for name in ("down", "up"):  # of an earlier version: whole factors beside their start
+            start = state.pop(f"{prefix}start_{name}", None)
+            if start is not None:
+                state[f"{prefix}{name}0"], state[prefix + name] = start, state[prefix + name] - start
 
     def values(self) -> dict[str, Tensor]:
         p = super().values()
-        if self.start_down is None or self.start_up is None:
-            return p
-        return _difference(p["down"], p["up"], self.start_down, self.start_up)
+        return p if self.down0 is None or self.up0 is None else _since(p["down"], p["up"], self.down0, self.up0)
 
     @property
     def mask_size(self) -> int:
-        return self.dim if self.start_down is None else 2 * self.dim
-
-    @property
-    def shrinks_exactly(self) -> bool:
-        return self.start_down is None
+        return self.dim if self.down0 is None else 2 * self.dim
 
     def shrink_(self, ratio: float) -> None:
-        if self.start_down is None or self.start_up is None:
+        if self.down0 is None:
             return super().shrink_(ratio)
         with torch.no_grad():
-            for p, start in ((self.down, self.start_down), (self.up, self.start_up)):
-                p.copy_(torch.lerp(start, p, ratio))
+            for p in self.parameters():
+                p.mul_(ratio)
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         p = self.values()
@@ -174,8 +176,11 @@ class LoRA(Adapter):
     def gradient_norm_sq(self) -> Tensor:
         if "mid" in self.record.shapes or self.up.grad is None or self.down.grad is None:
             return super().gradient_norm_sq()
-        left = torch.cat([self.up.detach(), self.up.grad], 1).flatten(1)
-        right = torch.cat([self.down.grad, self.down.detach()]).flatten(1)
+        down, up = self.down.detach(), self.up.detach()
+        if self.down0 is not None and self.up0 is not None:
+            down, up = self.down0 + down, self.up0 + up
+        left = torch.cat([up, self.up.grad], 1).flatten(1)
+        right = torch.cat([self.down.grad, down]).flatten(1)
         return product_norm_sq(left, right)
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
@@ -207,10 +212,10 @@ class LoRA(Adapter):
 
     def pack(self) -> dict[str, Tensor]:
         self.refactor_error = None
-        if self.start_down is None or self.start_up is None or not bool(self.start_down.any()):
+        if self.down0 is None or self.up0 is None or not bool(self.down0.any()):
             return super().pack()
-        tensors = (self.down, self.up, self.start_down, self.start_up)
-        p = _difference(*(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
+        tensors = (self.down, self.up, self.down0, self.up0)
+        p = _since(*(t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors))
         left, right = p["up"].flatten(1) * self.plus_unit, p["down"].flatten(1)
         up, down, _ = refactor(left, right)
         self.refactor_error = product_error((left, right), (up, down))
@@ -225,7 +230,7 @@ class LoRA(Adapter):
         """A file holds all that there is."""
         super().unpack_(tensors)
         self.settle_()
-        for start in (self.start_down, self.start_up):
+        for start in (self.down0, self.up0):
             if start is not None:
                 start.zero_()
 
@@ -286,6 +291,6 @@ def _stacked(up_OR: Tensor) -> int:
     return 1
 
 
-def _difference(down: Tensor, up: Tensor, start_down: Tensor, start_up: Tensor) -> dict[str, Tensor]:
-    """Factors of up . down - start_up . start_down, in which nothing large cancels."""
-    return {"down": torch.cat([down, down - start_down]), "up": torch.cat([up - start_up, start_up], 1)}
+def _since(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> dict[str, Tensor]:
+    """Factors of (up0 + up) . (down0 + down) - up0 . down0, in which nothing large cancels."""
+    return {"down": torch.cat([down0 + down, down]), "up": torch.cat([up, up0], 1)}

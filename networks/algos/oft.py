@@ -40,6 +40,7 @@ class Rotation(Reweight):
     keys = {"blocks": "oft_blocks", "rescale": "rescale"}
     required: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"oft_blocks"}),)
     alpha_option = "constraint"
+    near_one = frozenset({"rescale"})
     blocks: nn.Parameter
     rescale: nn.Parameter
 
@@ -127,10 +128,10 @@ class DiagOFT(Rotation):
         less = self._less().to(t.dtype)
         return apply_blocks(torch.cat([less[start // size : stop // size] for start, stop in pieces]), t, axis)
 
-    def new_weight(self, weight: Tensor) -> Tensor:
+    def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         if self.side == "output":
-            return super().new_weight(weight)
-        return weight + apply_blocks(self._less().to(weight.dtype).transpose(1, 2), weight, 1)
+            return super().weight_change(weight)
+        return apply_blocks(self._less().to(weight.dtype).transpose(1, 2), weight, 1)
 
     # -- files
 

@@ -37,10 +37,10 @@ class Reweight(Adapter):
 
     def new_weight(self, weight: Tensor) -> Tensor:
         """W' for W [O, I, *kernel]."""
-        return weight + self.change(weight, 0 if self.side == "output" else 1)
+        return weight + self.weight_change(weight)
 
-    def weight_change(self, weight: Tensor, strength: float | Tensor) -> Tensor:
-        return self.new_weight(weight) - weight
+    def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        return self.change(weight, 0 if self.side == "output" else 1)
 
     def shrink_(self, ratio: float) -> None:
         """Make the change smaller, to about `ratio` of its size."""

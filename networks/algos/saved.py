@@ -68,6 +68,7 @@ class SavedForm(nn.Module):
     bias_key: ClassVar[str] = ""  # suffix of the change of the layer's bias, where a file can have one
     saves_alpha: ClassVar[bool] = True  # whether readers expect one
     rank_shows: ClassVar[tuple[tuple[str, int], ...]] = ()  # (suffix, axis): the first that a file has is the rank
+    near_one: ClassVar[frozenset[str]] = frozenset()  # parameters that a file holds as factors near 1
 
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     scalar: nn.Parameter | None

@@ -78,7 +78,8 @@ TABLE: tuple[Arg, ...] = (
         "rank_dropout",
         "float",
         0.0,
-        "probability of dropping a rank index, per sample; kept ones are divided by 1 - p",
+        "probability of dropping a rank index, per sample; kept ones are divided by 1 - p. LyCORIS itself drops output "
+        "rows of the update, one choice for the whole batch (rank indices with bypass_mode=True alone)",
         _DROP,
         minimum=0,
         below=1,
@@ -90,6 +91,7 @@ TABLE: tuple[Arg, ...] = (
         "whether the values that rank_dropout keeps are divided by 1 - p, so that the update keeps its mean; False: "
         "they stay as they are, and training sees an update weaker by 1 - p than the saved one",
         _DROP,
+        per_host=(("lycoris", False),),
     ),
     Arg(
         "module_dropout",
@@ -197,7 +199,8 @@ TABLE: tuple[Arg, ...] = (
         "float",
         None,
         "LoRA+ (2402.12354): learning rate of the plus factors (up, hada_w2_a, lokr_w1, glora's a1 and "
-        "b1, P of tlora) over that of the others; diag-oft, boft and ia3 have no such pair and refuse it",
+        "b1, P of tlora) over that of the others; full, norm, diag-oft, boft and ia3 have no such pair and refuse it, "
+        "beside others they are counted and stay at the one rate",
         _LR,
         neutral=(1,),
         minimum=0,
@@ -321,7 +324,8 @@ TABLE: tuple[Arg, ...] = (
         "int",
         100,
         "after so many optimizer steps, and at each save, name the layers without gradient, at their start values "
-        "still, or not finite; 0 = do not watch",
+        "still, or not finite (that after the first step, too), and kinds of values that moved in none; 0 = do not "
+        "watch",
         _OTHER,
         minimum=0,
     ),
@@ -342,6 +346,16 @@ TABLE: tuple[Arg, ...] = (
         "go on although a whole part, a whole kind of layers or more than a tenth of the layers of a loaded file have "
         "no place in this network",
         _OTHER,
+    ),
+    Arg(
+        "adapter_dtype",
+        "choice",
+        "host",
+        "dtype of what is trained: `host`: as the trainer casts it (--full_bf16, --full_fp16), else fp32; `fp32`: kept "
+        "in fp32 whatever the trainer casts, so that small steps are not rounded away (4 bytes a value instead of 2)",
+        _OTHER,
+        choices=("host", "fp32"),
+        words=(("float32", "fp32"), ("float", "fp32")),
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),

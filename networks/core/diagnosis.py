@@ -12,16 +12,22 @@ from ..layers.adapted import AdaptedLayer
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # names in a warning
+WAIT = 20  # steps until a kind of value that does not move is told: a factor beside one that starts at 0 moves later
 KINDS = {
     "no_gradient": "have had no gradient: the loss does not depend on them, so leave them out (exclude_patterns)",
     "at_start": "are at their start values still: their learning rate is 0 or too small for their dtype",
-    "non_finite": "have NaN or infinite values: go on from an earlier file with a lower learning rate",
+    "non_finite": "have NaN or infinite values: {remedy}",
+}
+SOONER = "go on from an earlier file with a lower learning rate"
+REMEDIES = {  # of values that are not finite, by their dtype
+    torch.float16: "Adam divides by its eps, and 1e-8 is 0 in fp16: start again with an fp32 adapter "
+    "(adapter_dtype=fp32), or with eps=1e-4 (optimizer_args)"
 }
 
 
 class Diagnosis:
-    """Watches the parameters of some layers, at almost no cost: one look at all values at the first step, then one
-    call for the first gradient of each parameter, and a sum of counters in every step.
+    """Watches the parameters of some layers, at almost no cost: one look at all values at the first step and one after
+    it, then one call for the first gradient of each parameter, and a sum of counters in every step.
 
     Args:
         after: optimizer steps until the first report; 0 = never watch.
@@ -31,6 +37,7 @@ class Diagnosis:
         self.after, self.steps = after, 0
         self._starts: Tensor | None = None
         self._owners: list[str] = []  # layer of each parameter
+        self._kinds: list[str] = []  # and what it is there: up, down, magnitude_change, ...
         self._parameters: list[nn.Parameter] = []
         self._seen: set[str] = set()
         self._version = 0
@@ -48,45 +55,71 @@ class Diagnosis:
         self.steps += 1
         if self.steps == self.after:
             self.warn(self.find(), f"after {self.steps} steps")
+        elif self.steps == 1:  # a dtype that cannot hold the optimizer's numbers shows at once
+            self.warn({"non_finite": self.find()["non_finite"]}, "after the first step")
 
     def find(self) -> dict[str, list[str]]:
-        """Kind of trouble -> names of its layers; {} before the first step of an optimizer."""
+        """Kind of trouble -> names of its layers, `dead_kinds` -> kinds of value that moved in no layer whose others
+        did; {} before the first step of an optimizer."""
         if self._starts is None or (not self.steps and self._versions() == self._version):
             return {}
         now = _sums(self._parameters)
         same = dict.fromkeys(self._owners, True)
         finite = dict.fromkeys(self._owners, True)
-        rows = zip(self._owners, (now == self._starts).all(1).tolist(), now.isfinite().all(1).tolist(), strict=True)
-        for owner, unchanged, good in rows:
+        still = (now == self._starts).all(1).tolist()
+        for owner, unchanged, good in zip(self._owners, still, now.isfinite().all(1).tolist(), strict=True):
             same[owner] &= unchanged
             finite[owner] &= good
         return {
             "no_gradient": [name for name in same if name not in self._seen],
             "at_start": [name for name, unchanged in same.items() if unchanged and name in self._seen],
             "non_finite": [name for name, good in finite.items() if not good],
+            "dead_kinds": self._dead(still, same) if self.steps >= WAIT else [],
         }
 
+    def _dead(self, still: Sequence[bool], same: Mapping[str, bool]) -> list[str]:
+        dead: dict[str, bool] = {}
+        for owner, kind, unchanged in zip(self._owners, self._kinds, still, strict=True):
+            if not same[owner]:
+                dead[kind] = dead.get(kind, True) and unchanged
+        return [kind for kind, unmoved in dead.items() if unmoved]
+
     def warn(self, found: Mapping[str, Sequence[str]], when: str) -> None:
-        """One warning per kind."""
-        for kind, names in found.items():
-            if names:
+        """One warning per kind of trouble."""
+        for kind, text in KINDS.items():
+            if names := found.get(kind):
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                log.warning("%s, %d layers %s: %s%s", when, len(names), KINDS[kind], ", ".join(names[:SHOWN]), more)
+                words = text.format(remedy=self._remedy(names))
+                log.warning("%s, %d layers %s: %s%s", when, len(names), words, ", ".join(names[:SHOWN]), more)
+        for kind in found.get("dead_kinds", ()):
+            own = [p.dtype for p, name in zip(self._parameters, self._kinds, strict=True) if name == kind]
+            why = "the loss does not depend on it, or its learning rate is too small"
+            if own[0].itemsize < torch.float32.itemsize:
+                name = str(own[0]).removeprefix("torch.")
+                why = f"its steps are too small for {name}, adapter_dtype=fp32 keeps it in fp32"
+            log.warning("%s, %s has moved in none of %d layers, while their other values did: %s",
+                        when, kind, len(own), why)  # fmt: skip
+
+    def _remedy(self, names: Sequence[str]) -> str:
+        dtypes = {p.dtype for p, owner in zip(self._parameters, self._owners, strict=True) if owner in set(names)}
+        return next((REMEDIES[dtype] for dtype in dtypes if dtype in REMEDIES), SOONER)
 
     def health(self) -> dict[str, int]:
         """Numbers of layers for a file's metadata, with the warnings of a save; {} where no run was watched."""
         found = self.find()
         if not found:
             return {}
-        self.warn({kind: names for kind, names in found.items() if kind != "non_finite"}, "at this save")
-        layers = len(set(self._owners))
-        return {"layers": layers, **{k: len(names) for k, names in found.items() if k != "non_finite"}}
+        del found["non_finite"]  # the writer looks at what is saved
+        self.warn(found, "at this save")
+        return {"layers": len(set(self._owners)), **{kind: len(names) for kind, names in found.items()}}
 
     def _begin(self, layers: Sequence[AdaptedLayer]) -> None:
         for layer in layers:
-            for parameter in layer.parameters():
-                if parameter.requires_grad:
+            for path, parameter in layer.named_parameters():
+                kind = path.rpartition(".")[2]
+                if parameter.requires_grad and kind not in layer.adapter.frozen:
                     self._owners.append(layer.lora_name)
+                    self._kinds.append(kind)
                     self._parameters.append(parameter)
                     self._watch(parameter, layer.lora_name)
         self._starts = _sums(self._parameters)

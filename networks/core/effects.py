@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..algos import ALGOS
 from ..args.forms import OWN_STYLES
 from ..args.parse import Problems
+from ..args.table import BY_NAME
 from ..files.dialects import DIALECTS
 from ..tensors.norms import NormGeometry
 
@@ -44,7 +45,7 @@ def check(plan: Plan, request: Request, deciding: set[tuple[str, str]], problems
     if args.bypass_mode is not None:
         form = "factored form" if args.bypass_mode else "whole weight change (layers with dropout: factored form)"
         notes.append(f"bypass_mode={args.bypass_mode}: updates act through their {form}; the same numbers")
-    _loraplus(trained, request, problems)
+    _loraplus(trained, request, problems, notes)
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems, notes)
     _starts(trained, problems, notes)
@@ -81,8 +82,9 @@ def _expressions(request: Request, deciding: set[tuple[str, str]], problems: Pro
 
 
 def _dropouts(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: list[str]) -> None:
-    if not args.rank_dropout_scale and not args.rank_dropout:
-        problems.add("rank_dropout_scale=False has no effect without rank_dropout")
+    usual = BY_NAME["rank_dropout_scale"].default_at((args.style, args.host), {})
+    if args.rank_dropout_scale != usual and not args.rank_dropout:
+        problems.add(f"rank_dropout_scale={args.rank_dropout_scale} has no effect without rank_dropout")
     if not (args.dropout or args.rank_dropout):
         return
     without = sum(not row.rank_axis for row in trained)
@@ -92,15 +94,18 @@ def _dropouts(trained: Sequence[PlanRow], args: Any, problems: Problems, notes: 
         notes.append(f"{without} of {len(trained)} layers have no rank activation: no dropout, rank_dropout")
 
 
-def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
+def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems, notes: list[str]) -> None:
     denoiser, args = request.arch.denoiser.name, request.args
     parts = {row.part == denoiser for row in trained}
     ratios = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
     given = [name for name in ratios if getattr(args, name) not in (None, 1.0)]
-    if given and not any(ALGOS[row.algo].plus for row in trained):
-        algos = ", ".join(sorted({row.algo for row in trained}))
-        problems.add(
-            f"{given[0]} has no effect with {algos}: such layers have no pair of factors, so one learning rate"
+    alone = [row.algo for row in trained if not ALGOS[row.algo].plus]
+    algos, words = ", ".join(sorted(set(alone))), "such layers have no pair of factors, so one learning rate"
+    if given and len(alone) == len(trained):
+        problems.add(f"{given[0]} has no effect with {algos}: {words}")
+    elif given and alone:
+        notes.append(
+            f"{given[0]} acts on {len(trained) - len(alone)} of {len(trained)} layers, not on {algos}: {words}"
         )
     for argument, here in (("loraplus_unet_lr_ratio", True), ("loraplus_text_encoder_lr_ratio", False)):
         if getattr(args, argument) not in (None, 1.0) and here not in parts:

@@ -336,7 +336,9 @@ class Network(nn.Module):
 
     def _take_live(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Copy by name: torch's own walk is quadratic in the number of layers."""
-        own = self.state_dict(keep_vars=True)
+        state, own = dict(state), self.state_dict(keep_vars=True)
+        for layer in self.adapted_layers:
+            layer.renew_state(state, f"{layer.lora_name}.")
         shared = own.keys() & state.keys()
         wrong = sorted(key for key in shared if own[key].shape != state[key].shape)
         if wrong:
@@ -349,8 +351,6 @@ class Network(nn.Module):
             for key in shared:
                 own[key].copy_(state[key])
         for layer in self.adapted_layers:
-            scale = state.get(f"{layer.lora_name}.{LIVE_SCALE}")
-            layer.scale = layer.scale if scale is None else float(scale) / layer.adapter.plus_gain
-            layer.adapter.settle_()
+            layer.see_state(state.get(f"{layer.lora_name}.{LIVE_SCALE}"))
         self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

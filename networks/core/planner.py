@@ -129,6 +129,7 @@ class _Planner:
         elif layout.rank is not None and alpha:
             scale = alpha / (math.sqrt(layout.rank) if a.rs_lora else layout.rank)
         denoiser, folded_plus = self._of_denoiser(c), self.args.loraplus_mode == "reparam"
+        plus = self._plus(denoiser, algorithm)
         return replace(
             row,
             algo=algorithm.algo,
@@ -139,8 +140,8 @@ class _Planner:
             lr=self._lr(c),
             block=self.request.arch.block_of(c.trainer_name) if denoiser else None,
             block_rate=self.blocks.rate(c.trainer_name) if denoiser else None,
-            plus_ratio=1.0 if folded_plus else self._plus(denoiser),
-            plus_unit=self._plus(denoiser) if folded_plus else 1.0,
+            plus_ratio=1.0 if folded_plus else plus,
+            plus_unit=plus if folded_plus else 1.0,
             rank_axis=layout.rank_axis,
             parameters=layout.parameters + (math.prod(magnitude_shape(g, side == "output")) if side else 0),
             dora=side,
@@ -301,11 +302,11 @@ class _Planner:
         pattern = self.lrs.first(c)
         return None if pattern is None else float(self.args.network_reg_lrs[pattern])
 
-    def _plus(self, denoiser: bool) -> float:
+    def _plus(self, denoiser: bool, algorithm: type[Adapter]) -> float:
         a = self.args
         own = a.loraplus_unet_lr_ratio if denoiser else a.loraplus_text_encoder_lr_ratio
         ratio = own if own is not None else a.loraplus_lr_ratio
-        return 1.0 if ratio is None else float(ratio)
+        return 1.0 if ratio is None or not algorithm.plus else float(ratio)
 
     # -- checks
 

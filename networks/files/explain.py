@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import dialects, reader, readers
 from .adapter_file import FileTensors, Naming
@@ -41,6 +45,7 @@ def explain(path: Path) -> dict[str, Any]:
         "file": str(path),
         "bytes": reader.check(path).stat().st_size,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for key, t in tensors.items() if key[-5:] != "alpha"}),
+        "warnings": _warnings(tensors),
         "dialect": dialect.name,
         "origin": {
             title: metadata[key] for key, title in ORIGIN.items() if metadata.get(key) not in (None, "", "None")
@@ -53,6 +58,19 @@ def explain(path: Path) -> dict[str, Any]:
         "note": readers.OTHER_FORMS.get(dialect.name, ""),
         "metadata": metadata,
     }
+
+
+def _warnings(tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is lost of values of which a small part was learnt, where they are stored with few bits."""
+    own = [t.dtype for key, t in tensors.items() if dialects.is_length(key) and t.dtype.itemsize < 4]
+    if not own:
+        return []
+    error = max(torch.finfo(dtype).eps / 2 for dtype in own)
+    names = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in own}))
+    return [
+        f"{len(own)} magnitudes are in {names}, rounded by up to {error:.2%}: where training changed one by 1 %, that "
+        f"change is off by up to {100 * error:.0%} (files of this package have them in fp32)"
+    ]
 
 
 def _row(saved: SavedLayer) -> dict[str, Any]:

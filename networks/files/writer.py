@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .dialects import is_length
+
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +32,7 @@ def write_tensors(
 
     Args:
         path: with another ending than .safetensors, that ending is appended (pickled files are not written).
-        dtype: of the saved tensors; None keeps each. `.alpha` stays fp32.
+        dtype: of the saved tensors; None keeps each. `.alpha`, magnitudes and factors near 1 are in fp32 at least.
         metadata: text to text; not changed.
         health: what is known of the run that made them; with what shows here it is saved as `networks_health`.
 
@@ -72,7 +74,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dic
         largest = max(abs(low), abs(high))
         if not math.isfinite(low + high):
             broken.append(key)
-        chosen = tensor.dtype if dtype is None or key.endswith(".alpha") or not tensor.is_floating_point() else dtype
+        chosen = _chosen(key, tensor.dtype, dtype)
         # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
         if chosen != tensor.dtype and not torch.finfo(chosen).max < largest < math.inf:
             tensor = tensor.to(chosen)
@@ -85,6 +87,13 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dic
         names = ", ".join(vanished[:3])
         log.warning("%d tensors are all 0 in the save precision, e.g. %s: save in fp32", len(vanished), names)
     return cast, {"non_finite_tensors": len(broken), "underflow_tensors": len(vanished)}
+
+
+def _chosen(key: str, own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a file has a tensor, for the one that was asked for."""
+    if not own.is_floating_point or key.endswith(".alpha"):
+        return own
+    return torch.promote_types(wanted or own, torch.float32) if is_length(key) else wanted or own
 
 
 def safetensors_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -46,6 +46,7 @@ class HostNetwork(Network):
         super().__init__(*args, **kwargs)
         self.arch = arch
         self.timesteps[arch.denoiser.name] = arch.timestep
+        self.told_of_half = False
 
     @classmethod
     def variant(cls, args: NetArgs, problems: Problems) -> type[HostNetwork]:
@@ -75,6 +76,12 @@ class HostNetwork(Network):
             ValueError: they do not go with this network.
         """
         trainer_options.check(self, options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostNetwork:
+        """Casts and moves, from `.to()`, `.half()` and the like: what half precision means is told."""
+        super()._apply(fn, recurse)
+        trainer_options.see_dtype(self)
+        return self
 
     def load_weights(self, file: str) -> LoadReport:
         """Take over an adapter file; the report is printed by the host."""
@@ -297,7 +304,7 @@ class Caller:
         roots = {part.name: model for part, model in request.parts}
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
-        network.runtime.factored = a.bypass_mode
+        network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"
         network.allowance = Allowance(a.allow_missing)
         log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
         for line in plan.to_text().splitlines() if a.verbose else summary(plan):

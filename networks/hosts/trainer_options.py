@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from .contract import HostNetwork
 
@@ -13,6 +15,13 @@ log = logging.getLogger("networks")
 
 ONE_RATE = ("prodigy", "dadapt", "d-adapt")  # optimizers that find one learning rate for all groups
 BY_SIZE = ("sgd",)  # optimizers whose step grows with the gradient
+HALF = {"full_bf16": torch.bfloat16, "full_fp16": torch.float16}  # options that cast what is trained
+COARSE = {
+    torch.bfloat16: "bf16 has two to three digits, so a step below 1/500 of a value is rounded away: at a learning "
+    "rate of 1e-4 values above 0.1 stay where they are (in 40 steps 97 % of LoHa's random factors, 85 % of LoKr's)",
+    torch.float16: "fp16 has three digits, so a step below 1/2000 of a value is rounded away, and Adam's eps of 1e-8 "
+    "is 0 there, which makes NaN of the first step",
+}
 
 
 def check(network: HostNetwork, options: Any) -> None:
@@ -24,21 +33,47 @@ def check(network: HostNetwork, options: Any) -> None:
     Raises:
         ValueError: DoRA with two experts.
     """
-    rows = network.plan.trained
-    dora = any(row.dora for row in rows)
-    if dora and getattr(options, "dit_high_noise", None):
+    for option, dtype in HALF.items():
+        if getattr(options, option, False):
+            tell_half(network, f"--{option}", dtype)
+    if any(row.dora for row in network.plan.trained):
+        _check_dora(options)
+    _check_rates(network, str(getattr(options, "optimizer_type", "") or "").lower())
+
+
+def _check_dora(options: Any) -> None:
+    if getattr(options, "dit_high_noise", None):
         raise ValueError(
             "use_dora does not go with two experts (--dit_high_noise): a magnitude belongs to the base weight of one "
             "of them; train each expert by itself, or leave out use_dora"
         )
-    if dora and getattr(options, "turbo_dit", None):
+    if getattr(options, "turbo_dit", None):
         log.warning(
             "use_dora with --turbo_dit: samples are drawn on other base weights than the magnitudes are learnt for"
         )
-    optimizer = str(getattr(options, "optimizer_type", "") or "").lower()
+
+
+def _check_rates(network: HostNetwork, optimizer: str) -> None:
+    """Optimizers which do not take learning rates as they are given."""
+    rows = network.plan.trained
     plus = any(row.plus_ratio != 1 for row in rows)
     if any(name in optimizer for name in ONE_RATE) and (plus or any(row.lr or row.block_rate for row in rows)):
         remedy = ": loraplus_mode=reparam does LoRA+ with one rate" if plus else ""
         log.warning("%s expects one learning rate, these arguments ask for several%s", optimizer, remedy)
     if any(name in optimizer for name in BY_SIZE) and any(row.plus_unit != 1 for row in rows):
         log.warning("under %s, loraplus_mode=reparam acts as the square of the ratio: use loraplus_mode=lr", optimizer)
+
+
+def see_dtype(network: HostNetwork) -> None:
+    """After a cast: one to half precision is told, unless the network only generates."""
+    if network.training and not network.runtime.for_inference:
+        coarse = next((p.dtype for p in network.parameters() if p.dtype in COARSE), None)
+        if coarse is not None:
+            tell_half(network, f"the trainer casts the network to {str(coarse).removeprefix('torch.')}", coarse)
+
+
+def tell_half(network: HostNetwork, cause: str, dtype: torch.dtype) -> None:
+    """What half precision means for what is trained, once."""
+    if not network.told_of_half and not network.runtime.keeps_fp32:
+        network.told_of_half = True
+        log.warning("%s: %s; adapter_dtype=fp32 keeps the adapter in fp32", cause, COARSE[dtype])

@@ -35,11 +35,10 @@ class AdaptedLayer(AttachedAdapter):
         if m == 0:
             return weight
         with torch.autocast(weight.device.type, enabled=False):  # hosts merge inside their autocast, too
-            change = self.wide_adapter().weight_change(weight, self.strength)
-            if self.magnitude is None:
+            change, magnitude = self.wide_adapter().weight_change(weight, self.strength), self.magnitude
+            if magnitude is None:
                 return weight + m * change
-            magnitude = self.magnitude.to(device=weight.device, dtype=weight.dtype)
-            whole = weight + change
+            magnitude, whole = magnitude.to(weight), weight + change
             kept = 0 if self.on_output else 1
             norms = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.dim()) if i != kept], keepdim=True)
             return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)
@@ -81,26 +80,35 @@ class AdaptedLayer(AttachedAdapter):
 
     def _change(self, site: Site, x: Tensor, y: Tensor, gate: CallGate) -> Tensor:
         """What is added to the output y of a base module, in its dtype; `gate` holds the multiplier."""
-        if self.magnitude is None and not self.adapter.side:
+        magnitude, geometry = self.magnitude, self.adapter.geometry
+        if magnitude is None and not self.adapter.side:
             change = self._product(site, x, self._strength(gate.scale)).to(y.dtype)
-            more = self.adapter.bias_change()
-            if more is None:
-                return change
-            return change + gate.output(self.adapter.geometry.on_outputs(site.take_rows(more), y).to(y).expand_as(y))
-        geometry, bias = self.adapter.geometry, getattr(site.module, "bias", None)
-        outside = 0.0 if bias is None else geometry.on_outputs(bias.to(y.dtype))
-        more = self._more(x)
+            more = bias_part(site, y, gate)
+            return change if more is None else change + more
+        outside, more = self.bias_below(site, y), self._more(x)
         if more is not None:
             assert site.below is not None
             change = site.below(gate.output(more)) - outside
             return change if self.adapter.side else change + gate.output(self._product(site, x + more, self.strength))
         if isinstance(self.adapter, Reweight):
             return gate.output(self._reweighted(site, x, y - outside))
-        assert self.magnitude is not None
-        r = ratio(site.take_rows(self.magnitude), self._norms(site).to(self.magnitude.device)).flatten()
+        assert magnitude is not None
+        r = ratio(site.take_rows(magnitude), self._norms(site).to(magnitude.device)).flatten()
         update = self._product(site, x, self.strength)
         change = geometry.on_outputs(r - 1).to(y) * (y - outside) + (geometry.on_outputs(r).to(update) * update).to(y)
         return gate.output(change)
+
+    def bias_below(self, site: Site, y: Tensor) -> Tensor | float:
+        """The bias below this layer at one of its modules, with what other networks do to it there, shaped as a part of
+        the output y; 0 without one. Differentiable: their output has it as well."""
+        under, bias = site.under(), getattr(site.module, "bias", None)
+        if under is None:
+            return 0.0 if bias is None else self.adapter.geometry.on_outputs(bias.to(y.dtype))
+        layer = under.layer
+        assert isinstance(layer, AdaptedLayer)
+        below = layer.bias_below(under, y)
+        more = bias_part(under, y, CallGate(layer.runtime.multiplier)) if layer.runtime.enabled else None
+        return below if more is None else below + more
 
     def _reweighted(self, site: Site, x: Tensor, plain: Tensor) -> Tensor:
         """(T - 1) y for the rows of one module; those of the others are in the weights only."""
@@ -111,16 +119,17 @@ class AdaptedLayer(AttachedAdapter):
         if own is not None:
             return own
         W = self.whole_weight(x.device)
-        change = site.take_rows(self.adapter.new_weight(W) - W)
+        change = site.take_rows(self.adapter.weight_change(W))
         return self.adapter.geometry.op(x, cast_to_input(change, x)).to(plain.dtype)
 
     def _more(self, x: Tensor) -> Tensor | None:
         """(T - 1) x, for what acts on the input features: magnitudes of that side, or a multiplicative adapter."""
         if isinstance(self.adapter, Reweight):
             return self.adapter.change(x, self._axis) if self.adapter.side == "input" else None
-        if self.magnitude is None or self.on_output:
+        magnitude = self.magnitude
+        if magnitude is None or self.on_output:
             return None
-        r = ratio(self.magnitude, self._norms().to(self.magnitude.device)).flatten()
+        r = ratio(magnitude, self._norms().to(magnitude.device)).flatten()
         return x * self.adapter.geometry.on_inputs(r - 1).to(x)
 
     @property
@@ -179,3 +188,13 @@ class AdaptedLayer(AttachedAdapter):
             for site in self.sites:
                 site.add_to_bias(self.adapter.bias_change(), m)
             return lost
+
+
+def bias_part(site: Site, y: Tensor, gate: CallGate) -> Tensor | None:
+    """What the adapter of a site adds to the output y by changing the bias; None = nothing ever."""
+    assert site.layer is not None
+    adapter = site.layer.adapter
+    change = adapter.bias_change()
+    if change is None:
+        return None
+    return gate.output(adapter.geometry.on_outputs(site.take_rows(change), y).to(y).expand_as(y))

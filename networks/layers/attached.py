@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from ..tensors import base_weight
 from .dropout import Dropouts
 from .magnitude import magnitude_shape, norms
 from .perturbation import Perturbation
+from .precision import kept_wide
 from .runtime import Runtime
 from .site import Site, Whole, read_whole
 
 LIVE_SCALE = "live_scale"  # marks a live state among the keys; a file has alpha instead
+WHOLE_MAGNITUDE = "magnitude"  # in live states from before a change was learnt
 
 
 class AttachedAdapter(nn.Module):
@@ -29,7 +31,14 @@ class AttachedAdapter(nn.Module):
         scale: alpha / dim, alpha / sqrt(dim), or 1 for a form without rank.
         dora: the side, "output" or "input", on which magnitudes are learnt; "" for none.
         perturbation: noise on the weight in training (GGPO), or None.
+
+    Attributes:
+        magnitude_change: what is learnt of its magnitudes, from 0; None without DoRA.
+        magnitude_start: what that is added to, in fp32 or wider whatever the rest is cast to.
     """
+
+    magnitude_change: nn.Parameter | None
+    magnitude_start: Tensor | None
 
     def __init__(
         self,
@@ -49,19 +58,28 @@ class AttachedAdapter(nn.Module):
         self.sites = (Site(base),) if isinstance(base, nn.Module) else tuple(base)
         for site in self.sites:
             site.layer = self
-        self.register_parameter("magnitude", None)
+        self.register_parameter("magnitude_change", None)
+        self.register_buffer("magnitude_start", None)
         self.on_output = dora != "input"
-        self._start_version: int | None = None
+        self._start_settled = False  # training, or what was loaded, goes on from the start of the magnitudes as it is
         if dora:
             assert not (self.dropouts.dropout or self.dropouts.rank_dropout), "DoRA with a dropout on the rank"
-            like = next(adapter.parameters())
-            self.magnitude = nn.Parameter(like.new_ones(magnitude_shape(adapter.geometry, self.on_output)))
+            like, shape = next(adapter.parameters()), magnitude_shape(adapter.geometry, self.on_output)
+            self.magnitude_change = nn.Parameter(like.new_zeros(shape))
+            self.magnitude_start = like.new_ones(shape, dtype=torch.promote_types(like.dtype, torch.float32))
             self.start_magnitude()
 
     @property
     def side(self) -> str:
         """Where its magnitudes are, "output" or "input"; "" without DoRA."""
-        return "" if self.magnitude is None else "output" if self.on_output else "input"
+        return "" if self.magnitude_change is None else "output" if self.on_output else "input"
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """The magnitudes as they act, in fp32 or wider, differentiable; None without DoRA."""
+        if self.magnitude_start is None or self.magnitude_change is None:
+            return None
+        return self.magnitude_start + self.magnitude_change
 
     @property
     def base(self) -> nn.Module:
@@ -72,9 +90,10 @@ class AttachedAdapter(nn.Module):
 
     def attach(self) -> None:
         self.see_base()
-        self.start_magnitude()
         for site in self.sites:
             site.attach()
+        self.start_magnitude()  # of the weight as it is with the networks below
+        self._start_settled = not self._on_meta
 
     def detach(self) -> None:
         """Take this adapter out; what is below and above it on the same layer stays."""
@@ -113,10 +132,13 @@ class AttachedAdapter(nn.Module):
 
     def take_magnitude(self, magnitude: Tensor | None, folded: bool = False) -> None:
         """The magnitude of a file; without one the update's own length, so that it acts as the plain one it is."""
-        if self.magnitude is not None:
-            with torch.no_grad():
-                own = self._norms() if magnitude is None else magnitude.reshape(self.magnitude.shape)
-                self.magnitude.copy_(self.folded(own, back=True) if folded else own)
+        if self.magnitude_start is None or self.magnitude_change is None:
+            return
+        with torch.no_grad():
+            own = self._norms() if magnitude is None else magnitude.reshape(self.magnitude_start.shape)
+            self.magnitude_start.copy_(self.folded(own, back=True) if folded else own)
+            self.magnitude_change.zero_()
+        self._start_settled |= magnitude is not None
 
     @torch.no_grad()
     def folded(self, magnitude: Tensor, back: bool = False) -> Tensor:
@@ -139,7 +161,7 @@ class AttachedAdapter(nn.Module):
         """
         if not self.adapter.wants_base:
             return
-        if any(site.is_meta for site in self.sites):
+        if self._on_meta:
             if self.adapter.needs_base:
                 raise ValueError(
                     "its start values come from the base weight, which is not there yet (meta device): load the model "
@@ -152,14 +174,25 @@ class AttachedAdapter(nn.Module):
                 self.adapter.see_base(weight)
 
     def start_magnitude(self) -> None:
-        """The lengths of W + s dW, unless training or a file has set others. Hosts may load base weights until the
-        layer is attached, so it is called again there."""
-        if self.magnitude is None or any(site.is_meta for site in self.sites):
+        """The lengths of W + s dW, unless training or a file has gone on from others. Hosts may load base weights until
+        the layer is attached, so it is called again there."""
+        if self.magnitude_start is None or self.magnitude_change is None or self._start_settled or self._on_meta:
             return
-        if self._start_version in (None, self.magnitude._version):
-            with torch.no_grad():
-                self.magnitude.copy_(self._norms())
-            self._start_version = self.magnitude._version
+        with torch.no_grad():
+            if not self.magnitude_change.any():
+                self.magnitude_start.copy_(self._norms())
+
+    @property
+    def _on_meta(self) -> bool:
+        """Whether a base weight is not there yet."""
+        return any(site.is_meta for site in self.sites)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttachedAdapter:
+        """Casts and moves, from `.to()`, `.half()` and the like, of this module or of one around it."""
+        start, self.magnitude_start = self.magnitude_start, None
+        super()._apply(kept_wide(fn) if self.runtime.keeps_fp32 else fn, recurse)
+        self.magnitude_start = None if start is None else kept_wide(fn)(start)
+        return self
 
     # -- live state
 
@@ -175,10 +208,23 @@ class AttachedAdapter(nn.Module):
         scale = state_dict.pop(prefix + LIVE_SCALE, None)
         if scale is None:
             missing.append(prefix + LIVE_SCALE)
-        else:
+        self.renew_state(state_dict, prefix)
+        self.see_state(scale)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+
+    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Say a live state of an earlier version in today's terms, in place; one of today stays as it is."""
+        whole = state.pop(prefix + WHOLE_MAGNITUDE, None)
+        if whole is not None:  # training goes on from there: no digit of it is lost
+            state[f"{prefix}magnitude_start"], state[f"{prefix}magnitude_change"] = whole, torch.zeros_like(whole)
+        self.adapter.renew_state(state, f"{prefix}adapter.")
+
+    def see_state(self, scale: Tensor | None) -> None:
+        """A live state is taken over: its scale, and that nothing starts any more."""
+        if scale is not None:
             self.scale = float(scale) / self.adapter.plus_gain
         self.adapter.settle_()
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)
+        self._start_settled = True
 
     # -- what the formula reads
 
@@ -207,9 +253,12 @@ class AttachedAdapter(nn.Module):
     @torch.no_grad()
     def weight_below(self, site: Site, device: torch.device | None = None) -> Tensor:
         """The weight below this layer at one of its modules, with what other networks do to it there."""
-        weight, under = site.read(device), site.under()
-        if under is None or under.layer is None or not under.layer.runtime.enabled:
-            return weight
+        under = site.under()
+        if under is None:
+            return site.read(device)
+        assert under.layer is not None
+        if not under.layer.runtime.enabled:
+            return under.layer.weight_below(under, device)
         if under.pieces is None:
             return under.layer.new_weight(under.layer.weight_below(under, device))
         return under.take_rows(under.layer.new_weight(under.layer.whole_weight(device)))
@@ -221,11 +270,11 @@ class AttachedAdapter(nn.Module):
 
     def _norms(self, only: Site | None = None) -> Tensor:
         """||W + s dW|| in the magnitude's shape; on the output side for the rows of one site if asked."""
-        assert self.magnitude is not None
+        assert self.magnitude_start is not None
         sites = self.sites if only is None else (only,)
         with torch.no_grad():
-            near = {site: self.weight_below(site).to(self.magnitude.device) for site in sites}
-        shape = tuple(self.magnitude.shape)
+            near = {site: self.weight_below(site).to(self.magnitude_start.device) for site in sites}
+        shape = tuple(self.magnitude_start.shape)
         return norms(self.wide_adapter(), near, self.strength, shape, self.on_output, only is not None)
 
     def backup(self) -> None:

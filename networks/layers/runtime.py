@@ -18,6 +18,7 @@ class Runtime:
     sampling: the model's own forward was entered without gradients (hosts draw sample images in train mode).
     for_inference: made for generation; such networks are never put into eval mode by some hosts.
     factored: whether updates take their factored form, or the weight change is built; None = the cheaper one.
+    keeps_fp32: values stay in fp32 or wider whatever a host casts the network to.
     region: this network's place in a picture of several prompts, or None.
     """
 
@@ -26,4 +27,5 @@ class Runtime:
     sampling: bool = False
     for_inference: bool = False
     factored: bool | None = None
+    keeps_fp32: bool = False
     region: Region | None = None

@@ -85,6 +85,10 @@ class _Parts(Adapter):
     def _each(self) -> list[Adapter]:
         return [part for part in self.parts if isinstance(part, Adapter)]
 
+    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
+        for i, part in enumerate(self._each()):
+            part.renew_state(state, f"{prefix}parts.{i}.")
+
     def _whole(self, pieces: Pieces) -> list[Adapter] | None:
         """The parts whose rows these pieces are; None if they cut one."""
         starts = {sum(self.sizes[:i]): part for i, part in enumerate(self._each())}
@@ -188,10 +192,6 @@ class Split(_Parts):
     def shrink_(self, ratio: float) -> None:
         for part in self._each():
             part.shrink_(ratio)
-
-    @property
-    def shrinks_exactly(self) -> bool:
-        return all(part.shrinks_exactly for part in self._each())
 
     @property
     def mask_size(self) -> int:
