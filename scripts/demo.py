@@ -3,7 +3,8 @@
 It runs the trainer and the generator as a user would (their command lines are printed), makes one picture of what they
 wrote, and checks the result: the loss on captions kept out of the training must fall well below the base model's, the
 colours must go, and strength 0 must be the base model to the last bit. Written to output/demo/:
-emoji-outline.safetensors (the adapter), loss.png, before_after.png, plan.txt.
+emoji-outline.safetensors (the adapter), loss.png, before_after.png, plan.txt. That folder is the demo's own and made
+anew; in another, what is there already is replaced only with --overwrite.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from networks.hosts.command_line import run_program  # noqa: E402
+from networks.hosts.command_line import (  # noqa: E402
+    INTERRUPTED,
+    Terminated,
+    add_overwrite,
+    check_outputs,
+    run_program,
+)
 from networks.hosts.picture_grid import make_grid  # noqa: E402
 
 EMOJI = ROOT / "scripts" / "emoji"
+OUTPUT = ROOT / "output" / "demo"
 NAME = "emoji-outline"
 STRENGTHS = (0.0, 0.5, 1.0)
 SHOWN = (
@@ -91,8 +99,15 @@ def run(script: str, arguments: Sequence[str]) -> None:
     """Run one of our scripts, visibly. Raises ValueError when it fails."""
     command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     print(f"\n$ {subprocess.list2cmdline(['python', f'scripts/{script}', *arguments])}", flush=True)
-    code = subprocess.call(command)
-    if code == 130:
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Terminated):  # Ctrl-C has reached it already
+            process.terminate()
+        process.wait()  # it cleans up, too
+        raise
+    if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code:
         raise ValueError(f"scripts/{script} failed with exit code {code}; its own message stands above.")
@@ -142,11 +157,17 @@ def held_out_losses(path: Path) -> tuple[float, float]:
     return values[0], values[-1]
 
 
+def drawn_before(output: Path) -> list[Path]:
+    """Pictures of an earlier demo."""
+    return [path for name in ("base", "adapter") for path in sorted((output / "images" / name).glob("im_*.png"))]
+
+
 def draw_rows(model: Path, output: Path, steps: int) -> tuple[list[Any], dict[float, list[Any]]]:
     """Draw the shown captions with the base model alone, and with the adapter at each strength."""
     images = output / "images"
-    shutil.rmtree(images, ignore_errors=True)
-    images.mkdir(parents=True)
+    images.mkdir(parents=True, exist_ok=True)
+    for earlier in drawn_before(output):  # the generator goes on after them
+        earlier.unlink()
     plain, with_strength = images / "base-prompts.txt", images / "prompts.txt"
     plain.write_text("".join(f"{caption}\n" for caption in SHOWN), encoding="utf-8")
     lines = [f"{caption} --am {strength}\n" for strength in STRENGTHS for caption in SHOWN]
@@ -158,11 +179,21 @@ def draw_rows(model: Path, output: Path, steps: int) -> tuple[list[Any], dict[fl
     return read_images(images / "base", len(SHOWN)), rows
 
 
+def check_free(output: Path, model: Path, overwrite: bool) -> None:
+    """Raises ValueError for what would be replaced in a folder that is not the demo's own."""
+    written = [output / f"{NAME}{end}" for end in (".safetensors", "-loss.csv", "-loss.png", "-plan.txt", "-plan.json")]
+    written += [output / name for name in ("loss.png", "plan.txt", "before_after.png")]
+    written += [output / "images" / name for name in ("prompts.txt", "base-prompts.txt")]
+    own = output.resolve() == OUTPUT.resolve()
+    check_outputs([*written, *drawn_before(output)], [model, EMOJI], overwrite or own)
+
+
 def demo(args: argparse.Namespace) -> int:
     """Train, draw, compare. Returns 0, or 1 when the adapter is not what it should be."""
     start, output, model = time.monotonic(), Path(args.output), Path(args.model)
     if not (model / "model_index.json").is_file():
         raise ValueError(f"{model} is missing or incomplete. Restore it from version control.")
+    check_free(output, model, args.overwrite)
     truth = true_images(SHOWN)
     run("train_network.py", train_arguments(model, output, args.steps))
     trained = time.monotonic() - start
@@ -203,9 +234,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=250, help="training steps; default: 250")
     parser.add_argument("--draw_steps", type=int, default=24, help="steps of drawing one image; default: 24")
     parser.add_argument("--model", metavar="FOLDER", default=str(EMOJI / "model"), help="default: the embedded model")
-    parser.add_argument(
-        "--output", metavar="FOLDER", default=str(ROOT / "output" / "demo"), help="default: output/demo"
-    )
+    parser.add_argument("--output", metavar="FOLDER", default=str(OUTPUT), help="default: output/demo")
+    add_overwrite(parser)
     parser.add_argument("--no_check", action="store_true", help="succeed whatever the adapter is like (for tests)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return run_program(demo, parser, sys.argv[1:] if argv is None else argv)

@@ -3,14 +3,16 @@
     python scripts/gen_img.py --ckpt MODEL --prompt "a cat" --outdir out --seed 1 \\
         --network_module networks.lora --network_weights my-lora.safetensors --network_mul 0.8
 
-Writes im_000000.png, im_000001.png, ...; each PNG carries its prompt, seed and settings as text. An image depends on
-its prompt, seed and settings only, not on the batch in which it is drawn. --strengths, --compare and --seeds also make
-a sheet of each prompt, grid_000000.png: a row for each strength, a column for each seed. Music is written as WAV.
+Writes im_000000.png, im_000001.png, ..., after those that are there; each PNG carries its prompt, seed and settings as
+text. An image depends on its prompt, seed and settings only, not on the batch in which it is drawn. --strengths,
+--compare and --seeds also make a sheet of each prompt, grid_000000.png: a row for each strength, a column for each
+seed. Music is written as WAV.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -26,6 +28,7 @@ from networks.hosts import diffusers as host  # noqa: E402
 from networks.hosts.command_line import (  # noqa: E402
     check_output_folder,
     check_weights_file,
+    finite_number,
     import_network_module,
     parse_network_args,
     run_program,
@@ -56,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--W", type=int, help="width in pixels; default: the model's own")
     add("--H", type=int, help="height in pixels; default: the model's own")
     add("--steps", type=int, default=50, help="default: 50")
-    add("--scale", type=float, default=7.5, help="guidance; default: 7.5")
+    add("--scale", type=finite_number, default=7.5, help="guidance; default: 7.5")
     add("--sampler", choices=sorted(SAMPLERS), help="default: the model's own")
     add("--seed", type=int, help="of each prompt's first image, the next ones count up; default: random, printed")
     add("--images_per_prompt", type=int, default=1)
@@ -66,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--sdpa", action="store_true", help="torch's fused attention also on the CPU")
     add("--network_module", nargs="*", default=[], metavar="MODULE", help="one or more")
     add("--network_weights", nargs="*", default=[], metavar="FILE", help="one for each module")
-    add("--network_mul", nargs="*", type=float, default=[], metavar="X", help="their strengths; default: 1.0")
+    add("--network_mul", nargs="*", type=finite_number, default=[], metavar="X", help="their strengths; default: 1.0")
     add(
         "--network_args",
         nargs="*",
@@ -77,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--strengths",
         nargs="+",
-        type=float,
+        type=finite_number,
         metavar="X",
         help="draw each prompt at these strengths, times --network_mul",
     )
@@ -217,6 +220,13 @@ def next_number(folder: Path, name: str) -> int:
     return 1 + max((int(stem) for stem in stems if stem.isdigit()), default=-1)
 
 
+def unused(folder: Path, name: str, number: int, suffix: str) -> tuple[int, Path]:
+    """The first number from this one on that no file has by now: another run may draw into the same folder."""
+    while os.path.lexists(path := folder / f"{name}{number:06d}{suffix}"):
+        number += 1
+    return number, path
+
+
 def draw_sheets(args: argparse.Namespace, folder: Path, images: Sequence[tuple[ImageRequest, Any]]) -> None:
     """One sheet for each prompt, from its images in the order of `variants`."""
     rows, number = len(args.strengths or [1]), next_number(folder, "grid_")
@@ -227,7 +237,8 @@ def draw_sheets(args: argparse.Namespace, folder: Path, images: Sequence[tuple[I
         table = [
             (name, [image for _, image in part[row * columns : (row + 1) * columns]]) for row, name in enumerate(names)
         ]
-        make_grid(table, [f"seed {request.seed}" for request, _ in part[:columns]], folder / f"grid_{number:06d}.png")
+        number, path = unused(folder, "grid_", number, ".png")
+        make_grid(table, [f"seed {request.seed}" for request, _ in part[:columns]], path)
         number += 1
 
 
@@ -243,7 +254,7 @@ def generate(args: argparse.Namespace) -> int:
     requests = read_requests(args, family)
     networks = Networks(args, family, dtype)
     folder = Path(args.outdir)
-    number = first = next_number(folder, "im_")
+    number, count = next_number(folder, "im_"), 0
     drawn: list[tuple[ImageRequest, Any]] = []
     more = {f"network-{index}": Path(path).name for index, path in enumerate(args.network_weights)}
     if args.sampler:
@@ -253,13 +264,14 @@ def generate(args: argparse.Namespace) -> int:
             networks.set_strengths(batch[0].multipliers)
             for image, request in zip(family.draw(batch), batch, strict=True):
                 shown = replace(request, multipliers=networks.current or None)
-                family.save(image, folder / f"im_{number:06d}{family.suffix}", shown, more)
+                number, path = unused(folder, "im_", number, family.suffix)
+                family.save(image, path, shown, more)
                 drawn += [(shown, image)] if args.strengths or args.seeds else []
-                number += 1
+                number, count = number + 1, count + 1
                 bar.update()
     if drawn and family.suffix == ".png":
         draw_sheets(args, folder, drawn)
-    print(f"{number - first} images in {folder}")
+    print(f"{count} images in {folder}")
     return 0
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import add_allow_missing, run_program  # noqa: E402
+from networks.args.coerce import finite  # noqa: E402
+from networks.hosts.command_line import add_allow_missing, add_overwrite, check_outputs, run_program  # noqa: E402
 
 SHOWN = 10  # names of layers that found no weight
 
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument("adapters", metavar="FILE[=MULTIPLIER]", nargs="+", help="merged in this order; multiplier 1")
     parser.add_argument("--out", metavar="PATH", type=Path, required=True, help="a .safetensors file, or a new folder")
+    add_overwrite(parser)
     parser.add_argument("--prefix", default="", help="lora_te1 or lora_te2: which text encoder a folder is")
     parser.add_argument("--device", default="cpu", help="where it is computed; default: %(default)s")
     add_allow_missing(parser)
@@ -50,9 +52,11 @@ def merge(args: argparse.Namespace) -> int:
     from networks.files.merge import CheckpointMerge, MergeInput
     from networks.files.places import Allowance
 
+    files = [split_multiplier(item) for item in args.adapters]
     checkpoint = Checkpoint(args.checkpoint)
     check_free(checkpoint, args.out)
-    adapters = [MergeInput.open(*split_multiplier(item), checkpoint.shapes) for item in args.adapters]
+    check_outputs(lost_with(args.out), [args.checkpoint, *(path for path, _ in files)], args.overwrite)
+    adapters = [MergeInput.open(path, multiplier, checkpoint.shapes) for path, multiplier in files]
     plan = CheckpointMerge(checkpoint, adapters, args.prefix, torch.device(args.device))
     allowance = Allowance.given(args.allow_missing, "--allow_missing")
     for adapter in adapters:
@@ -83,13 +87,18 @@ def report(
     print(f"  strength by {adapter.file.strength}")
 
 
+def lost_with(out: Path) -> list[Path]:
+    """What must not be replaced unasked: an empty folder is nothing."""
+    return [] if out.is_dir() and not any(out.iterdir()) else [out]
+
+
 def split_multiplier(item: str) -> tuple[Path, float]:
     """`file` or `file=0.5`."""
     path, equals, number = item.rpartition("=")
     if not equals or Path(item).exists():
         return Path(item), 1.0
     try:
-        return Path(path), float(number)
+        return Path(path), finite(number)
     except ValueError:
         raise ValueError(f"{item}: {number!r} is no multiplier; write FILE=0.8") from None
 

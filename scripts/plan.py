@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import import_network_module, parse_network_args, run_program  # noqa: E402
+from networks.hosts.command_line import finite_number, import_network_module, parse_network_args, run_program  # noqa: E402
 from networks.hosts.releases import RELEASES  # noqa: E402
 
 HOSTS = {"sd-scripts": "sd_scripts", "musubi": "musubi"}
@@ -32,8 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", choices=HOSTS, default="sd-scripts", help="the trainer; default: %(default)s")
     parser.add_argument("--network_module", default="networks.lora", help="default: %(default)s")
     parser.add_argument("--network_dim", type=int, help="rank; the module's default is 4")
-    parser.add_argument("--network_alpha", type=float, default=1.0, help="default: %(default)s, as in the trainers")
-    parser.add_argument("--network_dropout", type=float)
+    parser.add_argument(
+        "--network_alpha", type=finite_number, default=1.0, help="default: %(default)s, as in the trainers"
+    )
+    parser.add_argument("--network_dropout", type=finite_number)
     parser.add_argument("--network_args", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--network_train_unet_only", action="store_true")
     parser.add_argument("--network_train_text_encoder_only", action="store_true")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import run_program  # noqa: E402
+from networks.hosts.command_line import add_overwrite, check_outputs, run_program  # noqa: E402
 
 WAYS = ("first", "nearest")
 
@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "that rank at the same strength, by SVD; the default for all others",
     )
     parser.add_argument("--out_dir", metavar="FOLDER", type=Path, help="default: beside FILE")
+    add_overwrite(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     from networks.files.adapter_file import FileTensors, Naming
     from networks.files.resize import is_nested, numbered, resize, told
 
+    outs = {dim: numbered((args.out_dir or args.file.parent) / args.file.name, dim) for dim in args.dims}
+    check_outputs(outs.values(), [args.file], args.overwrite)
     tensors = FileTensors(args.file)
     file, metadata = tensors.opened(Naming()), tensors.metadata
     nested = is_nested(metadata)
@@ -62,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
             f"warning: {args.file.name} does not say that DyLoRA trained it; cut ranks of others are lost",
             file=sys.stderr,
         )
-    for dim in args.dims:
+    for dim, out in outs.items():
         smaller, lost = resize(file, tensors, dim, way)
-        out = numbered((args.out_dir or args.file.parent) / args.file.name, dim)
         writer.write_tensors(out, smaller, metadata=told(metadata, dim, way))
         print(f"wrote {out}: dim {dim}" + (f", {lost:.1%} of the update lost" if way == "nearest" else ""))
     return 0

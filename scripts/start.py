@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -273,12 +274,25 @@ def main(argv: list[str]) -> int:
         return 130
     call = [str(python), *COMMANDS[command][1], *extra]
     say(f"running {' '.join(call)}")
-    process = subprocess.Popen(call, cwd=ROOT, env=child_environment(command))
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue  # the child got it, too, and ends in its own way
+    return wait_for(subprocess.Popen(call, cwd=ROOT, env=child_environment(command)))
+
+
+def wait_for(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a command, which ends in its own way when this program is asked to end."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # these reach us alone; those that are ignored (nohup) stay so
+    numbers = [number for name in names if signal.getsignal(number := getattr(signal, name)) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, lambda number, frame: process.send_signal(number))
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # it got that, too
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

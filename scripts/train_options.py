@@ -9,7 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from networks.hosts.caption_folder import Buckets, CaptionedImage, read_caption_folder
-from networks.hosts.command_line import OnOff, check_output_folder, check_weights_file, parse_network_args
+from networks.hosts.command_line import (
+    OnOff,
+    check_output_folder,
+    check_weights_file,
+    finite_number,
+    parse_network_args,
+)
 from networks.hosts.diffusers import check_model_folder
 from networks.hosts.families import FAMILIES, DataOptions, NoiseOptions
 from networks.hosts.families.noise import SAMPLINGS
@@ -48,7 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_bucket_reso", type=int, default=256, metavar="PIXELS", help="shortest side; default: 256")
     add("--max_bucket_reso", type=int, default=1024, metavar="PIXELS", help="longest side; default: 1024")
     add("--bucket_reso_steps", type=int, default=64, metavar="PIXELS", help="sides are multiples of it; default: 64")
-    add("--max_audio_seconds", type=float, default=240, metavar="S", help="music is cut to this length; default: 240")
+    add(
+        "--max_audio_seconds",
+        type=finite_number,
+        default=240,
+        metavar="S",
+        help="music is cut to this length; default: 240",
+    )
     add("--train_batch_size", type=int, default=1, help="examples a step in each process")
     add("--max_data_loader_n_workers", type=int, default=0, help="default 0: images are read by the main process")
     add(
@@ -78,21 +90,32 @@ def build_parser() -> argparse.ArgumentParser:
     add("--network_module", default="networks.lora", metavar="MODULE", help="default: networks.lora")
     add("--network_args", nargs="*", metavar="KEY=VALUE", help="arguments of the network module")
     add("--network_dim", type=int, help="rank; default: the module's")
-    add("--network_alpha", type=float, default=1, help="the scale is alpha/dim; default: 1")
-    add("--network_dropout", type=float, help="probability of dropping a rank activation")
+    add("--network_alpha", type=finite_number, default=1, help="the scale is alpha/dim; default: 1")
+    add("--network_dropout", type=finite_number, help="probability of dropping a rank activation")
     add("--network_weights", metavar="FILE", help="continue from this saved network")
     add("--dim_from_weights", action="store_true", help="take ranks and alphas from --network_weights")
     add("--base_weights", nargs="*", metavar="FILE", help="networks merged into the model before training")
-    add("--base_weights_multiplier", nargs="*", type=float, metavar="X", help="their strengths; default: 1.0 each")
+    add(
+        "--base_weights_multiplier",
+        nargs="*",
+        type=finite_number,
+        metavar="X",
+        help="their strengths; default: 1.0 each",
+    )
     add("--network_train_unet_only", action="store_true")
     add("--network_train_text_encoder_only", action="store_true")
-    add("--scale_weight_norms", type=float, metavar="MAX", help="keep every layer's update at or below this norm")
+    add(
+        "--scale_weight_norms",
+        type=finite_number,
+        metavar="MAX",
+        help="keep every layer's update at or below this norm",
+    )
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--learning_rate", type=float, default=1e-4, help="default: 1e-4")
-    add("--unet_lr", type=float)
-    add("--text_encoder_lr", type=float, nargs="*", metavar="LR", help="one for all text encoders, or one each")
+    add("--learning_rate", type=finite_number, default=1e-4, help="default: 1e-4")
+    add("--unet_lr", type=finite_number)
+    add("--text_encoder_lr", type=finite_number, nargs="*", metavar="LR", help="one for all text encoders, or one each")
     add("--optimizer_type", default="AdamW", help="AdamW, AdamW8bit, SGD or package.module.Class")
     add("--optimizer_args", nargs="*", metavar="KEY=VALUE", help='for example "betas=0.9,0.99"')
     add("--lr_scheduler", default="constant", choices=SCHEDULERS, help="default: constant")
@@ -109,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--quantize", choices=QUANTIZED, help="store the frozen model's Linear layers in 4 or 8 bits (bitsandbytes)")
     add("--fp8_base", action="store_true", help="store the frozen model's weights in 8 bits: half the memory of bf16")
     add("--gradient_accumulation_steps", type=int, default=1)
-    add("--max_grad_norm", type=float, default=1.0, help="0 = do not clip; default: 1.0")
+    add("--max_grad_norm", type=finite_number, default=1.0, help="0 = do not clip; default: 1.0")
     add("--max_train_steps", type=int, default=1600, help="optimizer steps; default: 1600")
     add("--seed", type=int, help="same seed, same result; default: a random one, printed")
     add("--sdpa", action="store_true", help="torch's fused attention also on the CPU, where the plain one is faster")
@@ -136,29 +159,54 @@ def _add_noise_and_loss(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--loss_type", choices=DISTANCES, default="l2", help="distance of answer and target; default: l2")
     add("--huber_schedule", choices=HUBER_SCHEDULES, default="snr", help="how c falls with the noise; default: snr")
-    add("--huber_c", type=float, default=0.1, help="c of huber and smooth_l1, at the most noise; default: 0.1")
-    add("--huber_scale", type=float, default=1.0, help="factor on c in exponential and constant schedules; default: 1")
-    add("--noise_offset", type=float, default=0.0, help="size of noise that a channel has in common; 0.1 is usual")
-    add("--ip_noise_gamma", type=float, default=0.0, help="more noise in the input than in the target; 0.1 is usual")
+    add("--huber_c", type=finite_number, default=0.1, help="c of huber and smooth_l1, at the most noise; default: 0.1")
+    add(
+        "--huber_scale",
+        type=finite_number,
+        default=1.0,
+        help="factor on c in exponential and constant schedules; default: 1",
+    )
+    add(
+        "--noise_offset",
+        type=finite_number,
+        default=0.0,
+        help="size of noise that a channel has in common; 0.1 is usual",
+    )
+    add(
+        "--ip_noise_gamma",
+        type=finite_number,
+        default=0.0,
+        help="more noise in the input than in the target; 0.1 is usual",
+    )
 
     group = parser.add_argument_group("noise and loss of Stable Diffusion 1, 2 and XL")
     add = group.add_argument
-    add("--min_snr_gamma", type=float, help="signal-to-noise ratios above it count no more than it; 5 is usual")
+    add("--min_snr_gamma", type=finite_number, help="signal-to-noise ratios above it count no more than it; 5 is usual")
     add("--debiased_estimation_loss", action="store_true", help="weight the loss by 1 / sqrt(signal-to-noise ratio)")
     add("--zero_terminal_snr", action="store_true", help="v models: the last level is noise alone")
     add("--scale_v_pred_loss_like_noise_pred", action="store_true", help="v models: weights of a model of noise")
-    add("--v_pred_like_loss", type=float, metavar="X", help="models of noise: add X times the loss of a v model")
+    add(
+        "--v_pred_like_loss", type=finite_number, metavar="X", help="models of noise: add X times the loss of a v model"
+    )
 
     group = parser.add_argument_group("noise and loss of flow models")
     add = group.add_argument
     add("--timestep_sampling", choices=SAMPLINGS, help="how noise levels are drawn; default: as the family was trained")
-    add("--discrete_flow_shift", type=float, help="above 1, more noise; for sigma and shift; default: the family's")
-    add("--sigmoid_scale", type=float, help="spread of sigmoid, shift and flux_shift; default: 1")
+    add(
+        "--discrete_flow_shift",
+        type=finite_number,
+        help="above 1, more noise; for sigma and shift; default: the family's",
+    )
+    add("--sigmoid_scale", type=finite_number, help="spread of sigmoid, shift and flux_shift; default: 1")
     add("--weighting_scheme", choices=SCHEMES, help="density of sigma (logit_normal, mode), or weight of the loss")
-    add("--logit_mean", type=float, help="of logit_normal; above 0, less noise; default: 0")
-    add("--logit_std", type=float, help="of logit_normal; default: 1")
-    add("--mode_scale", type=float, help="of mode; default: 1.29")
-    add("--guidance_scale", type=float, help="what a distilled model is told while it learns; default: 1, no guidance")
+    add("--logit_mean", type=finite_number, help="of logit_normal; above 0, less noise; default: 0")
+    add("--logit_std", type=finite_number, help="of logit_normal; default: 1")
+    add("--mode_scale", type=finite_number, help="of mode; default: 1.29")
+    add(
+        "--guidance_scale",
+        type=finite_number,
+        help="what a distilled model is told while it learns; default: 1, no guidance",
+    )
 
 
 MODEL = "--pretrained_model_name_or_path"

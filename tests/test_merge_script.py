@@ -313,7 +313,7 @@ def _cases(tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
         "does not fit": ([m, wrong, "--out", o], "blocks.0.attn.to_q.weight"),
         "no adapter": ([m, unknown, "--out", o], "strange"),
         "a model as adapter": ([m, m, "--out", o], "no adapter that we know"),
-        "over itself": ([m, a, "--out", m], "the checkpoint itself"),
+        "over itself": ([m, a, "--out", m], "is read, and writing it would destroy it"),
         "quantised": ([packed, a, "--out", o], "stored as U8"),
         "pipeline": ([pipeline, a, "--out", o], "one component, unet"),
         "full folder": ([pipeline / "unet", a, "--out", full], "not an empty folder"),

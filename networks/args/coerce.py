@@ -7,6 +7,7 @@ A coercer takes either and raises ValueError with what is wrong and what to writ
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import json
 import math
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .spec import Arg
 
 NOT_GIVEN = ("", "none", "null", "undefined")
+LAST_BLOCK = 9999  # far above every model; a range is listed number by number
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -47,24 +49,61 @@ def _bounded(arg: Arg, value: float) -> None:
         raise ValueError(f"is too large; it must stay below {arg.below:g}")
 
 
-def _integer(arg: Arg, raw: Any) -> int:
-    try:
-        number = float(_text(raw))
-    except ValueError:
-        raise ValueError("is not a whole number; write one such as 8") from None
-    if not math.isfinite(number) or number != int(number):
-        raise ValueError("is not a whole number; write one such as 8")
-    _bounded(arg, number)
-    return int(number)
+def finite(raw: Any) -> float:
+    """A number of the user, as text or typed.
 
-
-def _number(arg: Arg, raw: Any) -> float:
+    Raises:
+        ValueError: it is none, or NaN or infinite, with an example of what to write.
+    """
     try:
-        number = float(_text(raw))
-    except ValueError:
+        number = math.nan if isinstance(raw, bool) else float(raw)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
+    except (TypeError, ValueError):
         raise ValueError("is not a number; write one such as 0.1") from None
     if not math.isfinite(number):
         raise ValueError("is not a finite number; write one such as 0.1")
+    return number
+
+
+def whole(raw: Any) -> int:
+    """A whole number of the user; `8.0` is one, `2.7` is none.
+
+    Raises:
+        ValueError: it is none, with an example of what to write.
+    """
+    with contextlib.suppress(ValueError):
+        number = finite(raw)
+        with contextlib.suppress(ValueError):
+            return int(_text(raw))  # exact, also where the float is not
+        if number.is_integer():
+            return int(number)
+    raise ValueError("is not a whole number; write one such as 8")
+
+
+def named(name: str, raw: Any, least: float = -math.inf, read: Callable[[Any], float] = finite) -> float:
+    """A number that a call has under this name.
+
+    Raises:
+        ValueError: it is none, not finite, or below the least.
+    """
+    try:
+        number = read(raw)
+    except ValueError as error:
+        raise ValueError(f"{name}={raw} {error}") from None
+    if number < least:
+        raise ValueError(f"{name}={raw} is too small; the least is {least:g}")
+    return number
+
+
+def _integer(arg: Arg, raw: Any) -> int:
+    number = whole(raw)
+    _bounded(arg, number)
+    return number
+
+
+def _number(arg: Arg, raw: Any) -> float:
+    number = finite(raw)
     _bounded(arg, number)
     return number
 
@@ -198,9 +237,11 @@ def _blocks(arg: Arg, raw: Any) -> tuple[int, ...] | None:
     numbers: set[int] = set()
     for part in split_top(text):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
+        if not match or whole(match[2] or match[1]) < whole(match[1]):
             raise ValueError(f"has {part!r}, which is no block number or range; write 0-7,20-37")
-        numbers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        if whole(match[2] or match[1]) > LAST_BLOCK:
+            raise ValueError(f"has {part!r}, and no model has so many blocks; write 0-7,20-37")
+        numbers.update(range(whole(match[1]), whole(match[2] or match[1]) + 1))
     return tuple(sorted(numbers))
 
 

@@ -17,6 +17,7 @@ from ..algos import ALGOS, Adapter
 from ..algos.clock import Clock, clock_of
 from ..archs.detect import unwrap
 from ..archs.spec import Timestep
+from ..args.coerce import named
 from ..files import codec, resize, writer
 from ..files.adapter_file import AdapterFile, Naming, as_encoded, of_tensors, open_file
 from ..files.dialects import Form
@@ -42,10 +43,18 @@ from .watching import time_reader, watch
 log = logging.getLogger(__name__)
 
 _PORTABLE = Form()
+_MERGED = (
+    "the network is in the base weights already, and would act twice: call restore_weights first where there was a "
+    "backup, otherwise load the model again and make another network"
+)
 
 
 class Network(nn.Module):
     """All adapters of one call.
+
+    It acts once: in the forward pass, from `attach` to `detach`, or in the base weights, from `merge` or
+    `pre_calculation` to `restore_weights`. While the weights have it, an attached network's forward pass adds nothing.
+    What would make it act twice is an error: a second `merge`, or `attach` after a merge without a backup.
 
     Its children are the adapted layers under their saved names; base layers are never children, so its parameters and
     its state are the adapter's alone.
@@ -75,7 +84,8 @@ class Network(nn.Module):
         super().__init__()
         self.form = form
         self.plan = plan
-        self.runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
+        self.runtime = Runtime(for_inference=for_inference)
+        self._merged_at: float | Tensor | None = None  # the multiplier that the base weights have it at, if they do
         self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
         self.allowance = Allowance()  # what of a file may be without a place
         self._roots = dict(roots)
@@ -96,6 +106,7 @@ class Network(nn.Module):
             self._layers[name] = row, layer
             self.add_module(name, layer)
         self._aliases = {row.own_saved_name: name for name, (row, _) in self._layers.items()}
+        self.set_multiplier(multiplier)
 
     # -- layers
 
@@ -113,8 +124,9 @@ class Network(nn.Module):
         """Take over the forwards of these parts' layers; layers of other parts leave the network.
 
         Raises:
-            ValueError: nothing is left to train.
+            ValueError: nothing is left to train, or the network is merged.
         """
+        self._refuse_merged()
         if parts is not None:
             for name in [name for name, (row, _) in self._layers.items() if row.part not in parts]:
                 del self._layers[name]
@@ -170,12 +182,22 @@ class Network(nn.Module):
     # -- strength
 
     def set_multiplier(self, multiplier: float | Sequence[float] | Tensor) -> None:
-        """One strength, or one per sample (forward only)."""
-        if isinstance(multiplier, (Tensor, Sequence)):
+        """One strength, or one per sample (forward only).
+
+        Raises:
+            ValueError: it is no finite number.
+        """
+        if isinstance(multiplier, (Tensor, Sequence)) and not isinstance(multiplier, str):
             values = torch.as_tensor(multiplier, dtype=torch.float32).flatten()
+            if not values.numel() or not bool(values.isfinite().all()):
+                raise ValueError(
+                    f"multiplier={multiplier} has no finite number for each sample; write some such as 0.8"
+                )
             self.runtime.multiplier = float(values[0]) if values.numel() == 1 else values
         else:
-            self.runtime.multiplier = float(multiplier)
+            self.runtime.multiplier = named("multiplier", multiplier)
+        if self._is_merged and not self._at_merged_strength:
+            log.warning("the network is merged into the base weights, where its strength cannot be changed any more")
 
     # -- regional prompts
 
@@ -202,29 +224,65 @@ class Network(nn.Module):
     # -- weight space
 
     def merge(self, device: torch.device | None = None) -> None:
-        """Put every W' into the base model, rounded once.
+        """Put every W' into the base model, rounded once; the forward pass adds nothing from then on.
 
         Raises:
-            ValueError: a base weight cannot be read or written; nothing was changed.
+            ValueError: the base weights have it already, or one cannot be read or written; nothing was changed.
         """
+        self.refuse_second_merge()
+        self._merged_at = self.runtime.multiplier
         merge(self.adapted_layers, device)
 
+    def refuse_second_merge(self) -> None:
+        """Whether the base weights are without this network.
+
+        Raises:
+            ValueError: they have it.
+        """
+        if any(layer.in_weight for layer in self.adapted_layers):
+            raise ValueError(_MERGED)
+
+    def _refuse_merged(self) -> None:
+        if self._is_merged:
+            raise ValueError(_MERGED)
+
+    @property
+    def _is_merged(self) -> bool:
+        """Whether the base weights have it for good."""
+        return any(layer.in_weight and not layer.has_backup for layer in self.adapted_layers)
+
+    @property
+    def _at_merged_strength(self) -> bool:
+        multiplier = self.runtime.multiplier
+        return not isinstance(multiplier, Tensor) and multiplier == self._merged_at
+
     def backup_weights(self) -> None:
+        """Remember the base weights as they are for `restore_weights`; the first backup counts until then."""
         check_bases(self.adapted_layers)
         for layer in self.adapted_layers:
             layer.backup()
 
     def restore_weights(self) -> None:
-        """Base weights of the backup, bit for bit; the adapters act in the forward pass again."""
+        """Base weights of the backup, bit for bit; adapters that are attached act in the forward pass again.
+
+        Networks on one module share its backup: what others merged since then is gone from the weights, too, and acts
+        in their forward passes.
+        """
         for layer in self.adapted_layers:
             layer.restore()
-        self.runtime.enabled = True
 
     def pre_calculation(self) -> None:
-        """Merge for the time being: needs a backup; `restore_weights` undoes it."""
+        """Merge for the time being, after a backup; `restore_weights` undoes it. Again at the same multiplier, it
+        changes nothing.
+
+        Raises:
+            ValueError: the base weights have the network at another multiplier, or as `merge`.
+        """
+        if not self._at_merged_strength:
+            self.refuse_second_merge()
         self.backup_weights()
-        self.merge()
-        self.runtime.enabled = False
+        self._merged_at = self.runtime.multiplier
+        merge([layer for layer in self.adapted_layers if not layer.in_weight])
 
     def limit_norms(self, limit: float) -> tuple[int, float, float]:
         """Shrink every true update above `limit`; (number shrunk, mean and maximum norm afterwards)."""

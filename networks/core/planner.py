@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..algos import ALGOS, Adapter, suited
 from ..args.parse import NetArgs, Problems
@@ -35,6 +37,7 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, Ba
             modules[row.saved_name] = candidate.bases
         rows.append(row)
     plan = Plan(request.arch.title, tuple(rows))
+    _check_dims(plan, request, problems)
     notes = effects.check(plan, request, planner.deciding, problems)
     notes += file_form.check(plan.trained, request, problems) if plan.trained else []
     warnings = (*planner.unusual(), *planner.preset.warnings(), *effects.unmergeable(plan))
@@ -42,6 +45,26 @@ def build_plan(request: Request, problems: Problems) -> tuple[Plan, dict[str, Ba
 
 
 _OFF = {True: "dim 0", False: "its block has the learning rate factor 0"}
+MANY = 4096  # ranks, of which even a small layer may have too many at no cost
+
+
+def _check_dims(plan: Plan, request: Request, problems: Problems) -> None:
+    """Dims far above what any layer can use would only fill the memory; forms that end at the full rank take them."""
+    rows = [row for row in plan.trained if row.dim > MANY and (row.layout.rank or 0) > MANY]
+    full = max((min(row.shape[0], math.prod(row.shape[1:])) for row in plan.trained), default=0)
+    given = {"network_dim": request.dim, **request.args.pick(sorted(request.args.given - {"preset"}))}
+    for dim in dict.fromkeys(row.dim for row in rows if row.dim > 4 * full and request.saved is None):
+        name = next((name for name, value in given.items() if dim in _numbers_in(value)), "dim")
+        problems.add(
+            f"{name}={dim} is far above the full rank of every layer here, which is {full} at most: 4 to 128 are usual"
+        )
+
+
+def _numbers_in(value: Any) -> Collection[Any]:
+    """Of an argument: a number, a list of them, or a mapping to them."""
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,)
+
+
 _UNASKED = {
     NormGeometry.family: "give train_norm=True to train it",
     Geometry.family: "norm is for normalisation layers alone",

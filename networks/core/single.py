@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..algos import ALGOS
+from ..args.coerce import named, whole
 from ..layers.adapted import AdaptedLayer
 from ..layers.dropout import Dropouts
 from ..layers.runtime import Runtime
@@ -23,7 +24,7 @@ class SingleLayer(AdaptedLayer):
         dropouts: dropout, rank_dropout, module_dropout.
 
     Raises:
-        ValueError: the layer is of another kind.
+        ValueError: the layer is of another kind, or a number is none that the formula can take.
     """
 
     def __init__(
@@ -40,7 +41,11 @@ class SingleLayer(AdaptedLayer):
         geometry = Geometry.of(module)
         if geometry is None:
             raise ValueError(f"{name}: {type(module).__name__} is neither a Linear nor a convolution")
-        adapter = ALGOS[algo](geometry, dim)
-        runtime = Runtime(multiplier=multiplier, for_inference=for_inference)
+        try:
+            runtime = Runtime(named("multiplier", multiplier), for_inference=for_inference)
+            scale = named("alpha", alpha or 0, 0)
+            adapter = ALGOS[algo](geometry, int(named("lora_dim", dim, 1, whole)))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         super().__init__(name, module, adapter, 1.0, Dropouts(**dropouts), runtime)
-        self.take_alpha(float(alpha or 0))
+        self.take_alpha(scale)

@@ -7,19 +7,24 @@ near the largest of them; dtypes, shapes and all other bytes are the same.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import reader, writer
+from . import outputs, reader, writer
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 24  # bytes that are copied at once
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of tensors that have changed
+_WEIGHTS = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
 class Checkpoint:
@@ -31,7 +36,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = _files_of(path)
+        self.files, self.index = _files_of(path)
         self.headers = {file: reader.read_header(file) for file in self.files}
         self.where = {key: file for file, header in self.headers.items() for key in header.shapes}
         self.shapes = {key: shape for header in self.headers.values() for key, shape in header.shapes.items()}
@@ -48,7 +53,7 @@ class Checkpoint:
         metadata: Mapping[str, str],
         progress: Callable[[str, int], None],
     ) -> None:
-        """Write a copy; a folder appears whole or not at all, like a file.
+        """Write a copy; a folder appears whole or not at all, like a file. What is there already is replaced.
 
         Args:
             changed: key -> its new tensor, of the same shape and dtype, or None where it stays; asked once per key.
@@ -60,80 +65,119 @@ class Checkpoint:
             OSError: it cannot be written; nothing is left behind.
         """
         check_free(self, out)
-        if not self.path.is_dir():
-            self._copy(self.files[0], out, changed, metadata, progress)
-            return
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-            whole = Path(temporary) / out.name
-            names = {file.name for file in self.files}
-            shutil.copytree(self.path, whole, ignore=lambda folder, found: names & set(found))
+        size = sum(self._end(file) for file in self.files)
+        with outputs.whole(out, size) as part:
+            if self.path.is_dir():
+                shutil.copytree(self.path, part, ignore=self._not_copied)
             for file in self.files:
-                self._copy(file, whole / file.name, changed, metadata, progress)
-            if out.exists():
-                out.rmdir()  # empty, as was checked
-            whole.rename(out)
+                place = part / file.relative_to(self.path) if self.path.is_dir() else part
+                outputs.write(place, self._chunks(file, changed, metadata, progress))
+        if self.other_weights:
+            names = ", ".join(str(file.relative_to(self.path)) for file in self.other_weights)
+            log.warning("not in %s: %s, which would be weights without the change", out, names)
 
-    def _copy(
+    @cached_property
+    def other_weights(self) -> list[Path]:
+        """Files of weights in the folder which are not the checkpoint's: in a copy they would stay as they are."""
+        inside = sorted(self.path.rglob("*")) if self.path.is_dir() else []
+        return [file for file in inside if self._is_weights(file) and file not in self.files]
+
+    def _is_weights(self, file: Path) -> bool:
+        return file.name.lower().endswith(_WEIGHTS) and file != self.index
+
+    def _not_copied(self, folder: str, names: list[str]) -> set[str]:
+        """Of the files in a folder: weights are written by us, or left out."""
+        return {name for name in names if self._is_weights(Path(folder, name))}
+
+    def _end(self, file: Path) -> int:
+        """Bytes of a file's tensors."""
+        return max((entry["data_offsets"][1] for entry in self.headers[file].entries.values()), default=0)
+
+    def _chunks(
         self,
         file: Path,
-        out: Path,
         changed: Callable[[str], Tensor | None],
         metadata: Mapping[str, str],
         progress: Callable[[str, int], None],
-    ) -> None:
+    ) -> Iterator[bytes | memoryview]:
+        """The new contents of a file, one tensor after the other."""
         header = self.headers[file]
         kept = {key: value for key, value in header.metadata.items() if key not in _STALE}
-        ordered = sorted(header.entries, key=lambda key: header.entries[key]["data_offsets"])
-        size = max((header.entries[key]["data_offsets"][1] for key in ordered), default=0)
-
-        def chunks() -> Iterator[bytes | memoryview]:
-            yield writer.safetensors_header(header.entries, {**kept, **metadata})
-            with file.open("rb") as stream:
-                for key in ordered:
-                    start, end = header.entries[key]["data_offsets"]
-                    tensor = changed(key)
-                    if tensor is None:
-                        stream.seek(header.start + start)
-                        for at in range(start, end, _CHUNK):
-                            yield stream.read(min(_CHUNK, end - at))
-                    else:
-                        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                        assert data.numel() == end - start, key
-                        yield data.numpy().data
-                    progress(key, end - start)
-
-        writer.replace(out, chunks(), size)
+        yield writer.safetensors_header(header.entries, {**kept, **metadata})
+        with file.open("rb") as stream:
+            for key in sorted(header.entries, key=lambda key: header.entries[key]["data_offsets"]):
+                start, end = header.entries[key]["data_offsets"]
+                tensor = changed(key)
+                if tensor is None:
+                    stream.seek(header.start + start)
+                    for at in range(start, end, _CHUNK):
+                        yield stream.read(min(_CHUNK, end - at))
+                else:
+                    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    assert data.numel() == end - start, key
+                    yield data.numpy().data
+                progress(key, end - start)
 
 
 def check_free(checkpoint: Checkpoint, out: Path) -> None:
-    """Whether the copy may be written there: a merge over its own input could not be told from a second one.
+    """Whether a copy may stand there: not over what is read, and a folder only over an earlier copy.
 
     Raises:
         ValueError: with what is in the way.
     """
-    if out.exists() and out.samefile(checkpoint.path):
-        raise ValueError(f"{out} is the checkpoint itself: choose another output, the merge cannot be taken back")
-    if checkpoint.path.is_dir():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and is not an empty folder: choose another output for a folder of weights")
-    elif out.is_dir() or out.suffix.lower() != ".safetensors":
-        raise ValueError(f"{out} is no file name of weights: give one that ends in .safetensors")
+    outputs.check_outputs([out], [checkpoint.path], overwrite=True)
+    if not checkpoint.path.is_dir():
+        if out.is_dir() or out.suffix.lower() != ".safetensors":
+            raise ValueError(f"{out} is no file name of weights: give one that ends in .safetensors")
+        return
+    if any(above.exists() and above.samefile(checkpoint.path) for above in Path(os.path.realpath(out)).parents):
+        raise ValueError(f"{out} lies in the folder of the checkpoint itself: choose another output")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file, and the copy of a folder is a folder: choose another output")
+    _check_earlier(checkpoint, out)
 
 
-def _files_of(path: Path) -> list[Path]:
-    """All weight files of a component's folder, by its index where it has one, or the one file."""
+def _check_earlier(checkpoint: Checkpoint, out: Path) -> None:
+    """A folder is replaced as a whole, so it may hold only what the new one has, too."""
+    copied = {file.relative_to(checkpoint.path) for file in checkpoint.path.rglob("*")}
+    copied -= {file.relative_to(checkpoint.path) for file in checkpoint.other_weights}
+    others = [name for file in sorted(out.rglob("*")) if (name := file.relative_to(out)) not in copied]
+    if others:
+        raise ValueError(
+            f"{out} is not an empty folder and no earlier copy, as it holds {others[0]}: choose another output"
+        )
+
+
+def _files_of(path: Path) -> tuple[list[Path], Path | None]:
+    """All weight files of a component's folder, and its index where it has one; or the one file."""
     if not path.is_dir():
-        return [reader.check(path)]
+        return [reader.check(path)], None
     if (path / "model_index.json").is_file():
         parts = sorted(p.name for p in path.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
         raise ValueError(f"{path} is a whole pipeline: give the folder of one component, {', '.join(parts) or '-'}")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        names = sorted(set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values()))
-        return [reader.check(path / name) for name in names]
+        return [reader.check(path / name) for name in _names_in(indices[0])], indices[0]
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         inside = ", ".join(file.name for file in files) or "no .safetensors file"
         raise ValueError(f"{path} holds {inside}: give one file, or a folder with one file or one index")
-    return files
+    return files, None
+
+
+def _names_in(index: Path) -> list[str]:
+    """The files that an index names, which must be in its folder or below it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        steps = {name: name.replace("\\", "/").split("/") for name in names}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        names, steps = [], {}
+    if not names:
+        raise ValueError(f"{index} is damaged, as it names no files of weights: copy or download it again")
+    outside = [name for name, parts in steps.items() if {"", ".", ".."} & {*parts} or ":" in name]
+    if outside:
+        raise ValueError(
+            f"{index} names {outside[0]}, which is outside its folder and would stay without the change: put all files "
+            "of weights beside their index"
+        )
+    return names

@@ -1,21 +1,20 @@
-"""Saving: complete or not at all. A file is written beside its destination and moved over it in one step."""
+"""Saving tensors: cast, checked for what is broken or lost, with the hashes that web UIs index by."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
 import math
 import os
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from . import outputs
 from .dialects import is_length
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def write_tensors(
     known["sshs_model_hash"] = hashlib.sha256(payload).hexdigest()
     known["sshs_legacy_hash"] = _legacy_hash(safetensors_header(entries, training), payload)
     header = safetensors_header(entries, known)
-    replace(file, (header, payload), len(header) + len(payload))
+    outputs.replace(file, (header, payload), len(header) + len(payload))
     return file
 
 
@@ -110,47 +109,3 @@ def _legacy_hash(header: bytes, payload: memoryview) -> str:
     window = header[start : start + size]
     window += bytes(payload[max(0, start - len(header)) :][: size - len(window)])
     return hashlib.sha256(window).hexdigest()[:8]
-
-
-def replace(file: Path, chunks: Iterable[bytes | memoryview], size: int) -> None:
-    """Write a file whole or not at all: beside its destination, then over it in one step.
-
-    Args:
-        size: of all chunks together, for the message when the disk is full.
-
-    Raises:
-        OSError: what was there before is untouched.
-    """
-    handle, name = -1, ""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
-        with os.fdopen(handle, "wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-            stream.flush()
-            os.fsync(stream.fileno())
-        # mkstemp makes files private; an adapter is an ordinary file.
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, file)
-    except BaseException as error:  # Ctrl-C, too, must leave nothing half-written
-        if name and os.path.exists(name):
-            os.unlink(name)
-        if not isinstance(error, OSError):
-            raise
-        raise OSError(error.errno, _explain(error, file, size)) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _explain(error: OSError, file: Path, size: int) -> str:
-    kept = "the file that was there before is untouched" if file.exists() else "nothing was left behind"
-    if error.errno == errno.ENOSPC:
-        return f"no space for {file} ({size / 2**20:.1f} MiB): free some, or save elsewhere; {kept}"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"not allowed to write {file}: choose another output folder; {kept}"
-    return f"cannot write {file}: {error.strerror}; {kept}"

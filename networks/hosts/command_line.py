@@ -6,21 +6,26 @@ Nothing heavy is imported here, so a program that only reports a misspelt option
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import logging
-import os
 import pkgutil
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
+from ..args.coerce import finite
 from ..args.coerce import nearest as nearest_name
 from ..args.coerce import read_toml as parse_toml
+from ..files.outputs import check_outputs as check_outputs
+from ..files.outputs import write_atomically as write_atomically
 
 USER_ERROR = 2  # exit code of every mistake that the user can mend
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -55,6 +60,19 @@ def add_allow_missing(parser: argparse.ArgumentParser) -> None:
         help="go on although a whole part, a whole kind of layers or more than a tenth of a file's layers have no "
         "place; with a part (lora_te2) for that part alone, may be repeated",
     )  # fmt: skip
+
+
+def finite_number(text: str) -> float:
+    """The `type` of every option that takes a number: neither NaN nor infinite."""
+    try:
+        return finite(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """The switch of every program that may find its output there already, see `check_outputs`."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists; never an input")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -203,27 +221,54 @@ def check_output_folder(folder: Path, option: str = "--output_dir") -> None:
         raise ValueError(f"{option} {folder}: cannot write there ({reason}). Choose another folder.") from error
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write(temporary)` make the file beside `path`, then put it there in one move."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+class Terminated(KeyboardInterrupt):
+    """The system or another program asks this one to end: what Ctrl-C cleans up is cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+# which end a process at once unless it looks after them; SIGHUP: its terminal is closed, SIGBREAK: both under Windows
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """Raise Terminated where a signal would end the process at once. What others look after, they go on to."""
+    former: dict[int, Any] = {}
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in former:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not break off the clean-up
+        raise Terminated(number)
+
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk is reported without a file name
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        if threading.current_thread() is threading.main_thread():
+            for number in ENDINGS:
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    former[number] = signal.signal(number, end)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    """Parse `argv` and run `body`; a user's mistake becomes one line on stderr and exit code 2.
+    """Parse `argv` and run `body`; a user's mistake becomes one line on stderr and exit code 2, a signal that ends the
+    process one line and 128 + its number, after the clean-up.
 
     `--debug` (every program of ours has it) shows the traceback instead.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("networks").setLevel(logging.INFO)
     try:
-        return body(parse_arguments(parser, argv))
+        with ending_cleanly():
+            return body(parse_arguments(parser, argv))
+    except Terminated as stop:
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(f"ended by {stop}", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
+from ..args.coerce import named, whole
 from ..args.forms import OWN_STYLES
 from ..args.parse import NetArgs, Problems, parse
 from ..core.diagnosis import Diagnosis
@@ -126,7 +127,7 @@ class HostNetwork(Network):
 
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
         """(layers shrunk, mean norm, maximum norm) of the true, scaled updates."""
-        return self.limit_norms(float(max_norm_value))
+        return self.limit_norms(named("scale_weight_norms", max_norm_value, 0))
 
     def save_weights(
         self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
@@ -148,7 +149,13 @@ class HostNetwork(Network):
         non_blocking: bool = False,
     ) -> None:
         """Merge at the network's multiplier. `dtype` is the host's wish for the intermediate result; we compute in
-        fp32 or wider and round once, to the dtype of the base weight. `non_blocking` is a hint that we do not need."""
+        fp32 or wider and round once, to the dtype of the base weight. `non_blocking` is a hint that we do not need.
+
+        Raises:
+            ValueError: the model has the network already (a network for each file, as the hosts make them), a tensor
+                does not fit, or a base weight cannot be read or written.
+        """
+        self.refuse_second_merge()
         if weights_sd:
             self.take_tensors(weights_sd)
         self.merge(torch.device(device) if device is not None else None)
@@ -166,6 +173,17 @@ class HostNetwork(Network):
     @property
     def text_encoder_loras(self) -> list[nn.Module]:
         return [layer for row, layer in self.layers if row.part != self.arch.denoiser.name]
+
+
+def learning_rate(name: str, value: Any) -> float:
+    """A learning rate that a host hands over.
+
+    Raises:
+        ValueError: it is no number, negative or not finite; text, too, which would reach the optimizer.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{name}={value!r} is no learning rate: write a number, without quotes in a TOML file")
+    return named(name, value, 0)
 
 
 Kind = TypeVar("Kind", bound=HostNetwork)
@@ -277,22 +295,31 @@ class Caller:
         problems: Problems,
         from_file: bool = False,
     ) -> Request:
-        rank = DEFAULT_DIM if dim is None else int(dim)
-        if rank < 1:
-            problems.add(f"network_dim={dim} is too small; the least is 1")
-        strength = self.alpha if alpha is None else float(alpha)
+        rank, strength = DEFAULT_DIM, self.alpha
+        try:
+            rank = rank if dim is None else int(named("network_dim", dim, 1, whole))
+        except ValueError as error:
+            problems.add(str(error))
+        try:
+            strength = strength if alpha is None else named("network_alpha", alpha)
+        except ValueError as error:
+            problems.add(str(error))
         if strength < 0:
             problems.add(f"network_alpha={alpha} is negative; write a positive number, or 0 for the dim itself")
-        options = {"network_dim": max(1, rank), "network_alpha": strength}
+        options = {"network_dim": rank, "network_alpha": strength}
         args = parse(raw, self.algo, problems, host, options, self.style)
         if args.style in OWN_STYLES and not from_file:
             text_encoder = None
         models = _Models.of(self, unet, text_encoder, problems)
-        return models.request(max(1, rank), strength, args)
+        return models.request(rank, strength, args)
 
     def _build(
         self, kind: type[Kind], request: Request, problems: Problems, multiplier: float, for_inference: bool = False
     ) -> Kind:
+        try:
+            named("multiplier", multiplier)
+        except ValueError as error:
+            problems.add(str(error))
         plan, modules = build_plan(request, problems)
         made = kind.variant(request.args, problems)
         assert issubclass(made, kind)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..args.coerce import finite
 from .command_line import nearest, write_atomically
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def set_sampler(family: Family, name: str | None) -> None:
 
 
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    return tuple(map(finite, text.split(",")))
 
 
 PROMPT_OPTIONS: dict[str, tuple[str, Any]] = {
@@ -79,9 +80,9 @@ PROMPT_OPTIONS: dict[str, tuple[str, Any]] = {
     "h": ("height", int),
     "d": ("seed", int),
     "s": ("steps", int),
-    "l": ("scale", float),
+    "l": ("scale", finite),
     "am": ("multipliers", _floats),
-    "sec": ("seconds", float),
+    "sec": ("seconds", finite),
 }
 
 

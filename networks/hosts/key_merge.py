@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..args.coerce import named
 from ..files.adapter_file import Naming, of_tensors
 from ..files.codec import SavedLayer
 from ..files.merge import merged_bias, merged_weight
@@ -50,8 +51,9 @@ def merge_weights_to_tensor(
     Keys that were used leave `lora_weight_keys`.
 
     Raises:
-        ValueError: the file's tensors do not fit, or are of a form that we do not know.
+        ValueError: the file's tensors do not fit, or are of a form that we do not know; or the multiplier is no number.
     """
+    named("multiplier", multiplier)
     keys = [key for key in lora_weight_keys if key.startswith(f"{lora_name}.")]
     flags = {key: tensor for key, tensor in lora_sd.items() if "." not in key}  # of the whole file
     part = of_tensors(flags | {key: lora_sd[key] for key in keys}, Naming(), "the file", tell=False)
@@ -141,8 +143,8 @@ class _File:
 
 def _strengths(given: float | Sequence[float] | None, count: int) -> list[float]:
     """One per file, 1 where none is given. A bare number is the default of an option that takes a list."""
-    values = [float(given)] * count if isinstance(given, (int, float)) else [float(value) for value in given or ()]
-    return (values + [1.0] * count)[:count]
+    values = [given] * count if isinstance(given, (int, float)) else [*(given or ())]
+    return [named("lora_multiplier", value) for value in [*values, *[1.0] * count][:count]]
 
 
 def extend(lora_utils: ModuleType, allowance: Allowance = _NOTHING) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.optim import Groups
-from .contract import Caller, HostNetwork
+from .contract import Caller, HostNetwork, learning_rate
 
 HOST = "musubi"
 
@@ -22,7 +22,8 @@ class MusubiNetwork(HostNetwork):
         Raises:
             ValueError: the learning rate is 0 or missing.
         """
-        return self.groups({self.arch.denoiser.name: unet_lr})
+        rate = None if unet_lr is None else learning_rate("learning_rate", unet_lr)
+        return self.groups({self.arch.denoiser.name: rate})
 
 
 class MusubiCalls(Caller):

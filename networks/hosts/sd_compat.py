@@ -19,6 +19,7 @@ from ..archs.lumina import LUMINA
 from ..archs.sd import SD, SDXL
 from ..archs.sd3 import SD3
 from ..archs.spec import ArchSpec
+from ..args.coerce import named
 from ..core.single import SingleLayer
 from .sd_scripts import LoRANetwork
 
@@ -136,7 +137,7 @@ class LoRAModule(SingleLayer):
 
     @multiplier.setter
     def multiplier(self, value: float | Tensor) -> None:
-        self.runtime.multiplier = value
+        self.runtime.multiplier = value if isinstance(value, Tensor) else named("multiplier", value)
 
     @property
     def enabled(self) -> bool:
@@ -192,4 +193,4 @@ class LoRAInfModule(LoRAModule):
     def get_weight(self, multiplier: float | None = None) -> Tensor:
         """The scaled update at `multiplier`, of the shape of the layer's weight."""
         zero = torch.zeros(self.adapter.geometry.weight_shape)
-        return self.new_weight(zero, multiplier)
+        return self.new_weight(zero, None if multiplier is None else named("multiplier", multiplier))

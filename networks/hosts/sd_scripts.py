@@ -13,7 +13,7 @@ from ..archs.detect import unwrap
 from ..args.parse import NetArgs, Problems
 from ..core.optim import Groups, text_encoder_rates
 from ..files.adapter_file import FileTensors
-from .contract import Caller, HostNetwork, TextEncoders
+from .contract import Caller, HostNetwork, TextEncoders, learning_rate
 
 log = logging.getLogger("networks")
 
@@ -45,9 +45,10 @@ class LoRANetwork(HostNetwork):
                 an older signature, call again without the default rate, and hide the message.
         """
         given = [*text_encoder_lr] if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
-        for rate in (*given, unet_lr, default_lr):
-            if rate is not None and not isinstance(rate, (int, float)):
-                raise ValueError(f"{rate!r} is no learning rate: write a number, without quotes in a TOML file")
+        names = *["text_encoder_lr"] * len(given), "unet_lr", "learning_rate"
+        for name, rate in zip(names, (*given, unet_lr, default_lr), strict=True):
+            if rate is not None:
+                learning_rate(name, rate)
         encoders = [part.name for part in self.arch.text_encoders]
         if isinstance(text_encoder_lr, Sequence) and len(text_encoder_lr) > len(encoders):
             surplus = list(text_encoder_lr)[len(encoders) :]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..args.coerce import named
+
 if TYPE_CHECKING:
     from .contract import HostNetwork
 
@@ -22,6 +24,7 @@ COARSE = {
     torch.float16: "fp16 has three digits, so a step below 1/2000 of a value is rounded away, and Adam's eps of 1e-8 "
     "is 0 there, which makes NaN of the first step",
 }
+NUMBERS = ("learning_rate", "unet_lr", "text_encoder_lr", "scale_weight_norms", "network_dropout", "network_alpha")
 
 
 def check(network: HostNetwork, options: Any) -> None:
@@ -31,8 +34,9 @@ def check(network: HostNetwork, options: Any) -> None:
         options: the trainer's parsed command line; what it does not have is skipped.
 
     Raises:
-        ValueError: DoRA with two experts.
+        ValueError: DoRA with two experts, or a number that is NaN or infinite.
     """
+    _check_numbers(options)
     for option, dtype in HALF.items():
         if getattr(options, option, False):
             tell_half(network, f"--{option}", dtype)
@@ -77,3 +81,12 @@ def tell_half(network: HostNetwork, cause: str, dtype: torch.dtype) -> None:
     if not network.told_of_half and not network.runtime.keeps_fp32:
         network.told_of_half = True
         log.warning("%s: %s; adapter_dtype=fp32 keeps the adapter in fp32", cause, COARSE[dtype])
+
+
+def _check_numbers(options: Any) -> None:
+    """The numbers that the trainer hands to the network during the run, before it starts."""
+    for name in NUMBERS:
+        value = getattr(options, name, None)
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(number, float):  # text and the like is the trainer's to refuse
+                named(f"--{name}", number)

@@ -51,7 +51,7 @@ class AdaptedLayer(AttachedAdapter):
         """The output of one base module, with the update, in the base output's dtype."""
         assert site.below is not None, "forward of a layer that is not attached"
         runtime = self.runtime
-        if not runtime.enabled or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
+        if not site.acts or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
             return site.below(x, *args, **kwargs)
         stepwise = self.adapter.stepwise and self._trains
         if stepwise:
@@ -107,7 +107,7 @@ class AdaptedLayer(AttachedAdapter):
         layer = under.layer
         assert isinstance(layer, AdaptedLayer)
         below = layer.bias_below(under, y)
-        more = bias_part(under, y, CallGate(layer.runtime.multiplier)) if layer.runtime.enabled else None
+        more = bias_part(under, y, CallGate(layer.runtime.multiplier)) if under.acts else None
         return below if more is None else below + more
 
     def _reweighted(self, site: Site, x: Tensor, plain: Tensor) -> Tensor:
@@ -177,9 +177,11 @@ class AdaptedLayer(AttachedAdapter):
     # -- weight space
 
     def merge(self, multiplier: float | None = None, device: torch.device | None = None) -> base_weight.Rounding:
-        """Put W' into the base layer, computed in fp32 or wider and rounded once; what its form lost in that."""
+        """Put W' into the base layer, computed in fp32 or wider and rounded once; what its form lost in that. The
+        forward pass adds nothing from then on."""
         m = self.runtime.multiplier if multiplier is None else multiplier
         if not isinstance(m, Tensor) and m == 0:
+            self.hold()
             return base_weight.EXACT
         with torch.no_grad():
             W = read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: site.read(device))
@@ -187,6 +189,7 @@ class AdaptedLayer(AttachedAdapter):
             lost = sum((site.change(site.take_rows(W), site.take_rows(new)) for site in self.sites), base_weight.EXACT)
             for site in self.sites:
                 site.add_to_bias(self.adapter.bias_change(), m)
+            self.hold()
             return lost
 
 

@@ -86,14 +86,21 @@ class AttachedAdapter(nn.Module):
         """The base module of a layer that has one."""
         return self.sites[0].module
 
+    @property
+    def in_weight(self) -> bool:
+        """Whether the base weight has the update."""
+        return any(site.in_weight for site in self.sites)
+
     # -- attachment
 
     def attach(self) -> None:
-        self.see_base()
+        if not self.in_weight:
+            self.see_base()
         for site in self.sites:
             site.attach()
-        self.start_magnitude()  # of the weight as it is with the networks below
-        self._start_settled = not self._on_meta
+        if not self.in_weight:
+            self.start_magnitude()  # of the weight as it is with the networks below
+            self._start_settled = not self._on_meta
 
     def detach(self) -> None:
         """Take this adapter out; what is below and above it on the same layer stays."""
@@ -257,7 +264,7 @@ class AttachedAdapter(nn.Module):
         if under is None:
             return site.read(device)
         assert under.layer is not None
-        if not under.layer.runtime.enabled:
+        if not under.acts:
             return under.layer.weight_below(under, device)
         if under.pieces is None:
             return under.layer.new_weight(under.layer.weight_below(under, device))
@@ -277,12 +284,22 @@ class AttachedAdapter(nn.Module):
         shape = tuple(self.magnitude_start.shape)
         return norms(self.wide_adapter(), near, self.strength, shape, self.on_output, only is not None)
 
+    def hold(self) -> None:
+        """The base weight has the update from now on."""
+        for site in self.sites:
+            site.hold()
+
+    @property
+    def has_backup(self) -> bool:
+        """Whether `restore` would put a weight back."""
+        return any(base_weight.has_backup(site.module) for site in self.sites)
+
     def backup(self) -> None:
         """Remember the base weight for `restore`."""
         for site in self.sites:
-            base_weight.backup(site.module)
+            site.backup()
 
     def restore(self) -> None:
         """Put the remembered weight back, bit for bit."""
         for site in self.sites:
-            base_weight.restore(site.module)
+            site.restore()

@@ -3,8 +3,9 @@ projection as several modules, one adapter serves them all, each with its own ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Site:
         self.module, self.pieces = module, pieces
         self.layer: AttachedAdapter | None = None
         self.below: Callable[..., Tensor] | None = None  # what the module's forward was before ours
+        self.in_weight = False  # the module's weight holds the update, which its forward must not add again
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base module's output plus the update, in the base output's dtype."""
@@ -55,6 +57,11 @@ class Site:
             del self.module.forward
         else:
             self.module.forward = below
+
+    @property
+    def acts(self) -> bool:
+        """Whether the forward pass is to add the update."""
+        return self.layer is not None and self.layer.runtime.enabled and not self.in_weight
 
     def under(self) -> Site | None:
         """The site of another network right below this one on the same module."""
@@ -121,6 +128,34 @@ class Site:
     def change(self, old: Tensor, new: Tensor) -> base_weight.Rounding:
         """Store another weight, in the module's own form."""
         return base_weight.change(self.module, old, new)
+
+    def hold(self) -> None:
+        """The module's weight has this layer's update from now on."""
+        _set_holders(self.module, [*_HOLDERS.get(self.module, ()), self])
+
+    def backup(self) -> None:
+        """Remember the weight for `restore`, once for all networks on the module."""
+        if not base_weight.has_backup(self.module):
+            base_weight.backup(self.module)
+            _KEPT[self.module] = WeakSet(_HOLDERS.get(self.module, ()))
+
+    def restore(self) -> None:
+        """Put the remembered weight back, bit for bit; what others have merged since then goes with it."""
+        if base_weight.has_backup(self.module):
+            base_weight.restore(self.module)
+            _set_holders(self.module, _KEPT.pop(self.module, ()))
+
+
+_HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[Site]] = WeakKeyDictionary()  # whose updates a weight has
+_KEPT: WeakKeyDictionary[nn.Module, WeakSet[Site]] = WeakKeyDictionary()  # and the weight of its backup
+
+
+def _set_holders(module: nn.Module, sites: Iterable[Site]) -> None:
+    for site in _HOLDERS.get(module, ()):
+        site.in_weight = False
+    _HOLDERS[module] = WeakSet(sites)
+    for site in _HOLDERS[module]:
+        site.in_weight = True
 
 
 class Whole:

@@ -173,6 +173,11 @@ def backup(module: nn.Module) -> None:
             _BIASES[module] = bias.detach().clone()
 
 
+def has_backup(module: nn.Module) -> bool:
+    """Whether `restore` would put a weight back."""
+    return module in _BACKUPS
+
+
 def restore(module: nn.Module) -> None:
     """Put the remembered weight back, bit for bit, and forget it; nothing without a backup."""
     put_back = _BACKUPS.pop(module, None)

@@ -5,7 +5,8 @@
 Algorithms with a rank get a dim that makes them about equally large; those without have the size that they have. The
 learning rates are not tuned: one value was tried for most, up to three for loha, ia3 and diag-oft. What is in the
 output folder already is not made again; one algorithm takes about a minute on a free CPU, BOFT several.
-`algorithms.png` beside this file is the result.
+`algorithms.png` beside this file is the result. It and the default output folder are this program's own; elsewhere it
+replaces something only with --overwrite.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from demo import EMOJI, NAME, SEED, draw_arguments, read_images, run, train_arguments, true_images  # noqa: E402
 
-from networks.hosts.command_line import run_program, write_atomically  # noqa: E402
+from networks.hosts.command_line import add_overwrite, check_outputs, run_program, write_atomically  # noqa: E402
 
+OUTPUT = HERE.parents[1] / "output" / "compare"
+CHART = HERE / "algorithms.png"
 CAPTIONS = ("crown", "fish")
 BATCH = 16
 
@@ -141,6 +145,8 @@ def measure(entry: Entry, model: Path, output: Path, steps: int) -> Result:
         losses = [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
     prompts = output / "prompts.txt"
     prompts.write_text("".join(f"{caption}\n" for caption in CAPTIONS), encoding="utf-8")
+    for earlier in output.glob("im_*.png"):  # the generator goes on after them
+        earlier.unlink()
     adapter = output / f"{NAME}.safetensors"
     run("gen_img.py", draw_arguments(model, output, prompts, 24, adapter))
     return Result(entry.algo, losses[0], losses[-1], adapter.stat().st_size)
@@ -209,22 +215,39 @@ def _label(axes: Any, results: Sequence[Result], cost: dict[str, Cost]) -> None:
         axes.annotate(result.algo, (x, result.after), (1.5 * x, y), va="center", arrowprops=line)
 
 
+def identity(entry: Entry, steps: int) -> dict[str, Any]:
+    """What a result is the result of."""
+    return {"entry": asdict(entry) | {"more": list(entry.more)}, "steps": steps}
+
+
+def known_result(entry: Entry, folder: Path, steps: int) -> Result | None:
+    """The result of an earlier run with the same settings."""
+    cache = folder / "result.json"
+    known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
+    wanted = identity(entry, steps)
+    return Result(**known["result"]) if {key: known.get(key) for key in wanted} == wanted else None
+
+
 def compare(args: argparse.Namespace) -> int:
     """Make what is missing, then the chart."""
-    output, model = Path(args.output), Path(args.model)
+    output, model, chart = Path(args.output), Path(args.model), Path(args.chart)
+    known = {entry: known_result(entry, output / entry.algo, args.steps) for entry in ENTRIES}
+    replaced = [] if chart.resolve() == CHART.resolve() else [chart]
+    if output.resolve() != OUTPUT.resolve():
+        folders = [output / entry.algo for entry, result in known.items() if result is None]
+        names = ("result.json", "prompts.txt", f"{NAME}*", "im_*.png")
+        replaced += [path for folder in folders for name in names for path in sorted(folder.glob(name))]
+    check_outputs(replaced, [model, EMOJI / "style", EMOJI / "heldout"], args.overwrite)
     results = []
-    for entry in ENTRIES:
-        folder = output / entry.algo
-        cache = folder / "result.json"
-        wanted = {"entry": asdict(entry) | {"more": list(entry.more)}, "steps": args.steps}
-        known = json.loads(cache.read_text(encoding="utf-8")) if cache.is_file() else {}
-        if {key: known.get(key) for key in wanted} != wanted:
-            result = measure(entry, model, folder, args.steps)
-            known = {**wanted, "result": asdict(result)}
-            cache.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        results.append(Result(**known["result"]))
+    for entry, found in known.items():
+        result = found or measure(entry, model, output / entry.algo, args.steps)
+        if found is None:
+            text = json.dumps({**identity(entry, args.steps), "result": asdict(result)}, indent=1)
+            cache = output / entry.algo / "result.json"
+            write_atomically(cache, partial(Path.write_text, data=text, encoding="utf-8"))
+        results.append(result)
     cost = costs()
-    draw_chart(results, cost, args.steps, output, Path(args.chart))
+    draw_chart(results, cost, args.steps, output, chart)
     print(f"\n{'':10}{'parameters':>12}{'file':>10}{'loss':>9}{'step':>7}")
     for r in results:
         print(f"{r.algo:10}{cost[r.algo].parameters:12,}{r.size / 1e6:7.2f} MB{r.after:9.4f}{cost[r.algo].step:7.2f}")
@@ -237,15 +260,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compare.py", description="Compare the algorithms.", allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=40, help="training steps of each; default: 40")
     parser.add_argument("--model", metavar="FOLDER", default=str(EMOJI / "model"), help="default: the embedded model")
-    parser.add_argument(
-        "--output",
-        metavar="FOLDER",
-        default=str(HERE.parents[1] / "output" / "compare"),
-        help="default: output/compare",
-    )
-    parser.add_argument(
-        "--chart", metavar="FILE", default=str(HERE / "algorithms.png"), help="default: beside this file"
-    )
+    parser.add_argument("--output", metavar="FOLDER", default=str(OUTPUT), help="default: output/compare")
+    parser.add_argument("--chart", metavar="FILE", default=str(CHART), help="default: beside this file")
+    add_overwrite(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return run_program(compare, parser, sys.argv[1:] if argv is None else argv)
 

