@@ -406,3 +406,21 @@ def test_the_launcher_lends_our_functions(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(LAUNCH), str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [Path(line).name for line in done.stdout.split()] == ["key_merge.py", "lora_other.py"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_never_get_into_a_model(value: float, dtype: torch.dtype) -> None:
+    file = {"lora_unet_q.lora_up.weight": torch.full((24, 2), value), "lora_unet_q.lora_down.weight": random(2, 36)}
+    with pytest.raises(ValueError, match="lora_unet_q: the merged values are NaN, or too large for"):
+        networks.lora_flux.merge_weights_to_tensor(
+            random(24, 36).to(dtype), "lora_unet_q", file, set(file), 1.0, torch.device("cpu")
+        )
+
+
+def test_what_is_too_large_for_fp16_is_refused() -> None:
+    file = {"lora_unet_q.diff": torch.full((24, 36), 1e5)}
+    with pytest.raises(ValueError, match="too large for torch.float16"):
+        networks.lora_flux.merge_weights_to_tensor(
+            random(24, 36).half(), "lora_unet_q", file, set(file), 1.0, torch.device("cpu")
+        )

@@ -5,7 +5,7 @@ Files of its trainers (ACE-Step, Side-Step; LyCORIS on the decoder) have the pre
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below
+from .spec import DENOISER_ROOTS, ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below
 
 ACE_STEP = ArchSpec(
     name="ace_step",
@@ -30,6 +30,8 @@ ACE_STEP = ArchSpec(
             ),
             *below("", "", Rename("proj_in_conv", "proj_in.1")),
         ),
+        # The decoder in a checkpoint of the whole model, and in ComfyUI's.
+        roots=("decoder.", *(f"{root}decoder." for root in DENOISER_ROOTS if root), *DENOISER_ROOTS),
     ),
     axes=(BlockAxis("layers."),),
     switches=(Switch("train_mlp", r".*\.mlp\..*", trained_if=True),),

@@ -50,7 +50,15 @@ ANIMA = ArchSpec(
         layouts=DIFFUSERS,
         optional=(("train_llm_adapter", ("LLMAdapterTransformerBlock",)),),
     ),
-    text_encoders=(Part("text_encoder", "lora_te", QWEN3, diffusers=""),),
+    text_encoders=(
+        Part(
+            "text_encoder",
+            "lora_te",
+            QWEN3,
+            roots=("text_encoders.qwen3_06b.transformer.model.", "model.", ""),
+            diffusers="",
+        ),
+    ),
     axes=(BlockAxis("blocks."),),
     exclude=(r".*(_norm|_embedder|final_layer).*",),
     switches=(Switch("exclude_mod", r".*_modulation.*", trained_if=False),),

@@ -67,16 +67,10 @@ def _backwards(layouts: tuple[Rename, ...]) -> tuple[tuple[re.Pattern[str], str,
 
 
 def _turn(layout: Rename) -> tuple[re.Pattern[str], str, Rename]:
-    groups = _GROUP.findall(layout.own)
-    expression, seen = "", set[int]()
-    for text, number in re.findall(r"([^\\]*)(?:\\(\d))?", layout.trainer):
-        expression += re.escape(text)
-        if number:
-            expression += f"(?P<g{number}>{groups[int(number) - 1]})"
-            seen.add(int(number))
-    assert seen == set(range(1, len(groups) + 1)), f"{layout.own}: every group must be in {layout.trainer}"
+    groups, seen = _GROUP.findall(layout.own), set(re.findall(r"\\(\d)", layout.trainer))
+    assert len(seen) == len(groups), f"{layout.own}: every group must be in {layout.trainer}"
     pieces = _GROUP.split(layout.own)[::2]
     template = re.sub(r"\\(.)", r"\1", pieces[0])
     for number, piece in enumerate(pieces[1:], start=1):
         template += rf"\g<g{number}>" + re.sub(r"\\(.)", r"\1", piece)
-    return re.compile(expression), template, layout
+    return re.compile(layout.trainer_pattern), template, layout

@@ -81,7 +81,8 @@ NO_ATTENTION = Switch(
 
 def t5(argument: str = "train_t5xxl") -> Part:
     """The T5 text encoder: large, so it is trained only on request."""
-    return Part("text_encoder3", "lora_te3", T5, argument=argument, diffusers="")
+    roots = ("text_encoders.t5xxl.transformer.", "")
+    return Part("text_encoder3", "lora_te3", T5, roots=roots, argument=argument, diffusers="")
 
 
 FLUX = ArchSpec(

@@ -1,8 +1,11 @@
-"""HiDream-O1: a language model that draws pixels. Its trainer marks the model with the task; diffusers has no class."""
+"""HiDream-O1: a language model that draws pixels. Its trainer marks the model with the task; diffusers has no class.
+
+ComfyUI's names begin below `model`.
+"""
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep, subtrees
 
 VISION = ("Qwen3VLVisionPatchEmbed", "Qwen3VLVisionBlock", "Qwen3VLVisionPatchMerger")
 
@@ -18,6 +21,12 @@ HIDREAM_O1 = ArchSpec(
         "lora_unet",
         ("Qwen3VLTextDecoderLayer", "BottleneckPatchEmbed", "FinalLayer"),
         tasks=(("hidream_o1_task", "i2i", VISION),),
+        comfyui=subtrees(
+            tuple(
+                (top, f"model.{top}")
+                for top in ("language_model.", "visual.", "x_embedder.", "t_embedder1.", "final_layer2.")
+            )
+        ),
         diffusers="",
     ),
     axes=(BlockAxis("model.language_model.layers."), BlockAxis("model.visual.blocks.", None)),

@@ -44,6 +44,56 @@ DIFFUSERS = (
     ),
 )
 
+# ComfyUI's names in a double block, but for those of the fused projections; and of everything else.
+COMFYUI_DOUBLE = tuple(
+    one
+    for stream in ("img", "txt")
+    for one in (
+        Rename(f"{stream}_attn.proj", f"{stream}_attn_proj"),
+        Rename(f"{stream}_attn.norm.query_norm", f"{stream}_attn_q_norm"),
+        Rename(f"{stream}_attn.norm.key_norm", f"{stream}_attn_k_norm"),
+        Rename(f"{stream}_mlp.0", f"{stream}_mlp.fc1"),
+        Rename(f"{stream}_mlp.2", f"{stream}_mlp.fc2"),
+        Rename(f"{stream}_mod.lin", f"{stream}_mod.linear"),
+    )
+)
+COMFYUI_REST = (
+    *below(
+        r"single_blocks\.(\d+)\.",
+        r"single_blocks.\1.",
+        Rename("modulation.lin", "modulation.linear"),
+        Rename("norm.query_norm", "q_norm"),
+        Rename("norm.key_norm", "k_norm"),
+    ),
+    *below(
+        r"txt_in\.individual_token_refiner\.blocks\.(\d+)\.",
+        r"txt_in.individual_token_refiner.blocks.\1.",
+        Rename("self_attn.qkv", "self_attn_qkv"),
+        Rename("self_attn.proj", "self_attn_proj"),
+        Rename("mlp.0", "mlp.fc1"),
+        Rename("mlp.2", "mlp.fc2"),
+    ),
+    *below(
+        r"txt_in\.",
+        "txt_in.",
+        Rename("t_embedder.in_layer", "t_embedder.mlp.0"),
+        Rename("t_embedder.out_layer", "t_embedder.mlp.2"),
+        Rename("c_embedder.in_layer", "c_embedder.linear_1"),
+        Rename("c_embedder.out_layer", "c_embedder.linear_2"),
+    ),
+    *below(r"(time_in|time_r_in|guidance_in)\.", r"\1.", Rename("in_layer", "mlp.0"), Rename("out_layer", "mlp.2")),
+)
+COMFYUI = (
+    *below(
+        r"double_blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        Rename("img_attn.qkv", "img_attn_qkv"),
+        Rename("txt_attn.qkv", "txt_attn_qkv"),
+        *COMFYUI_DOUBLE,
+    ),
+    *COMFYUI_REST,
+)
+
 HUNYUAN_IMAGE = ArchSpec(
     name="hunyuan_image",
     title="HunyuanImage 2.1",
@@ -60,6 +110,7 @@ HUNYUAN_IMAGE = ArchSpec(
             "HunyuanImageSingleTransformerBlock",
         ),
         layouts=DIFFUSERS,
+        comfyui=COMFYUI,
     ),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False, default=True),),

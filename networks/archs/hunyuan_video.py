@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .flux import NORMS
-from .hunyuan_image import DIFFUSERS, QK_NORMS
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below
+from .hunyuan_image import COMFYUI, COMFYUI_DOUBLE, COMFYUI_REST, DIFFUSERS, QK_NORMS
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, divided
 
 DOUBLE_BLOCKS = 20
 # FramePack's trainer has diffusers' classes; those of the second line stand in diffusers' image-to-video models.
@@ -19,11 +19,26 @@ HUNYUAN_VIDEO = ArchSpec(
     entry="lora",
     signatures=(Signature("HYVideoDiffusionTransformer"), Signature("HunyuanVideoTransformer3DModel")),
     timestep=Timestep(("t", "timestep")),
-    denoiser=Part("dit", "lora_unet", ("MMDoubleStreamBlock", "MMSingleStreamBlock", *BLOCKS), layouts=DIFFUSERS),
+    denoiser=Part(
+        "dit", "lora_unet", ("MMDoubleStreamBlock", "MMSingleStreamBlock", *BLOCKS), layouts=DIFFUSERS, comfyui=COMFYUI
+    ),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),
     fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({240}),
+)
+
+# The projections are fused under two names: in ComfyUI's classes, and in the files that it loads.
+HV_1_5_COMFYUI = below(
+    r"double_blocks\.(\d+)\.",
+    r"double_blocks.\1.",
+    *(
+        one
+        for stream in ("img", "txt")
+        for fused in (f"{stream}_attn.qkv", f"{stream}_attn_qkv")
+        for one in divided(fused, tuple(f"{stream}_attn_{letter}" for letter in "qkv"))
+    ),
+    *COMFYUI_DOUBLE,
 )
 
 HV_1_5 = ArchSpec(
@@ -56,6 +71,7 @@ HV_1_5 = ArchSpec(
             *NORMS,
             *QK_NORMS,
         ),
+        comfyui=(*HV_1_5_COMFYUI, *COMFYUI_REST),
     ),
     axes=(BlockAxis("double_blocks."),),
     # The trainer's default pattern, .*(_in).*, matches no layer of a block: it trains the modulation, too.

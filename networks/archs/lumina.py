@@ -47,7 +47,15 @@ LUMINA = ArchSpec(
         ("JointTransformerBlock", "FinalLayer", "Lumina2TransformerBlock", "LuminaLayerNormContinuous"),
         layouts=DIFFUSERS,
     ),
-    text_encoders=(Part("text_encoder", "lora_te", GEMMA2, diffusers=""),),
+    text_encoders=(
+        Part(
+            "text_encoder",
+            "lora_te",
+            GEMMA2,
+            roots=("text_encoders.gemma2_2b.transformer.model.", "model.", ""),
+            diffusers="",
+        ),
+    ),
     axes=(BlockAxis("layers."),),
     switches=(Switch("exclude_mod", r".*adaLN_modulation\..*", trained_if=False, default=True),),
     # A refiner is told apart first: its layers have the names of the others'.

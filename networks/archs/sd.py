@@ -6,7 +6,19 @@ Saved names are the trainers': for SD the diffusers names of the layers, for SDX
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockLevels, Pairs, Part, Signature, Switch, Timestep
+from .spec import (
+    ArchSpec,
+    BlockLevels,
+    Pairs,
+    Part,
+    Rename,
+    Signature,
+    Switch,
+    Timestep,
+    below,
+    divided,
+    subtrees,
+)  # fmt: skip
 
 TRANSFORMER = ("Transformer2DModel",)
 CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -14,6 +26,27 @@ CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 CLIP = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 # transformers 5 dropped the text_model level of CLIPTextModel; no reader knows the shorter names.
 CLIP_VERSIONS: Pairs = tuple((top, f"text_model.{top}") for top in ("encoder.", "embeddings.", "final_layer_norm"))
+# OpenCLIP's: SD 2.x's text encoder and SDXL's second one in the original release, and as ComfyUI and sd-scripts save.
+OPEN_CLIP = (
+    *below(
+        r"transformer\.resblocks\.(\d+)\.",
+        r"text_model.encoder.layers.\1.",
+        *divided("attn.in_proj_weight", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), bare=True),
+        Rename("attn.out_proj", "self_attn.out_proj"),
+        Rename("mlp.c_fc", "mlp.fc1"),
+        Rename("mlp.c_proj", "mlp.fc2"),
+        Rename("ln_1", "layer_norm1"),
+        Rename("ln_2", "layer_norm2"),
+    ),
+    Rename("ln_final", "text_model.final_layer_norm"),
+    Rename("text_projection", "text_projection", bare=True, transposed=True),
+)
+# What stands before the names of text encoders' layers in checkpoints, by their number; None = the only one of SD.
+CLIP_ROOTS: dict[int | None, tuple[str, ...]] = {
+    None: ("cond_stage_model.transformer.", "cond_stage_model.model.", "conditioner.embedders.0.model.", ""),
+    1: ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer.", ""),
+    2: ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", ""),
+}
 
 # What sd-scripts' image generation does with cross attention when a prompt has several parts.
 REGIONS: Pairs = (
@@ -32,7 +65,15 @@ def clip(number: int | None) -> Part:
     """A CLIP text encoder: `lora_te`, or `lora_te1`, `lora_te2` where there are several."""
     suffix = "" if number is None else str(number)
     component = "text_encoder_2" if number == 2 else "text_encoder"
-    return Part(f"text_encoder{suffix}", f"lora_te{suffix}", CLIP, versions=CLIP_VERSIONS, diffusers=component)
+    return Part(
+        f"text_encoder{suffix}",
+        f"lora_te{suffix}",
+        CLIP,
+        versions=CLIP_VERSIONS,
+        release=OPEN_CLIP,
+        roots=CLIP_ROOTS[number],
+        diffusers=component,
+    )
 
 
 def _sd_blocks() -> tuple[tuple[str, int], ...]:
@@ -109,7 +150,8 @@ SD = ArchSpec(
         "lora_unet",
         TRANSFORMER,
         CONVOLUTIONAL,
-        release=tuple((new, old) for old, new in _release_names(4)),
+        # The longer ones first: an upsampler stands where other levels have attention.
+        release=subtrees(tuple(sorted(((new, old) for old, new in _release_names(4)), key=lambda p: -len(p[0])))),
         diffusers="unet",
     ),
     text_encoders=(clip(None),),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 Pairs = tuple[tuple[str, str], ...]
+
+_GROUP = re.compile(r"\(([^()]*)\)")
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,15 @@ class Rename:
     """Another library's name of a layer -> the trainer's.
 
     Attributes:
-        own: the dotted name in this model; a regular expression once it is `below` a prefix.
+        own: the dotted name in this model or file; a regular expression once it is `below` a prefix.
         trainer: the trainer's dotted name, with groups as in `re.Match.expand`.
         position, count: where the trainer has one fused layer for `count` of this model's: the place, from 0, of this
             one in the order of the output rows; count 1 = one to one.
         swapped: a layer with twice as many rows as columns has its halves in the other order (shift and scale).
+        piece, pieces: where this model has one fused layer for `pieces` of the trainer's, each with as many output
+            rows: the place, from 0, of the trainer's in the order of the rows; pieces 1 = all rows.
+        bare: `own` names the tensor itself, not a layer whose tensors are called weight (or scale) and bias.
+        transposed: the tensor is [I, O].
     """
 
     own: str
@@ -36,6 +43,17 @@ class Rename:
     position: int = 0
     count: int = 1
     swapped: bool = False
+    piece: int = 0
+    pieces: int = 1
+    bare: bool = False
+    transposed: bool = False
+
+    @property
+    def trainer_pattern(self) -> str:
+        """A regular expression on the trainer's name, whose groups g1, g2 ... are those of `own`."""
+        groups = _GROUP.findall(self.own)
+        parts = re.findall(r"([^\\]*)(?:\\(\d))?", self.trainer)
+        return "".join(re.escape(text) + (f"(?P<g{n}>{groups[int(n) - 1]})" if n else "") for text, n in parts)
 
 
 def below(own: str, trainer: str, *renames: Rename) -> tuple[Rename, ...]:
@@ -51,6 +69,64 @@ def below(own: str, trainer: str, *renames: Rename) -> tuple[Rename, ...]:
 def fused(own: tuple[str, ...], trainer: str) -> tuple[Rename, ...]:
     """Layers of this model, in row order, that are one layer of the trainer's."""
     return tuple(Rename(name, trainer, i, len(own)) for i, name in enumerate(own))
+
+
+def divided(own: str, trainer: tuple[str, ...], bare: bool = False) -> tuple[Rename, ...]:
+    """The reverse: one layer of this model whose output rows are several layers of the trainer's, in this order."""
+    return tuple(Rename(own, name, piece=i, pieces=len(trainer), bare=bare) for i, name in enumerate(trainer))
+
+
+def subtrees(pairs: Pairs) -> tuple[Rename, ...]:
+    """All layers whose name begins with the first of a pair, which the second replaces."""
+    return tuple(Rename(f"{re.escape(own)}(.*)", rf"{trainer}\1") for own, trainer in pairs)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What another library's classes, or the files of a program, call the layers of a part.
+
+    Attributes:
+        renames: the first that speaks of a layer holds; those of a divided layer stand together.
+    """
+
+    renames: tuple[Rename, ...]
+
+    @cached_property
+    def _any(self) -> re.Pattern[str]:
+        return re.compile("|".join(f"(?:{one.own})" for one in self.renames))
+
+    @cached_property
+    def _compiled(self) -> tuple[tuple[re.Pattern[str], re.Pattern[str], str], ...]:
+        """Of each: expressions on its own name and on the trainer's; the trainer's for `str.format` with the match."""
+        templates = (re.sub(r"\\(\d)", r"{\1}", one.trainer) for one in self.renames)
+        return tuple(
+            (re.compile(one.own), re.compile(one.trainer_pattern), template)
+            for one, template in zip(self.renames, templates, strict=True)
+        )
+
+    def of(self, name: str, bare: bool = False) -> tuple[Rename, ...]:
+        """The trainer's layers behind a name, in the order of their rows, names filled in; () = not known here."""
+        if not self._any.fullmatch(name):
+            return ()
+        for i, (one, (own, _, _)) in enumerate(zip(self.renames, self._compiled, strict=True)):
+            match = own.fullmatch(name)
+            if match and one.bare == bare:
+                groups, stop = (match[0], *match.groups()), i + one.pieces
+                names = [template.format(*groups) for _, _, template in self._compiled[i:stop]]
+                return tuple(replace(r, trainer=n) for r, n in zip(self.renames[i:stop], names, strict=True))
+        return ()
+
+    def marks(self, name: str, bare: bool = False) -> bool:
+        """Whether a name shows that names are spelt like this: it is one here, and not one of the trainer's, too."""
+        if not self._any.fullmatch(name) or not self.of(name, bare):
+            return False
+        return not any(trainer.fullmatch(name) for _, trainer, _ in self._compiled)
+
+
+# What stands before the names of a denoiser's layers in checkpoints; "" = nothing.
+DENOISER_ROOTS = (
+    "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,8 +164,9 @@ class Part:
             another library's classes are saved under the trainer's names.
         versions: the same for names which versions of one library changed, and nothing but that library knows.
         layouts: the same by regular expressions, for models that also divide layers otherwise; before `rename`.
-        release: (prefix of a dotted name in the released single file, prefix of the trainer's), for models which
-            trainers load under other names than the file's.
+        release: names in the original release's single file, for models which trainers load under others.
+        comfyui: names in ComfyUI's own classes and in the files for it, where they are others.
+        roots: what may stand before the names of its layers in a checkpoint.
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
         tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
@@ -103,11 +180,28 @@ class Part:
     rename: Pairs = ()
     versions: Pairs = ()
     layouts: tuple[Rename, ...] = ()
-    release: Pairs = ()
+    release: tuple[Rename, ...] = ()
+    comfyui: tuple[Rename, ...] = ()
+    roots: tuple[str, ...] = DENOISER_ROOTS
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     diffusers: str = "transformer"
+
+    @cached_property
+    def spellings(self) -> tuple[Spelling, ...]:
+        """All ways of naming its layers but the trainer's own, each by itself."""
+        tables = (subtrees(self.versions), (*self.layouts, *subtrees(self.rename)), self.release, self.comfyui)
+        return tuple(Spelling(table) for table in tables if table)
+
+    def released_name(self, dotted_name: str) -> str:
+        """The trainer's name for one in the original release; the same for other names."""
+        found = self._release.of(dotted_name)
+        return found[0].trainer if len(found) == 1 else dotted_name
+
+    @cached_property
+    def _release(self) -> Spelling:
+        return Spelling(self.release)
 
     def layout_of(self, dotted_name: str) -> Rename | None:
         """The first of `layouts` that speaks of this layer, its trainer's name filled in."""

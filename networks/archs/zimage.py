@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below, divided
+
+COMFYUI = (
+    *below(
+        r"(layers|noise_refiner|context_refiner)\.(\d+)\.attention\.",
+        r"\1.\2.attention.",
+        *divided("qkv", ("to_q", "to_k", "to_v")),
+        Rename("out", "to_out.0"),
+        Rename("q_norm", "norm_q"),
+        Rename("k_norm", "norm_k"),
+    ),
+    *below(
+        "",
+        "",
+        Rename("x_embedder", "all_x_embedder.2-1"),
+        Rename("final_layer.linear", "all_final_layer.2-1.linear"),
+        Rename("final_layer.adaLN_modulation.1", "all_final_layer.2-1.adaLN_modulation.1"),
+    ),
+)
 
 ZIMAGE = ArchSpec(
     name="zimage",
@@ -10,7 +28,7 @@ ZIMAGE = ArchSpec(
     entry="lora_zimage",
     signatures=(Signature("ZImageTransformer2DModel"),),
     timestep=Timestep(("t",), noise=0.0, clean=1.0),
-    denoiser=Part("dit", "lora_unet", ("ZImageTransformerBlock",)),
+    denoiser=Part("dit", "lora_unet", ("ZImageTransformerBlock",), comfyui=COMFYUI),
     axes=(BlockAxis("layers."),),
     switches=(
         Switch("exclude_mod", r".*\.adaLN_modulation\..*", trained_if=False),

@@ -6,8 +6,10 @@ near the largest of them; dtypes, shapes and all other bytes are the same.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from . import outputs, reader, writer
@@ -23,8 +24,19 @@ from . import outputs, reader, writer
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 24  # bytes that are copied at once
+_DTYPES = {  # by safetensors' names: of weights, of what may stand beside them
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8,
+}  # fmt: skip
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of tensors that have changed
 _WEIGHTS = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+
+
+# Bytes per element; the names of other dtypes, of packed ones among them, say nothing here.
+_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
 
 
 class Checkpoint:
@@ -37,14 +49,40 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files, self.index = _files_of(path)
-        self.headers = {file: reader.read_header(file) for file in self.files}
+        self.headers = {file: _whole(file, reader.read_header(file)) for file in self.files}
         self.where = {key: file for file, header in self.headers.items() for key in header.shapes}
         self.shapes = {key: shape for header in self.headers.values() for key, shape in header.shapes.items()}
 
     def tensor(self, key: str) -> Tensor:
-        """One tensor, in memory of its own."""
-        with safe_open(str(self.where[key]), framework="pt", device="cpu") as opened:
-            return opened.get_tensor(key).clone()
+        """One tensor, in memory of its own.
+
+        Raises:
+            ValueError: its dtype is not one that is read.
+        """
+        header, dtype, shape = self.headers[self.where[key]], self.dtype(key), self.shapes[key]
+        if dtype not in _DTYPES:
+            raise ValueError(f"{self.where[key]}: {key} is stored as {dtype}, which is not read here")
+        start, end = header.entries[key]["data_offsets"]
+        with self.where[key].open("rb") as stream:
+            stream.seek(header.start + start)
+            data = bytearray(stream.read(end - start))
+        return torch.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape) if data else torch.empty(shape)
+
+    def dtype(self, key: str) -> str:
+        """As the file's header has it: F32, BF16, F8_E4M3 ..."""
+        return str(self.headers[self.where[key]].entries[key]["dtype"])
+
+    def beside(self, stem: str) -> list[str]:
+        """The names of the tensors of one layer."""
+        return self._layers.get(stem, [])
+
+    @functools.cached_property
+    def _layers(self) -> dict[str, list[str]]:
+        layers: dict[str, list[str]] = {}
+        for key in self.shapes:
+            stem, _, name = key.rpartition(".")
+            layers.setdefault(stem, []).append(name)
+        return layers
 
     def write(
         self,
@@ -163,6 +201,31 @@ def _files_of(path: Path) -> tuple[list[Path], Path | None]:
         inside = ", ".join(file.name for file in files) or "no .safetensors file"
         raise ValueError(f"{path} holds {inside}: give one file, or a folder with one file or one index")
     return files, None
+
+
+def _whole(file: Path, header: reader.Header) -> reader.Header:
+    """A header whose tensors follow each other, each as long as its shape says: a copy can be written in their order.
+
+    Raises:
+        ValueError: they do not.
+    """
+    end = 0
+    try:
+        for key in sorted(header.entries, key=lambda key: tuple(header.entries[key]["data_offsets"])):
+            entry = header.entries[key]
+            start, stop = entry["data_offsets"]
+            numbers = (start, stop, *entry["shape"])
+            if start != end or stop < start or any(type(n) is not int or n < 0 for n in numbers):
+                raise ValueError(f"the bytes of {key} do not follow those before it")
+            if not isinstance(entry["dtype"], str):
+                raise ValueError(f"{key} has no dtype")
+            size = _SIZES.get(entry["dtype"])
+            if size is not None and stop - start != size * math.prod(entry["shape"]):
+                raise ValueError(f"{key}, {entry['dtype']} of {entry['shape']}, has {stop - start} bytes")
+            end = stop
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged: {error}; copy or download it again") from None
+    return header
 
 
 def _names_in(index: Path) -> list[str]:

@@ -184,11 +184,7 @@ def _locate(path: str, arch: ArchSpec) -> tuple[Part, str]:
         if path.startswith(prefix):
             path = path[len(prefix) :].removeprefix(PEFT)
             break
-    for old, new in arch.denoiser.release:
-        if path.startswith(old):
-            path = new + path[len(old) :]
-            break
-    return arch.denoiser, path
+    return arch.denoiser, arch.denoiser.released_name(path)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,15 +16,12 @@ from ..archs import ARCHS
 from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
 from ..tensors.norms import weight_geometry
-from . import dialects, dotted, weight_names
+from . import dialects, dotted, stored, weight_names
 from .adapter_file import AdapterFile, FileTensors, Naming
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
 from .places import Allowance, Missing, find_missing, part_of
-from .weight_names import Target
-
-SCALES = ("scale_weight", "weight_scale")  # beside a weight in fp8: the trainers' name, and another program's
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors spells them
+from .weight_names import Piece
 
 
 def merged_weight(
@@ -49,12 +47,15 @@ def merged_weight(
     adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
     base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     layer = AdaptedLayer(saved.name, base, adapter, saved.scale, dora=saved.side(geometry))
-    if start is not None and adapter.wants_base:
-        with torch.no_grad():
-            adapter.see_base(start)
-    layer.see_base()
-    layer.take_magnitude(saved.magnitude, saved.folded)
-    return layer.new_weight(weight, multiplier).detach()
+    try:
+        if start is not None and adapter.wants_base:
+            with torch.no_grad():
+                adapter.see_base(start)
+        layer.see_base()
+        layer.take_magnitude(saved.magnitude, saved.folded)
+        return layer.new_weight(weight, multiplier).detach()
+    finally:
+        layer.sites = ()  # each knows its layer: as a cycle they would keep the weight until the next collection
 
 
 def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Tensor:
@@ -105,21 +106,22 @@ class MergeInput:
 
 
 def _naming(tensors: FileTensors, keys: Collection[str]) -> Naming:
-    """Keys with dots, or with the prefix of LyCORIS' own wrapper, by the architecture of which the checkpoint has the
-    most layers; the first if it has none."""
+    """Keys with dots, or with the prefix of LyCORIS' own wrapper, by the architecture under whose names the largest
+    share of the file's layers is in the checkpoint; the first if none is. Not by their number: architectures join
+    different layers."""
     if not dotted.has_dots(tensors) and not any(key.startswith(dialects.WRAPPER) for key in tensors):
         return Naming()
-    best, most, problem = Naming(), -1, None
+    best, most, problem = Naming(), -1.0, None
     for arch in ARCHS:
         naming = Naming(arch)
         try:
             names = {key.partition(".")[0] for key in naming.apply(tensors, tensors.source)}
-            count = len(weight_names.find(keys, names))
+            share = len(weight_names.find(keys, names)) / len(names)
         except ValueError as error:
             problem = problem or error
             continue
-        if count > most:
-            best, most = naming, count
+        if share > most:
+            best, most = naming, share
     if most < 0 and problem:
         raise problem
     return best
@@ -134,7 +136,7 @@ class CheckpointMerge:
         device: where it is computed.
 
     Raises:
-        ValueError: a file has nothing for this checkpoint, or a weight cannot be merged into.
+        ValueError: a file has nothing for this checkpoint or is broken, or a weight cannot be merged into.
     """
 
     checkpoint: Checkpoint
@@ -146,25 +148,31 @@ class CheckpointMerge:
         names = {name for adapter in self.adapters for name in adapter.layers}
         self.targets = weight_names.find(self.checkpoint.shapes, names, self.prefix)
         self.roundings: list[base_weight.Rounding] = []
-        self._layer_of = {key: name for name, target in self.targets.items() for key in target.keys}
         self._ready: dict[str, Tensor] = {}
         for adapter in self.adapters:
             if not self.matched(adapter):
                 raise ValueError(self._nothing(adapter))
-        for key in list(self._layer_of):
-            entry = self.checkpoint.headers[self.checkpoint.where[key]].entries[key]
-            if entry["dtype"] not in _FLOATS:
-                raise ValueError(
-                    f"{key} is stored as {entry['dtype']}: merge into the checkpoint in bf16, fp16 or fp8, then "
-                    "quantise that"
-                )
-            self._layer_of.update({scale: self._layer_of[key] for scale in self._scales(key)})
+        self._names: dict[str, list[str]] = {}  # of the layers that a weight holds
+        self._owner: dict[str, str] = {}  # key of a tensor that changes -> the weight with which it is computed
         for name, target in self.targets.items():
-            if self._shifted(name):
-                lacking = [key for key in target.bias_keys if key not in self.checkpoint.shapes]
-                if lacking:
-                    raise ValueError(f"{name} changes a bias, but {self.checkpoint.path} has no {lacking[0]}")
-                self._layer_of.update(dict.fromkeys(target.bias_keys, name))
+            for key in target.keys:
+                self._names.setdefault(key, []).append(name)
+            self._owner |= dict.fromkeys((*target.keys, *self._bias_keys(name)), target.keys[0])
+        stored.check(self.checkpoint, self._owner)
+        scales = {stored.scale_key(self.checkpoint, key): owner for key, owner in self._owner.items()}
+        self._owner |= {scale: owner for scale, owner in scales.items() if scale}
+
+    def _bias_keys(self, name: str) -> list[str]:
+        """Of the biases that change with a layer."""
+        shifting = self._shifted(name)
+        keys = [piece.bias_key for piece in self.targets[name].pieces if shifting]
+        lacking = [key for key in keys if key not in self.checkpoint.shapes]
+        if lacking:
+            raise ValueError(
+                f"{shifting[0].path}: {name} changes a bias, but {self.checkpoint.path} has no {lacking[0]}: choose "
+                "the model that it was trained for"
+            )
+        return keys
 
     def matched(self, adapter: MergeInput) -> list[str]:
         """Its layers that the checkpoint has."""
@@ -202,56 +210,69 @@ class CheckpointMerge:
         return base_weight.told(self.roundings)
 
     def _changed(self, key: str) -> Tensor | None:
-        name = self._layer_of.get(key)
-        if name is not None and key not in self._ready:
-            try:
-                self._ready.update(self._merge(name, self.targets[name]))
-            except ValueError as error:
-                raise ValueError(f"{name} and {key}: {error}") from None
+        owner = self._owner.get(key)
+        if owner is not None and key not in self._ready:
+            self._ready.update(self._merge(self._names[owner]))
         return self._ready.pop(key, None)
 
     @torch.no_grad()
-    def _merge(self, name: str, target: Target) -> dict[str, Tensor]:
-        """New tensors of all keys of one layer, scales included."""
-        stores = [self._load(key) for key in target.keys]
-        olds = [base_weight.read(store, self.device) for store in stores]
-        swapped = target.swapped and olds[0].shape[0] == 2 * olds[0].shape[1]
-        whole = start = torch.cat([_swap(old) if swapped else old for old in olds])
+    def _merge(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """New tensors of all keys of the layers that share weights, scales included."""
+        pieces = {name: [piece.of(self.checkpoint.shapes) for piece in self.targets[name].pieces] for name in names}
+        biases = {name: [piece.of_bias() for piece in pieces[name]] for name in names if self._shifted(name)}
+        return self._rewritten(pieces, self._new_weight) | self._rewritten(biases, self._new_bias)
+
+    def _rewritten(
+        self, layers: Mapping[str, Sequence[Piece]], new: Callable[[str, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """New tensors of all keys in these layers, with what `new` makes of the rows of each."""
+        keys = dict.fromkeys(piece.key for pieces in layers.values() for piece in pieces)
+        stores = {key: stored.load(self.checkpoint, key) for key in keys}
+        olds = {key: self._read(key, store) for key, store in stores.items()}
+        news = {key: old.clone() for key, old in olds.items()}
+        for name, pieces in layers.items():
+            with _told(f"{self.checkpoint.path}: {pieces[0].key}"):
+                rows = [piece.take(olds[piece.key]) for piece in pieces]
+            merged = new(name, torch.cat(rows) if len(rows) > 1 else rows[0])
+            for piece, part in zip(pieces, merged.split([len(part) for part in rows]), strict=True):
+                piece.put(news[piece.key], part)
+        changed: dict[str, Tensor] = {}
+        for key, store in stores.items():
+            with _told(f"{self.checkpoint.path}: {key}"):
+                self.roundings.append(base_weight.change(store, olds.pop(key), news.pop(key)))
+            changed[key] = store.weight.detach()
+            if store.scale is not None:
+                scale = stored.scale_key(self.checkpoint, key)
+                changed[scale] = store.scale.reshape(self.checkpoint.shapes[scale])
+        return changed
+
+    def _read(self, key: str, store: stored.Stored) -> Tensor:
+        with _told(f"{self.checkpoint.path}: {key}"):
+            weight = base_weight.read(store, self.device)
+            if not bool(weight.isfinite().all()):
+                raise ValueError("it has NaN or infinite values: download or make the checkpoint again")
+        return weight
+
+    def _new_weight(self, name: str, weight: Tensor) -> Tensor:
+        start = weight
         for adapter in self.adapters:
             if name in adapter.layers:
-                whole = merged_weight(adapter.layers[name], whole, adapter.multiplier, start, bias_too=True)
-        changed: dict[str, Tensor] = {}
-        parts = whole.split([len(old) for old in olds])
-        for key, store, old, part in zip(target.keys, stores, olds, parts, strict=True):
-            self.roundings.append(base_weight.change(store, old, _swap(part) if swapped else part))
-            changed[key] = store.weight.detach()
-            for scale in self._scales(key):
-                changed[scale] = store.get_buffer(SCALES[0]).reshape(self.checkpoint.shapes[scale])
-        if shifted := self._shifted(name):
-            stored = [self.checkpoint.tensor(key) for key in target.bias_keys]
-            wide = [t.to(self.device, torch.promote_types(t.dtype, torch.float32)) for t in stored]
-            bias = torch.cat([_swap(t) if swapped else t for t in wide])
-            for adapter in shifted:
+                with _told(f"{adapter.path}: {name} and {self.targets[name].keys[0]}"):
+                    weight = merged_weight(adapter.layers[name], weight, adapter.multiplier, start, bias_too=True)
+                    _check_finite(weight, "weight")
+        return weight
+
+    def _new_bias(self, name: str, bias: Tensor) -> Tensor:
+        for adapter in self._shifted(name):
+            with _told(f"{adapter.path}: {name} and {self.targets[name].pieces[0].bias_key}"):
                 bias = merged_bias(adapter.layers[name], bias, adapter.multiplier)
-            biases = zip(target.bias_keys, stored, bias.split([len(t) for t in stored]), strict=True)
-            changed |= {key: (_swap(part) if swapped else part).to(old.dtype) for key, old, part in biases}
-        return changed
+                _check_finite(bias, "bias")
+        return bias
 
     def _shifted(self, name: str) -> list[MergeInput]:
         """The files that change the bias of a layer."""
         found = [a for a in self.adapters if name in a.layers and a.multiplier != 0]
         return [a for a in found if a.layers[name].bias_change is not None]
-
-    def _load(self, key: str) -> _Stored:
-        store = _Stored(self.checkpoint.tensor(key))
-        for name in self._scales(key):
-            scale = self.checkpoint.tensor(name)
-            store.register_buffer(SCALES[0], scale.reshape(-1, 1) if scale.dim() == 1 and len(scale) > 1 else scale)
-        return store
-
-    def _scales(self, key: str) -> list[str]:
-        stem = key.removesuffix("weight")
-        return [stem + name for name in SCALES if stem + name in self.checkpoint.shapes][:1]
 
     def _nothing(self, adapter: MergeInput) -> str:
         names = sorted(weight_names.all_names(self.checkpoint.shapes))
@@ -263,14 +284,17 @@ class CheckpointMerge:
         )
 
 
-class _Stored(nn.Module):
-    """A weight of a checkpoint, in the form in which it is stored."""
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """A user's mistake in here is told with its place."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
 
-
-def _swap(rows: Tensor) -> Tensor:
-    """The two halves of the rows in the other order."""
-    return torch.cat(rows.chunk(2)[::-1])
+def _check_finite(merged: Tensor, kind: str) -> None:
+    if not bool(merged.isfinite().all()):
+        raise ValueError(
+            f"the merged {kind} has NaN or infinite values: lower the multiplier, or choose an earlier file"
+        )

@@ -1,36 +1,25 @@
 """Which weights of a checkpoint a saved name speaks of, from keys alone: no model is built.
 
-A checkpoint may have the trainer's names, diffusers' or the original release's, below one of several prefixes; the
-architecture records know the first three, this file the prefixes.
+A checkpoint may spell its layers as the trainer does, as diffusers, as the original release or as ComfyUI, below one of
+several prefixes; the architecture records know all of that. Several architectures have the same prefix of saved names:
+the one holds by which most of an adapter's layers find their weights. Names of no record are looked for as they stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
 
 from ..archs import ARCHS
-from ..archs.spec import Part
+from ..archs.spec import Part, Rename, Spelling
 
-# Prefix of a key -> prefix of the saved names of what stands below it; "" = any. Longer ones first.
-ROOTS = (
-    ("model.diffusion_model.", "lora_unet"),
-    ("conditioner.embedders.0.transformer.", "lora_te1"),
-    ("cond_stage_model.transformer.", "lora_te"),
-    ("text_encoders.clip_l.transformer.", "lora_te1"),
-    ("text_encoders.clip_g.transformer.", "lora_te2"),
-    ("text_encoders.t5xxl.transformer.", "lora_te3"),
-    ("diffusion_model.", "lora_unet"),
-    ("transformer.", "lora_unet"),
-    ("unet.", "lora_unet"),
-    ("net.", "lora_unet"),
-    ("model.", ""),
-    ("", ""),
-)
-_PARTS: tuple[Part, ...] = tuple(part for arch in ARCHS for part in arch.parts)
+_PARTS: tuple[Part, ...] = tuple(dict.fromkeys(part for arch in ARCHS for part in arch.parts))
 PREFIXES = tuple(dict.fromkeys(part.prefix for part in _PARTS))
-
-
 # Below these are models that are no denoiser, whatever they are called there.
 OTHERS = ("conditioner.", "cond_stage_model.", "text_encoders.", "text_encoder.", "text_encoder_2.", "te1.", "te2.")
 
@@ -43,20 +32,77 @@ def held(keys: Collection[str]) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The weights that are one layer for an adapter.
+class Piece:
+    """A weight of a checkpoint, or an equal share of its output rows, as a layer of an adapter or a part of one.
 
     Attributes:
-        keys: in the order of the layer's output rows; several where a checkpoint divides what the trainer has fused.
-        swapped: the one weight has its two halves of rows in the other order, if it has twice as many as columns.
+        number, count: which share, from the first row down; count 1 = all rows.
+        swapped: its halves of rows are in the other order; see `of` for where that depends on its shape.
+        transposed: it is stored as [I, O].
     """
 
-    keys: tuple[str, ...]
+    key: str
+    number: int = 0
+    count: int = 1
     swapped: bool = False
+    transposed: bool = False
 
     @property
-    def bias_keys(self) -> tuple[str, ...]:
-        return tuple(f"{stem_of(key)}.bias" for key in self.keys)
+    def bias_key(self) -> str:
+        """`X.bias`; `in_proj_bias` beside `in_proj_weight`."""
+        stem = stem_of(self.key)
+        return f"{stem}.bias" if stem or not self.key.endswith("weight") else f"{self.key.removesuffix('weight')}bias"
+
+    def of(self, shapes: Mapping[str, Sequence[int]]) -> Piece:
+        """The same for the weights of a checkpoint: only a layer with twice as many rows as columns is swapped."""
+        shape = shapes[self.key]
+        return replace(self, swapped=self.swapped and len(shape) > 1 and shape[0] == 2 * shape[1])
+
+    def of_bias(self) -> Piece:
+        """The same rows of the bias."""
+        return replace(self, key=self.bias_key, transposed=False)
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The rows in the order of the adapter's layer.
+
+        Raises:
+            ValueError: the rows do not divide into so many shares.
+        """
+        return self._turned(self._share(whole))
+
+    def put(self, whole: Tensor, rows: Tensor) -> None:
+        """The inverse of `take`, in place."""
+        self._share(whole).copy_(self._turned(rows))
+
+    def _turned(self, rows: Tensor) -> Tensor:
+        return torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
+
+    def _share(self, whole: Tensor) -> Tensor:
+        whole = whole.T if self.transposed and whole.dim() == 2 else whole
+        if not whole.dim() or len(whole) % self.count:
+            raise ValueError(f"{tuple(whole.shape)} cannot be divided into the rows of {self.count} layers")
+        size = len(whole) // self.count
+        return whole[self.number * size : (self.number + 1) * size]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is one layer for an adapter.
+
+    Attributes:
+        pieces: in the order of the layer's output rows; several where a checkpoint divides what the trainer has fused.
+    """
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(piece.key for piece in self.pieces)
+
+    def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """Of the layer's weight, from those of the checkpoint's."""
+        own = [shapes[piece.key][::-1] if piece.transposed else shapes[piece.key] for piece in self.pieces]
+        return (sum(one[0] // piece.count for one, piece in zip(own, self.pieces, strict=True)), *own[0][1:])
 
 
 def stem_of(key: str) -> str:
@@ -74,63 +120,105 @@ def find(keys: Iterable[str], names: Collection[str], prefix: str = "") -> dict[
     Raises:
         ValueError: a weight fits the names of several models, and no prefix says which.
     """
-    wanted = {name for name in names if not prefix or name.startswith(f"{prefix}_")}
-    pieces: dict[str, dict[int, str]] = {}
-    records: dict[str, _Name] = {}
-    for key in keys:
-        found = [one for one in _names_of(stem_of(key)) if one.name in wanted] if stem_of(key) else []
-        models = {model for one in found for model in PREFIXES if one.name.startswith(f"{model}_")}
-        if len(models) > 1:
-            raise ValueError(
-                f"{key} may belong to {' or '.join(sorted(models))}: say which model this checkpoint is, "
-                f"with --prefix {sorted(models)[0]}"
-            )
-        if found:
-            pieces.setdefault(found[0].name, {})[found[0].position] = key
-            records[found[0].name] = found[0]
-    return {
-        name: Target(tuple(parts[i] for i in range(records[name].count)), records[name].swapped)
-        for name, parts in pieces.items()
-        if len(parts) == records[name].count
-    }
+    index, found = _index(tuple(keys)), dict[str, Target]()
+    owner: dict[str, str] = {}
+    for model in PREFIXES:
+        wanted = {name for name in names if name.startswith(f"{model}_") and name.startswith(prefix)}
+        targets = index.best(model, wanted) if wanted else {}
+        for key in chain.from_iterable(target.keys for target in targets.values()):
+            other = owner.setdefault(key, model)
+            if other != model:
+                first, second = sorted((model, other))
+                raise ValueError(
+                    f"{key} may belong to {first} or {second}: say which model this is, with --prefix {first}"
+                )
+        found |= targets
+    return found
 
 
 def all_names(keys: Iterable[str]) -> set[str]:
     """Every saved name that some adapter may have for these weights, to look for near ones."""
-    return {one.name for key in keys if stem_of(key) for one in _names_of(stem_of(key))}
+    index = _index(tuple(keys))
+    readings = chain.from_iterable(index.readings(model) for model in PREFIXES)
+    return {name for reading in readings for name in reading.places if name in reading}
 
 
 @dataclass(frozen=True)
-class _Name:
-    """A saved name that a weight may have, and its place there, see archs.spec.Rename."""
+class _Reading:
+    """The keys of a checkpoint as the layers of one part.
 
-    name: str
-    position: int = 0
-    count: int = 1
-    swapped: bool = False
+    Attributes:
+        places: saved name -> position among the weights that are this layer -> (record of the name, key).
+        recognised: how many keys a spelling explains which only that part has.
+    """
+
+    places: Mapping[str, Mapping[int, tuple[Rename, str]]]
+    recognised: int = 0
+
+    def __contains__(self, name: str) -> bool:
+        """Whether all weights of a layer are there."""
+        own = self.places.get(name)
+        return own is not None and len(own) == next(iter(own.values()))[0].count
+
+    def target(self, name: str) -> Target:
+        ordered = [self.places[name][position] for position in sorted(self.places[name])]
+        return Target(tuple(Piece(key, r.piece, r.pieces, r.swapped, r.transposed) for r, key in ordered))
 
 
-def _names_of(path: str) -> Iterator[_Name]:
-    """The likeliest first."""
-    for root, model in ROOTS:
-        if not path.startswith(root):
-            continue
-        dotted = path[len(root) :]
-        for part in _PARTS:
-            if model in ("", part.prefix):
-                yield from _names_in(part, dotted)
-        if root not in ("", "model."):
-            return
+class _Index:
+    """The keys of a checkpoint, read by the records, each prefix of saved names when it is asked for."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        stems = [(stem_of(key), key) for key in keys]
+        weights = {stem for stem, key in stems if key.endswith(".weight")}  # beside one, `scale` is something else
+        self.stems = [
+            (stem or key, not stem, key) for stem, key in stems if stem not in weights or key.endswith(".weight")
+        ]
+        self._below = functools.cache(self._names_below)
+        self._readings: dict[str, list[_Reading]] = {}
+
+    def readings(self, model: str) -> list[_Reading]:
+        """The keys as each part with this prefix of saved names would have them, and as they stand."""
+        if model not in self._readings:
+            parts = [part for part in _PARTS if part.prefix == model]
+            used = {part: self._used(part) for part in parts}
+            readings = [self._read(model, part.roots, used[part]) for part in parts if used[part]]
+            roots = tuple(dict.fromkeys(root for part in parts for root in part.roots))
+            self._readings[model] = [*readings, self._read(model, roots, ())]
+        return self._readings[model]
+
+    def best(self, model: str, wanted: set[str]) -> dict[str, Target]:
+        """Those of the names that are there, by the reading which has most of them."""
+        reading = max(self.readings(model), key=lambda one: (sum(name in one for name in wanted), one.recognised))
+        return {name: reading.target(name) for name in wanted if name in reading}
+
+    def _used(self, part: Part) -> tuple[Spelling, ...]:
+        """The spellings of a part which some key shows to be those of this checkpoint."""
+        names = self._below(part.roots)
+        return tuple(one for one in part.spellings if any(one.marks(dotted, bare) for dotted, bare, _ in names))
+
+    def _read(self, prefix: str, roots: tuple[str, ...], spellings: Sequence[Spelling]) -> _Reading:
+        places: dict[str, dict[int, tuple[Rename, str]]] = {}
+        recognised = 0
+        for dotted, bare, key in self._below(roots):
+            found = next((renames for one in spellings if (renames := one.of(dotted, bare))), ())
+            recognised += bool(found)
+            for rename in found or (() if bare else (Rename(dotted, dotted),)):
+                name = f"{prefix}_{rename.trainer}".replace(".", "_")
+                places.setdefault(name, {}).setdefault(rename.position, (rename, key))
+        return _Reading(places, recognised)
+
+    def _names_below(self, roots: tuple[str, ...]) -> list[tuple[str, bool, str]]:
+        """(dotted name without root, whether it is a tensor's own, key), below every root, the longest first."""
+        return [
+            (stem[len(root) :], bare, key)
+            for root in sorted(roots, key=len, reverse=True)
+            for stem, bare, key in self.stems
+            if stem.startswith(root)
+        ]
 
 
-def _names_in(part: Part, dotted: str) -> Iterator[_Name]:
-    flat = f"{part.prefix}_{dotted}".replace(".", "_")
-    yield _Name(flat)
-    for old, new in part.release:
-        if dotted.startswith(old):
-            yield _Name(f"{part.prefix}_{new}{dotted[len(old) :]}".replace(".", "_"))
-    saved, layout = part.saved_name(dotted), part.layout_of(dotted)
-    if layout is not None:
-        yield _Name(saved, layout.position, layout.count, layout.swapped)
-    elif saved != flat:
-        yield _Name(saved)
+@functools.lru_cache(maxsize=2)
+def _index(keys: tuple[str, ...]) -> _Index:
+    """Kept, since an adapter's names are looked up by many records one after the other."""
+    return _Index(keys)

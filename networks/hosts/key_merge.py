@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Mapping, MutableSet, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -69,7 +69,7 @@ def merge_weights_to_tensor(
 
 def _merge(
     weight: Tensor,
-    layers: Iterable[tuple[SavedLayer, float]],
+    layers: Sequence[tuple[SavedLayer, float]],
     device: torch.device | str,
     merged: Callable[[SavedLayer, Tensor, float, Tensor], Tensor] = merged_weight,
 ) -> Tensor:
@@ -81,9 +81,14 @@ def _merge(
             wide = merged(layer, wide, multiplier, start)
         except ValueError as error:
             raise ValueError(f"{layer.name}: {error}") from None
+    limit = torch.finfo(weight.dtype).max
     if weight.itemsize == 1:  # depending on torch and kind, a cast to fp8 makes inf or NaN of what is too large
-        limit = torch.finfo(weight.dtype).max
         wide = wide.clamp(-limit, limit)
+    if not bool((wide.abs() <= limit).all()):
+        raise ValueError(
+            f"{', '.join(layer.name for layer, _ in layers)}: the merged values are NaN, or too large for "
+            f"{weight.dtype}: lower the multiplier, or choose an earlier file"
+        )
     return wide.to(weight.dtype)
 
 

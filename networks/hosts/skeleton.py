@@ -211,8 +211,7 @@ def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[st
         return 0
     found = weight_names.find(shapes, own, prefix)
     for saved, shape in default.items():
-        rows = [shapes[key] for key in found[saved].keys] if saved in found else []
-        if not rows or (sum(row[0] for row in rows), *rows[0][1:]) != shape:
+        if saved not in found or found[saved].shape(shapes) != shape:
             return 0
     kinds = {_NUMBER.sub("#", saved) for saved in default}
     return 0 if any(_NUMBER.sub("#", saved) in kinds for saved in present - own.keys()) else len(found)

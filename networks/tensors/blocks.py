@@ -81,13 +81,15 @@ class Codes:
 
 
 def block_of_scale(weight: Sequence[int], scale: Sequence[int]) -> tuple[int, ...] | None:
-    """Shape of a block for a scale [] or [1] (one for all), [O, 1] (per row), [O, blocks, 1]; None for others."""
+    """Shape of a block for a scale [] or [1] (one for all), [O, 1] (per row), [O, blocks, 1], or [blocks, blocks]; None
+    for others."""
     if tuple(scale) in ((), (1,)):
         return tuple(weight)
-    if len(weight) == 2 and len(scale) in (2, 3) and scale[0] == weight[0] and scale[-1] == 1:
-        blocks = scale[1] if len(scale) == 3 else 1
-        return (1, weight[1] // blocks) if blocks and weight[1] % blocks == 0 else None
-    return None
+    if len(scale) == 3 and scale[0] == weight[0] and scale[2] == 1:
+        scale = scale[:2]
+    if len(weight) != 2 or len(scale) != 2 or any(not n or size % n for size, n in zip(weight, scale, strict=True)):
+        return None
+    return weight[0] // scale[0], weight[1] // scale[1]
 
 
 def _blocks(values: Tensor, block: Sequence[int]) -> Tensor:

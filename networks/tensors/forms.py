@@ -139,7 +139,7 @@ class ScaledFloat8(Coded):
         if block is None:
             raise ValueError(
                 f"scale_weight of shape {tuple(scale.shape)} does not fit a weight of {tuple(weight.shape)}: "
-                f"[1], [O, 1] and [O, blocks, 1] are known; {REMEDY}"
+                f"[1], [O, 1], [O, blocks, 1] and [blocks, blocks] are known; {REMEDY}"
             )
         limit = torch.finfo(weight.dtype).max
         return Codes(weight, scale.detach(), block, -limit, limit)
