@@ -46,7 +46,6 @@ OLDER: dict[str, int] = {
     "networks/args/coerce.py:_regex_map": 13,
     "networks/core/blocks.py:BlockChoices._lengths": 13,
     "networks/core/effects.py:_starts": 13,
-    "networks/layers/adapted.py:AdaptedLayer.run": 13,
     "scripts/train_network.py:Trainer.make_data": 13,
 }
 

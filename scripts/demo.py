@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from networks.hosts.command_line import (  # noqa: E402
     add_overwrite,
     check_outputs,
     run_program,
+    write_atomically,
 )
 from networks.hosts.picture_grid import make_grid  # noqa: E402
 
@@ -198,8 +200,8 @@ def demo(args: argparse.Namespace) -> int:
     run("train_network.py", train_arguments(model, output, args.steps))
     trained = time.monotonic() - start
     base, rows = draw_rows(model, output, args.draw_steps)
-    shutil.copyfile(output / f"{NAME}-loss.png", output / "loss.png")
-    shutil.copyfile(output / f"{NAME}-plan.txt", output / "plan.txt")
+    write_atomically(output / "loss.png", partial(shutil.copyfile, output / f"{NAME}-loss.png"))
+    write_atomically(output / "plan.txt", partial(shutil.copyfile, output / f"{NAME}-plan.txt"))
     labels = [(f"strength {strength:g}", rows[strength]) for strength in STRENGTHS]
     make_grid([*labels, ("true style", truth)], SHOWN, output / "before_after.png")
 

@@ -62,7 +62,8 @@ def test_the_noise_has_the_stated_size() -> None:
     assert drawn.mean(0).abs().max() < 0.05 * wanted.max()
     for off in ("eval", "multiplier", "sampling"):
         layer.train()
-        layer.runtime = Runtime(0.0 if off == "multiplier" else 0.5, sampling=off == "sampling")
+        layer.runtime = Runtime(0.0 if off == "multiplier" else 0.5)
+        layer.runtime.sampling = off == "sampling"
         layer.train(off != "eval")
         assert torch.equal(layer.base(x), layer.base(x)), off
 

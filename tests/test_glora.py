@@ -202,8 +202,8 @@ def test_copies_of_an_adapter_have_no_base() -> None:
     """Or casting one for a merge would copy the model."""
     _, layer = pair()
     layer.update(make_input("linear"))
-    assert layer.adapter.base is not None
-    assert copy.deepcopy(layer.adapter).base is None
+    assert layer.adapter._on.mine.base is not None
+    assert copy.deepcopy(layer.adapter)._on.mine.base is None
 
 
 # -- through the entries

@@ -285,11 +285,11 @@ def test_a_part_that_another_writers_late_clean_up_takes_away(tmp_path: Path, mo
     """Between its making and its lock: the next number is taken."""
     opened, taken = os.open, []
 
-    def late(path: Path, *args: Any) -> int:
+    def late(path: Path, *args: Any, **kwargs: Any) -> int:
         if not taken:
             taken.append(Path(path).parent)
             Path(path).parent.rmdir()
-        return opened(path, *args)
+        return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", late)
     by_chunks(tmp_path / "a.txt", "new")

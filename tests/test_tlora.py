@@ -19,7 +19,7 @@ from toy_models import signal, toy
 
 import networks.lora
 import networks.lycoris
-from networks.algos.clock import Clock, clock_of
+from networks.algos.clock import Clock
 from networks.algos.lora import LoRA
 from networks.algos.tlora import TLoRA
 from networks.archs import ARCHS
@@ -42,7 +42,6 @@ ACTIVE = (1, 2, 4)  # floor(time * 3) + 1
 def _seed() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    clock_of(0).time = clock_of(0).mask = None
 
 
 def single(kind: str, dora: str = "", **options: Any) -> AdaptedLayer:
@@ -179,15 +178,20 @@ def test_a_quantised_base_is_read_dequantised() -> None:
 # -- masks
 
 
+def clock_at(time: Tensor) -> Clock:
+    clock = Clock()
+    clock.enter(time)
+    return clock
+
+
 def test_the_schedule() -> None:
     """Numbers of active ranks of 16 at timesteps of 1000, as LyCORIS counts them."""
     table = {1.0: {0: 16, 100: 14, 250: 12, 500: 8, 750: 4, 900: 2, 1000: 1}, 2.0: {0: 16, 250: 9, 500: 4, 750: 1}}
     for exponent, rows in table.items():
-        clock = Clock((1000 - torch.tensor([float(t) for t in rows])) / 1000)
-        mask = clock.rank_mask(16, 1, exponent)
+        mask = clock_at((1000 - torch.tensor([float(t) for t in rows])) / 1000).rank_mask(16, 1, exponent)
         assert mask is not None and mask.sum(1).tolist() == list(rows.values())
         assert bool((mask.diff(dim=1) <= 0).all()), "the first ones"
-    every = Clock((1000 - torch.arange(1001.0)) / 1000)
+    every = clock_at((1000 - torch.arange(1001.0)) / 1000)
     for dim, least in ((16, 1), (7, 3), (4, 4)):
         mask = every.rank_mask(dim, least, 1.0)
         assert mask is not None
@@ -200,7 +204,7 @@ def test_each_sample_has_its_own_ranks(kind: str) -> None:
     layer = single(kind)
     x, plain = make_input(kind, samples=3), copy.deepcopy(layer.base)
     del plain.forward
-    layer.adapter.clock.time = TIMES
+    layer.adapter.clock.enter(TIMES)
     y = layer.base(x)
     for i, active in enumerate(ACTIVE):
         W = layer.base.weight + MULTIPLIER * SCALE * masked(layer.adapter, active)
@@ -213,7 +217,7 @@ def test_each_sample_has_its_own_ranks(kind: str) -> None:
         assert_close(layer.base(x), y, "training or not")
     full = layer.base.weight + MULTIPLIER * SCALE * masked(layer.adapter, DIM)
     assert_close(layer.new_weight(layer.base.weight), full, "weights hold all ranks")
-    layer.adapter.clock.time = None
+    layer.adapter.clock.enter(None)
     whole = layer.base(x)
     with torch.no_grad():
         plain.weight.copy_(full)
@@ -223,11 +227,11 @@ def test_each_sample_has_its_own_ranks(kind: str) -> None:
 def test_rows_of_one_sample_follow_each_other() -> None:
     """A layer on frames or tokens: [samples * rows, features]."""
     layer, x = single("linear"), torch.randn(3, 5, 108, dtype=torch.float64)
-    layer.adapter.clock.time = TIMES
+    layer.adapter.clock.enter(TIMES)
     assert_close(layer.base(x.flatten(0, 1)).unflatten(0, (3, 5)), layer.base(x), "flattened")
     with pytest.raises(ValueError, match="timesteps of 3 samples reached a layer with a batch of 2"):
         layer.base(x[:2])
-    layer.adapter.clock.time = TIMES[:1]
+    layer.adapter.clock.enter(TIMES[:1])
     assert layer.base(x[0, 0]).shape == (110,)
 
 
@@ -237,7 +241,7 @@ def test_dora_measures_the_weight_with_all_ranks(side: str) -> None:
     learn_lengths(layer)
     W, dim = layer.base.weight, 1 if side == "output" else 0
     lengths = (W + SCALE * masked(layer.adapter, DIM)).norm(dim=dim, keepdim=True)
-    layer.adapter.clock.time = TIMES
+    layer.adapter.clock.enter(TIMES)
     y = layer.base(x)
     for i, active in enumerate(ACTIVE):
         changed = (W + SCALE * masked(layer.adapter, active)) * layer.magnitude / lengths
@@ -282,17 +286,17 @@ def made(unet: nn.Module, dim: int = DIM, **arguments: str) -> Any:
 def test_sampling_has_its_own_time_and_gives_the_former_back() -> None:
     unet = sd_unet()
     network = made(unet)
-    clock = clock_of(0)
+    clock = network.clock
     latents, _, text = inputs()
     with torch.no_grad():
         alone = unet(latents, 900, text).sample
-    assert clock.time is None
+    assert clock.now.time is None
     unet(latents, torch.tensor([100, 600]), text)
-    torch.testing.assert_close(clock.time, torch.tensor([0.9, 0.4]))
+    torch.testing.assert_close(clock.now.time, torch.tensor([0.9, 0.4]))
     with torch.no_grad():
         assert torch.equal(unet(latents, torch.tensor(900), text).sample, alone)
         assert not torch.equal(unet(latents, torch.tensor(100), text).sample, unet(latents, 900, text).sample)
-    torch.testing.assert_close(clock.time, torch.tensor([0.9, 0.4]))
+    torch.testing.assert_close(clock.now.time, torch.tensor([0.9, 0.4]))
     network.detach()
 
 
@@ -336,7 +340,7 @@ def test_text_encoders_keep_all_ranks() -> None:
     network = networks.lora.create_network(1.0, DIM, 2, None, encoder, unet, algo="tlora")
     network.apply_to(encoder, unet, True, True)
     parts = {row.part: layer.adapter.clock for row, layer in network.layers}
-    assert parts["text_encoder"] is None and parts["unet"] is clock_of(0)
+    assert parts["text_encoder"] is None and parts["unet"] is network.clock
 
 
 # -- groups
@@ -365,11 +369,12 @@ def test_networks_of_one_group_share_the_mask() -> None:
 
 def test_a_mask_for_each_sample_by_hand() -> None:
     layer, x = single("linear"), make_input("linear")
-    layer.adapter.clock.time = TIMES[[1, 2]]
+    layer.adapter.clock.enter(TIMES[[1, 2]])
     wanted = layer.base(x)
-    layer.adapter.clock.time, layer.adapter.clock.mask = None, torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])
+    layer.adapter.clock.enter(None)
+    layer.adapter.clock.set_mask(torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]]))
     assert_close(layer.base(x), wanted, "by hand")
-    layer.adapter.clock.mask = torch.ones(DIM + 1)
+    layer.adapter.clock.set_mask(torch.ones(DIM + 1))
     with pytest.raises(ValueError, match=r"the timestep mask is \(5,\), this layer has 4 ranks"):
         layer.base(x)
 

@@ -17,8 +17,16 @@ import torch
 from torch import Tensor
 
 from ..tensors.geometry import Geometry
+from ..tensors.per_thread import PerThread
 from .lora import LoRA
 from .saved import Layout
+
+
+class _Step:
+    """The training pass of a layer that is under way in a thread."""
+
+    def __init__(self) -> None:
+        self.block: Tensor | None = None  # 0-d
 
 
 class DyLoRA(LoRA):
@@ -34,23 +42,24 @@ class DyLoRA(LoRA):
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(geometry, dim, options)
         self.block_size: int = self.chosen.get("block_size", 1)
-        self.block: Tensor | None = None  # 0-d, of the pass that is under way
+        self._step = PerThread(_Step)
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, block_size: int = 1) -> Layout:  # type: ignore[override]
         return super().layout(geometry, dim)
 
     def begin(self, x: Tensor) -> None:
-        self.block = torch.randint(-(-self.dim // self.block_size), (), device=x.device)
+        self._step.mine.block = torch.randint(-(-self.dim // self.block_size), (), device=x.device)
 
     def end(self) -> None:
-        self.block = None
+        self._step.mine.block = None
 
     def values(self) -> dict[str, Tensor]:
-        if self.block is None:
+        block = self._step.mine.block
+        if block is None:
             return super().values()
         device = self.down.device
-        rank, first = torch.arange(self.dim, device=device), self.block.to(device) * self.block_size
+        rank, first = torch.arange(self.dim, device=device), block.to(device) * self.block_size
         active = (first + self.block_size).clamp(max=self.dim)
         learns, acts = (rank >= first) & (rank < active), (rank < active).to(self.down.dtype)
         ones = [1] * len(self.geometry.kernel)

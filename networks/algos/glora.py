@@ -32,10 +32,18 @@ from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
+from ..tensors.per_thread import PerThread
 from ..tensors.products import Products, weight_times
 from .base import Adapter, Layout, kaiming_
 
 _NAMES = ("a1", "a2", "b1", "b2")
+
+
+class _On:
+    """The base on which a thread uses the mathematics."""
+
+    def __init__(self) -> None:
+        self.base: Products | None = None
 
 
 class GLoRA(Adapter):
@@ -54,7 +62,7 @@ class GLoRA(Adapter):
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(geometry, dim, options)
-        self.base: Products | None = None
+        self._on = PerThread(_On)
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, use_scalar: bool = False) -> Layout:
@@ -72,12 +80,12 @@ class GLoRA(Adapter):
             nn.init.zeros_(p)
 
     def on(self, base: Products) -> GLoRA:
-        self.base = base
+        self._on.mine.base = base
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the adapter is none of the base."""
-        return self.__dict__ | {"base": None}
+        return self.__dict__ | {"_on": PerThread(_On)}
 
     @property
     def mask_size(self) -> int:
@@ -85,8 +93,9 @@ class GLoRA(Adapter):
 
     def _factors(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """W a1 [O, R, *kernel], a2 [R, I], b1 [O, R], b2 [R, I, *kernel]."""
-        assert self.base is not None, "GLoRA reads its base: use adapter.on(...)"
-        return self.base.times(p["a1"].flatten(1)), p["a2"].flatten(1), p["b1"].flatten(1), p["b2"]
+        base = self._on.mine.base
+        assert base is not None, "GLoRA reads its base: use adapter.on(...)"
+        return base.times(p["a1"].flatten(1)), p["a2"].flatten(1), p["b1"].flatten(1), p["b2"]
 
     def _joined(self, p: Mapping[str, Tensor], pieces: Pieces | None = None) -> tuple[Tensor, Tensor]:
         """The same without kernel as one pair of factors, [O, 2R] and [2R, I, 1...]."""
@@ -117,7 +126,7 @@ class GLoRA(Adapter):
         return self.delta()[start:stop]
 
     def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
-        """`base` knows the rows of the pieces only."""
+        """The base knows the rows of the pieces only."""
         up_OR, down_RI = self._joined(self.factors(x), pieces)
         return F.linear(gate.rank(F.linear(x, down_RI), -1), up_OR)
 

@@ -72,7 +72,7 @@ class TLoRA(LoRA):
         dim: int,
         sig_type: str = "principal",
         use_data_init: bool = True,
-        mask_group_id: int = 0,
+        mask_group_id: int | None = None,
         min_rank: int = 1,
         alpha_rank_scale: float = 1.0,
     ) -> Layout:

@@ -203,9 +203,11 @@ FORMS: tuple[Arg, ...] = (
     Arg(
         "mask_group_id",
         "int",
-        0,
-        "networks of one number share the timestep, or the mask that `set_timestep_mask` sets",
+        None,
+        "networks of one number share the timestep, or the mask that `set_timestep_mask` sets; not given: each has its "
+        "own",
         FORM,
         algos=("tlora",),
+        neutral=(0,),
     ),
 )

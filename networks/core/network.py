@@ -38,7 +38,7 @@ from .merging import check_bases, merge
 from .plan import Plan, PlanRow
 from .report import LoadReport, progress
 from .select import Bases
-from .watching import time_reader, watch
+from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class Network(nn.Module):
         self.allowance = Allowance()  # what of a file may be without a place
         self._roots = dict(roots)
         self.timesteps: dict[str, Timestep] = {}  # part name -> how the forward of its root is told the time
+        self.clock = Clock()
         self._hooks: list[Any] = []
         self._region_hooks: list[Any] = []
         chosen = Dropouts(**(dropouts or {}))
@@ -148,7 +149,7 @@ class Network(nn.Module):
             used = {row.part for row, _ in self.layers}
             for part, root in ((part, unwrap(root)) for part, root in self._roots.items() if part in used):
                 read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
-                self._hooks += watch(root, self.runtime, clocks if read else (), read)
+                self._hooks += Watch(self.runtime, clocks if read else (), read).hook(root)
 
     def detach(self) -> None:
         """Give the model its own forwards back."""
@@ -162,22 +163,26 @@ class Network(nn.Module):
     # -- time
 
     def _set_clocks(self) -> list[Clock]:
-        """Layers of parts whose forward tells the time read the clock of their group; the clocks of all of them."""
-        clocks: dict[int, Clock] = {}
+        """Layers of parts whose forward tells the time read the network's clock, or that of a group which they were
+        given; all of these clocks."""
+        clocks: dict[int | None, Clock] = {}
         for row, layer in self.layers:
             for adapter in layer.adapter.modules() if row.part in self.timesteps else ():
                 if isinstance(adapter, Adapter) and adapter.timed:
-                    group = int(adapter.chosen.get("mask_group_id", 0))
-                    adapter.clock = clocks.setdefault(group, clock_of(group))
+                    group = adapter.chosen.get("mask_group_id")
+                    adapter.clock = clocks.setdefault(group, self.clock if group is None else clock_of(group))
         return list(clocks.values())
 
     def set_timestep_mask(self, mask: Tensor | None, group_id: int = 0) -> None:
-        """For all networks of a group: which ranks act, [R] or [samples, R] of 0 and 1, whatever time it is.
+        """Which ranks act, [R] or [samples, R] of 0 and 1, whatever time it is, in the passes of this thread.
 
         Args:
             mask: None = by the timestep again, which the denoiser's own forward tells.
+            group_id: for all networks that were given this mask_group_id; 0: also for this one, if it was given none.
         """
-        clock_of(group_id).mask = mask
+        clock_of(group_id).set_mask(mask)
+        if group_id == 0:
+            self.clock.set_mask(mask)
 
     # -- strength
 

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..algos.clock import Clock
+from ..algos.clock import Clock, Moment
 from ..archs.spec import Timestep
 from ..layers.runtime import Runtime
+from ..tensors.per_thread import PerThread
 
-ReadTime = Callable[[Sequence[Any], Mapping[str, Any]], "Tensor | None"]
+
+@dataclass(frozen=True)
+class TimeReader:
+    """Finds the time [N] of a pass, 0 = nothing but noise and 1 = no noise, in the arguments of a model's forward.
+
+    Args:
+        name, position: of the argument.
+        timestep: what its values mean.
+    """
+
+    name: str
+    position: int
+    timestep: Timestep
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+        at, timestep = self.position, self.timestep
+        value = kwargs[self.name] if self.name in kwargs else args[at] if at < len(args) else None
+        if value is None:
+            return None
+        time = (torch.as_tensor(value).float() - timestep.noise) / (timestep.clean - timestep.noise)
+        time = time.detach().clamp(0, 1)
+        # With a time of its own for each frame or token, a sample has that of its noisiest.
+        return time.reshape(1) if time.dim() == 0 else time.reshape(time.shape[0], -1).amin(1)
 
 
-def time_reader(root: nn.Module, timestep: Timestep) -> ReadTime:
-    """How to find the time [N] of a pass, 0 = nothing but noise and 1 = no noise, in the arguments of its forward.
+def time_reader(root: nn.Module, timestep: Timestep) -> TimeReader:
+    """That of a model.
 
     Raises:
         ValueError: this class has no such argument.
@@ -29,58 +53,55 @@ def time_reader(root: nn.Module, timestep: Timestep) -> ReadTime:
             f"{type(root).__name__} is not told the timestep as {' or '.join(timestep.arguments)}, so ranks cannot "
             f"follow it; its arguments are {', '.join(names)}: choose an algorithm other than tlora"
         )
-    position = names.index(name)
-
-    def read(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-        value = kwargs[name] if name in kwargs else args[position] if position < len(args) else None
-        if value is None:
-            return None
-        time = (torch.as_tensor(value).float() - timestep.noise) / (timestep.clean - timestep.noise)
-        time = time.detach().clamp(0, 1)
-        # With a time of its own for each frame or token, a sample has that of its noisiest.
-        return time.reshape(1) if time.dim() == 0 else time.reshape(time.shape[0], -1).amin(1)
-
-    return read
+    return TimeReader(name, names.index(name), timestep)
 
 
-def watch(root: nn.Module, runtime: Runtime, clocks: Iterable[Clock] = (), read: ReadTime | None = None) -> list[Any]:
-    """Hooks on the model itself, below its wrappers, which hosts take off.
+class Watch:
+    """Hooks on the model itself, below its wrappers, which hosts take off. What they tell is told to their thread.
 
     Never inside a layer: reentrant checkpointing runs layers without gradients in training, too. A pass without
     gradients puts back what was before it. The time of one with gradients comes back with its own backward, so that a
     recomputation sees it, also where a host makes several passes (one for each sample, say) before it goes back.
+
+    Args:
+        clocks: those to be told the time.
+        read: finds it.
     """
-    before: list[tuple[bool, list[Tensor | None]]] = []
-    shared = list(clocks)
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        before.append((runtime.sampling, [clock.time for clock in shared]))
-        runtime.sampling = not torch.is_grad_enabled()
-        if read is not None:
-            time = read(args, kwargs)
-            for clock in shared:
-                clock.time = time
+    def __init__(self, runtime: Runtime, clocks: Iterable[Clock] = (), read: TimeReader | None = None) -> None:
+        self.runtime, self.clocks, self.read = runtime, list(clocks), read
+        self._before: PerThread[list[tuple[bool, list[Moment | None]]]] = PerThread(list)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        sampling, times = before.pop() if before else (False, [None] * len(shared))
-        if runtime.sampling:
-            runtime.sampling = sampling
-            _set(shared, times)
-        elif shared and not torch.compiler.is_compiling():  # compiled graphs keep their inputs, the time among them
-            now = [clock.time for clock in shared]
+    def hook(self, root: nn.Module) -> list[Any]:
+        return [
+            root.register_forward_pre_hook(self.enter, with_kwargs=True),
+            root.register_forward_hook(self.leave, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        time = None if self.read is None else self.read(args, kwargs)
+        self._before.mine.append((self.runtime.sampling, [clock.enter(time) for clock in self.clocks]))
+        self.runtime.sampling = not torch.is_grad_enabled()
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        stack = self._before.mine
+        sampling, before = stack.pop() if stack else (False, [None] * len(self.clocks))
+        if self.runtime.sampling:
+            self.runtime.sampling = sampling
+            for clock, moment in zip(self.clocks, before, strict=True):
+                clock.leave(moment)
+        elif (
+            self.clocks and not torch.compiler.is_compiling()
+        ):  # compiled graphs keep their inputs, the time among them
+            now = [(clock, clock.now) for clock in self.clocks]
             for tensor in _tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda gradient: _set(shared, now))
-
-    return [
-        root.register_forward_pre_hook(enter, with_kwargs=True),
-        root.register_forward_hook(leave, always_call=True),
-    ]
+                    tensor.register_hook(lambda gradient: _go_back(now))
 
 
-def _set(clocks: Sequence[Clock], times: Sequence[Tensor | None]) -> None:
-    for clock, time in zip(clocks, times, strict=True):
-        clock.time = time
+def _go_back(now: Iterable[tuple[Clock, Moment]]) -> None:
+    for clock, moment in now:
+        clock.go_back(moment)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -181,7 +181,8 @@ class LoRAInfModule(LoRAModule):
         """The host's network; a layer of ours does not ask it."""
 
     def merge_to(self, sd: Mapping[str, Tensor], dtype: torch.dtype | None, device: Any) -> None:
-        """Merge the tensors of one layer of a file, keys without its name, at the module's multiplier."""
+        """Merge the tensors of one layer of a file, keys without its name, at the module's multiplier; its forward adds
+        nothing from then on. Each call merges what it is given, as the host's own class does."""
         tensors = dict(sd)
         alpha = tensors.pop("alpha", None)
         self.adapter.unpack_(tensors)

@@ -53,9 +53,17 @@ class AdaptedLayer(AttachedAdapter):
         runtime = self.runtime
         if not site.acts or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
             return site.below(x, *args, **kwargs)
-        stepwise = self.adapter.stepwise and self._trains
-        if stepwise:
-            self.adapter.begin(x)
+        if not (self.adapter.stepwise and self._trains):
+            return self._changed(site, x, *args, **kwargs)
+        self.adapter.begin(x)
+        try:
+            return self._changed(site, x, *args, **kwargs)
+        finally:  # checkpointing leaves a layer by an exception, too, once it has computed enough again
+            self.adapter.end()
+
+    def _changed(self, site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert site.below is not None
+        runtime = self.runtime
         gate = CallGate(self._dropped(runtime.multiplier, x))
         more = self._more(x) if runtime.region is None else None
         if more is not None:  # one call of the base for both of its terms
@@ -70,8 +78,6 @@ class AdaptedLayer(AttachedAdapter):
         if self.perturbation is not None and self._trains:
             noise = self.perturbation.output(self.adapter.geometry, x, site.take_rows)
             y = y if noise is None else y + CallGate(runtime.multiplier).output(noise.to(y.dtype))
-        if stepwise:
-            self.adapter.end()
         return y
 
     def update(self, x: Tensor) -> Tensor:
