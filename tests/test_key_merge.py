@@ -412,9 +412,17 @@ def test_the_launcher_lends_our_functions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_none_never_get_into_a_model(value: float, dtype: torch.dtype) -> None:
     file = {"lora_unet_q.lora_up.weight": torch.full((24, 2), value), "lora_unet_q.lora_down.weight": random(2, 36)}
-    with pytest.raises(ValueError, match="lora_unet_q: the merged values are NaN, or too large for"):
+    with pytest.raises(ValueError, match="lora_unet_q: lora_up.weight has NaN or infinite values"):
         networks.lora_flux.merge_weights_to_tensor(
             random(24, 36).to(dtype), "lora_unet_q", file, set(file), 1.0, torch.device("cpu")
+        )
+
+
+def test_what_is_too_large_in_the_sum_is_refused() -> None:
+    file = {"lora_unet_q.diff": torch.full((24, 36), 3e38)}
+    with pytest.raises(ValueError, match="lora_unet_q: the merged values are NaN, or too large for torch.float32"):
+        networks.lora_flux.merge_weights_to_tensor(
+            random(24, 36), "lora_unet_q", file, set(file), 4.0, torch.device("cpu")
         )
 
 

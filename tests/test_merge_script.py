@@ -303,8 +303,9 @@ def _damaged(tmp_path: Path, a: Path, o: Path) -> dict[str, tuple[list[Any], str
         save_file({key: weight}, tmp_path / f"w{number}.safetensors")
         found[name] = ([tmp_path / f"w{number}.safetensors", a, "--out", o], words)
     indices = {
-        "index": ("{", "is no list of weight files"), "list as index": ("[]", "is no list of weight files"),
-        "no map": ("{}", "is no list of weight files"), "numbers": ('{"weight_map": {"a": 5}}', "no file names in it"),
+        "index": ("{", "names no files of weights"), "list as index": ("[]", "names no files of weights"),
+        "no map": ("{}", "names no files of weights"),
+        "numbers": ('{"weight_map": {"a": 5}}', "names no files of weights"),
         "lost shard": ('{"weight_map": {"a": "lost.safetensors"}}', "there is no file"),
     }  # fmt: skip
     for name, (text, words) in indices.items():
