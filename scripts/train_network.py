@@ -6,6 +6,7 @@
 It calls the network module as sd-scripts' trainer does; --help lists the options. Written to --output_dir:
 NAME.safetensors, NAME-plan.txt and .json, NAME-loss.csv and .png, samples in sample/ and NAME-samples.png.
 A step is decided by --seed and its number alone: several processes, or an interruption, change nothing.
+Files of another run are written over with --overwrite only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from networks.hosts.command_line import INTERRUPTED, import_network_module, run_
 from networks.hosts.drawing import SampleSheet, read_samples  # noqa: E402
 from networks.hosts.loss_log import LossLog  # noqa: E402
 from networks.hosts.losses import Loss  # noqa: E402
-from networks.hosts.sharding import divide, take_sharding  # noqa: E402
+from networks.hosts.run_identity import KEY, check_outputs, identity  # noqa: E402
+from networks.hosts.sharding import check_division, check_plan, divide, take_sharding  # noqa: E402
+from networks.hosts.state_files import clean_series  # noqa: E402
 from networks.hosts.training import (  # noqa: E402
     Objective,
     autocast,
@@ -45,7 +48,16 @@ from networks.hosts.training import (  # noqa: E402
     write_plan,
 )
 from networks.hosts.training_data import DiskCache, Order, TrainingData, data_summary, draw_noise, seed_of  # noqa: E402
-from networks.hosts.training_state import Interrupts, load_state, read_state, save_state  # noqa: E402
+from networks.hosts.training_state import (  # noqa: E402
+    Examples,
+    Interrupts,
+    Live,
+    data_key,
+    load_state,
+    read_state,
+    save_state,
+    shared,
+)
 
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -61,17 +73,25 @@ class Trainer:
         images, held_out, self.network_args = cli.check_options(args)
         import_network_module(args.network_module)  # these two fail before anything slow starts
         optimizer_class(args.optimizer_type)
-        self.args, self.folder, self.step = args, Path(args.output_dir), 0
+        self.args, self.folder, self.step, self.in_step = args, Path(args.output_dir), 0, False
         model = Path(args.pretrained_model_name_or_path)
-        if args.resume:
-            read_state(args)
+        self.saved = read_state(args) if args.resume else None
         self.sharding = take_sharding()
-        if self.sharding is not None:
-            self.sharding.check(args)
+        check_division(self.sharding, args, self.network_args)
         self.accelerator = make_accelerator(args)
+        self.examples = Examples(
+            args.train_batch_size, args.gradient_accumulation_steps, self.accelerator.num_processes
+        )
+        self.batches_a_unit = args.gradient_accumulation_steps
+        if self.saved is not None:
+            self.batches_a_unit = self.saved.batches_a_unit(self.examples)
         if args.seed is None:
-            args.seed = random.randrange(2**32)
+            args.seed = shared(self.accelerator, random.randrange(2**32))
             self.say(f"seed {args.seed}")
+        self.run_key = (
+            self.saved.run if self.saved and self.saved.run else identity(args, images, self.examples.processes)
+        )
+        check_outputs(args, self.run_key)
         from accelerate.utils import set_seed
 
         self.device, self.dtype = self.accelerator.device, DTYPES[args.mixed_precision]
@@ -87,6 +107,7 @@ class Trainer:
         self.sheet = SampleSheet(self.folder, args.output_name, self.family, args.train_batch_size)
         set_seed(args.seed)  # what the network draws its start values from
         self.network = build_network(args, self.family, self.network_args, self.dtype)
+        check_plan(self.sharding, args, getattr(self.network, "plan", None))
         if args.full_bf16:
             self.network.to(torch.bfloat16)
         if self.sharding is not None:
@@ -130,7 +151,7 @@ class Trainer:
         self.idle += [self.family.vae] if self.cached else []
         self.offload()
         share = (self.accelerator.process_index, self.accelerator.num_processes)
-        self.order = Order(self.data.sizes, args.train_batch_size * share[1], args.seed, *share)
+        self.order = Order(self.data.sizes, args.train_batch_size * share[1], args.seed, *share, self.batches_a_unit)
         workers = args.max_data_loader_n_workers
         self.loader = DataLoader(
             self.data,
@@ -152,6 +173,7 @@ class Trainer:
 
         args = self.args
         optimizer = build_optimizer(args, self.network)
+        groups = [list(group["params"]) for group in optimizer.param_groups]
         self.schedule = get_scheduler(
             args.lr_scheduler,
             optimizer,
@@ -161,9 +183,10 @@ class Trainer:
         self.network.prepare_grad_etc(self.family.text_encoder_argument, self.family.denoiser)
         self.objective = Objective(self.network, self.family, self.loss)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
-        self.accelerator.register_for_checkpointing(self.schedule)
-        if args.resume:
-            self.step = load_state(self.accelerator, args, self.data)
+        self.live = Live(self.accelerator, self.network, self.optimizer, self.schedule, groups)
+        self.live.check(args.optimizer_type)
+        if self.saved is not None:
+            self.step = load_state(self.live, self.saved, self.data)
             self.say(f"continuing after step {self.step} of {args.resume}")
 
     # ---- training ----
@@ -180,20 +203,31 @@ class Trainer:
                         self.draw_samples()
                 self.train()
             except KeyboardInterrupt:
-                state = self.save("-interrupted", with_state=True)
+                self.save_interrupted(f"interrupted after step {self.step}. To go on, repeat the command with")
                 self.draw_curve()
-                self.say(f"interrupted after step {self.step}. To go on, repeat the command with --resume {state}")
                 return INTERRUPTED
             except (ValueError, OSError, RuntimeError, MemoryError) as error:
                 if self.step and not isinstance(error, Diverged):  # whatever ended the run, the steps are paid for
                     with contextlib.suppress(ValueError, OSError, RuntimeError):
-                        state = self.save("-interrupted", with_state=self.accelerator.num_processes == 1)
-                        self.say(f"stopped after step {self.step}. To go on from there: --resume {state}")
+                        self.save_interrupted(f"stopped after step {self.step}. To go on from there:")
                 raise
             self.save("", args.save_state)
             self.draw_curve()
         self.accelerator.end_training()
         return 0
+
+    def save_interrupted(self, told: str) -> None:
+        """Save what there is; with a state where the steps are whole and all processes are at the same one.
+
+        Args:
+            told: how the state is announced.
+        """
+        whole = self.signals.orderly or (self.accelerator.num_processes == 1 and not self.in_step)
+        state = self.save("-interrupted", with_state=whole)
+        if whole:
+            self.say(f"{told} --resume {state}")
+        else:
+            self.say(f"stopped in step {self.step + 1}: there is a file, but no state to go on from")
 
     def train(self) -> None:
         """Run optimizer steps up to --max_train_steps."""
@@ -202,9 +236,9 @@ class Trainer:
         args, models = self.args, (self.family.text_encoder_argument, self.family.denoiser)
         has_step_start = hasattr(self.network, "on_step_start")
         number, losses = self.step * args.gradient_accumulation_steps, []
-        with tqdm(total=args.max_train_steps, initial=self.step, desc="steps", disable=not self.is_main) as bar:
+        with tqdm(total=args.max_train_steps, initial=self.step, desc="steps", disable=not self.is_main) as self.bar:
             while self.step < args.max_train_steps:
-                self.order.go_to(number)
+                self.order.go_to(number // self.order.batches)
                 self.network.on_epoch_start(*models)
                 for batch in self.loader:
                     with self.accelerator.accumulate(self.wrapped):
@@ -212,13 +246,8 @@ class Trainer:
                             self.network.on_step_start(*models)
                         losses.append(self.train_batch(batch, number))
                     number += 1
-                    if args.scale_weight_norms:
-                        norms = self.network.apply_max_norm_regularization(args.scale_weight_norms, self.device)
-                        bar.set_postfix(scaled=norms[0], max_norm=float(norms[2]), refresh=False)
                     if self.accelerator.sync_gradients:
                         self.finish_step(sum(losses) / len(losses))
-                        bar.set_description(f"loss {self.log.average:.4f}", refresh=False)
-                        bar.update()
                         losses = []
                         self.signals.check(self.accelerator)
                     if self.step >= args.max_train_steps:
@@ -226,31 +255,61 @@ class Trainer:
 
     def train_batch(self, batch: dict[str, Any], number: int) -> float:
         """Forward, backward and, on the last batch of an accumulation, the optimizer's step. Returns the loss."""
+        unit = number // self.order.batches
         torch.manual_seed(seed_of(self.args.seed, "dropout", number, self.accelerator.process_index))
-        loss = self.batch_loss(batch, number)
+        if hasattr(self.network, "follow_step"):
+            self.network.follow_step(self.args.seed, unit)
+        loss = self.batch_loss(batch, unit)
         value = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if not math.isfinite(value):
             raise Diverged(f"the loss is {value} at step {self.step + 1}. Lower --learning_rate; nothing was saved.")
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients and self.args.max_grad_norm:
-            self.accelerator.clip_grad_norm_(list(self.network.get_trainable_params()), self.args.max_grad_norm)
-        self.optimizer.step()
-        if self.accelerator.sync_gradients:
-            self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.accelerator.sync_gradients:
+            self.accelerator.backward(loss)
+        elif self.accelerator.state.deepspeed_plugin is not None:  # its backward pass steps, too
+            with self.whole_step():
+                self.accelerator.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+            self.see_gradients()
+            with self.whole_step():
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
         return value
 
-    def batch_loss(self, batch: dict[str, Any], number: int) -> Tensor:
+    def see_gradients(self) -> None:
+        """Between the last backward pass of a step and the optimizer: clip, and let the network look."""
+        looks = [name for name in ("update_grad_norms", "update_norms") if hasattr(self.network, name)]
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(list(self.network.get_trainable_params()), self.args.max_grad_norm)
+        elif looks and self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+        for name in looks:
+            getattr(self.network, name)()
+
+    @contextlib.contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """What has to be done together: the optimizer's step, and all that counts it."""
+        with self.signals.held():
+            self.in_step = True
+            yield
+            self.schedule.step()
+            if self.args.scale_weight_norms:
+                norms = self.network.apply_max_norm_regularization(self.args.scale_weight_norms, self.device)
+                self.bar.set_postfix(scaled=norms[0], max_norm=float(norms[2]), refresh=False)
+            self.step += 1
+            self.in_step = False
+
+    def batch_loss(self, batch: dict[str, Any], unit: int) -> Tensor:
         """Loss of one batch at random noise and noise levels."""
         latents = self.data.latents(batch)
         sizes = self.args.noise_offset, self.args.ip_noise_gamma
-        draws = draw_noise(self.args.seed, number, batch["index"].tolist(), latents, *sizes)
+        draws = draw_noise(self.args.seed, unit, batch["index"].tolist(), latents, *sizes)
         losses = self.wrapped(self.data, batch, latents, *draws)
         return (losses * batch["weight"].to(losses)).sum()
 
     def finish_step(self, loss: float) -> None:
         """What happens after an optimizer step: log, validate, save, draw."""
-        args, self.step = self.args, self.step + 1
+        args = self.args
 
         def due(every: int | None) -> bool:
             return every is not None and self.step % every == 0
@@ -259,6 +318,8 @@ class Trainer:
         value = self.validate() if last or due(args.validate_every_n_steps) else None
         rate = self.schedule.get_last_lr()[0]
         self.log.add(self.step, loss, rate, value)
+        self.bar.set_description(f"loss {self.log.average:.4f}", refresh=False)
+        self.bar.update()
         measured = {"loss": loss, "loss_average": self.log.average, "lr": rate, "loss_held_out": value}
         self.accelerator.log({key: number for key, number in measured.items() if number is not None}, self.step)
         if due(args.save_every_n_steps):
@@ -318,13 +379,18 @@ class Trainer:
                 "ss_num_train_images": len(self.data),
                 "ss_num_validation_images": len(self.held_out),
                 "ss_resolution": self.options.size[::-1],
+                KEY: self.run_key,
             }
             dtype = DTYPES[self.args.save_precision] if self.args.save_precision else None
             metadata = run_metadata(self.args, self.family, self.network_args, counts)
             self.network.save_weights(str(path), dtype, metadata)
             self.say(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
         if with_state:
-            save_state(self.accelerator, state, self.args, self.data, self.step)
+            for left in clean_series(self.folder, self.args.output_name) if self.is_main else ():
+                self.say(f"removed {left}, which an ended run had left")
+            content = {"current_step": self.step, "data": data_key(self.data), "run": self.run_key}
+            content["in_steps"] = self.order.batches == self.args.gradient_accumulation_steps
+            save_state(self.live, state, self.args, content)
         return state
 
 

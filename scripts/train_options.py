@@ -21,7 +21,7 @@ from networks.hosts.families import FAMILIES, DataOptions, NoiseOptions
 from networks.hosts.families.noise import SAMPLINGS
 from networks.hosts.losses import DISTANCES, HUBER_SCHEDULES, SCHEMES, LossOptions
 from networks.hosts.small_weights import QUANTIZED
-from networks.hosts.training_state import STATE_FILE
+from networks.hosts.state_files import STATE_FILE
 
 # the names of diffusers.optimization
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -142,6 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = group.add_argument
     add("--output_dir", metavar="FOLDER")
     add("--output_name", default="last", help="file name without ending; default: last")
+    add("--overwrite", action="store_true", help="write over files of another run with this name")
     add("--save_precision", choices=("float", "fp16", "bf16"), help="default: as trained")
     add("--save_every_n_steps", type=int, metavar="N")
     add("--save_state", action="store_true", help="with each file, all that --resume needs")

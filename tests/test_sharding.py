@@ -52,10 +52,12 @@ if importlib.util.find_spec("deepspeed"):  # no requirement of ours: it builds a
 
 @pytest.mark.parametrize(("how", "sign"), HOWS, ids=lambda value: "-".join(value) if isinstance(value, list) else "")
 def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(assets, tmp_path, how, sign):
-    """With DoRA, which reads base weights in every pass, samples in the middle, and a state to go on from."""
+    """With DoRA, which reads base weights in every pass, a limit of the norms, which acts on what the optimizer steps
+    from, samples in the middle, and a state to go on from with either number of processes."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square --s 2 --d 1\n")
-    options = ["--optimizer_type=SGD", "--learning_rate=1", "--save_every_n_steps=2", "--save_state"]
+    options = ["--optimizer_type=SGD", "--learning_rate=1", "--optimizer_args", "momentum=0.9"]
+    options += ["--save_every_n_steps=2", "--save_state", "--scale_weight_norms=0.01"]
     options += [f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--network_args", "use_dora=True"]
     said = launch(2, arguments(assets, tmp_path / "two", *options), *how)
     assert sign in said
@@ -67,9 +69,14 @@ def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(asset
         assert float(first[1]) == pytest.approx(float(second[1]), rel=1e-5)
     names = {path.name for path in (tmp_path / "one" / "sample").iterdir()}
     assert len(names) == 2 and names == {path.name for path in (tmp_path / "two" / "sample").iterdir()}
+    for name in ("one", "two"):
+        folder = tmp_path / name / "last-step00000002-state"
+        assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors", ".safetensors"]
+        launch(2, arguments(assets, tmp_path / f"{name} on", *options, f"--resume={folder}"), *how)
+    assert same(weights(tmp_path / "two on"), two) and close(weights(tmp_path / "one on"), one)
     state = tmp_path / "two" / "last-step00000002-state"
-    launch(2, arguments(assets, tmp_path / "on", *options, f"--resume={state}"), *how)
-    assert same(weights(tmp_path / "on"), two)
+    assert train(assets, tmp_path / "back", *options, f"--resume={state}", "--train_batch_size=4") == 0
+    assert close(weights(tmp_path / "back"), one)
 
 
 def test_music_and_fsdp(assets, tmp_path):

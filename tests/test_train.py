@@ -107,6 +107,7 @@ def test_dim_from_weights_calls(assets, tmp_path, calls):
     calls.clear()
     file = tmp_path / "last.safetensors"
     options = ["--dim_from_weights", f"--network_weights={file}", "--network_dropout=0.1", "--network_args", "a=b"]
+    options.insert(0, "--overwrite")
     assert train(assets, tmp_path, *options, network="standin_network", steps=1) == 0
     assert names(calls)[:4] == ["create_network_from_weights", "prepare_network", "apply_to", "load_weights"]
     args, kwargs = find(calls, "create_network_from_weights")
@@ -259,7 +260,8 @@ def test_ctrl_c_saves_what_was_trained(assets, tmp_path, calls):
 def test_full_disk_leaves_the_earlier_file(assets, tmp_path, calls, capsys):
     assert train(assets, tmp_path, network="standin_network", steps=1) == 0
     before = (tmp_path / "last.safetensors").read_bytes()
-    assert train(assets, tmp_path, "--network_args", "fail=full_disk", network="standin_network", steps=1) == 2
+    options = ["--overwrite", "--network_args", "fail=full_disk"]
+    assert train(assets, tmp_path, *options, network="standin_network", steps=1) == 2
     told = capsys.readouterr().err.splitlines()[-1]  # a traceback comes before, with --debug
     assert told.startswith("error: ") and "No space left" in told and "Free some space" in told and "Errno" not in told
     assert (tmp_path / "last.safetensors").read_bytes() == before
@@ -270,7 +272,7 @@ def test_weights_that_are_not_finite_leave_the_earlier_file(assets, tmp_path, ca
     assert train(assets, tmp_path, steps=1) == 0
     before = (tmp_path / "last.safetensors").read_bytes()
     options = ["--learning_rate=1e38", "--optimizer_type=SGD", "--optimizer_args", "weight_decay=1e38"]
-    assert train(assets, tmp_path, *options, steps=1) == 2
+    assert train(assets, tmp_path, "--overwrite", *options, steps=1) == 2
     assert "Lower --learning_rate" in capsys.readouterr().err
     assert (tmp_path / "last.safetensors").read_bytes() == before
 

@@ -226,7 +226,7 @@ def test_encoders_leave_the_accelerator_once_cached(assets, tmp_path, monkeypatc
         (["--cache_latents", "--network_train_unet_only", "--no_offload_encoders"], set()),
     ]:
         sent.clear()
-        assert train(assets, tmp_path, *options, steps=1) == 0
+        assert train(assets, tmp_path, "--overwrite", *options, steps=1) == 0
         assert set(sent) == expected, options
 
 

@@ -42,8 +42,10 @@ class Adapter(SavedForm):
     keeps_start: ClassVar[bool] = False  # beside values that come from the base weight, to subtract what they amount to
     stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
     timed: ClassVar[bool] = False  # it acts by the time of the denoising pass: its attribute `clock`
+    relative: ClassVar[bool] = False  # dW is a function of the base weight, which its norm needs
 
     clock: Clock | None = None  # of the timed ones: when it is, if anybody knows
+    number: Tensor | None = None  # of the stepwise ones: 0-d, drawn for the step alike in all processes; None = unknown
     refactor_error: float | None = None  # relative, of the tensors of the last `pack`, where they are not the live ones
     side = ""  # of the multiplicative ones: "output" or "input"
 

@@ -2,8 +2,9 @@
 
     dW_b = R / b * up[:, :b] . down[:b]             R / b makes the scale alpha / R of the layer alpha / b
 
-Each training pass draws one block of `block_size` ranks at random: the ranks up to its end act, those of the block
+Each training step draws one block of `block_size` ranks at random: the ranks up to its end act, those of the block
 alone learn. Otherwise all R act. A file is a LoRA, and cut to its first b ranks with the same alpha it is dW_b.
+Processes that share a step have the same block; where nobody counts steps, each pass draws its own.
 
 Parameters, start values and saved keys are LoRA's, without its Tucker form and scalar.
 """
@@ -49,7 +50,9 @@ class DyLoRA(LoRA):
         return super().layout(geometry, dim)
 
     def begin(self, x: Tensor) -> None:
-        self._step.mine.block = torch.randint(-(-self.dim // self.block_size), (), device=x.device)
+        blocks = -(-self.dim // self.block_size)
+        drawn = torch.randint(blocks, (), device=x.device) if self.number is None else self.number % blocks
+        self._step.mine.block = drawn.to(x.device)
 
     def end(self) -> None:
         self._step.mine.block = None

@@ -54,6 +54,7 @@ class GLoRA(Adapter):
     required = (frozenset(keys.values()),)
     fold = ("b2",)
     rank_shows = (("a2.weight", 0),)
+    relative = True
     no_starts = {"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"}
 
     a1: nn.Parameter

@@ -26,6 +26,7 @@ class Reweight(Adapter):
     required: ClassVar[tuple[frozenset[str], ...]]
     fold: ClassVar[tuple[str, ...]] = ()
     side = "output"
+    relative = True
 
     def change(self, t: Tensor, axis: int) -> Tensor:
         """(T - 1) t along the axis of the features that come out, or go in; in t's dtype, differentiable."""

@@ -25,6 +25,7 @@ from ..files.places import Allowance
 from ..files.strengths import ALPHA, SAID
 from ..layers.adapted import AdaptedLayer
 from ..layers.attached import LIVE_SCALE
+from ..layers.draws import Draws
 from ..layers.dropout import Dropouts
 from ..layers.max_norm import limit_norms
 from ..layers.perturbation import Perturbation
@@ -108,6 +109,7 @@ class Network(nn.Module):
             self.add_module(name, layer)
         self._aliases = {row.own_saved_name: name for name, (row, _) in self._layers.items()}
         self.set_multiplier(multiplier)
+        self.draws = Draws(self.adapted_layers)
 
     # -- layers
 
@@ -133,6 +135,7 @@ class Network(nn.Module):
                 del self._layers[name]
                 delattr(self, name)
             self.plan = self.plan.keep(parts)
+            self.draws = Draws(self.adapted_layers)
         if not self._layers:
             raise ValueError("no layer is left to train: no part of the model is both trained and targeted")
         for layer in progress(self.adapted_layers, any(layer.adapter.wants_base for layer in self.adapted_layers)):

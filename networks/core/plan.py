@@ -76,6 +76,11 @@ class PlanRow:
         return not self.reason
 
     @property
+    def relative(self) -> bool:
+        """Whether the update of a trained layer is a function of the base weight, which its norm needs."""
+        return ALGOS[self.algo].relative
+
+    @property
     def layout(self) -> Layout:
         """Of a trained layer."""
         return layout_of(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)

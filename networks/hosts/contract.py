@@ -32,6 +32,7 @@ from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance
 from . import trainer_options
 from .beside import origin
+from .partitioned import masters_follow
 
 log = logging.getLogger("networks")
 
@@ -46,6 +47,7 @@ class HostNetwork(Network):
     def __init__(self, arch: ArchSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.arch = arch
+        self._passes = 0
         self.timesteps[arch.denoiser.name] = arch.timestep
         self.told_of_half = False
 
@@ -122,12 +124,20 @@ class HostNetwork(Network):
         self.train()
 
     def on_step_start(self, *models: Any) -> None:
-        """Nothing of ours depends on the step, but it is counted: layers that do not learn are told."""
+        """Passes are counted: layers that do not learn are told, and what is random about a pass is drawn."""
         self.diagnosis.step(self.adapted_layers)
+        self._passes += 1
+        self.follow_step(0, self._passes)
+
+    def follow_step(self, seed: int, step: int) -> None:
+        """What is random about a step is that of these two, in all processes alike. A host that knows them calls it
+        after on_step_start, which counts passes."""
+        self.draws.begin(seed, step)
 
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
         """(layers shrunk, mean norm, maximum norm) of the true, scaled updates."""
-        return self.limit_norms(named("scale_weight_norms", max_norm_value, 0))
+        with masters_follow(self.parameters()):
+            return self.limit_norms(named("scale_weight_norms", max_norm_value, 0))
 
     def save_weights(
         self, file: str | os.PathLike[str], dtype: torch.dtype | None, metadata: Mapping[str, str] | None

@@ -98,8 +98,42 @@ class LoRANetwork(HostNetwork):
         self.runtime.region.start(batch_size, num_sub_prompts, (height, width), shared)
 
 
+STEPS_WITHOUT_NORMS = 3  # of the optimizer, after which a trainer is known not to call update_norms
+
+
 class PerturbedCalls(LoRANetwork):
     """With GGPO: what the host calls around a step, and logs, where a network has it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._waited: int | None = 0  # steps of the optimizer without the call; None = it came, or its lack was told
+        self._seen: int | None = None
+
+    def on_step_start(self, *models: Any) -> None:
+        """Beside what all do: hosts look for these calls on the wrapper which several processes put around a network,
+        and do not find them there."""
+        super().on_step_start(*models)
+        if self._waited is None:
+            return
+        version = self._version_of_all()
+        self._waited += self._seen not in (None, version)
+        self._seen = version
+        if self._waited == STEPS_WITHOUT_NORMS:
+            self._waited = None
+            log.warning(
+                "ggpo_sigma and ggpo_beta have no effect: in %d steps this trainer has not called update_norms "
+                "(sd-scripts does not with several processes). Train with one process, or leave them out",
+                STEPS_WITHOUT_NORMS,
+            )
+
+    def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
+        found = super().apply_max_norm_regularization(max_norm_value, device)
+        self._seen = None if self._waited is None else self._version_of_all()  # what it changes is no step
+        return found
+
+    def _version_of_all(self) -> int:
+        """It grows with every change of a parameter."""
+        return sum(parameter._version for parameter in self.parameters())
 
     def update_grad_norms(self) -> None:
         """Before the gradients are cleared."""
@@ -108,6 +142,7 @@ class PerturbedCalls(LoRANetwork):
                 layer.perturbation.see_gradients(layer)
 
     def update_norms(self) -> None:
+        self._waited = None
         for layer in self.adapted_layers:
             if layer.perturbation is not None:
                 layer.perturbation.see_weights(layer)
@@ -121,6 +156,25 @@ class PerturbedCalls(LoRANetwork):
 
     def combined_weight_norms(self) -> Tensor | None:
         return self._means("combined_norms")
+
+    def step_state(self) -> dict[str, Tensor]:
+        """What the last step leaves to the next one beside the parameters, for a state to go on from."""
+        return {
+            f"{layer.lora_name}.{name}": value
+            for layer in self.adapted_layers
+            if layer.perturbation is not None
+            for name, value in layer.perturbation.statistics().items()
+        }
+
+    def take_step_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse."""
+        of_layers: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            layer_name, _, name = key.rpartition(".")
+            of_layers.setdefault(layer_name, {})[name] = value
+        for layer in self.adapted_layers:
+            if layer.perturbation is not None:
+                layer.perturbation.take(of_layers.get(layer.lora_name, {}), next(layer.parameters()).device)
 
     def _means(self, name: str) -> Tensor | None:
         found = [getattr(layer.perturbation, name) for layer in self.adapted_layers if layer.perturbation is not None]

@@ -12,13 +12,13 @@ import argparse
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .command_line import nearest
+from .command_line import import_network_module, nearest
 from .families import Family
 
 
@@ -68,7 +68,7 @@ def take_sharding() -> Sharding | None:
         plugin = FullyShardedDataParallelPlugin(**options)
         del os.environ["ACCELERATE_USE_FSDP"]
         return Fsdp(plugin)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+    if deepspeed_configured():
         from accelerate import DeepSpeedPlugin
 
         deepspeed = DeepSpeedPlugin()
@@ -76,6 +76,45 @@ def take_sharding() -> Sharding | None:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]
             return Zero3(deepspeed)
     return None
+
+
+def check_division(sharding: Sharding | None, args: argparse.Namespace, network_args: Mapping[str, str]) -> None:
+    """Refuse what cannot be done with a divided model or optimizer, before anything is loaded.
+
+    Raises:
+        ValueError: it names the option.
+    """
+    if sharding is not None:
+        sharding.check(args)
+    title = sharding.title if sharding else "DeepSpeed" if deepspeed_configured() else ""
+    perturbed = [name for name in ("ggpo_sigma", "ggpo_beta") if name in network_args]
+    if title and perturbed:
+        raise ValueError(
+            f"--network_args {perturbed[0]}: under {title} the base weights, or the gradients, that GGPO measures are "
+            "divided. Remove it, or configure plain multi-GPU."
+        )
+    module = import_network_module(args.network_module)
+    if sharding is not None and args.scale_weight_norms and hasattr(module, "plan"):
+        from .skeleton import skeleton
+
+        model = skeleton(args.pretrained_model_name_or_path)
+        plan = module.plan(args.network_dim, args.network_alpha, model.text_encoders, model.unet, **network_args)
+        check_plan(sharding, args, plan)
+
+
+def check_plan(sharding: Sharding | None, args: argparse.Namespace, plan: Any) -> None:
+    """Raise ValueError when norms are to be limited that only base weights tell."""
+    rows = [row for row in plan.trained if row.relative] if sharding and args.scale_weight_norms and plan else []
+    if sharding is not None and rows:
+        raise ValueError(
+            f"--scale_weight_norms: the norm of {rows[0].algo} ({rows[0].dotted_name}) is that of a change of the base "
+            f"weight, which {sharding.title} divides. Remove it, or configure plain multi-GPU."
+        )
+
+
+def deepspeed_configured() -> bool:
+    """Whether accelerate was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def divide(sharding: Sharding, family: Family, device: torch.device, batch_size: int) -> str:

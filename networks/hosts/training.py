@@ -7,7 +7,6 @@ import ast
 import importlib
 import itertools
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from .command_line import import_network_module, nearest, parse_network_args, write_atomically
 from .families import Family
 from .losses import DECIDES_LOSS, Loss
+from .sharding import deepspeed_configured
 from .training_data import TrainingData
 
 
@@ -33,7 +33,7 @@ def make_accelerator(args: argparse.Namespace) -> Any:
         if not is_tensorboard_available():
             raise ValueError("--logging_dir needs TensorBoard's writer. Install it: pip install tensorboardX")
     precision, handlers = args.mixed_precision, []
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    deepspeed = deepspeed_configured()
     bare = not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
     if deepspeed:
         if precision == "fp16":

@@ -3,7 +3,7 @@
 Nothing depends on how many processes share a batch, on what was cached, or on where a run was interrupted:
 
     order of the data     (seed, epoch)
-    noise and its level   (seed, batch number, number of the example)
+    noise and its level   (seed, number of the step, number of the example)
     the autoencoder's     (name of the file)
 """
 
@@ -14,7 +14,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .families import Condition, DataOptions, Family
 
 MEASURED_LEVELS = (0.15, 0.4, 0.65, 0.9)  # where in the distribution of noise levels held-out losses are taken
 
+Item = TypeVar("Item")
 Row = tuple[int, float]
 """Number of an example, and its weight in the loss of its batch."""
 
@@ -42,7 +43,7 @@ def draw_noise(
     seed: int, number: int, examples: Sequence[int], latents: Tensor, offset: float = 0.0, perturbation: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise of the shape (B, C, ...) of `latents`, levels u (B,), and the noise that is really added to the latents,
-    for batch `number` of a run.
+    for step `number` of a run.
 
     Args:
         examples: numbers of the batch's examples.
@@ -193,43 +194,66 @@ class DiskCache:
 class Order(Sampler[list[Row]]):
     """Batches of one epoch for one process: examples of one size, shuffled by the seed.
 
-    The batch is that of all processes together, and each takes its rows of it. The last batch of a size may be smaller;
-    a process for which nothing is left repeats a row with weight 0. Weights make the mean over processes the mean over
-    the whole batch.
+    A unit is what a step learns from: some batches, each that of all processes together, of which each takes its rows.
+    Which examples a unit has does not depend on how it is divided into batches and processes, as long as they are of
+    one size; what is left over of a size is put together with that of others where units have several batches. The last
+    batches may be smaller; a process for which nothing is left repeats a row with weight 0. Weights make the mean over
+    a unit's batches and processes the mean over its examples.
 
     Args:
         batch: examples a batch, over all processes.
+        batches: in a unit.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int]], batch: int, seed: int, process: int, processes: int) -> None:
-        self.sizes, self.batch, self.seed = sizes, batch, seed
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        batch: int,
+        seed: int,
+        process: int,
+        processes: int,
+        batches: int = 1,
+    ) -> None:
+        self.sizes, self.batch, self.seed, self.batches = sizes, batch, seed, batches
         self.process, self.processes = process, processes
         self.epoch = self.skip = 0
 
-    def go_to(self, number: int) -> None:
-        """The next iteration begins with this batch of the whole run."""
-        self.epoch, self.skip = divmod(number, len(self.whole(0)))
+    def go_to(self, unit: int) -> None:
+        """The next iteration begins with this unit of the whole run."""
+        self.epoch, self.skip = divmod(unit, len(self.whole(0)))
 
-    def whole(self, epoch: int) -> list[list[int]]:
-        """All batches of an epoch, of all processes."""
+    def whole(self, epoch: int) -> list[list[list[int]]]:
+        """All units of an epoch, batch by batch, of all processes."""
         draws = random.Random(seed_of(self.seed, "order", epoch))
         numbers = sorted(range(len(self.sizes)), key=lambda number: self.sizes[number])
-        chunks: list[list[int]] = []
+        units: list[list[list[int]]] = []
+        loose: list[list[int]] = []
         for _, group in itertools.groupby(numbers, key=lambda number: self.sizes[number]):
             members = list(group)
             draws.shuffle(members)
-            chunks += [members[i : i + self.batch] for i in range(0, len(members), self.batch)]
-        draws.shuffle(chunks)
-        return chunks
+            for unit in _cut(_cut(members, self.batch), self.batches):
+                if len(unit) == self.batches:
+                    units.append(unit)
+                else:
+                    loose += unit
+        random.Random(seed_of(self.seed, "loose", epoch)).shuffle(loose)
+        units += _cut(loose, self.batches)
+        draws.shuffle(units)
+        return units
 
     def __len__(self) -> int:
-        return len(self.whole(self.epoch)) - self.skip
+        return self.batches * (len(self.whole(self.epoch)) - self.skip)
 
     def __iter__(self) -> Iterator[list[Row]]:
-        for rows in self.whole(self.epoch)[self.skip :]:
-            weight = self.processes / len(rows)
-            mine = [(row, weight) for row in rows[self.process :: self.processes]]
-            yield mine or [(rows[0], 0.0)]
+        for unit in self.whole(self.epoch)[self.skip :]:
+            weight = self.processes * self.batches / sum(map(len, unit))
+            for rows in itertools.islice(itertools.chain(unit, itertools.repeat([])), self.batches):
+                mine = [(row, weight) for row in rows[self.process :: self.processes]]
+                yield mine or [((rows or unit[0])[0], 0.0)]
+
+
+def _cut(items: list[Item], length: int) -> list[list[Item]]:
+    return [items[start : start + length] for start in range(0, len(items), length)]
 
 
 def data_summary(data: TrainingData) -> str:

@@ -1,100 +1,324 @@
-"""Interrupting and resuming: accelerate saves weights, optimizer and schedule; a small file says where the run was.
+"""Interrupting and resuming: a state holds the adapter, the optimizer's state, and what the run was.
 
-The order of the data, the noise and the dropouts follow from seed and step, so that nothing else needs to be kept.
+The order of the data, the noise, the dropouts and the learning rate follow from seed and step, so that nothing else
+needs to be kept. A state goes on with any number of processes, as long as a step has as many examples.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
+import re
 import signal
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
 
-from .command_line import write_atomically
+from . import optimizer_state, partitioned, state_files
 from .losses import DECIDES_LOSS
+from .optimizer_state import Groups, Whole
+from .state_files import STATE_FILE
 from .training_data import TrainingData, seed_of
 
-STATE_FILE = "train_state.json"
 # what decides a step; another value would be another run
 SAME = (
-    "seed train_batch_size gradient_accumulation_steps network_module network_dim network_alpha network_args "
-    "optimizer_type optimizer_args lr_scheduler lr_warmup_steps mixed_precision"
+    "seed network_module network_dim network_alpha network_args optimizer_type optimizer_args lr_scheduler "
+    "lr_warmup_steps mixed_precision"
 ).split() + [*DECIDES_LOSS]
+OF_STEP = "step_state/"  # before the names of tensors which are no part of the network's own state
 
 
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SAME}
 
 
-def _data(data: TrainingData) -> str:
+def data_key(data: TrainingData) -> str:
+    """Of the examples, their captions and sizes."""
     rows = zip(data.items, data.prompts, data.sizes, strict=True)
     return f"{seed_of([(item.path.name, prompt, size) for item, prompt, size in rows]):x}"
 
 
-def read_state(args: argparse.Namespace) -> dict[str, Any]:
-    """Before anything is loaded: take the seed of the run and compare its options. Raises ValueError."""
+@dataclass(frozen=True)
+class Examples:
+    """How the examples of a step are divided."""
+
+    batch: int
+    accumulation: int
+    processes: int
+
+    @property
+    def count(self) -> int:
+        return self.batch * self.accumulation * self.processes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.count} examples a step (--train_batch_size {self.batch} x --gradient_accumulation_steps "
+            f"{self.accumulation} x {self.processes} processes)"
+        )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that was read, before the run that goes on with it is loaded.
+
+    Attributes:
+        step: after which it was taken.
+        examples: in a step of that run.
+        accumulation: batches of a process in a step of that run.
+        in_steps: whether its data are ordered by steps; those of the first layout are by batches.
+        run: which run it is, see run_identity; "" = unknown.
+        files: by kind.
+        first: whether accelerate wrote it, for an earlier version of the trainer.
+    """
+
+    folder: Path
+    step: int
+    options: Mapping[str, Any]
+    data: str
+    examples: int
+    accumulation: int
+    in_steps: bool
+    run: str
+    scaler: Mapping[str, float]
+    files: Mapping[str, Path]
+    first: bool
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Raise ValueError when the options are another run's."""
+        for name, value in _run(args).items():
+            then = self.options.get(name)
+            if then != value:
+                raise ValueError(f"--resume {self.folder}: that run had --{name} {then}, not {value}. Give the same.")
+        if self.step >= args.max_train_steps:
+            raise ValueError(
+                f"--resume {self.folder} is at step {self.step}: raise --max_train_steps {args.max_train_steps}."
+            )
+
+    def batches_a_unit(self, now: Examples) -> int:
+        """How many batches the order of the data keeps together: those of a step, or one where that run had one.
+
+        Raises:
+            ValueError: a step has another number of examples, which would be another run.
+        """
+        if now.count != self.examples:
+            raise ValueError(
+                f"--resume {self.folder}: that run had {self.examples} examples a step, this one has {now}. Make the "
+                "product the same."
+            )
+        return now.accumulation if self.in_steps or now.accumulation != self.accumulation else 1
+
+
+def read_state(args: argparse.Namespace) -> Saved:
+    """Before anything is loaded: read what the state says, take its seed, compare options. Raises ValueError."""
     folder = Path(args.resume)
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        options, step = dict(state["options"]), int(state["current_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {folder}: {STATE_FILE} is missing or damaged. Give a NAME-...-state.") from error
+        content, files = state_files.read(folder)
+        saved = _saved(folder, content, files)
+    except ValueError as error:
+        raise ValueError(f"--resume {error}") from error
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {folder}: {STATE_FILE} is damaged. Give a NAME-...-state.") from error
     if args.seed is None:
-        args.seed = options["seed"]
-    for name, value in _run(args).items():
-        if options.get(name) != value:
+        args.seed = saved.options["seed"]
+    saved.check(args)
+    return saved
+
+
+def _saved(folder: Path, content: Mapping[str, Any], files: Mapping[str, Path]) -> Saved:
+    options, first = dict(content["options"]), "layout" not in content
+    accumulation = int(options["gradient_accumulation_steps"] if first else content["accumulation"])
+    examples = int(content["batch"]) * accumulation if first else int(content["examples"])
+    in_steps = accumulation == 1 if first else bool(content["in_steps"])
+    more = (str(content.get("run", "")), dict(content.get("scaler") or {}), dict(files), first)
+    step, data = int(content["current_step"]), str(content["data"])
+    return Saved(folder, step, options, data, examples, accumulation, in_steps, *more)
+
+
+@dataclass
+class Live:
+    """What a run has and a state keeps.
+
+    Attributes:
+        optimizer: as accelerate wraps it.
+        groups: the parameters as they were given to it, group by group.
+    """
+
+    accelerator: Any
+    network: Any
+    optimizer: Any
+    schedule: Any
+    groups: Groups
+
+    def __post_init__(self) -> None:
+        self.names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.network.named_parameters()}
+        self.partitioned = any(partitioned.is_partitioned(p) for group in self.groups for p in group)
+        inner = self.optimizer.optimizer
+        self.base: torch.optim.Optimizer = inner.optimizer if self.partitioned else inner
+
+    def read_optimizer(self) -> Whole:
+        """The whole state of the optimizer. Every process takes part."""
+        read = partitioned.read if self.partitioned else optimizer_state.read
+        return read(self.base, self.groups, self.names)
+
+    def check(self, optimizer_type: str) -> None:
+        """Raise ValueError when an optimizer has what no state can hold; before the first step."""
+        try:
+            optimizer_state.pack(self.read_optimizer())
+        except (ValueError, KeyError) as error:
             raise ValueError(
-                f"--resume {folder}: that run had --{name} {options.get(name)}, not {value}. Give the same."
-            )
-    if step >= args.max_train_steps:
-        raise ValueError(f"--resume {folder} is at step {step}: raise --max_train_steps {args.max_train_steps}.")
-    return state
+                f"--optimizer_type {optimizer_type}: no training state could hold what it has ({error}). Choose "
+                "another, or leave that out of --optimizer_args."
+            ) from error
+
+    def write_optimizer(self, whole: Whole) -> None:
+        """The inverse. Raises ValueError when it is another optimizer's."""
+        optimizer_state.check(whole, self.base, self.groups, self.names)
+        if self.partitioned:
+            partitioned.write(self.base, self.groups, self.names, whole)
+        else:
+            optimizer_state.write(self.base, whole)
+
+    def go_to(self, step: int) -> None:
+        """The learning rates of a step: all our schedules are functions of it."""
+        self.schedule.last_epoch = step - 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no step of the optimizer went before
+            self.schedule.step()
 
 
-def save_state(accelerator: Any, folder: Path, args: argparse.Namespace, data: TrainingData, step: int) -> None:
-    """Write the folder anew; the file that makes it a state comes last, so that half a state is none."""
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(folder))
-    if accelerator.is_main_process:
-        batch = args.train_batch_size * accelerator.num_processes
-        content = {"current_step": step, "options": _run(args), "data": _data(data), "batch": batch}
-        text = json.dumps(content, indent=1)
-        write_atomically(folder / STATE_FILE, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    accelerator.wait_for_everyone()
+def save_state(live: Live, folder: Path, args: argparse.Namespace, content: Mapping[str, Any]) -> None:
+    """Put a state in the place of an earlier one, which remains until it is complete. Every process takes part.
+
+    Args:
+        content: current_step, data, run, in_steps.
+
+    Raises:
+        OSError: it cannot be written; the earlier one is untouched.
+    """
+    whole, problem = live.read_optimizer(), None
+    if live.accelerator.is_main_process:
+        examples = Examples(args.train_batch_size, args.gradient_accumulation_steps, live.accelerator.num_processes)
+        scaler = live.accelerator.scaler
+        more = {
+            "options": _run(args),
+            "examples": examples.count,
+            "accumulation": examples.accumulation,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        try:
+            state_files.write(folder, {**content, **more}, _files(live.network, whole))
+        except OSError as error:
+            problem = (error.errno, error.strerror)
+    problem = shared(live.accelerator, problem)
+    if problem is not None:
+        raise OSError(*problem)
 
 
-def load_state(accelerator: Any, args: argparse.Namespace, data: TrainingData) -> int:
-    """Put the state into what accelerate prepared; returns the step. Raises ValueError when it is another run's."""
-    state = read_state(args)
-    if state["data"] != _data(data):
-        raise ValueError(f"--resume {args.resume}: the training data, captions or sizes are not those of that run.")
-    batch = args.train_batch_size * accelerator.num_processes
-    if state["batch"] != batch:
-        raise ValueError(
-            f"--resume {args.resume}: that run had {state['batch']} examples a step over all processes, not {batch}. "
-            "Change --train_batch_size or the number of processes."
-        )
+def _files(network: Any, whole: Whole) -> dict[str, bytes]:
+    own = {key: optimizer_state.alone(value) for key, value in network.state_dict().items()}
+    if hasattr(network, "step_state"):
+        own |= {OF_STEP + key: optimizer_state.alone(value) for key, value in network.step_state().items()}
+    tensors, text = optimizer_state.pack(whole)
+    return {"adapter": serialize(own), "optimizer": serialize(tensors, {"optimizer": text})}
+
+
+def shared(accelerator: Any, value: Any) -> Any:
+    """What the main process has, in all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    if accelerator.num_processes == 1:
+        return value
+    found = broadcast_object_list([value])
+    return found[0]
+
+
+def load_state(live: Live, saved: Saved, data: TrainingData) -> int:
+    """Put a state into a run; returns its step. Raises ValueError when it is another run's."""
+    if saved.data != data_key(data):
+        raise ValueError(f"--resume {saved.folder}: the training data, captions or sizes are not those of that run.")
+    with _told(f"--resume {saved.folder}"):
+        own = _tensors(saved.files["adapter"])[0]
+        of_step = {key.removeprefix(OF_STEP): own.pop(key) for key in [*own] if key.startswith(OF_STEP)}
+        if saved.first:  # named in accelerate's wrappers
+            own = {re.sub(r"^(module\.)*network\.", "", key): value for key, value in own.items()}
+        live.network.load_state_dict(own)
+        if hasattr(live.network, "take_step_state"):
+            live.network.take_step_state(of_step)
+        live.write_optimizer(_first_optimizer(live, saved) if saved.first else _optimizer(saved))
+        scaler, numbers = live.accelerator.scaler, _first_scaler(saved) if saved.first else saved.scaler
+        if scaler is not None and numbers:
+            scaler.load_state_dict(dict(numbers))
+    if saved.step:
+        live.go_to(saved.step)
+    return saved.step
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of what does not fit become one sentence."""
     try:
-        accelerator.load_state(args.resume)
-    except (RuntimeError, OSError, KeyError) as error:
-        raise ValueError(f"--resume {args.resume} does not fit: {str(error).strip().splitlines()[0]}") from error
-    return int(state["current_step"])
+        yield
+    except (RuntimeError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{what} does not fit: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(str(path), framework="pt", device="cpu") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})
+
+
+def _optimizer(saved: Saved) -> Whole:
+    tensors, metadata = _tensors(saved.files["optimizer"])
+    return optimizer_state.unpack(tensors, metadata["optimizer"])
+
+
+def _first_optimizer(live: Live, saved: Saved) -> Whole:
+    return optimizer_state.named(_first(saved.files["optimizer"]), live.groups, live.names)
+
+
+def _first_scaler(saved: Saved) -> Mapping[str, float]:
+    path = saved.folder / state_files.FIRST_SCALER
+    return _first(path) if path.is_file() else {}
+
+
+def _first(path: Path) -> dict[str, Any]:
+    """A file of a state of the first layout. It is a pickle in a zip; `weights_only` reads it with torch's restricted
+    reader, which knows tensors, numbers and containers alone, refuses anything else, and runs no code."""
+    import pickle
+
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{path.name} is damaged, or holds more than tensors and numbers. Take another state"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no state. Take another")
+    return found
 
 
 class Interrupts:
-    """Ctrl-C, or a polite end of the process, waits for the end of the step; a second one does not."""
+    """Ctrl-C, or a polite end of the process, waits for the end of the step; a second one does not, except where a step
+    would be left half done.
+
+    Attributes:
+        orderly: the last one came to its end between two steps, in all processes alike.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.orderly = self._held = False
 
     def __enter__(self) -> Interrupts:
         self._former = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -105,9 +329,18 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and not self._held:
             raise KeyboardInterrupt
         self.asked = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """In here every one waits."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def check(self, accelerator: Any) -> None:
         """Raise KeyboardInterrupt if one was asked for, in any process: all of them stop after the same step."""
@@ -116,5 +349,5 @@ class Interrupts:
             flag = torch.tensor(float(asked), device=accelerator.device)
             asked = bool(accelerator.reduce(flag, reduction="sum") > 0)
         if asked:
-            self.asked = False
+            self.asked, self.orderly = False, True
             raise KeyboardInterrupt

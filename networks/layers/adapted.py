@@ -76,7 +76,7 @@ class AdaptedLayer(AttachedAdapter):
             else:
                 y = y + self._change(site, x, y, gate)
         if self.perturbation is not None and self._trains:
-            noise = self.perturbation.output(self.adapter.geometry, x, site.take_rows)
+            noise = self.perturbation.output(self.adapter.geometry, x, site.take_rows, site.first_row)
             y = y if noise is None else y + CallGate(runtime.multiplier).output(noise.to(y.dtype))
         return y
 

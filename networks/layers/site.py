@@ -75,6 +75,11 @@ class Site:
             above, forward = owner, owner.below
         return above if owner is self else None
 
+    @property
+    def first_row(self) -> int:
+        """The layer's output row with which this module begins."""
+        return self.pieces[0][0] if self.pieces else 0
+
     def take_rows(self, whole: Tensor) -> Tensor:
         """This module's part of something that has one row (axis 0) per output feature of the layer."""
         if self.pieces is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def seed_of(name: str, seed: int) -> int:
@@ -26,3 +27,23 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def _normal(seed: Tensor, shape: list[int], like: Tensor) -> Tensor:
+    own = torch.Generator(like.device).manual_seed(int(seed))
+    return torch.randn(shape, generator=own, dtype=like.dtype, device=like.device)
+
+
+# An operator of our own, since a graph holds no generator; each copy of this package has its own.
+seeded_normal = torch.library.custom_op(
+    f"{__name__.replace('.', '_')}::seeded_normal",
+    _normal,
+    mutates_args=(),
+    schema="(Tensor seed, int[] shape, Tensor like) -> Tensor",
+)
+"""Standard normal numbers of a shape that follow a seed (0-d) alone, in the dtype and on the device of `like`."""
+
+
+@seeded_normal.register_fake
+def _(seed: Tensor, shape: list[int], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
