@@ -80,6 +80,7 @@ def train_arguments(model: Path, output: Path, steps: int) -> list[str]:
         f"--seed={SEED}",
         f"--output_dir={output}",
         f"--output_name={NAME}",
+        "--overwrite",
     ]
 
 

@@ -61,6 +61,8 @@ def merge(args: argparse.Namespace) -> int:
     allowance = Allowance.given(args.allow_missing, "--allow_missing")
     for adapter in adapters:
         print(f"{adapter.path} at {adapter.multiplier:g}: {len(plan.matched(adapter))} layers matched")
+        for text in adapter.assumed:
+            print(f"  {text}")
         report(plan, adapter, plan.unmatched(adapter), allowance, args.strict)
     sizes = [entry["data_offsets"] for header in checkpoint.headers.values() for entry in header.entries.values()]
     warning = plan.write(args.out, progress_bar(sum(end - start for start, end in sizes)))

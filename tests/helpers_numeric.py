@@ -325,7 +325,8 @@ def dense_tlora(t: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def dense_oft(t: Mapping[str, Tensor], layer: AdaptedLayer, W: Tensor) -> Tensor:
-    """T W, or W T on the input side, T made of dense matrices: Cayley's rotations of blocks, in stages for BOFT."""
+    """T W, T made of dense matrices: Cayley's rotations of blocks, in stages for BOFT; or W T on the input side, where
+    their series is cut off."""
     on_input = layer.adapter.side == "input"
     blocks = layer.adapter.blocks
     Q = blocks - blocks.transpose(-1, -2)
@@ -333,7 +334,7 @@ def dense_oft(t: Mapping[str, Tensor], layer: AdaptedLayer, W: Tensor) -> Tensor
     if constraint and Q.norm() > constraint:
         blocks = blocks * constraint / Q.norm()
     if on_input:
-        return torch.einsum("oj...,ji->oi...", W, torch.block_diag(*(_cayley(B) for B in blocks)))
+        return torch.einsum("oj...,ji->oi...", W, torch.block_diag(*(_series(B) for B in blocks)))
     T = torch.eye(len(W), dtype=W.dtype)
     for i, stage in enumerate(blocks[None] if blocks.dim() == 3 else blocks):
         R = torch.block_diag(*(_cayley(B) for B in stage))
@@ -344,7 +345,7 @@ def dense_oft(t: Mapping[str, Tensor], layer: AdaptedLayer, W: Tensor) -> Tensor
         P = torch.eye(len(W), dtype=W.dtype)[torch.arange(len(W)).reshape(-1, 2, half).transpose(1, 2).flatten()]
         T = P.T @ R @ P @ T
     if "rescale" in t:
-        T = t["rescale"].reshape(-1, 1) * T
+        T = (1 + layer.adapter.rescale_change.reshape(-1, 1)) * T
     return (T @ W.flatten(1)).reshape(W.shape)
 
 
@@ -352,6 +353,11 @@ def _cayley(B: Tensor) -> Tensor:
     Q = B - B.T
     one = torch.eye(len(Q), dtype=Q.dtype)
     return (one + Q) @ torch.linalg.inv(one - Q)
+
+
+def _series(B: Tensor) -> Tensor:
+    Q = B - B.T
+    return torch.eye(len(Q), dtype=Q.dtype) + 2 * Q + 2 * Q @ Q + 2 * Q @ Q @ Q + Q @ Q @ Q @ Q
 
 
 def dense_ia3(t: Mapping[str, Tensor], layer: AdaptedLayer, W: Tensor) -> Tensor:

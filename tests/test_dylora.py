@@ -135,6 +135,92 @@ def test_recomputation_and_compilation_draw_the_same_block(reentrant: bool) -> N
     torch._dynamo.reset()
 
 
+def network_of(**arguments: str) -> tuple[Any, torch.nn.Module]:
+    unet = sd_unet()
+    network = networks.dylora.create_network(1.0, 6, 3, None, None, unet, unit="2", **arguments)
+    network.apply_to(None, unet, False, True)
+    network.prepare_optimizer_params(None, 1e-3, 1e-3)
+    randomise_network(network)
+    network.train()
+    return network, unet
+
+
+def learning(network: Any, unet: torch.nn.Module) -> list[int]:
+    """The block that each layer learns in a pass."""
+    network.zero_grad()
+    draw(unet).square().sum().backward()
+    return [int(layer.adapter.down.grad.flatten(1).any(1).nonzero()[0]) // 2 for layer in network.adapted_layers]
+
+
+def test_processes_draw_the_same_blocks() -> None:
+    """Whatever their generators are at; each pass of the trainer's loop its own, each layer its own."""
+    (one, first), (other, second) = network_of(), network_of()
+    seen = []
+    for step in range(4):
+        for network in (one, other):
+            network.on_step_start()
+        torch.manual_seed(step)
+        found = learning(one, first)
+        assert set(found) == {0, 1, 2}
+        torch.manual_seed(100 + step)
+        assert learning(other, second) == learning(other, second) == found
+        seen.append(found)
+    assert len({tuple(found) for found in seen}) == 4
+    one.follow_step(seed=5, step=3)
+    known = learning(one, first)
+    one.follow_step(seed=5, step=4)
+    assert learning(one, first) != known
+    other.follow_step(seed=5, step=3)
+    assert learning(other, second) == known
+    other.follow_step(seed=6, step=3)
+    assert learning(other, second) != known
+
+
+def test_every_block_has_its_share_of_the_steps() -> None:
+    """Chi-squared with two degrees of freedom: above 25 once in 270,000 draws. Nor do two layers go together."""
+    network, _ = network_of()
+    adapters = [layer.adapter for layer in network.adapted_layers[:12]]
+    x, drawn = torch.zeros(1), []
+    for _ in range(1500):
+        network.on_step_start()
+        for adapter in adapters:
+            adapter.begin(x)
+        drawn.append([int(adapter.block) for adapter in adapters])
+    counts = torch.tensor(drawn)
+    for of_layer in counts.T:
+        found = torch.bincount(of_layer, minlength=3)
+        assert float((found - 500).square().sum() / 500) < 25
+    together = torch.bincount(counts[:, 0] * 3 + counts[:, 1], minlength=9)
+    assert float((together - 1500 / 9).square().sum() / (1500 / 9)) < 45
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_the_block_of_a_step_is_that_of_recomputation_and_of_compiled_graphs(reentrant: bool) -> None:
+    network, _ = network_of()
+    layer = next(layer for layer in network.adapted_layers if not layer.adapter.geometry.is_conv)
+    x = torch.randn(2, layer.adapter.geometry.in_features)
+
+    def gradient(run: Any) -> Tensor:
+        network.zero_grad()
+        run(x.clone().requires_grad_()).square().sum().backward()
+        return layer.adapter.down.grad.clone()
+
+    def checkpointed(t: Tensor) -> Tensor:
+        return checkpoint(layer.base, t, use_reentrant=reentrant)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer.base, fullgraph=True, backend="eager")
+    blocks = set()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(6):
+            network.follow_step(0, step)
+            plain = gradient(layer.base)
+            blocks.add(int(plain.any(1).nonzero()[0]))
+            assert torch.equal(gradient(checkpointed), plain) and torch.equal(gradient(compiled), plain)
+    assert blocks == {0, 2, 4}
+    torch._dynamo.reset()
+
+
 def file_of(module: Any, path: Path, **arguments: str) -> tuple[Tensor, dict[str, Tensor]]:
     """A drawn picture of a randomised network, and its file."""
     unet = sd_unet()

@@ -167,7 +167,7 @@ HUNYUAN_REST = {
 
 
 def hunyuan(recorded: str) -> Layout:
-    """HunyuanVideo and HunyuanImage: 20 double blocks, 40 single ones, under the prefix with which ComfyUI saves."""
+    """HunyuanVideo and HunyuanImage: 20 double blocks, 40 single ones, below the prefix which ComfyUI gives them."""
     singles = {
         f"single_blocks.{i}.{key}": f"single_blocks.{i}.{name}" for i in range(40) for key, name in SINGLE.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
+from tiny_parts import randomise, sd_unet
 from torch import Tensor, nn
 
+import networks.lora
 from networks.hosts import optimizer_state, partitioned
 
 
@@ -201,3 +204,22 @@ def test_a_state_that_does_not_divide_is_told() -> None:
     base = torch.optim.Adafactor([{"params": [flat]}])
     with pytest.raises(ValueError, match="belongs to whole parameters, and ZeRO cuts them"):
         partitioned.write(base, [own], dict(zip(own, ("a", "idle"), strict=True)), whole)
+
+
+def test_a_limit_of_norms_acts_on_what_the_optimizer_steps_from() -> None:
+    """The copies of the layers that were shrunk, and of no others: in half precision the rest would lose bits."""
+    unet = sd_unet()
+    network: Any = networks.lora.create_network(1.0, 4, 4, None, None, unet)
+    network.apply_to(None, unet, False, True)
+    randomise(network)
+    norms = {layer.lora_name: float(layer.adapter.norm()) for layer in network.adapted_layers}
+    limit = sorted(norms.values())[len(norms) // 2]
+    masters: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        parameter._hp_mapping = None  # this process has no part of it; the call has to be made all the same
+        parameter.set_full_hp_param = functools.partial(masters.__setitem__, name)
+    shrunk = network.apply_max_norm_regularization(limit)[0]
+    above = {name for name, norm in norms.items() if norm > limit}
+    assert shrunk == len(above) > 5 and {name.partition(".")[0] for name in masters} == above
+    for name, value in masters.items():
+        assert torch.equal(value, network.get_parameter(name))

@@ -257,7 +257,7 @@ def test_a_living_writers_part_stays(tmp_path: Path, caplog: pytest.LogCaptureFi
     age(tmp_path / ".a.txt.part", 10 * outputs.LONG)
     by_chunks(file, "between")
     assert file.read_text() == "between"
-    assert names(tmp_path) == [".a.txt.part", ".a.txt.part/.a.txt.part.lock", ".a.txt.part/a.txt", "a.txt"]
+    assert names(tmp_path) == [".a.txt.part", ".a.txt.part/.a.txt.part.lock", ".a.txt.part/a.txt.part", "a.txt"]
     living.communicate("\n")
     assert living.returncode == 0 and file.read_text() == "half whole" and names(tmp_path) == ["a.txt"]
     assert len(caplog.records) == 1 and ".a.txt.2.part" in caplog.text
@@ -371,6 +371,9 @@ def test_a_large_folder_is_looked_through_once(tmp_path: Path, monkeypatch: pyte
     for number in range(5):
         by_chunks(tmp_path / f"{number}.txt", "new")
     assert listed.count(str(tmp_path)) == 1
+    left(tmp_path / "3.txt", outputs._host().decode())  # since then
+    by_chunks(tmp_path / "3.txt", "new")
+    assert listed.count(str(tmp_path)) == 1 and not [name for name in names(tmp_path) if name.startswith(".")]
 
 
 # -- signals
@@ -464,7 +467,7 @@ def test_the_end_of_a_merge_leaves_nothing_and_its_death_a_part_that_the_next_re
     arguments = [str(tmp_path / name) for name in ("m.safetensors", "a.safetensors")]
     arguments += ["--out", str(tmp_path / "o.safetensors")]
     process = start(MERGE, *arguments)
-    assert any(path.stat().st_size > 5e6 for path in tmp_path.glob(".*/o.safetensors"))
+    assert any(path.stat().st_size > 5e6 for path in tmp_path.glob(".*/o.safetensors.part"))
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 143 and said == "ended by SIGTERM\n"

@@ -18,12 +18,23 @@ import pytest
 import standin_network
 import tiny_models
 import torch
+import train_options
 from safetensors.torch import load_file, save_file
 from test_training_runs import ROOT, arguments, rows, same, train, weights
 from torch import Tensor
 
 from networks.hosts import optimizer_state, state_files
-from networks.hosts.training_state import Examples, Interrupts, Saved, shared
+from networks.hosts.training_state import (
+    Examples,
+    Interrupts,
+    Live,
+    Saved,
+    data_key,
+    load_state,
+    read_state,
+    save_state,
+    shared,
+)
 
 
 @pytest.fixture(scope="session")
@@ -308,6 +319,44 @@ def test_a_step_half_done_is_no_state(assets: Path, tmp_path: Path, capsys: Any)
         train(assets, tmp_path, "--optimizer_type=test_states.Broken")
     assert {path.name for path in tmp_path.glob("last-interrupted*")} == {"last-interrupted.safetensors"}
     assert "stopped in step 3: there is a file, but no state" in capsys.readouterr().out
+
+
+def test_the_scale_of_losses_goes_on(tmp_path: Path) -> None:
+    """That of --mixed_precision fp16, which follows the run; and an optimizer of more than the network's parameters."""
+
+    def live() -> Live:
+        network, outside = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([{"params": [*network.parameters(), outside]}], lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        accelerator = SimpleNamespace(num_processes=1, is_main_process=True, scaler=scaler)
+        groups = [group["params"] for group in optimizer.param_groups]
+        return Live(accelerator, network, SimpleNamespace(optimizer=optimizer), schedule, groups)
+
+    def step(one: Live) -> None:
+        loss = sum(p.sum() for group in one.groups for p in group)
+        one.accelerator.scaler.scale(loss).backward()
+        one.accelerator.scaler.step(one.base)
+        one.accelerator.scaler.update()
+        one.base.zero_grad()
+        one.schedule.step()
+
+    args = train_options.build_parser().parse_args(["--seed=1"])
+    data: Any = SimpleNamespace(items=[], prompts=[], sizes=[])
+    one, other = live(), live()
+    for _ in range(3):
+        step(one)
+    content = {"current_step": 3, "data": data_key(data), "run": "x", "in_steps": True}
+    save_state(one, tmp_path / "x-state", args, content)
+    args.resume = str(tmp_path / "x-state")
+    assert load_state(other, read_state(args), data) == 3
+    for _ in range(2):
+        step(one)
+        step(other)
+    assert one.accelerator.scaler.state_dict() == other.accelerator.scaler.state_dict()
+    assert one.accelerator.scaler.get_scale() == 4096.0
+    assert one.schedule.get_last_lr() == other.schedule.get_last_lr() == [1 / 6]
+    assert torch.equal(one.network.weight, other.network.weight)
 
 
 # ---- several processes ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from networks.hosts.caption_folder import Buckets, bucket_size
-from networks.hosts.training_data import Order
+from networks.hosts.training_data import Order, seed_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -197,6 +198,60 @@ def test_order_of_data():
     assert list(one)[1:] == second and [[row for row, _ in batch] for batch in second] != whole[1:]
 
 
+def units(order: Order, epochs: int = 2) -> list[dict[int, float]]:
+    """Example -> its weight in the mean over the batches of each unit."""
+    found = []
+    for epoch in range(epochs):
+        order.go_to(epoch * len(order.whole(0)))
+        batches = list(order)
+        assert len(batches) == len(order) and len(batches) % order.batches == 0
+        for start in range(0, len(batches), order.batches):
+            weight: dict[int, float] = {}
+            for row, share in sum(batches[start : start + order.batches], []):
+                weight[row] = weight.get(row, 0) + share / order.batches
+            found.append({row: share for row, share in weight.items() if share})
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7, 8, 9, 11, 12, 13, 24])
+def test_a_step_has_the_same_examples_however_it_is_divided(count):
+    """Each once an epoch, and all of a step with the same weight."""
+    sizes = [(8, 8)] * count
+    expected = units(Order(sizes, 4, 3, 0, 1))
+    assert sorted(row for unit in expected[: len(expected) // 2] for row in unit) == list(range(count))
+    assert all(unit == pytest.approx(dict.fromkeys(unit, 1 / len(unit))) for unit in expected)
+    for batch, processes, batches in [(2, 1, 2), (1, 1, 4), (2, 2, 2), (4, 2, 1), (4, 4, 1), (1, 1, 4)]:
+        parts = [units(Order(sizes, batch, 3, process, processes, batches)) for process in range(processes)]
+        for unit, *shares in zip(expected, *parts, strict=True):
+            rows = {row: share / processes for part in shares for row, share in part.items()}
+            assert rows == pytest.approx(unit)
+
+
+def test_units_of_several_sizes():
+    """A batch has one size; what is left over of them makes steps together, and every example comes once an epoch."""
+    sizes = [(8, 8)] * 5 + [(16, 4)] * 3 + [(4, 16)] * 2 + [(4, 4)]
+    order = Order(sizes, 2, 3, 0, 1, batches=2)
+    for epoch in (0, 1):
+        whole = order.whole(epoch)
+        assert sorted(row for unit in whole for batch in unit for row in batch) == list(range(11))
+        assert all(len({sizes[row] for row in batch}) == 1 for unit in whole for batch in unit)
+        assert len(whole) == 4 and sum(len(unit) == 2 for unit in whole) >= 3
+    found = units(order, 1)
+    assert all(unit == pytest.approx(dict.fromkeys(unit, 1 / len(unit))) for unit in found)
+
+
+def test_the_order_of_single_batches_is_that_of_earlier_versions():
+    """So that their states go on: chunks of each size, shuffled together, from one generator."""
+    sizes = [(8, 8)] * 5 + [(16, 4)] * 3
+    draws = random.Random(seed_of(3, "order", 1))
+    chunks = []
+    for members in (list(range(5)), [5, 6, 7]):
+        draws.shuffle(members)
+        chunks += [members[start : start + 2] for start in range(0, len(members), 2)]
+    draws.shuffle(chunks)
+    assert [sum(unit, []) for unit in Order(sizes, 2, 3, 0, 1).whole(1)] == chunks
+
+
 def test_workers_and_process_agree(assets, tmp_path):
     assert train(assets, tmp_path / "a") == 0
     assert train(assets, tmp_path / "b", "--max_data_loader_n_workers=2") == 0
@@ -368,8 +423,11 @@ def launch(processes: int, options: list[str], *how: str) -> str:
 
 
 def test_two_processes_are_one_with_the_doubled_batch(assets, tmp_path):
-    """5 images in batches of 4: the last batch of an epoch leaves the second process without a row."""
-    options = ["--optimizer_type=SGD", "--learning_rate=1", "--save_every_n_steps=2", "--save_state"]
+    """5 images in batches of 4: the last batch of an epoch leaves the second process without a row. DyLoRA has the same
+    blocks and GGPO the same noise; a state goes on with either number of processes."""
+    options = ["--optimizer_type=SGD", "--learning_rate=1", "--optimizer_args", "momentum=0.9"]
+    options += ["--save_every_n_steps=2", "--save_state"]
+    options += ["--network_args", "algo=dylora", "unit=1", "ggpo_sigma=0.5", "ggpo_beta=0.5"]
     launch(2, arguments(assets, tmp_path / "two", *options))
     assert train(assets, tmp_path / "one", *options, "--train_batch_size=4") == 0
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
@@ -382,6 +440,9 @@ def test_two_processes_are_one_with_the_doubled_batch(assets, tmp_path):
     state = tmp_path / "two" / "last-step00000002-state"
     launch(2, arguments(assets, tmp_path / "on", *options, f"--resume={state}"))
     assert same(weights(tmp_path / "on"), two)
+    assert train(assets, tmp_path / "back", *options, f"--resume={state}", "--train_batch_size=4") == 0
+    for key, value in weights(tmp_path / "back").items():
+        assert torch.allclose(one[key], value, rtol=1e-4, atol=1e-7), key
 
 
 # ---- logs ----

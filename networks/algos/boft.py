@@ -4,9 +4,9 @@
 
 P_i brings features that lie 2^i B / 2 apart side by side. O must be an even block size B up to dim, times a power of 2.
 
-Parameters (saved as oft_blocks, rescale)
-    blocks   [p + 1, 2^p, B, B]         start: 0
-    rescale  [O, 1, 1..], with rescaled only         start: 1
+Parameters (saved as oft_blocks, rescale = r)
+    blocks          [p + 1, 2^p, B, B]         start: 0
+    rescale_change  [O, 1, 1..], r - 1, with rescaled only         start: 0
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from ..tensors.geometry import Geometry
 from ..tensors.rotation import butterfly, butterfly_chain, rotation_less_identity
-from .oft import Rotation
+from .oft import CHANGE, RESCALE, Rotation
 from .saved import Layout
 
 
 class BOFT(Rotation):
     algo = "boft"
     options = frozenset({"constraint", "rescaled"})
+    proportional = False
 
     @classmethod
     def layout(
@@ -46,8 +47,8 @@ class BOFT(Rotation):
         stages, _, size, _ = self.blocks.shape
         less = rotation_less_identity(self.blocks.flatten(0, 1), self.limit).unflatten(0, (stages, -1))
         distances = tuple(2**i * (size // 2) for i in range(stages))
-        if "rescale" in self.record.shapes:  # r P^-1 R P = P^-1 (P r) R P
-            rows = butterfly(self.rescale.flatten(), 0, distances[-1])
+        if CHANGE in self.record.shapes:  # r P^-1 R P = P^-1 (P r) R P
+            rows = butterfly(self.rescale_change.flatten(), 0, distances[-1])
             less = torch.cat([less[:-1], self.with_rows(less[-1], rows)[None]])
         return butterfly_chain(t, less.to(t.dtype), axis, distances)
 
@@ -56,7 +57,7 @@ class BOFT(Rotation):
         blocks = tensors["oft_blocks"]
         if blocks.dim() != 4 or blocks.shape[1] * blocks.shape[2] != geometry.out_features:
             raise ValueError(f"oft_blocks {tuple(blocks.shape)} do not fit a weight of {geometry.weight_shape}")
-        return blocks.shape[2], {"size": blocks.shape[2], "rescaled": "rescale" in tensors}
+        return blocks.shape[2], {"size": blocks.shape[2], "rescaled": RESCALE in tensors}
 
 
 def block_size(features: int, dim: int) -> int:

@@ -4,20 +4,20 @@
     W'_n = r_n R_n^T W_n                for each block n of rows, or
     W'_n = W_n R_n, y = base(R x)       for each block n of columns, with train_on_input
 
+On the input side R_n is cut off to 1 + 2 Q_n + 2 Q_n^2 + 2 Q_n^3 + Q_n^4, as in the programs that read its files.
+
 The block size is the smaller of the two factors of O (or I) next to dim (tensors.factor); with `dim_is_count` there
 are as many blocks as the largest divisor of O (or I) up to dim.
 `constraint` limits the norm of all Q together to constraint * O, or I (0 = none); a file holds it as alpha. With
 `rescaled` every row has a factor r, too.
 
-Parameters (saved as oft_blocks, rescale; of the input side as oft_R.weight [N, B (B - 1) / 2], the upper triangles of
-Q, which no reader takes for a rotation of rows: it is PEFT's form)
-    blocks   [N, B, B]         start: 0
-    rescale  [O, 1, 1..], with rescaled only         start: 1
+Parameters (saved as oft_blocks, rescale = r; those of the input side as `oft_input` has it)
+    blocks          [N, B, B]         start: 0
+    rescale_change  [O, 1, 1..], r - 1, with rescaled only         start: 0
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -28,75 +28,97 @@ from torch import Tensor, nn
 from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.rotation import apply_blocks, generator, rotation_less_identity
+from . import oft_input
 from .reweight import Reweight
 from .saved import Layout
 
-INPUT = "oft_R.weight"  # of a rotation on the input side
+TERMS = "terms"  # in a live state of the input side: of the series, 0 = the whole transform
+RESCALE, CHANGE = "rescale", "rescale_change"
 
 
 class Rotation(Reweight):
     """What both kinds of orthogonal fine-tuning share: blocks, a constraint, factors by row."""
 
-    keys = {"blocks": "oft_blocks", "rescale": "rescale"}
+    keys = {"blocks": "oft_blocks", CHANGE: RESCALE}
     required: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"oft_blocks"}),)
     alpha_option = "constraint"
-    near_one = frozenset({"rescale"})
+    near_one = frozenset({CHANGE})
+    proportional: ClassVar[bool] = True  # to the strength, in LyCORIS
     blocks: nn.Parameter
-    rescale: nn.Parameter
+    rescale_change: nn.Parameter  # from 1: half precision holds no small change of the 1 itself
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.blocks)
-        if "rescale" in self.record.shapes:
-            nn.init.ones_(self.rescale)
+        for p in self.parameters():
+            nn.init.zeros_(p)
 
     @property
     def features_of_side(self) -> int:
         """O, or I where the input is rotated."""
-        return self.geometry.in_features if self.side == "input" else self.geometry.out_features
+        return {
+            "output": self.geometry.out_features, "input": self.geometry.in_features, "columns": self.geometry.columns
+        }[self.side]  # fmt: skip
 
     @property
     def limit(self) -> float:
         return float(self.chosen.get("constraint") or 0.0) * self.features_of_side
 
     def with_rows(self, less_NBB: Tensor, rows: Tensor | None = None) -> Tensor:
-        """r T - 1 for the blocks of T - 1, with the factors r of these rows, or of all in order."""
-        if "rescale" not in self.record.shapes:
+        """r T - 1 for the blocks of T - 1, with r - 1 of these rows, or of all in order."""
+        if CHANGE not in self.record.shapes:
             return less_NBB
-        r = (self.rescale.flatten() if rows is None else rows).reshape(*less_NBB.shape[:2], 1)
-        return r * less_NBB + torch.diag_embed(r[..., 0] - 1)
+        c = (self.rescale_change.flatten() if rows is None else rows).reshape(*less_NBB.shape[:2], 1)
+        return less_NBB + c * less_NBB + torch.diag_embed(c[..., 0])
 
     @classmethod
     def readers(cls, options: Mapping[str, Any]) -> str:
         own = [name for name in ("constraint", "rescaled") if options.get(name)]
         comfy = f"ComfyUI ignores its {' and '.join(own)}" if own else "ComfyUI does at strength 1"
-        return f"{cls.algo} files: LyCORIS and A1111 read them exactly; {comfy}; Forge and diffusers read none"
-
-    def shrink_(self, ratio: float) -> None:
-        with torch.no_grad():
-            self.blocks.mul_(ratio)
-            if "rescale" in self.record.shapes:
-                self.rescale.sub_(1).mul_(ratio).add_(1)
+        lycoris = "" if cls.proportional and not options.get("rescaled") else ", LyCORIS at strength 1 alone"
+        return f"{cls.algo} files: LyCORIS and A1111 read them exactly{lycoris}; {comfy}; Forge and diffusers read none"
 
     @staticmethod
     def _with_rescale(shapes: dict[str, tuple[int, ...]], geometry: Geometry, rescaled: bool) -> Layout:
         if rescaled:
-            shapes["rescale"] = (geometry.out_features, 1, *geometry.ones)
+            shapes[CHANGE] = (geometry.out_features, 1, *geometry.ones)
         return Layout(shapes, rank=None, rank_axis=False)
+
+    # -- files and states
+
+    def pack(self) -> dict[str, Tensor]:
+        tensors = super().pack()
+        if RESCALE in tensors:
+            tensors[RESCALE] = 1 + _wide(tensors[RESCALE])
+        return tensors
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        change = {RESCALE: _wide(tensors[RESCALE]) - 1} if RESCALE in tensors else {}
+        super().unpack_({**tensors, **change})
+
+    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Earlier versions learnt r itself."""
+        if prefix + RESCALE in state:
+            state[prefix + CHANGE] = state.pop(prefix + RESCALE) - 1
 
 
 class DiagOFT(Rotation):
     algo = "diag-oft"
     options = frozenset({"constraint", "rescaled", "dim_is_count", "train_on_input"})
     features = frozenset({"split_qkv"})
-    required = (frozenset({"oft_blocks"}), frozenset({"oft_blocks.0"}), frozenset({INPUT}))
+    required = tuple(frozenset({suffix}) for suffix in ("oft_blocks", "oft_blocks.0", *oft_input.FORMS))
+    more_keys = oft_input.SUFFIXES
+    peft_type = "OFT"
+    peft_keys = {"oft_R.weight": oft_input.PEFT, "oft_R.default.weight": oft_input.PEFT}
 
     @classmethod
     def layout(
         cls, geometry: Geometry, dim: int, constraint: float = 0.0, rescaled: bool = False, dim_is_count: bool = False,
-        train_on_input: bool = False, size: int = 0,
+        train_on_input: bool = False, size: int = 0, terms: int = oft_input.SERIES, shared: bool = False,
+        columns: bool = False,
     ) -> Layout:  # fmt: skip
-        """`size` states the blocks' size outright; else dim and dim_is_count decide."""
+        """`size` states the blocks' size outright; else dim and dim_is_count decide. What follows it only files say,
+        see `oft_input.Blocks`."""
         features = geometry.in_features if train_on_input else geometry.out_features
+        features = geometry.columns if columns else features
         if not size and dim_is_count:
             size = features // max(n for n in range(1, dim + 1) if features % n == 0)
         size = size or factorization(features, dim)[0]
@@ -104,22 +126,28 @@ class DiagOFT(Rotation):
             raise ValueError(f"diag-oft: blocks of {size} rows would mix the {geometry.groups} groups of a convolution")
         if train_on_input and rescaled:
             raise ValueError("rescaled gives factors to output rows: leave it out, or train_on_input")
-        return cls._with_rescale({"blocks": (features // size, size, size)}, geometry, rescaled)
+        return cls._with_rescale({"blocks": (1 if shared else features // size, size, size)}, geometry, rescaled)
+
+    @property
+    def on_input(self) -> bool:
+        return bool(self.chosen.get("train_on_input"))
+
+    @property
+    def terms(self) -> int:
+        """Of the series on the input side, 0 = the whole transform."""
+        return int(self.chosen.get(TERMS, oft_input.SERIES)) if self.on_input else 0
 
     @property
     def side(self) -> str:  # type: ignore[override]
-        return "input" if self.chosen.get("train_on_input") else "output"
+        return "columns" if self.chosen.get("columns") else "input" if self.on_input else "output"
 
     def _less(self) -> Tensor:
         """T - 1 as blocks [N, B, B] that act on features."""
-        less = rotation_less_identity(self.blocks, self.limit)
-        return less if self.side == "input" else self.with_rows(less.transpose(1, 2))
+        less = rotation_less_identity(self.blocks, self.limit, self.terms)
+        return less if self.on_input else self.with_rows(less.transpose(1, 2))
 
     def change(self, t: Tensor, axis: int) -> Tensor:
-        less = self._less().to(t.dtype)
-        if self.side == "input":  # of a convolution with groups: each has its own I channels
-            less = less.repeat(t.shape[axis] // self.geometry.in_features, 1, 1)
-        return apply_blocks(less, t, axis)
+        return _apply(self._less(), t, axis)
 
     def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor | None:
         size = self.blocks.shape[1]
@@ -129,9 +157,10 @@ class DiagOFT(Rotation):
         return apply_blocks(torch.cat([less[start // size : stop // size] for start, stop in pieces]), t, axis)
 
     def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
-        if self.side == "output":
-            return super().weight_change(weight)
-        return apply_blocks(self._less().to(weight.dtype).transpose(1, 2), weight, 1)
+        if not self.on_input:
+            return super().weight_change(weight, strength)
+        columns = weight.flatten(1) if self.side == "columns" else weight
+        return _apply(self._less().transpose(1, 2), columns, 1).reshape(weight.shape)
 
     # -- files
 
@@ -141,9 +170,14 @@ class DiagOFT(Rotation):
             return "OFT of split projections: sd-scripts' oft_flux alone reads it, from files of save_format=oft_flux"
         if not options.get("train_on_input"):
             return super().readers(options)
+        if options.get("kernel"):
+            return (
+                "OFT on the input side of convolutions with a kernel: other programs turn it alike where dim is small; "
+                "where their form would take more room than the weight it is saved for this package alone (oft_R.turn)"
+            )
         return (
-            f"OFT on the input side: no program but this package reads its files ({INPUT}: PEFT's numbers under the "
-            "trainers' names); merge it into the base model for any other"
+            "OFT on the input side: sd-scripts' networks.oft_v2 (SD 1.x, 2.x, SDXL) and OneTrainer turn its files "
+            "(oft_R.weight) alike; ComfyUI, A1111, Forge and diffusers read none: merge it into the base model for them"
         )
 
     @classmethod
@@ -156,26 +190,44 @@ class DiagOFT(Rotation):
 
     @classmethod
     def knows(cls, suffix: str) -> bool:
-        return super().knows(suffix) or suffix == INPUT or re.fullmatch(r"oft_blocks\.\d+", suffix) is not None
+        return super().knows(suffix) or re.fullmatch(r"oft_blocks\.\d+", suffix) is not None
+
+    @classmethod
+    def portable(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
+        return oft_input.portable(tensors, alpha) if oft_input.is_input(tensors) else (tensors, alpha)
+
+    @classmethod
+    def of_peft(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return oft_input.of_peft(tensors, config)
+
+    @classmethod
+    def assumed(cls, tensors: Mapping[str, Tensor]) -> str:
+        return oft_input.assumed(tensors)
+
+    @property
+    def saves_alpha(self) -> bool:  # type: ignore[override]
+        """Of the input side no other program has one, and an alpha marks files of earlier versions."""
+        return not self.on_input or bool(self.limit)
 
     @classmethod
     def rows_of_parts(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         return tuple(blocks.shape[0] * blocks.shape[1] for blocks in _numbered(tensors))
 
     def pack(self) -> dict[str, Tensor]:
-        tensors = super().pack()
-        if self.side == "input":
-            Q = generator(tensors.pop("oft_blocks"), self.limit)
-            rows, columns = torch.triu_indices(Q.shape[1], Q.shape[1], 1, device=Q.device)
-            tensors[INPUT] = Q[:, rows, columns].to(self.blocks.dtype)
-        return tensors
+        if not self.on_input:
+            return super().pack()
+        Q = generator(self.blocks.detach(), self.limit)
+        triangles = oft_input.above_diagonal(Q).to(self.blocks.dtype)
+        shared = bool(self.chosen.get("shared"))
+        blocks = oft_input.Blocks(triangles, self.terms, shared, self.side == "columns")
+        return oft_input.write(self.geometry, blocks, limited=bool(self.limit))
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """oft_blocks.0, oft_blocks.1, ..., as sd-scripts' oft_flux has them."""
         tensors = {f"oft_blocks.{i}": pack["oft_blocks"] for i, pack in enumerate(packs)}
-        if "rescale" in packs[0]:
-            tensors["rescale"] = torch.cat([pack["rescale"] for pack in packs])
+        if RESCALE in packs[0]:
+            tensors[RESCALE] = torch.cat([pack[RESCALE] for pack in packs])
         return tensors
 
     @classmethod
@@ -186,20 +238,19 @@ class DiagOFT(Rotation):
                 f"oft_blocks of {cls.rows_of_parts(tensors)} rows do not fit projections of {tuple(sizes)}"
             )
         packs = [{"oft_blocks": one} for one in blocks]
-        if "rescale" in tensors:
-            for pack, rows in zip(packs, tensors["rescale"].split(list(sizes)), strict=True):
-                pack["rescale"] = rows
+        if RESCALE in tensors:
+            for pack, rows in zip(packs, tensors[RESCALE].split(list(sizes)), strict=True):
+                pack[RESCALE] = rows
         return packs
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
-        rescaled = {"rescaled": "rescale" in tensors}
-        if INPUT in tensors:
-            shape = tensors[INPUT].shape
-            size = (1 + math.isqrt(1 + 8 * shape[1])) // 2
-            if shape[0] * size != geometry.in_features or 2 * shape[1] != size * (size - 1):
-                raise ValueError(f"{INPUT} {tuple(shape)} does not fit a weight of {geometry.weight_shape}")
-            return size, {"size": size, "train_on_input": True, **rescaled}
+        rescaled = {"rescaled": RESCALE in tensors}
+        if oft_input.is_input(tensors):
+            found = oft_input.read(geometry, tensors)
+            found = found.by_channels(geometry.kernel_size) or found
+            form = {"terms": found.terms, "shared": found.shared, "columns": found.columns}
+            return found.size, {"size": found.size, "train_on_input": True, **form, **rescaled}
         blocks = _numbered(tensors) or [tensors["oft_blocks"]]
         if any(b.dim() != 3 for b in blocks) or sum(b.shape[0] * b.shape[1] for b in blocks) != geometry.out_features:
             shapes = [tuple(b.shape) for b in blocks]
@@ -207,26 +258,71 @@ class DiagOFT(Rotation):
         sizes = tuple(b.shape[1] for b in blocks)
         return sizes[0], {"size": sizes if "oft_blocks" not in tensors else sizes[0], **rescaled}
 
+    def _blocks_of(self, tensors: Mapping[str, Tensor]) -> oft_input.Blocks:
+        """The rotation of a file as this one has it on the input side.
+
+        Raises:
+            ValueError: it has other blocks, or the other side.
+        """
+        self._same_side(tensors)
+        found = oft_input.read(self.geometry, tensors)
+        if found.columns and self.side == "input":
+            found = found.by_channels(self.geometry.kernel_size) or found
+        size, own = self.blocks.shape[1], "columns" if self.side == "columns" else "channels"
+        theirs = "columns" if found.columns else "channels"
+        if own != theirs:
+            raise ValueError(f"the file turns the {theirs} of a convolution with a kernel, this network its {own}")
+        if found.size != size:
+            raise ValueError(f"the file has blocks of {found.size} features, this network has blocks of {size}")
+        if len(found.triangles) != len(self.blocks):
+            raise ValueError(f"the file has {len(found.triangles)} blocks, this network has {len(self.blocks)}")
+        return found
+
+    def _same_side(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.on_input != oft_input.is_input(tensors):
+            raise ValueError(f"the file has train_on_input={not self.on_input}, this network has the other")
+
     def fits(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.side == "input" and set(tensors) == {INPUT}:
-            size, wanted = self.describe(self.geometry, tensors)[0], self.blocks.shape[1]
-            if size != wanted:
-                raise ValueError(f"the file has blocks of {size} features, this network has blocks of {wanted}")
-            return
-        if (self.side == "input") != (INPUT in tensors):
-            raise ValueError(f"the file has train_on_input={INPUT in tensors}, this network has the other")
-        super().fits(tensors)
+        self._same_side(tensors)
+        if self.on_input:
+            self._blocks_of(tensors)
+        else:
+            super().fits(tensors)
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.side == "output":
+        if not self.on_input:
             super().unpack_(tensors)
             return
-        self.fits(tensors)
-        size = self.blocks.shape[1]
-        rows, columns = torch.triu_indices(size, size, 1)
+        found = self._blocks_of(tensors)
+        rows, columns = torch.triu_indices(found.size, found.size, 1)
+        self.chosen[TERMS] = found.terms
         with torch.no_grad():
             self.blocks.zero_()
-            self.blocks[:, rows, columns] = tensors[INPUT].to(self.blocks)
+            self.blocks[:, rows, columns] = found.triangles.to(self.blocks)
+
+    # -- live state
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.on_input:
+            destination[prefix + TERMS] = torch.tensor(self.terms)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(prefix + TERMS, None)  # `renew_state` has taken it
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Earlier versions turned the input by the whole transform."""
+        super().renew_state(state, prefix)
+        if self.on_input and f"{prefix}blocks" in state:
+            self.chosen[TERMS] = int(state.setdefault(prefix + TERMS, torch.tensor(0)))
+
+
+def _apply(less_NBB: Tensor, t: Tensor, axis: int) -> Tensor:
+    """(T - 1) t along an axis; the blocks are repeated until its end: one may stand for all, and those of the input of
+    a convolution stand for each of its groups."""
+    less, times = less_NBB.to(t.dtype), t.shape[axis] // (less_NBB.shape[0] * less_NBB.shape[1])
+    return apply_blocks(less.repeat(times, 1, 1) if times > 1 else less, t, axis)
 
 
 def _numbered(tensors: Mapping[str, Tensor]) -> list[Tensor]:
@@ -235,3 +331,7 @@ def _numbered(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     while (key := f"oft_blocks.{len(found)}") in tensors:
         found.append(tensors[key])
     return found
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -2,8 +2,9 @@
 
     output side    W' = T W,  y' - bias = T (y - bias)         T acts on the O axis
     input side     W' = W T,  y' = base(T x)                   T acts on the I axis
+    columns        W' = W T,  y' = op(x, W')                   T acts on the axis of I times kernel positions
 
-with T - 1 given by `change`, so that neither form needs the base weight: bases of any kind will do, quantised ones too.
+with T - 1 given by `change`, so that the first two need no base weight: bases of any kind will do, quantised ones too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Reweight(Adapter):
     plus: ClassVar[frozenset[str]] = frozenset()
     required: ClassVar[tuple[frozenset[str], ...]]
     fold: ClassVar[tuple[str, ...]] = ()
-    side = "output"
+    side = "output"  # or "input", or "columns"
     relative = True
 
     def change(self, t: Tensor, axis: int) -> Tensor:

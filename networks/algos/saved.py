@@ -62,6 +62,7 @@ class SavedForm(nn.Module):
     algo: ClassVar[str]
     plus: ClassVar[frozenset[str]]  # parameters which LoRA+ (2402.12354) trains faster
     keys: ClassVar[dict[str, str]]  # parameter -> suffix in a file
+    more_keys: ClassVar[frozenset[str]] = frozenset()  # suffixes of what else its files can have
     required: ClassVar[tuple[frozenset[str], ...]]  # one of these sets of suffixes marks the algorithm
     fold: ClassVar[tuple[str, ...]]  # the first of these that exists takes up the learnt scalar at save
     saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
@@ -69,6 +70,8 @@ class SavedForm(nn.Module):
     saves_alpha: ClassVar[bool] = True  # whether readers expect one
     rank_shows: ClassVar[tuple[tuple[str, int], ...]] = ()  # (suffix, axis): the first that a file has is the rank
     near_one: ClassVar[frozenset[str]] = frozenset()  # parameters that a file holds as factors near 1
+    peft_type: ClassVar[str] = ""  # in PEFT's adapter_config.json, where its files cannot be read alike without
+    peft_keys: ClassVar[Mapping[str, str]] = {}  # suffix in a file of PEFT -> what stands for it in that of any program
 
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     scalar: nn.Parameter | None
@@ -99,7 +102,7 @@ class SavedForm(nn.Module):
     @classmethod
     def knows(cls, suffix: str) -> bool:
         """Whether its files have such tensors."""
-        return suffix in cls.keys.values()
+        return suffix in cls.keys.values() or suffix in cls.more_keys
 
     @classmethod
     def readers(cls, options: Mapping[str, Any]) -> str:
@@ -123,13 +126,27 @@ class SavedForm(nn.Module):
         rank = cls.shown_rank(tensors)
         if rank is not None:
             return {**tensors, "alpha": torch.tensor(scale * rank)}
-        suffix = next((cls.keys[name] for name in cls.fold if cls.keys[name] in tensors), "")
-        wide = (
-            {suffix: tensors[suffix].to(torch.promote_types(tensors[suffix].dtype, torch.float32)) * scale}
-            if suffix
-            else {}
-        )
-        return {**tensors, **wide}
+        factors = [cls.keys[name] for name in cls.fold if cls.keys[name] in tensors][:1]
+        return {**tensors, **{key: tensors[key].to(_wide(tensors[key])) * scale for key in factors}}
+
+    @classmethod
+    def portable(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
+        """A layer of any program's file as our own files would have it: scale = alpha / rank."""
+        return tensors, alpha
+
+    @classmethod
+    def of_peft(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """A layer of a file of PEFT, under `peft_keys`, with what its adapter_config.json says.
+
+        Raises:
+            ValueError: that makes no sense.
+        """
+        return tensors
+
+    @classmethod
+    def assumed(cls, tensors: Mapping[str, Tensor]) -> str:
+        """What is taken for granted of a layer that programs write in several ways, for the log; "" if nothing is."""
+        return ""
 
     def pack(self) -> dict[str, Tensor]:
         """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""
@@ -246,3 +263,7 @@ def _squeezed(shape: torch.Size) -> tuple[int, ...]:
     while len(kept) > 2 and kept[-1] == 1:
         kept.pop()
     return tuple(kept)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -26,7 +26,7 @@ CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
 CLIP = ("CLIPAttention", "CLIPSdpaAttention", "CLIPMLP")
 # transformers 5 dropped the text_model level of CLIPTextModel; no reader knows the shorter names.
 CLIP_VERSIONS: Pairs = tuple((top, f"text_model.{top}") for top in ("encoder.", "embeddings.", "final_layer_norm"))
-# OpenCLIP's: SD 2.x's text encoder and SDXL's second one in the original release, and as ComfyUI and sd-scripts save.
+# OpenCLIP's: SD 2.x's text encoder and SDXL's second, as they were released and as ComfyUI and sd-scripts save them.
 OPEN_CLIP = (
     *below(
         r"transformer\.resblocks\.(\d+)\.",

@@ -55,7 +55,8 @@ def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> l
         why = f"as sd-scripts' {dialect.name} does" if dialect.lacks else "for readers that look for such names"
         notes.append(f"files name these layers {written}... instead of {own}..., {why}")
     else:
-        notes += sorted({ALGOS[row.algo].readers({**row.options, "split_qkv": row.split}) for row in trained} - {""})
+        told = [{**row.options, "split_qkv": row.split, "kernel": row.geometry.has_kernel} for row in trained]
+        notes += sorted({ALGOS[row.algo].readers(o) for row, o in zip(trained, told, strict=True)} - {""})
     if dialect.archs and request.arch.name not in dialect.archs:
         notes.append(f"save_format={dialect.name}: no other program reads such files of {request.arch.title}")
     return notes

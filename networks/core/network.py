@@ -342,6 +342,8 @@ class Network(nn.Module):
         """
         self.form.check(file.flags, file.metadata, file.source)
         found, without = match(file, self._places())
+        for text in codec.assumptions(found.values()):
+            log.info("%s: %s", file.source, text)
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)

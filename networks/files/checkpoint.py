@@ -104,11 +104,13 @@ class Checkpoint:
         """
         check_free(self, out)
         size = sum(self._end(file) for file in self.files)
+        if not self.path.is_dir():
+            outputs.replace(out, self._chunks(self.files[0], changed, metadata, progress), size)
+            return
         with outputs.whole(out, size) as part:
-            if self.path.is_dir():
-                shutil.copytree(self.path, part, ignore=self._not_copied)
+            shutil.copytree(self.path, part, ignore=self._not_copied)
             for file in self.files:
-                place = part / file.relative_to(self.path) if self.path.is_dir() else part
+                place = part / file.relative_to(self.path)
                 outputs.write(place, self._chunks(file, changed, metadata, progress))
         if self.other_weights:
             names = ", ".join(str(file.relative_to(self.path)) for file in self.other_weights)

@@ -7,6 +7,7 @@ effective scale x saved rank.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algos import Adapter, recognise
+from ..algos import Adapter, Reweight, recognise
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
 from ..layers.split import make_adapter
@@ -66,6 +67,11 @@ class SavedLayer:
             raise ValueError(
                 f"the file has {self.algorithm.algo}, which is not for a layer of this kind ({geometry.kind})"
             )
+        if self.magnitude is not None and issubclass(self.algorithm, Reweight):
+            raise ValueError(
+                f"the file has DoRA magnitudes of a layer of {self.algorithm.algo}, which has none here: merge it into "
+                "the base model in the program that trained it"
+            )
         dim, options = self.algorithm.describe(geometry, self.tensors)
         if self.algorithm.alpha_option:
             options[self.algorithm.alpha_option] = self.alpha or 0.0
@@ -103,6 +109,12 @@ class SavedLayer:
         return all(t.dtype == torch.float64 for t in self.tensors.values() if t.is_floating_point())
 
 
+def assumptions(layers: Iterable[SavedLayer]) -> list[str]:
+    """What is taken for granted of a file's layers, for the log."""
+    counts = Counter(layer.algorithm.assumed(layer.tensors) for layer in layers)
+    return [f"{text} ({count} layers)" for text, count in counts.items() if text]
+
+
 def unknown_form(source: str, name: str, suffix: str) -> str:
     """Message: half a layer read as plain LoRA would have another strength, so it is refused."""
     return f"{source}: {name} has {suffix}, a form which this version does not know; convert the file to a plain one"
@@ -136,10 +148,11 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
         suffix, axis = dialect.rank
         if value is not None and flags.rs_lora and suffix in group:
             value *= math.sqrt(group[suffix].shape[axis])
-        if value is not None:
-            group = dialect.scaled(group, value) if dialect.whole[0] in tensors else group
+        if value is not None and dialect.whole[0] in tensors:
+            group = dialect.scaled(group, value)
+        own, value = algorithm.portable(group, value)
         folded = magnitude is not None and bool(dialect.fold_flag)
-        layers[name] = SavedLayer(name, algorithm, group, value, magnitude, folded)
+        layers[name] = SavedLayer(name, algorithm, dict(own), value, magnitude, folded)
     return layers, unknown
 
 

@@ -23,7 +23,7 @@ from ..algos import ALGOS, recognise
 from ..archs.diffusers_names import Place
 from ..archs.spec import ArchSpec, Part, Rename
 from . import strengths
-from .strengths import PEFT
+from .strengths import CONFIG, PEFT
 
 DOWN, UP, MAGNITUDE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
 VECTOR = "lora_magnitude_vector"
@@ -39,9 +39,12 @@ SUFFIXES = {  # as others write them -> ours
     f"{VECTOR}.default.weight": MAGNITUDE,
     **{suffix: suffix for algorithm in ALGOS.values() for suffix in algorithm.keys.values() if suffix != "weight"},
     "magnitude": MAGNITUDE,  # ai-toolkit's
+    **{suffix: own for algorithm in ALGOS.values() for suffix, own in algorithm.peft_keys.items()},
+    **{suffix: suffix for algorithm in ALGOS.values() for suffix in algorithm.more_keys},
     MAGNITUDE: MAGNITUDE,
     ALPHA: ALPHA,
 }
+OF_PEFT = {suffix: own for algorithm in ALGOS.values() for suffix, own in algorithm.peft_keys.items()}
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 _ENDING = re.compile(rf"\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
 DENOISER = ("transformer.", "unet.", "diffusion_model.", "model.diffusion_model.")
@@ -100,6 +103,7 @@ def with_strengths(
     Raises:
         ValueError: what stands there cannot be read, or disagrees.
     """
+    tensors = _with_settings(tensors, config)
     layers: dict[str, dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
     for key, path, suffix in divided(tensors):
@@ -111,6 +115,27 @@ def with_strengths(
     for name, group in filled.layers.items():
         found |= {keys.get((name, suffix), f"{name}.{suffix}"): tensor for suffix, tensor in group.items()}
     return Known(found, filled.told)
+
+
+def _with_settings(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
+    """The tensors of a file of PEFT, where its algorithm cannot be read without its settings."""
+    kind = (config or {}).get("peft_type")
+    algorithm = next((one for one in ALGOS.values() if one.peft_type and one.peft_type == kind), None)
+    if config is None or algorithm is None:
+        return tensors
+    found: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, path, suffix in divided(tensors):
+        if suffix in algorithm.peft_keys:
+            layers.setdefault(path, {})[algorithm.peft_keys[suffix]] = tensors[key]
+        else:
+            found[key] = tensors[key]
+    try:
+        for path, layer in layers.items():
+            found |= {f"{path}.{suffix}": t for suffix, t in algorithm.of_peft(layer, config).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{CONFIG} cannot be read: {error}") from None
+    return found
 
 
 def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "the file") -> dict[str, Tensor]:
@@ -130,7 +155,7 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
         layer = part.layout_of(dotted) or Rename(dotted, part.trainer_name(dotted))
         name = f"{part.prefix}_{layer.trainer}".replace(".", "_")
         piece = groups.setdefault(name, {}).setdefault(layer.position, _Piece(path, layer, {}))
-        piece.tensors[SUFFIXES.get(suffix, suffix)] = tensor.flatten() if VECTOR in suffix else tensor
+        piece.tensors[_own(path, suffix)] = tensor.flatten() if VECTOR in suffix else tensor
     for name, pieces in groups.items():
         count = next(iter(pieces.values())).layer.count
         if len(pieces) < count:
@@ -151,8 +176,7 @@ def flattened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every layer as the file has it, with slashes for the dots of its name: to look at, where no model is known."""
     found = {}
     for key, path, suffix in divided(tensors):
-        own = SUFFIXES.get(suffix, suffix)
-        found[f"{path.replace('.', '/')}.{own}" if "." in path else key] = tensors[key]
+        found[f"{path.replace('.', '/')}.{_own(path, suffix)}" if "." in path else key] = tensors[key]
     return found
 
 
@@ -172,6 +196,12 @@ def divided(keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         if at is not None:
             path, suffix = key[:at], key[at + 1 :]
         yield key, path, suffix or key[len(path) + 1 :]
+
+
+def _own(path: str, suffix: str) -> str:
+    """Our suffix for that of a layer with this name; some mean something else in a file of PEFT."""
+    own = SUFFIXES.get(suffix, suffix)
+    return OF_PEFT.get(suffix, own) if PEFT in path else own
 
 
 def _locate(path: str, arch: ArchSpec) -> tuple[Part, str]:

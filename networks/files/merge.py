@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..archs import ARCHS
 from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
 from ..tensors.norms import weight_geometry
-from . import dialects, dotted, stored, weight_names
+from . import codec, dialects, dotted, stored, weight_names
 from .adapter_file import AdapterFile, FileTensors, Naming
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
@@ -103,6 +104,11 @@ class MergeInput:
         """
         tensors = FileTensors(path)
         return cls(path, multiplier, tensors.opened(_naming(tensors, keys)).all_read())
+
+    @property
+    def assumed(self) -> list[str]:
+        """What is taken for granted of its layers."""
+        return codec.assumptions(self.layers.values())
 
 
 def _naming(tensors: FileTensors, keys: Collection[str]) -> Naming:
@@ -229,27 +235,31 @@ class CheckpointMerge:
         keys = dict.fromkeys(piece.key for pieces in layers.values() for piece in pieces)
         stores = {key: stored.load(self.checkpoint, key) for key in keys}
         olds = {key: self._read(key, store) for key, store in stores.items()}
-        news = {key: old.clone() for key, old in olds.items()}
+        news = dict(olds)
         for name, pieces in layers.items():
             with _told(f"{self.checkpoint.path}: {pieces[0].key}"):
                 rows = [piece.take(olds[piece.key]) for piece in pieces]
-            merged = new(name, torch.cat(rows) if len(rows) > 1 else rows[0])
-            for piece, part in zip(pieces, merged.split([len(part) for part in rows]), strict=True):
-                piece.put(news[piece.key], part)
+            parts = new(name, torch.cat(rows) if len(rows) > 1 else rows[0]).split([len(part) for part in rows])
+            for piece, part in zip(pieces, parts, strict=True):
+                news[piece.key] = piece.put(news[piece.key], part, olds[piece.key])
         changed: dict[str, Tensor] = {}
         for key, store in stores.items():
-            with _told(f"{self.checkpoint.path}: {key}"):
-                self.roundings.append(base_weight.change(store, olds.pop(key), news.pop(key)))
-            changed[key] = store.weight.detach()
-            if store.scale is not None:
-                scale = stored.scale_key(self.checkpoint, key)
-                changed[scale] = store.scale.reshape(self.checkpoint.shapes[scale])
+            changed |= self._written(key, store, olds.pop(key), news.pop(key))
         return changed
+
+    def _written(self, key: str, store: stored.Stored, old: Tensor, new: Tensor) -> dict[str, Tensor]:
+        """The tensors of one weight, with the new value in the form in which the old one was stored."""
+        with _told(f"{self.checkpoint.path}: {key}"):
+            self.roundings.append(base_weight.change(store, old, new))
+        if store.scale is None:
+            return {key: store.weight.detach()}
+        scale = stored.scale_key(self.checkpoint, key)
+        return {key: store.weight.detach(), scale: store.scale.reshape(self.checkpoint.shapes[scale])}
 
     def _read(self, key: str, store: stored.Stored) -> Tensor:
         with _told(f"{self.checkpoint.path}: {key}"):
             weight = base_weight.read(store, self.device)
-            if not bool(weight.isfinite().all()):
+            if not _is_finite(weight):
                 raise ValueError("it has NaN or infinite values: download or make the checkpoint again")
         return weight
 
@@ -293,8 +303,13 @@ def _told(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {error}") from None
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """By its extremes: a mask would need as much memory again."""
+    return all(math.isfinite(value.item()) for value in tensor.aminmax())
+
+
 def _check_finite(merged: Tensor, kind: str) -> None:
-    if not bool(merged.isfinite().all()):
+    if not _is_finite(merged):
         raise ValueError(
             f"the merged {kind} has NaN or infinite values: lower the multiplier, or choose an earlier file"
         )

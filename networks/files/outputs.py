@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LONG = 24 * 3600  # seconds without a write, after which a part is taken for left where no lock can tell
 _LARGE = 2000  # entries; a folder with more is looked through once in a process
+_HALF = ".part"
 _BEFORE = ".before"  # ending of a former folder, in the part, while the new one takes its place
 _hidden: dict[Path, list[str]] = {}  # of large folders: names that begin with a dot
 
@@ -96,11 +97,12 @@ def destination(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def whole(path: Path, size: int | None = None) -> Iterator[Path]:
+def whole(path: Path, size: int | None = None, ending: str = "") -> Iterator[Path]:
     """Where the block writes the file or the folder which then becomes `path`, in one step; or nothing is left.
 
     Args:
         size: in bytes, for the message when the disk is full.
+        ending: of its name until then, so that programs which look for models do not find half of one.
 
     Raises:
         OSError: what was there before is untouched.
@@ -110,8 +112,9 @@ def whole(path: Path, size: int | None = None) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         with _part(target) as part:
-            yield part / target.name
-            _move(part / target.name, target)
+            new = part / (target.name + ending)
+            yield new
+            _move(new, target)
     except OSError as error:
         raise OSError(error.errno, _explain(error, path, size)) from error
 
@@ -125,7 +128,7 @@ def replace(file: Path, chunks: Iterable[bytes | memoryview], size: int) -> None
     Raises:
         OSError: what was there before is untouched.
     """
-    with whole(file, size) as part:
+    with whole(file, size, _HALF) as part:
         write(part, chunks)
 
 
@@ -144,7 +147,7 @@ def write_atomically(path: Path, make: Callable[[Path], object]) -> None:
     Raises:
         OSError: what was there before is untouched.
     """
-    with whole(path) as part:
+    with whole(path) as part:  # the ending tells many programs what to write
         make(part)
 
 
@@ -256,7 +259,7 @@ def _sweep(target: Path) -> None:
     folders = re.compile(rf"\.{name}((\.\d+)?\.part|\.[a-z0-9_]{{8}})")
     files = re.compile(rf"\.{name}\.[a-z0-9_]{{8}}\.part|\.{stem}\.\d+{suffix}")
     gone, total = [], 0
-    for found in _hidden_names(target.parent):
+    for found in {f".{target.name}.part", *_hidden_names(target.parent)}:
         if not folders.fullmatch(found) and not files.fullmatch(found):
             continue
         with contextlib.suppress(OSError):  # what goes at this moment was no dead one's

@@ -65,6 +65,7 @@ KINDS = (  # the first that fits
     _kind("rescaled rotation", "oft_blocks+rescale", "wrong", "yes", "no", "refused", "no", "refused"),
     _kind("constrained rotation", "oft_blocks", "wrong", "yes", "no", "refused", "no", "refused", constrained=True),
     _kind("rotation", "oft_blocks", "strength 1", "yes", "no", "refused", "no", "refused"),
+    _kind("rotation of the input", "oft_R.weight|oft_R.peft|oft_R.turn", "no", "no", "no", "no", "no", "no"),
     _kind("IA3", "on_input", "skipped", "yes", "no", "refused", "no", "yes"),
     _kind("whole difference", "diff", "yes", "yes", "yes", "refused", "no", "yes"),
     _kind("norm", "w_norm+b_norm", "yes", "yes", "yes", "refused", "no", "yes"),

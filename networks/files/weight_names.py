@@ -70,9 +70,18 @@ class Piece:
         """
         return self._turned(self._share(whole))
 
-    def put(self, whole: Tensor, rows: Tensor) -> None:
-        """The inverse of `take`, in place."""
-        self._share(whole).copy_(self._turned(rows))
+    def put(self, whole: Tensor, rows: Tensor, old: Tensor) -> Tensor:
+        """The inverse of `take`: the weight with these rows, for one of which others may have been put already.
+
+        Args:
+            old: the weight as it was, which stays so.
+        """
+        rows = self._turned(rows)
+        if self.count == 1:
+            return rows.T if self.transposed and rows.dim() == 2 else rows
+        whole = old.clone() if whole is old else whole
+        self._share(whole).copy_(rows)
+        return whole
 
     def _turned(self, rows: Tensor) -> Tensor:
         return torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
@@ -130,7 +139,8 @@ def find(keys: Iterable[str], names: Collection[str], prefix: str = "") -> dict[
             if other != model:
                 first, second = sorted((model, other))
                 raise ValueError(
-                    f"{key} may belong to {first} or {second}: say which model this is, with --prefix {first}"
+                    f"{key} may belong to {first} or {second}: say which model this checkpoint is, "
+                    f"with --prefix {first}"
                 )
         found |= targets
     return found
@@ -209,7 +219,7 @@ class _Index:
         return _Reading(places, recognised)
 
     def _names_below(self, roots: tuple[str, ...]) -> list[tuple[str, bool, str]]:
-        """(dotted name without root, whether it is a tensor's own, key), below every root, the longest first."""
+        """(dotted name, whether it is a tensor's own, key), below each of a key's roots, the longest first."""
         return [
             (stem[len(root) :], bare, key)
             for root in sorted(roots, key=len, reverse=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..args.coerce import named
+from ..files import codec
 from ..files.adapter_file import Naming, of_tensors
 from ..files.codec import SavedLayer
 from ..files.merge import merged_bias, merged_weight
@@ -179,6 +180,8 @@ def extend(lora_utils: ModuleType, allowance: Allowance = _NOTHING) -> None:
         for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
             source = f"adapter file {number} of {len(given)}"
             layers = of_tensors(tensors, Naming(), source).all_read().layers
+            for text in codec.assumptions(layers.values()):
+                log.info("%s: %s", source, text)
             files.append(_File(source, layers, strength, allowance))
         call.arguments.update(lora_weights_list=None, lora_multipliers=None)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import optimizer_state, partitioned, state_files
 from .losses import DECIDES_LOSS
@@ -158,7 +158,9 @@ class Live:
     groups: Groups
 
     def __post_init__(self) -> None:
-        self.names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.network.named_parameters()}
+        own = {parameter: name for name, parameter in self.network.named_parameters()}
+        every = [parameter for group in self.groups for parameter in group]
+        self.names = {p: own.get(p, f"parameter {number}") for number, p in enumerate(every)}
         self.partitioned = any(partitioned.is_partitioned(p) for group in self.groups for p in group)
         inner = self.optimizer.optimizer
         self.base: torch.optim.Optimizer = inner.optimizer if self.partitioned else inner

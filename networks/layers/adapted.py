@@ -117,15 +117,14 @@ class AdaptedLayer(AttachedAdapter):
         return below if more is None else below + more
 
     def _reweighted(self, site: Site, x: Tensor, plain: Tensor) -> Tensor:
-        """(T - 1) y for the rows of one module; those of the others are in the weights only."""
+        """(T - 1) y for the rows of one module; those of the others are in the weights only, and so are columns."""
         assert isinstance(self.adapter, Reweight)
-        if site.pieces is None:
-            return self.adapter.change(plain, self._axis)
-        own = self.adapter.change_rows(plain, self._axis, site.pieces)
-        if own is not None:
-            return own
-        W = self.whole_weight(x.device)
-        change = site.take_rows(self.adapter.weight_change(W))
+        if self.adapter.side == "output":
+            at, pieces = self._axis, site.pieces
+            own = self.adapter.change(plain, at) if pieces is None else self.adapter.change_rows(plain, at, pieces)
+            if own is not None:
+                return own
+        change = site.take_rows(self.adapter.weight_change(self.whole_weight(x.device)))
         return self.adapter.geometry.op(x, cast_to_input(change, x)).to(plain.dtype)
 
     def _more(self, x: Tensor) -> Tensor | None:

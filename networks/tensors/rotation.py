@@ -8,17 +8,34 @@ import torch
 from torch import Tensor
 
 
-def rotation_less_identity(blocks_NBB: Tensor, limit: float = 0.0) -> Tensor:
+def rotation_less_identity(blocks_NBB: Tensor, limit: float = 0.0, terms: int = 0) -> Tensor:
     """R - 1 of the Cayley transform R = (1 + Q)(1 - Q)^-1 of Q = B - B^T, [N, B, B], in fp32 or wider.
 
     R - 1 = 2 Q (1 - Q)^-1: what a rotation changes, without the digits that subtracting the 1 would cost.
 
     Args:
         limit: the largest Frobenius norm of all Q together; 0 = none.
+        terms: of the Neumann series that stands for the inverse, see `series_less_identity`; 0 = the inverse itself.
     """
     Q = generator(blocks_NBB, limit)
+    if terms:
+        return series_less_identity(Q, terms)
     one = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     return 2 * torch.linalg.solve(one - Q, Q, left=False)
+
+
+def series_less_identity(Q_NBB: Tensor, terms: int) -> Tensor:
+    """R - 1 = 2 Q + 2 Q^2 + ... + 2 Q^(terms - 2) + Q^(terms - 1), as OFT v2 cuts the series off (2506.19847).
+
+    In the programs that have it 3 terms are 4, and the last one is whole where there are but 2.
+    """
+    if terms < 3:
+        return Q_NBB * (2.0 * (terms - 1))
+    two = 2 * torch.eye(Q_NBB.shape[-1], dtype=Q_NBB.dtype, device=Q_NBB.device)
+    factor = two + Q_NBB
+    for _ in range(max(terms, 4) - 3):
+        factor = two + Q_NBB @ factor
+    return Q_NBB @ factor
 
 
 def generator(blocks_NBB: Tensor, limit: float = 0.0) -> Tensor:
