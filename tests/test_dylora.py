@@ -20,7 +20,9 @@ from networks.algos import ALGOS
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
+from networks.layers.draws import Draws
 from networks.layers.runtime import Runtime
+from networks.layers.split import make_adapter
 from networks.tensors.geometry import Geometry
 
 DIM, BLOCK, SCALE = 8, 3, 0.75  # blocks end after 3, 6 and 8 ranks
@@ -192,6 +194,18 @@ def test_every_block_has_its_share_of_the_steps() -> None:
         assert float((found - 500).square().sum() / 500) < 25
     together = torch.bincount(counts[:, 0] * 3 + counts[:, 1], minlength=9)
     assert float((together - 1500 / 9).square().sum() / (1500 / 9)) < 45
+
+
+def test_parts_of_a_layer_have_blocks_of_their_own() -> None:
+    base = torch.nn.Linear(12, 24)
+    adapter = make_adapter(ALGOS["dylora"], Geometry.of(base), 4, {}, (8, 8, 8))
+    draws = Draws([AdaptedLayer("x", base, adapter, 1.0)])
+    seen = set()
+    for step in range(20):
+        draws.begin(0, step)
+        adapter.begin(torch.zeros(1))
+        seen.add(tuple(int(part.block) for part in adapter.parts))
+    assert len(seen) > 15
 
 
 @pytest.mark.parametrize("reentrant", (True, False))

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 import networks.lora
 from networks.algos import ALGOS
 from networks.archs import ARCHS
-from networks.files import codec, dotted, explain, reader
-from networks.files.merge import AdapterFile, merged_weight
+from networks.files import codec, explain, reader
+from networks.files.adapter_file import Naming, open_file
+from networks.files.merge import MergeInput, merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.max_norm import limit_norms, update_norm
 from networks.layers.runtime import Runtime
@@ -293,10 +294,7 @@ def peft_folder(folder: Path, **settings: Any) -> dict[str, Tensor]:
 
 
 def layers_of(file: Path) -> dict[str, codec.SavedLayer]:
-    tensors = dotted.read(dotted.with_alphas(*reader.read_tensors(file)), SD)
-    layers, unknown = codec.decode(tensors)
-    assert not unknown
-    return layers
+    return dict(open_file(file, Naming(SD)).all_read().layers)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -388,10 +386,10 @@ def test_what_was_assumed_is_said_at_every_door(tmp_path: Path, caplog: pytest.L
         networks.lora.create_arch_network_from_weights(1.0, tensors, unet=unet)
     said = [r.message for r in caplog.records if "as sd-scripts' networks.oft_v2 and OneTrainer write" in r.message]
     assert len(said) == 1 and f"({len(tensors)} layers)" in said[0]
-    assert AdapterFile.open(file, 1.0).assumed == [said[0].partition(": ")[2]]
+    assert MergeInput.open(file, 1.0).assumed == [said[0].partition(": ")[2]]
     before = {**tensors, **{key.replace("oft_R.weight", "alpha"): torch.tensor(0.0) for key in tensors}}
     save_file(before, tmp_path / "before.safetensors", {**metadata, "networks_version": "0.1.0"})
-    assert "earlier versions of this package" in AdapterFile.open(tmp_path / "before.safetensors", 1.0).assumed[0]
+    assert "earlier versions of this package" in MergeInput.open(tmp_path / "before.safetensors", 1.0).assumed[0]
     assert explain.explain(file)["layers"][0]["kind"] == "rotation of the input"
 
 

@@ -235,6 +235,7 @@ def test_only_files_of_the_same_run_are_written_over(
     other = tmp_path / "other"
     assert train(assets, other, "--network_module=standin_network", "--save_state", "--seed=2", steps=2) == 0
     assert run(f"--resume={other / 'last-state'}", "--seed=2", steps=3) == 2  # a resumed run, over another's files
+    (tmp_path / "last-step00000009-state").mkdir()  # as a run that was killed in its first save leaves it
     assert run("--seed=2", "--overwrite") == 0
     assert run("--seed=2") == 0
 

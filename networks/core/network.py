@@ -405,8 +405,11 @@ class Network(nn.Module):
     def _take_live(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Copy by name: torch's own walk is quadratic in the number of layers."""
         state, own = dict(state), self.state_dict(keep_vars=True)
+        before = set(state)
         for layer in self.adapted_layers:
             layer.renew_state(state, f"{layer.lora_name}.")
+        if renewed := {key.partition(".")[0] for key in before ^ state.keys()}:
+            log.info("the state is of an earlier version: %d layers go on as they were trained there", len(renewed))
         shared = own.keys() & state.keys()
         wrong = sorted(key for key in shared if own[key].shape != state[key].shape)
         if wrong:

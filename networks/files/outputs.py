@@ -1,7 +1,7 @@
 """Where programs write: never over what they read, over other files only if told to, whole or not at all.
 
-A file or folder NAME is made as a part, `.NAME.part/NAME`, beside its destination, and moved there in one step. The
-lock in the part tells that its writer lives; what a dead one left is removed before the next write to that name.
+A file or folder NAME is made in a part, the folder `.NAME.part` beside its destination, and moved there in one step.
+The lock in the part tells that its writer lives; what a dead one left is removed before the next write to that name.
 Nothing heavy is imported here.
 """
 

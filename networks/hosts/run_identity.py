@@ -47,8 +47,10 @@ def outputs(folder: Path, name: str) -> Iterator[tuple[Path, str]]:
     """What runs of a name have saved: each file and state, and which run made it; "" = unknown."""
     saved = re.compile(rf"{re.escape(name)}{SERIES}(?:\.safetensors|-state)")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if saved.fullmatch(path.name):
-            yield path, _of_state(path) if path.is_dir() else _of_file(path)
+        if saved.fullmatch(path.name) and path.is_file():
+            yield path, _of_file(path)
+        elif saved.fullmatch(path.name) and (path / STATE_FILE).is_file():  # else it has become no state
+            yield path, _of_state(path)
 
 
 def _beside(path: Path, args: argparse.Namespace) -> bool:

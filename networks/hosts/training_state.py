@@ -121,10 +121,11 @@ def read_state(args: argparse.Namespace) -> Saved:
     folder = Path(args.resume)
     try:
         content, files = state_files.read(folder)
-        saved = _saved(folder, content, files)
     except ValueError as error:
         raise ValueError(f"--resume {error}") from error
-    except (OSError, KeyError, TypeError) as error:
+    try:
+        saved = _saved(folder, content, files)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"--resume {folder}: {STATE_FILE} is damaged. Give a NAME-...-state.") from error
     if args.seed is None:
         args.seed = saved.options["seed"]
@@ -174,7 +175,12 @@ class Live:
         """Raise ValueError when an optimizer has what no state can hold; before the first step."""
         try:
             optimizer_state.pack(self.read_optimizer())
-        except (ValueError, KeyError) as error:
+        except KeyError as error:
+            raise ValueError(
+                "--full_bf16: without ZeRO, DeepSpeed keeps the optimizer in a form that no training state could hold. "
+                "Configure zero_stage 1 or 2, or remove it."
+            ) from error
+        except ValueError as error:
             raise ValueError(
                 f"--optimizer_type {optimizer_type}: no training state could hold what it has ({error}). Choose "
                 "another, or leave that out of --optimizer_args."

@@ -186,15 +186,18 @@ class AdaptedLayer(AttachedAdapter):
         forward pass adds nothing from then on."""
         m = self.runtime.multiplier if multiplier is None else multiplier
         if not isinstance(m, Tensor) and m == 0:
-            self.hold()
+            for site in self.sites:
+                site.hold()
             return base_weight.EXACT
         with torch.no_grad():
             W = read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: site.read(device))
             new = self.new_weight(W, multiplier)
-            lost = sum((site.change(site.take_rows(W), site.take_rows(new)) for site in self.sites), base_weight.EXACT)
+            lost = base_weight.EXACT
+            for site in self.sites:
+                lost += site.change(site.take_rows(W), site.take_rows(new))
+                site.hold()
             for site in self.sites:
                 site.add_to_bias(self.adapter.bias_change(), m)
-            self.hold()
             return lost
 
 

@@ -284,11 +284,6 @@ class AttachedAdapter(nn.Module):
         shape = tuple(self.magnitude_start.shape)
         return norms(self.wide_adapter(), near, self.strength, shape, self.on_output, only is not None)
 
-    def hold(self) -> None:
-        """The base weight has the update from now on."""
-        for site in self.sites:
-            site.hold()
-
     @property
     def has_backup(self) -> bool:
         """Whether `restore` would put a weight back."""

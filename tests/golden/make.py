@@ -481,7 +481,7 @@ FORMS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 _BLISSFUL_DORA = {"use_dora": "True", "save_format": "blissful"}
 # QR and SVD in fp32 are good to 1e-6 of the largest value of their product (measured: up to 1.0e-6 from the exact one,
 # up to 8.9e-7 between two sets of CPU instructions), and two of them are compared.
-REFACTORED = {"product": 2, "saved": 2e-6}
+REFACTORED = {"product": 2, "saved": 2e-6, "decay": 0.0}
 PISSA = {"init": "pissa", "enable_conv": "True", "conv_alpha": "1"}  # whose files have another dim
 # file of cases -> case -> (the algorithm's plain case, what it is, the call)
 OWN: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
@@ -525,7 +525,7 @@ OWN: dict[str, dict[str, tuple[str, str, dict[str, Any]]]] = {
             {"args": {**_BLISSFUL_DORA, "rs_lora": "True"}, "decay": 0.0, "model": "flux"},
         ),
         "pissa": ("lora", "PiSSA", {"args": PISSA, **REFACTORED}),
-        "pissa_dora": ("lora", "PiSSA, DoRA", {"args": {**PISSA, "use_dora": "True"}, **REFACTORED, "decay": 0.0}),
+        "pissa_dora": ("lora", "PiSSA, DoRA", {"args": {**PISSA, "use_dora": "True"}, **REFACTORED}),
         "pissa_rs_lora": ("lora", "PiSSA, RS-LoRA", {"args": {**PISSA, "rs_lora": "True"}, **REFACTORED}),
         "pissa_reparam": ("lora", "PiSSA, LoRA+", {"args": {**PISSA, **REPARAM}, **REFACTORED}),
         "pissa_split": (
