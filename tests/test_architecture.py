@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,17 +117,23 @@ def test_the_argument_table_knows_the_algorithms() -> None:
 
 
 def test_a_host_module_of_the_same_package_still_imports(tmp_path: Path) -> None:
-    """sd-scripts' networks folder has no __init__.py: ours wins where both have a module, theirs fills the rest."""
-    host = tmp_path / "networks"
-    host.mkdir()
-    (host / "lora.py").write_text("raise SystemExit('the wrong one')\n")
-    (host / "control_net_lllite.py").write_text("NAME = 'host'\n")
+    """sd-scripts' networks folder has no __init__.py: ours wins where both have a module, theirs fills the rest. An
+    installed copy of ours, made here or there where the tests run, comes behind."""
+    host, other = tmp_path / "host", tmp_path / "installed"
+    for folder in (host, other):
+        (folder / "networks").mkdir(parents=True)
+        (folder / "networks" / "lora.py").write_text("raise SystemExit('the wrong one')\n")
+    (host / "networks" / "control_net_lllite.py").write_text("NAME = 'host'\n")
+    (other / "networks" / "__init__.py").write_text("raise SystemExit('the wrong copy')\n")
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); sys.path.append(sys.argv[2])\n"
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
         "import networks.lora, networks.control_net_lllite as c\n"
         "print(networks.lora.__file__, c.NAME)"
     )
+    folders = [str(folder) for folder in (host, ROOT, other)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), str(ROOT)], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
+        [sys.executable, "-c", code, *folders], check=True, capture_output=True, text=True, cwd=tmp_path,
+        env=environment,
+    )  # fmt: skip
     assert str(PACKAGE / "lora.py") in done.stdout and done.stdout.strip().endswith("host")

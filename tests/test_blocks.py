@@ -202,3 +202,13 @@ def test_train_save_load(arch: str, algo: str, tmp_path: Path) -> None:
     loaded.merge_to(encoders, denoiser, weights, torch.float32, "cpu")
     for model, y in zip(parts, wanted, strict=True):
         torch.testing.assert_close(model(signal()), y, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("threshold,trained", [("0.25", False), ("0.2499", True)])
+def test_a_block_at_the_threshold_is_left_out(threshold: str, trained: bool) -> None:
+    """As the trainers do: rates above it are trained."""
+    found = networks.lora.plan(4, 1, None, sd_unet(), mid_lr_weight="0.25", block_lr_zero_threshold=threshold).rows
+    middle = [row for row in found if row.dotted_name.startswith("mid_block.") and row.kind == "Linear"]
+    inside = [row for row in middle if ".attentions." in row.dotted_name]
+    assert inside and all(row.trained is trained for row in inside)
+    assert trained or {row.reason for row in inside} == {"its block has the learning rate factor 0"}

@@ -199,15 +199,28 @@ def test_a_module_with_its_rows_in_another_order(side: str, algo: str) -> None:
     assert_close(base.weight, site.take_rows(expected), "merge")
 
 
-def test_a_row_of_zeros_keeps_the_factor_1() -> None:
-    base = nn.Linear(24, 32).requires_grad_(False)
-    base.weight[3] = 0
-    layer = AdaptedLayer("x", base, ALGOS["lora"](Geometry.of(base), 4, {}), 0.5, dora="output")
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_a_row_of_zeros_keeps_the_factor_1(side: str) -> None:
+    """Or a column: it acts, and learns, as without DoRA."""
+    base = nn.Linear(24, 32).double().requires_grad_(False)
+    rows = base.weight if side == "output" else base.weight.T
+    rows[3] = 0
+    layer = AdaptedLayer("x", base, ALGOS["lora"](Geometry.of(base), 4, {}), 0.5, dora=side).double()
+    up, down = layer.adapter.up, layer.adapter.down
+    with torch.no_grad():
+        up.normal_()
+        (up[3] if side == "output" else down[:, 3]).zero_()
+    layer.take_magnitude(None)  # the lengths as they are: every factor is 1
     layer.attach()
-    y = base(torch.randn(5, 24))
-    y.sum().backward()
-    assert y.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
-    assert layer.new_weight(base.weight).isfinite().all()
+    x, weights = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 32, dtype=torch.float64)
+    y = base(x)
+    assert_close(y, x @ base.weight.T + base.bias + 0.5 * x @ down.T @ up.T, "output")
+    (y * weights).sum().backward()
+    assert_close(up.grad, 0.5 * weights.T @ (x @ down.T), "up")
+    assert_close(down.grad, 0.5 * up.T @ weights.T @ x, "down")
+    assert bool((up.grad[3] if side == "output" else down.grad[:, 3]).any()) and layer.magnitude.grad.isfinite().all()
+    changed = layer.new_weight(base.weight)
+    assert not bool((changed if side == "output" else changed.T)[3].any()) and changed.isfinite().all()
 
 
 def test_base_weights_loaded_between_creation_and_attachment_count() -> None:

@@ -367,6 +367,24 @@ def test_layers_of_an_unknown_form_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "c.safetensors")
 
 
+@pytest.mark.parametrize("length", [1 << 62, (1 << 64) - 1, 1 << 40])
+def test_a_header_longer_than_its_file_is_not_read(tmp_path: Path, length: int) -> None:
+    """Nor asked for: that much memory is not to be had."""
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}" * 50)
+    with pytest.raises(ValueError, match="damaged or incomplete: its first bytes are no safetensors header"):
+        reader.read_header(tmp_path / "a.safetensors")
+
+
+def test_a_header_of_more_than_a_gigabyte_is_not_read(tmp_path: Path) -> None:
+    """However large the file is: this one has a hole."""
+    file = tmp_path / "a.safetensors"
+    with file.open("wb") as stream:
+        stream.write(((1 << 30) + 1).to_bytes(8, "little"))
+        stream.truncate(3 << 29)
+    with pytest.raises(ValueError, match="its first bytes are no safetensors header"):
+        reader.read_header(file)
+
+
 @pytest.mark.parametrize("header", ["[]", "3", "null", '{"a":1}', '{"a":{}}', '{"a":{"data_offsets":["x","y"]}}'])
 def test_headers_that_are_json_but_no_header(tmp_path: Path, header: str) -> None:
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())

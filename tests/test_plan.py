@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tiny_parts import sd_unet, text_encoder
+from torch import nn
 
 import networks.loha
 import networks.lokr
@@ -25,6 +26,29 @@ def rows(plan: Plan, part: str = "unet") -> dict[str, PlanRow]:
 
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def test_two_layers_of_one_saved_name_are_refused() -> None:
+    """One would shadow the other in the network and in its file."""
+    unet = sd_unet()
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.add_module("attn1_to_q", nn.Linear(4, 4))
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    with pytest.raises(
+        ValueError, match=f"two layers would be saved as {name}; one is .*transformer_blocks.0.attn1_to_q"
+    ):
+        networks.lora.plan(4, 1, None, unet)
+    one = networks.lora.plan(4, 1, None, unet, exclude_patterns=r".*attn1\.to_q")  # the other is not trained
+    assert name in {row.saved_name for row in one.trained}
+
+
+def test_a_ratio_of_0_for_the_denoiser_is_no_ratio_for_all(models: Any) -> None:
+    encoder, unet = models
+    plan = networks.lora.plan(4, 1, encoder, unet, loraplus_lr_ratio="4", loraplus_unet_lr_ratio="0")
+    ratios = {(row.part, row.plus_ratio) for row in plan.trained}
+    assert ratios == {("unet", 0.0), ("text_encoder", 4.0)}
+    plan = networks.lora.plan(4, 1, encoder, unet, loraplus_lr_ratio="4", loraplus_text_encoder_lr_ratio="0")
+    assert {(row.part, row.plus_ratio) for row in plan.trained} == {("unet", 4.0), ("text_encoder", 0.0)}
 
 
 def test_dim_alpha_scale(models: Any) -> None:

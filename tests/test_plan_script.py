@@ -18,6 +18,7 @@ from tiny_flow_models import make_flux
 from tiny_models import make_sd, make_sdxl
 
 import networks.lora
+from networks.archs import ARCHS
 from networks.hosts import skeleton as releases
 from networks.hosts.releases import RELEASES
 from networks.hosts.skeleton import skeleton
@@ -186,3 +187,75 @@ def test_mistakes_are_one_message_and_exit_2(
     assert code == 2 and "Traceback" not in err
     for word in words:
         assert word in err
+
+
+# Values of arguments that only some architectures have, where the name does not say what they are like.
+VALUES = {
+    "in_dims": "[2,0,0,0,1]", "emb_dims": "2,2,2,2,2,2", "embedder_dims": "2,0,2", "down_lr_weight": "cosine",
+    "mid_lr_weight": "0.5", "up_lr_weight": "linear+.5", "block_lr_zero_threshold": "0.3", "train_t5xxl": "True",
+    "train_llm_adapter": "True", "split_qkv": "True",
+}  # fmt: skip
+BESIDE = {"block_lr_zero_threshold": {"up_lr_weight": "linear"}}
+OWN = {name: next(a for a in ARCHS if a.name == {"sd15": "sd", "sd21": "sd"}.get(name, name)) for name in RELEASES}
+
+
+def value_of(arch: Any, argument: str) -> str:
+    """One that asks for something else than the default."""
+    if argument in VALUES:
+        return VALUES[argument]
+    switch = next((switch for switch in arch.switches if switch.argument == argument), None)
+    if switch is not None:
+        trained = switch.trains(None, "sd_scripts")
+        return str(switch.trained_if is not trained)
+    if argument == "train_blocks":
+        return arch.block_sets[0][0]
+    return "0" if argument.endswith("_indices") else "2"  # a dim
+
+
+@pytest.mark.parametrize(
+    "name,argument", [(name, argument) for name, arch in OWN.items() for argument in sorted(arch.arguments)]
+)
+def test_every_argument_of_an_architecture_changes_the_plan_of_its_release(name: str, argument: str) -> None:
+    """What a built-in model lacks, an argument would speak of in vain."""
+    beside = BESIDE.get(argument, {})
+    assert rows_of(name, **beside) != rows_of(name, **beside, **{argument: value_of(OWN[name], argument)})
+
+
+@functools.cache
+def rows_of(name: str, **arguments: str) -> Any:
+    model = built(name)
+    return networks.lora.plan(4, 1, model.text_encoders, model.unet, **arguments).rows
+
+
+built = functools.cache(skeleton)
+
+
+def test_the_adapter_of_anima_is_the_trainers() -> None:
+    """Of sd-scripts' own class, as it was recorded."""
+    theirs = {e.saved: e.shape for e in recorded("anima") if "llm_adapter" in e.dotted and e.saved != "-"}
+    model = skeleton("anima").unet
+    rows = networks.lora.plan(4, 1, None, model, train_llm_adapter="True", train_norm="True").rows
+    adapter = [row for row in rows if row.dotted_name.startswith("llm_adapter.")]
+    assert {row.saved_name: row.shape for row in adapter if row.trained and row.kind == "Linear"} == theirs
+    trained = {row.dotted_name for row in adapter if row.trained and row.kind == "RMSNorm"}
+    ends = ["norm_self_attn", "norm_cross_attn", "norm_mlp"]
+    ends += [f"{kind}_attn.{name}_norm" for kind in ("self", "cross") for name in "qk"]
+    assert trained == {f"llm_adapter.blocks.{i}.{end}" for i in range(6) for end in ends}
+    assert len(networks.lora.plan(4, 1, None, model).trained) == 280
+    assert len(networks.lora.plan(4, 1, None, model, train_llm_adapter="True").trained) == 340
+
+
+def test_a_checkpoint_has_what_is_in_it(tmp_path: Path) -> None:
+    """Trainers load the adapter of Anima from a file of its own, too."""
+    whole = checkpoint(tmp_path / "a.safetensors", "anima", "net.")
+    unet = skeleton(str(whole)).unet
+    assert len(networks.lora.plan(4, 1, None, unet, train_llm_adapter="True").trained) == 340
+    entries = json.loads(whole.read_bytes()[8:])
+    text = json.dumps({key: entry for key, entry in entries.items() if "llm_adapter" not in key}).encode()
+    whole.write_bytes(len(text).to_bytes(8, "little") + text)
+    unet = skeleton(str(whole)).unet
+    assert len(networks.lora.plan(4, 1, None, unet).trained) == 280
+    with pytest.raises(
+        ValueError, match="train_llm_adapter=True has no effect: this model has no LLMAdapterTransformer"
+    ):
+        networks.lora.plan(4, 1, None, unet, train_llm_adapter="True")

@@ -23,7 +23,8 @@ from networks.algos.clock import Clock
 from networks.algos.lora import LoRA
 from networks.algos.tlora import TLoRA
 from networks.archs import ARCHS
-from networks.core.watching import time_reader
+from networks.archs.spec import Timestep
+from networks.core.watching import TimeReader, time_reader
 from networks.files import codec
 from networks.files.checkpoint import Checkpoint
 from networks.files.merge import CheckpointMerge, MergeInput, merged_weight
@@ -197,6 +198,20 @@ def test_the_schedule() -> None:
         assert mask is not None
         wanted = [(1000 - t) * (dim - least) // 1000 + least for t in range(1001)]
         assert mask.sum(1).tolist() == wanted
+
+
+@pytest.mark.parametrize("noise,clean", [(1000.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+def test_whole_numbers_of_ranks_are_not_lost_to_rounding(noise: float, clean: float) -> None:
+    """At every timestep of 1000, for every dim, as models are told the time; counted in whole numbers."""
+    values = torch.arange(1001) if noise > 1 else torch.arange(1001) / 1000
+    values = values if noise else 1 - values
+    read = TimeReader("t", 0, Timestep(("t",), noise, clean))
+    clock = clock_at(read([values], {}))
+    for dim in range(2, 129):
+        for least in {1, min(3, dim)}:
+            mask = clock.rank_mask(dim, least, 1.0)
+            assert mask is not None
+            assert mask.sum(1).tolist() == [(1000 - t) * (dim - least) // 1000 + least for t in range(1001)]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "linear_no_bias"])

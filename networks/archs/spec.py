@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 Pairs = tuple[tuple[str, str], ...]
+_GROUP = re.compile(r"\([^()]*\)")
 
 _GROUP = re.compile(r"\(([^()]*)\)")
 
@@ -54,6 +55,30 @@ class Rename:
         groups = _GROUP.findall(self.own)
         parts = re.findall(r"([^\\]*)(?:\\(\d))?", self.trainer)
         return "".join(re.escape(text) + (f"(?P<g{n}>{groups[int(n) - 1]})" if n else "") for text, n in parts)
+
+    @property
+    def template(self) -> str:
+        """`own` as `trainer` is written: its groups as numbers."""
+        first, *rest = (re.sub(r"\\(.)", r"\1", piece) for piece in _GROUP.split(self.own))
+        return first + "".join(f"\\{number}{piece}" for number, piece in enumerate(rest, start=1))
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Two layers of the trainer's class that may have each other's names in files.
+
+    Attributes:
+        stem: regular expression of their saved names up to where they differ.
+        first, second: the ends of the two.
+        tensor, mark: an adapter of either has the one tensor; that of the second, which no other program trains, is
+            saved with the other, by which one sees that the names are right.
+    """
+
+    stem: str
+    first: str
+    second: str
+    tensor: str
+    mark: str
 
 
 def below(own: str, trainer: str, *renames: Rename) -> tuple[Rename, ...]:
@@ -171,6 +196,7 @@ class Part:
         optional: (argument, class names that join the containers if it is True).
         tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
         diffusers: the component of diffusers' pipelines for which they read adapters; "" = they read none.
+        twins: layers that may have each other's names in files.
     """
 
     name: str
@@ -187,6 +213,33 @@ class Part:
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     diffusers: str = "transformer"
+    twins: tuple[Twins, ...] = ()
+
+    @cached_property
+    def swaps(self) -> frozenset[str]:
+        """`own` of those layouts whose source is the trainer's name of another layer."""
+        names = {one.trainer for one in self.layouts}
+        return frozenset(one.own for one in self.layouts if one.template in names)
+
+    def is_swap(self, layout: Rename | None) -> bool:
+        return layout is not None and layout.own in self.swaps
+
+    def is_own(self, dotted_names: Iterable[str]) -> bool:
+        """Whether these are names of the trainer's class, where that decides how some of them are read."""
+        if not self.swaps:
+            return True
+        only_other = re.compile("|".join(one.own for one in self.layouts if one.own not in self.swaps))
+        return not any(map(only_other.fullmatch, dotted_names))
+
+    def among(self, dotted_names: Iterable[str]) -> Part:
+        """The part as it reads a model, a file or a checkpoint that has these layers.
+
+        A name that both libraries have, for different layers, is translated only beside names which the other library
+        alone has.
+        """
+        if not self.swaps or not self.is_own(dotted_names):
+            return self
+        return replace(self, layouts=tuple(one for one in self.layouts if one.own not in self.swaps))
 
     @cached_property
     def spellings(self) -> tuple[Spelling, ...]:

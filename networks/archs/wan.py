@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Timestep, below
+from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Timestep, Twins, below
 
 DIFFUSERS = below(
     r"blocks\.(\d+)\.",
@@ -19,7 +19,7 @@ DIFFUSERS = below(
     Rename("attn2.add_v_proj", "cross_attn.v_img"),
     Rename("ffn.net.0.proj", "ffn.0"),
     Rename("ffn.net.2", "ffn.2"),
-    Rename("norm2", "norm3"),
+    Rename("norm2", "norm3"),  # the one with weight and bias, before cross attention
     Rename("norm3", "norm2"),
     Rename("attn1.norm_q", "self_attn.norm_q"),
     Rename("attn1.norm_k", "self_attn.norm_k"),
@@ -34,7 +34,15 @@ WAN = ArchSpec(
     entry="lora_wan",
     signatures=(Signature("WanModel"), Signature("WanTransformer3DModel")),
     timestep=Timestep(("t", "timestep")),
-    denoiser=Part("dit", "lora_unet", ("WanAttentionBlock", "WanTransformerBlock"), layouts=DIFFUSERS),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("WanAttentionBlock", "WanTransformerBlock"),
+        layouts=DIFFUSERS,
+        # LyCORIS names layers as the class at hand does, diffusers' too; in old files of this program those of the
+        # trainer's class are swapped. Only norm3 has a weight, which others need and train.
+        twins=(Twins(r"lora_unet_blocks_\d+_", "norm3", "norm2", "w_norm", "alpha"),),
+    ),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({300, 400, 480}),
 )

@@ -18,7 +18,7 @@ from ..algos.clock import Clock, clock_of
 from ..archs.detect import unwrap
 from ..archs.spec import Timestep
 from ..args.coerce import named
-from ..files import codec, resize, writer
+from ..files import codec, resize, twins, writer
 from ..files.adapter_file import AdapterFile, Naming, as_encoded, of_tensors, open_file
 from ..files.dialects import Form
 from ..files.places import Allowance
@@ -38,7 +38,7 @@ from .loading import Places, match
 from .merging import check_bases, merge
 from .plan import Plan, PlanRow
 from .report import LoadReport, progress
-from .select import Bases
+from .select import Bases, is_own
 from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)
@@ -316,7 +316,7 @@ class Network(nn.Module):
 
     @property
     def _naming(self) -> Naming:
-        return Naming(self.form.arch, self.form.dialect)
+        return Naming(self.form.arch, self.form.dialect, self._own_class)
 
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
         """Take over a file.
@@ -402,9 +402,31 @@ class Network(nn.Module):
             )
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
+    @property
+    def _own_class(self) -> bool:
+        """Whether the denoiser is of the trainer's class, as far as that matters for names."""
+        root = self._roots.get(self.form.arch.denoiser.name) if self.form.arch else None
+        return root is None or self.form.arch is None or is_own(self.form.arch.denoiser, root)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if twins.has_twins(self._layers):
+            destination[prefix + twins.NAMED] = torch.tensor(True)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """For the walk of wrappers (data-parallel, compile), which comes here before it goes to the layers."""
+        own = {key.removeprefix(prefix): key for key in list(state_dict) if key.startswith(prefix)}
+        renamed = twins.renamed_state(own, self._own_class)
+        values = {prefix + name: state_dict[key] for name, key in renamed.items()}
+        for key in own.values():
+            del state_dict[key]
+        state_dict.update(values)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _take_live(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Copy by name: torch's own walk is quadratic in the number of layers."""
-        state, own = dict(state), self.state_dict(keep_vars=True)
+        state, own = twins.renamed_state(state, self._own_class), self.state_dict(keep_vars=True)
+        own.pop(twins.NAMED, None)
         before = set(state)
         for layer in self.adapted_layers:
             layer.renew_state(state, f"{layer.lora_name}.")

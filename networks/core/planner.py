@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from ..algos import ALGOS, Adapter, suited
@@ -106,7 +107,7 @@ class _Planner:
 
     def row(self, c: Candidate) -> PlanRow:
         g = c.geometry
-        names = c.dotted_name, c.saved_name, c.own_saved_name
+        names = c.dotted_name, *self._saved_names(c)
         row = PlanRow(c.part.name, *names, g.kind, g.weight_shape, g, trainer_name=c.trainer_name)
         saved, a = self._saved(c), self.preset.args(c)
         reason = self._reason(c, saved)
@@ -194,7 +195,16 @@ class _Planner:
     def _saved(self, c: Candidate) -> SavedLayer | None:
         if self.request.saved is None:
             return None
-        return self.request.saved.get(c.saved_name) or self.request.saved.get(c.own_saved_name)
+        ours, own = self._saved_names(c)
+        return self.request.saved.get(ours) or self.request.saved.get(own)
+
+    def _saved_names(self, c: Candidate) -> tuple[str, str]:
+        """That of the layer, and that which its own path would give, unless that is another layer's."""
+        return c.saved_name, c.saved_name if c.own_saved_name in self._taken else c.own_saved_name
+
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        return frozenset(c.saved_name for c in self.found)
 
     def _norms(self) -> bool:
         """Whether normalisation layers are spoken of."""
@@ -219,7 +229,7 @@ class _Planner:
 
     def _reason(self, c: Candidate, saved: SavedLayer | None) -> str:
         if self.request.saved is not None and saved is None:
-            for name in {c.saved_name, c.own_saved_name} & self.request.unknown.keys():
+            for name in {*self._saved_names(c)} & self.request.unknown.keys():
                 self.problems.add(unknown_form(self.request.source, name, self.request.unknown[name]))
             return c.reason or "not in the file"
         if saved is None and c.reason:
@@ -334,6 +344,7 @@ class _Planner:
     # -- checks
 
     def _check_selection(self) -> None:
+        self._check_optional()
         others = [c for c in self.found if c.reason]
         for patterns in (self.exclude, self.include, self.only, self.dims, self.alphas, self.lrs):
             for pattern in patterns.check(self.trainable, others, self.problems):
@@ -345,3 +356,10 @@ class _Planner:
                     "include_patterns rescues nothing: no exclude pattern matches these layers "
                     "(to train nothing else, use only_patterns)"
                 )
+
+    def _check_optional(self) -> None:
+        """Layers that an argument takes in must be there."""
+        there = frozenset[str]().union(*(c.classes for c in self.found))
+        for name, classes in (pair for part, _ in self.request.parts for pair in part.optional):
+            if self.args.values[name] and there.isdisjoint(classes):
+                self.problems.add(f"{name}=True has no effect: this model has no {', '.join(classes)}; leave it out")

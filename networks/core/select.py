@@ -74,6 +74,7 @@ def candidates(
     """
     waiting: dict[str, dict[int, Candidate]] = {}
     root = unwrap(model)
+    named = part.among(_names(root))
     always = part.containers + tuple(
         c for n, value, more in part.tasks if getattr(root, n, None) == value for c in more
     )
@@ -83,7 +84,7 @@ def candidates(
         geometry = Geometry.of(module) or (NormGeometry.of(module) if norms else None)
         if geometry is None:
             continue
-        dotted = _WRAPPER.sub("", path).lstrip(".")
+        dotted = _dotted(path)
         reason, by_conv_dim = "", False
         if part.argument and part.argument not in switched_on:
             reason = f"give {part.argument}=True to train it"
@@ -100,10 +101,10 @@ def candidates(
         if by_conv_dim and convolutions:
             reason = ""
         inner = (*above, type(module).__name__)
-        names = dotted, part.trainer_name(dotted), part.saved_name(dotted)
+        names = dotted, named.trainer_name(dotted), named.saved_name(dotted)
         usual = geometry.family == Geometry.family and not geometry.has_kernel
         default = usual and not part.argument and not classes.isdisjoint(always)
-        layout = part.layout_of(dotted)
+        layout = named.layout_of(dotted)
         bases: Bases = ((module, None),)
         half = geometry.out_features // 2
         if layout is not None and layout.swapped and half == geometry.in_features:
@@ -122,6 +123,20 @@ def candidates(
         raise ValueError(
             f"this model lacks a projection of {name}: it has only {[c.dotted_name for c in group.values()]}"
         )
+
+
+def is_own(part: Part, model: nn.Module) -> bool:
+    """Whether a model is of the trainer's class, where that decides how names are read."""
+    return part.is_own(_names(unwrap(model)))
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    return (_dotted(path) for path, _ in model.named_modules())
+
+
+def _dotted(path: str) -> str:
+    """The path of a module without wrapper levels."""
+    return _WRAPPER.sub("", path).lstrip(".")
 
 
 def _join(parts: Sequence[Candidate]) -> Candidate:

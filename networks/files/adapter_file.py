@@ -66,10 +66,15 @@ class AdapterFile:
 @dataclass(frozen=True)
 class Naming:
     """The saved names of an architecture; a dialect's own beginnings of names are known, too. Without an architecture
-    layers keep the file's own names, with slashes for their dots."""
+    layers keep the file's own names, with slashes for their dots.
+
+    Attributes:
+        own_class: the model is of the trainer's class, see `twins`.
+    """
 
     arch: ArchSpec | None = None
     dialect: Dialect = dialects.PORTABLE
+    own_class: bool = True
 
     def apply(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         """The tensors under these names.
@@ -171,7 +176,7 @@ def _grouped(
     has_dots = dotted.has_dots(tensors)
     known = dotted.with_strengths(tensors, metadata, config if has_dots else None, source)
     named = naming.apply(known.tensors, source)
-    layers, unknown = codec.decode(named)
+    layers, unknown = codec.decode(named, naming.own_class)
     unread, stray = _told_apart(unknown)
     return AdapterFile(source, layers, Flags.of(named), metadata, unread, stray, known.told, has_dots)
 

@@ -20,7 +20,7 @@ from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
 from ..layers.split import make_adapter
 from ..tensors.geometry import Geometry
-from . import dialects
+from . import dialects, twins
 
 _PORTABLE = dialects.Form()
 
@@ -126,8 +126,12 @@ def is_adapter(keys: Iterable[str]) -> bool:
     return recognise(endings) is not None or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in keys)
 
 
-def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[str]]:
-    """Group a file's tensors into layers, whatever its dialect; the second list holds keys that no algorithm knows."""
+def decode(tensors: Mapping[str, Tensor], own_class: bool = True) -> tuple[dict[str, SavedLayer], list[str]]:
+    """Group a file's tensors into layers, whatever its dialect; the second list holds keys that no algorithm knows.
+
+    Args:
+        own_class: see twins.right_names.
+    """
     flags = dialects.Flags.of(tensors)
     dialect = flags.dialect
     groups: dict[str, dict[str, Tensor]] = {}
@@ -136,7 +140,7 @@ def decode(tensors: Mapping[str, Tensor]) -> tuple[dict[str, SavedLayer], list[s
             name, _, suffix = key.partition(".")
             groups.setdefault(dialects.own_name(name), {})[suffix] = tensor
     layers, unknown = {}, []
-    for name, written in groups.items():
+    for name, written in twins.rightly_named(groups, own_class).items():
         group = dialects.own_suffixes(written)
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
@@ -167,7 +171,7 @@ def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> d
         if layer.magnitude is not None:
             magnitude = layer.folded(layer.magnitude.detach()) if dialect.fold_flag else layer.magnitude.detach()
             tensors[f"{name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
-        if layer.adapter.saves_alpha:
+        if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, packed):
             rank = layer.adapter.shown_rank(packed) or layer.adapter.record.saved_rank
             alpha = form.alpha(layer.alpha_at(rank), rank)
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)

@@ -146,12 +146,14 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
     """
     found: dict[str, Tensor] = {}
     groups: dict[str, dict[int, _Piece]] = {}
+    spoken = _parts(tensors, arch)
     for key, path, suffix in divided(tensors):
         tensor = tensors[key]
         if arch is None or "." not in path:
             found[key] = tensor
             continue
         part, dotted = _locate(path, arch)
+        part = spoken[part.name]
         layer = part.layout_of(dotted) or Rename(dotted, part.trainer_name(dotted))
         name = f"{part.prefix}_{layer.trainer}".replace(".", "_")
         piece = groups.setdefault(name, {}).setdefault(layer.position, _Piece(path, layer, {}))
@@ -165,6 +167,16 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
         joined = pieces[0].whole() if count == 1 else _join([pieces[i] for i in range(count)], source)
         found |= {f"{name}.{suffix}": tensor for suffix, tensor in joined.items()}
     return found
+
+
+def _parts(keys: Iterable[str], arch: ArchSpec | None) -> dict[str, Part]:
+    """Name -> each part as it reads these keys together."""
+    names: dict[str, tuple[Part, set[str]]] = {}
+    for path in {divide(key)[0] for key in keys}:
+        if arch is not None and "." in path:
+            part, dotted = _locate(path, arch)
+            names.setdefault(part.name, (part, set()))[1].add(dotted)
+    return {name: part.among(dotted) for name, (part, dotted) in names.items()}
 
 
 def has_dots(tensors: Mapping[str, Tensor]) -> bool:

@@ -115,11 +115,12 @@ def _naming(tensors: FileTensors, keys: Collection[str]) -> Naming:
     """Keys with dots, or with the prefix of LyCORIS' own wrapper, by the architecture under whose names the largest
     share of the file's layers is in the checkpoint; the first if none is. Not by their number: architectures join
     different layers."""
+    own_class = weight_names.is_own(keys)
     if not dotted.has_dots(tensors) and not any(key.startswith(dialects.WRAPPER) for key in tensors):
-        return Naming()
-    best, most, problem = Naming(), -1.0, None
+        return Naming(own_class=own_class)
+    best, most, problem = Naming(own_class=own_class), -1.0, None
     for arch in ARCHS:
-        naming = Naming(arch)
+        naming = Naming(arch, own_class=own_class)
         try:
             names = {key.partition(".")[0] for key in naming.apply(tensors, tensors.source)}
             share = len(weight_names.find(keys, names)) / len(names)

@@ -31,6 +31,16 @@ def held(keys: Collection[str]) -> set[str]:
     return {part.prefix for arch in ARCHS for part in arch.text_encoders} if encoders else set()
 
 
+def is_own(keys: Iterable[str]) -> bool:
+    """Whether a checkpoint has the trainer's names, where that decides how some of them are read."""
+    stems = [stem_of(key) for key in keys]
+    return all(
+        part.is_own({stem[len(root) :] for root in part.roots for stem in stems if stem.startswith(root)})
+        for part in _PARTS
+        if part.swaps
+    )
+
+
 @dataclass(frozen=True)
 class Piece:
     """A weight of a checkpoint, or an equal share of its output rows, as a layer of an adapter or a part of one.

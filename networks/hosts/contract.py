@@ -27,6 +27,7 @@ from ..core.optim import Groups, parameter_groups
 from ..core.plan import Plan, Request
 from ..core.planner import build_plan
 from ..core.report import LoadReport, summary
+from ..core.select import is_own
 from ..files.adapter_file import Naming, of_tensors
 from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance
@@ -260,7 +261,8 @@ class Caller:
         """
         problems = Problems(self.name)
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
-        file = of_tensors(tensors, Naming(request.arch, wanted_form(request.args, request.arch)), source)
+        own_class = is_own(request.arch.denoiser, unet)
+        file = of_tensors(tensors, Naming(request.arch, wanted_form(request.args, request.arch), own_class), source)
         if not file.layers and not file.unread:
             first = next(iter(file.stray), "nothing")
             problems.add(f"{source}: no adapter that we know; its keys look like {first}")

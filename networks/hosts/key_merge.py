@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..args.coerce import named
-from ..files import codec
+from ..files import codec, twins
 from ..files.adapter_file import Naming, of_tensors
 from ..files.codec import SavedLayer
 from ..files.merge import merged_bias, merged_weight
@@ -55,9 +55,11 @@ def merge_weights_to_tensor(
         ValueError: the file's tensors do not fit, or are of a form that we do not know; or the multiplier is no number.
     """
     named("multiplier", multiplier)
-    keys = [key for key in lora_weight_keys if key.startswith(f"{lora_name}.")]
+    written = twins.name_in(lora_sd, lora_name)
+    keys = [key for key in lora_weight_keys if key.startswith(f"{written}.")]
     flags = {key: tensor for key, tensor in lora_sd.items() if "." not in key}  # of the whole file
-    part = of_tensors(flags | {key: lora_sd[key] for key in keys}, Naming(), "the file", tell=False)
+    own = {lora_name + key.removeprefix(written): lora_sd[key] for key in keys}
+    part = of_tensors(flags | own, Naming(), "the file", tell=False)
     layer = part.layers.get(lora_name)
     if part.unread:
         part.all_read()

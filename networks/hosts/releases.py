@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+Module = tuple[str, tuple[int, ...]]  # a class, of torch if it has sizes, and its sizes
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -23,12 +25,14 @@ class Release:
         denoiser: its class in diffusers.
         sizes: where they are not that class's defaults.
         text_encoders: those which trainers can train, in their order; None where the place stays empty.
+        added: modules that the trainer's denoiser has and diffusers' has not: by dotted name.
     """
 
     title: str
     denoiser: str
     sizes: dict[str, Any] = field(default_factory=dict)
     text_encoders: tuple[Encoder | None, ...] = ()
+    added: dict[str, Module] = field(default_factory=dict)
 
 
 def _clip(width: int, layers: int, heads: int, cls: str = "CLIPTextModel") -> Encoder:
@@ -56,6 +60,25 @@ _QWEN3 = Encoder(
     {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
     | {"num_key_value_heads": 8, "head_dim": 128},
 )
+
+
+def _llm_adapter(blocks: int = 6, width: int = 1024, head: int = 64) -> dict[str, Module]:
+    """Between Anima's text encoder and its denoiser; in diffusers a model of its own."""
+    attention: dict[str, Module] = {f"{name}_proj": ("Linear", (width, width)) for name in "qkvo"}
+    attention |= {f"{name}_norm": ("RMSNorm", (head,)) for name in "qk"}
+    block: dict[str, Module] = {
+        f"{kind}_attn.{name}": module for kind in ("self", "cross") for name, module in attention.items()
+    }
+    block |= {"mlp.0": ("Linear", (width, 4 * width)), "mlp.2": ("Linear", (4 * width, width))}
+    block |= {f"norm_{name}": ("RMSNorm", (width,)) for name in ("self_attn", "cross_attn", "mlp")}
+    modules: dict[str, Module] = {}
+    for i in range(blocks):
+        modules[f"blocks.{i}"] = "LLMAdapterTransformerBlock", ()
+        modules |= {f"blocks.{i}.{name}": module for name, module in block.items()}
+    modules |= {"out_proj": ("Linear", (width, width)), "norm": ("RMSNorm", (width,))}
+    return {f"llm_adapter.{name}": module for name, module in modules.items()}
+
+
 _SD = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
 _SDXL = {
     "cross_attention_dim": 2048,
@@ -102,6 +125,7 @@ RELEASES: dict[str, Release] = {
         {"in_channels": 16, "num_attention_heads": 16, "num_layers": 28, "text_embed_dim": 1024}
         | {"extra_pos_embed_type": None},
         (_QWEN3,),
+        _llm_adapter(),
     ),
     "wan": Release(
         "Wan 2.1 image to video, 14B",

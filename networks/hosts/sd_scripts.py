@@ -76,7 +76,7 @@ class LoRANetwork(HostNetwork):
             raise ValueError(f"regional prompts are for Stable Diffusion and SDXL, this model is {self.arch.title}")
         denoiser = self.arch.denoiser
         roles = {
-            row.saved_name: self.arch.region_role(denoiser.trainer_name(row.dotted_name)) if row.part == denoiser.name
+            row.saved_name: self.arch.region_role(row.trainer_name) if row.part == denoiser.name
             else "encoder"
             for row, _ in self.layers
         }  # fmt: skip

@@ -63,11 +63,23 @@ def skeleton(model: str) -> Skeleton:
     )
 
 
-def _from_release(release: Release, with_text_encoders: bool) -> Skeleton:
+def _from_release(release: Release, with_text_encoders: bool, whole: bool = True) -> Skeleton:
+    """`whole`: with what diffusers' class lacks."""
     with _on_meta():
         denoiser = _library("diffusers", release.denoiser)(**release.sizes)
+        for name, (cls, sizes) in release.added.items() if whole else ():
+            _add(denoiser, name, getattr(nn, cls)(*sizes) if sizes else type(cls, (nn.Module,), {})())
         encoders = [_encoder(one) if one else None for one in release.text_encoders if with_text_encoders]
     return Skeleton(release.title, denoiser, encoders)
+
+
+def _add(model: nn.Module, dotted_name: str, module: nn.Module) -> None:
+    *parents, last = dotted_name.split(".")
+    for name in parents:
+        if name not in dict(model.named_children()):
+            model.add_module(name, nn.Module())
+        model = model.get_submodule(name)
+    model.add_module(last, module)
 
 
 def _encoder(encoder: Encoder) -> nn.Module:
@@ -170,8 +182,8 @@ def _from_header(path: Path) -> Skeleton:
             unknown.append(name)
     if any(fits.values()):
         release = RELEASES[max(fits, key=lambda name: fits[name])]
-        whole = any(key.startswith(("cond_stage_model.", "conditioner.", "text_encoders.")) for key in shapes)
-        built = _from_release(release, with_text_encoders=whole)
+        encoders = any(key.startswith(("cond_stage_model.", "conditioner.", "text_encoders.")) for key in shapes)
+        built = _from_release(release, with_text_encoders=encoders, whole=_has_added(release, present))
         return Skeleton(f"{path} ({release.title})", built.unet, built.text_encoders)
     known = ", ".join(name for name in RELEASES if name not in unknown)
     newer = f" (the installed diffusers lacks {', '.join(unknown)}: a newer one may know it)" if unknown else ""
@@ -179,6 +191,11 @@ def _from_header(path: Path) -> Skeleton:
         f"{path} has not the layers of a release that we know ({known}){newer}: for another model or a variant, give "
         "its diffusers folder"
     )
+
+
+def _has_added(release: Release, present: set[str]) -> bool:
+    """Whether a checkpoint has what diffusers' class lacks, which trainers load from a file of its own, too."""
+    return any(name.endswith(f"_{added.replace('.', '_')}") for added in release.added for name in present)
 
 
 def _cross_attention(unet: nn.Module) -> list[tuple[int, ...]]:

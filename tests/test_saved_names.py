@@ -1,0 +1,142 @@
+"""Saved names on the trainers' classes and on diffusers', against lists written by hand; never by our own reader, which
+would take back what a wrong rule has done."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+import pytest
+import torch
+from saved_names import DIFFUSERS, TRAINERS_NORMS, UNETS_NORMS, norms, pairs
+from test_arch_names import BUILT_IN, WIDEST, trainer_models
+from torch import nn
+
+import networks.lora
+from networks.archs import ARCHS
+from networks.core.select import candidates
+from networks.files import dotted, weight_names
+from networks.hosts.releases import RELEASES
+from networks.hosts.skeleton import skeleton
+
+SPECS = {spec.name: spec for spec in ARCHS}
+OF_DIFFUSERS = [name for name in SPECS if BUILT_IN.get(name, name) in RELEASES]
+BLOCK = re.compile(r"((?:^|\.)\w*(?:blocks|layers|refiner))\.(\d+)\.")
+# Names that stand in both libraries' models for different layers.
+SWAPS = {"wan": {"norm2", "norm3"}}
+
+
+def trainers_model(arch: str) -> nn.Module:
+    """With the normalisation layers of the first blocks."""
+    spec = SPECS[arch]
+    root = trainer_models(arch)[spec.denoiser.name]
+    for name, value, _ in spec.denoiser.tasks:
+        setattr(root, name, value)
+    for dotted_name, affine in norms(arch).items():
+        at, (*parents, last) = root, dotted_name.split(".")
+        for name in parents:
+            if name not in dict(at.named_children()):
+                at.add_module(name, nn.Module())
+            at = at.get_submodule(name)
+        at.add_module(last, nn.LayerNorm(8, elementwise_affine=affine, device="meta"))
+    return root
+
+
+def diffusers_model(arch: str) -> nn.Module:
+    return skeleton(BUILT_IN.get(arch, arch)).unet
+
+
+def every_layer(arch: str, model: nn.Module) -> list[Any]:
+    return list(candidates(SPECS[arch].denoiser, model, True, SPECS[arch].arguments, norms=True))
+
+
+@pytest.mark.parametrize("arch", SPECS)
+def test_the_trainers_class_keeps_its_names(arch: str) -> None:
+    model, spec = trainers_model(arch), SPECS[arch]
+    arguments = {key: text for key, text in WIDEST[arch].items() if key != "train_t5xxl"}
+    arguments |= {"conv_dim": "2"} if arch in ("sd", "sdxl") else {}
+    plan = networks.lora.plan(4, 1, None, model, train_norm="True", **arguments)
+    for row in plan.rows:
+        assert row.saved_name == f"{spec.denoiser.prefix}_{row.dotted_name}".replace(".", "_")
+    trained = {row.saved_name for row in plan.trained if row.algo == "norm"}
+    assert trained == {f"{spec.denoiser.prefix}_{name}".replace(".", "_") for name in norms(arch)}
+    assert {row.geometry.affine for row in plan.trained if row.algo == "norm"} == set(norms(arch).values())
+
+
+@pytest.mark.parametrize("arch", [name for name in OF_DIFFUSERS if name not in BUILT_IN])
+def test_diffusers_class_has_the_trainers_names(arch: str) -> None:
+    """All of them: other blocks are as the first."""
+    spec, model = SPECS[arch], diffusers_model(arch)
+    arguments = {switch.argument: str(switch.trained_if) for switch in spec.switches}
+    arguments |= {name: WIDEST[arch][name] for name, _ in spec.extra_dims}
+    plan = importlib.import_module(f"networks.{spec.entry}").plan(4, 1, None, model, train_norm="True", **arguments)
+    own = {c.saved_name: c.own_names or (c.dotted_name,) for c in every_layer(arch, model)}
+    wanted, seen = pairs(DIFFUSERS[arch]), set()
+    for row in plan.trained:
+        block = BLOCK.search(own[row.saved_name][0])
+        first = tuple(BLOCK.sub(r"\1.0.", name) for name in own[row.saved_name])
+        trainer = wanted[first]
+        if block:
+            trainer = BLOCK.sub(rf"\g<1>.{block[2]}.", trainer)
+        assert row.saved_name == f"{spec.denoiser.prefix}_{trainer}".replace(".", "_"), own[row.saved_name]
+        seen.add(first)
+    assert seen == wanted.keys(), "every line is of a layer"
+
+
+@pytest.mark.parametrize("arch", UNETS_NORMS)
+def test_normalisation_layers_of_unets(arch: str) -> None:
+    found = {(c.dotted_name,): c.trainer_name for c in every_layer(arch, diffusers_model(arch))}
+    for own, trainer in pairs(UNETS_NORMS[arch]).items():
+        assert found[own] == trainer
+
+
+def test_every_architecture_has_its_lists() -> None:
+    assert TRAINERS_NORMS.keys() == SPECS.keys()
+    assert {*DIFFUSERS, *UNETS_NORMS} == set(OF_DIFFUSERS)
+
+
+@pytest.mark.parametrize("arch", SPECS)
+def test_no_name_is_translated_into_that_of_another_layer(arch: str) -> None:
+    """By brute force over all layers of both classes. A swap, of the other library's class alone, is written down."""
+    models = {"trainer": trainers_model(arch)}
+    if arch in OF_DIFFUSERS:
+        models["diffusers"] = diffusers_model(arch)
+    for whose, model in models.items():
+        layers = every_layer(arch, model)
+        assert len({c.saved_name for c in layers}) == len(layers)
+        names = {name for name, _ in model.named_modules()}
+        moved = {c.dotted_name for c in layers if c.trainer_name != c.dotted_name and c.trainer_name in names}
+        ends = {name.rpartition(".")[2] for name in moved}
+        assert ends == (SWAPS.get(arch, set()) if whose == "diffusers" else set())
+        part = SPECS[arch].denoiser.among(names)
+        assert whose == "diffusers" or all(part.trainer_name(name) == name for name in names)
+
+
+# -- where only keys are known, those of the whole file decide
+
+TRAINERS_KEYS = ["blocks.0.self_attn.q", "blocks.0.norm1", "blocks.0.norm2", "blocks.0.norm3"]
+THEIR_KEYS = ["blocks.0.attn1.to_q", "blocks.0.norm1", "blocks.0.norm2", "blocks.0.norm3"]
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "transformer."])
+def test_a_checkpoint_is_read_by_all_of_its_keys(prefix: str) -> None:
+    names = {f"lora_unet_blocks_0_{name}" for name in ("self_attn_q", "norm1", "norm2", "norm3")}
+    for keys, order in ((TRAINERS_KEYS, (0, 1, 2, 3)), (THEIR_KEYS, (0, 1, 3, 2))):
+        found = weight_names.find([f"{prefix}{key}.weight" for key in keys], names)
+        wanted = ["self_attn_q", "norm1", "norm2", "norm3"]
+        assert {name: target.keys for name, target in found.items()} == {
+            f"lora_unet_blocks_0_{wanted[to]}": (f"{prefix}{key}.weight",) for key, to in zip(keys, order, strict=True)
+        }
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer."])
+def test_a_file_with_dots_is_read_by_all_of_its_keys(prefix: str) -> None:
+    for keys, order in ((TRAINERS_KEYS, (1, 2, 3)), (THEIR_KEYS, (1, 3, 2))):
+        tensors = {f"{prefix}{key}.w_norm": torch.tensor(i) for i, key in enumerate(keys) if i}
+        tensors |= {
+            f"{prefix}{keys[0]}.lora_A.weight": torch.ones(1, 1),
+            f"{prefix}{keys[0]}.lora_B.weight": torch.ones(1, 1),
+        }
+        read = dotted.read(tensors, SPECS["wan"])
+        assert [int(read[f"lora_unet_blocks_0_norm{i}.w_norm"]) for i in (1, 2, 3)] == [*order]
