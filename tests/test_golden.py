@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import merge as merge_script
 import pytest
 import torch
 import train_network
 from golden import replay
 from golden.replay import Case
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -206,3 +207,85 @@ def test_a_training_state_folder_goes_on_as_it_did(golden: Golden, tmp_path: Pat
     adapter = load_file(tmp_path / "out" / "adapter.safetensors")
     assert sorted(adapter) == golden.said["keys"]["adapter.safetensors"]
     assert_near("resumed", adapter, golden.tensors("adapter.safetensors"), RESUMED)
+
+
+# -- Wan's norms, which 0.1.0 saved under each other's names on the trainer's class
+
+# Layers of the trainer's class -> of diffusers'. norm3 there and norm2 here are the one norm with a weight.
+WAN_LAYERS = {
+    "blocks.0.norm3": "blocks.0.norm2",
+    "blocks.0.self_attn.q": "blocks.0.attn1.to_q",
+    "blocks.0.self_attn.norm_q": "blocks.0.attn1.norm_q",
+    "blocks.0.cross_attn.norm_k": "blocks.0.attn2.norm_k",
+}
+WAN_KEYS = {
+    "lora_unet_blocks_0_norm3.w_norm",
+    "lora_unet_blocks_0_norm3.b_norm",
+    "lora_unet_blocks_0_self_attn_norm_q.w_norm",
+    "lora_unet_blocks_0_cross_attn_norm_k.w_norm",
+    "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+    "lora_unet_blocks_0_self_attn_q.lora_up.weight",
+    "lora_unet_blocks_0_self_attn_q.alpha",
+}
+WAN_BARE_KEYS = {f"lora_unet_blocks_0_norm{n}.{kind}_norm" for n in (1, 2) for kind in "wb"}
+# case -> norm in its file -> the trainer's norm that was trained
+TRAINED = {"affine": {"norm2": "norm3"}, "all": {"norm2": "norm3", "norm3": "norm2"}}
+
+
+def wan(name: str) -> Golden:
+    return Golden(GOLDEN / "5cb7757", "wan", name)
+
+
+def on_class(model: str, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Changes under the names of one class, "wan" or "wan_diffusers", for those of the other."""
+    names = {theirs: own for own, theirs in WAN_LAYERS.items()} if model == "wan" else WAN_LAYERS
+    found = {}
+    for key, tensor in changes.items():
+        part, _, dotted = key.partition(" ")
+        layer, _, parameter = dotted.rpartition(".")
+        found[f"{part} {names[layer]}.{parameter}"] = tensor
+    return found
+
+
+@pytest.mark.parametrize("model", ["wan", "wan_diffusers"])
+@pytest.mark.parametrize("name", ["affine", "diffusers_affine"])
+def test_wan_norms_with_swapped_names(name: str, model: str, tmp_path: Path) -> None:
+    """At every door and on both classes, a file of 0.1.0 acts on the norm that was trained, whatever name it has
+    there. Only one norm of a block has a weight, so a file of norms with weights says which it must be."""
+    golden = wan(name)
+    case, update = golden.case, golden.tensors("update.safetensors")
+    update = update if model == case.model else on_class(model, update)
+    models, file = golden.models(model), golden.unpack("adapter.safetensors", tmp_path)
+    before = replay.weights({part: model.double() for part, model in models.items()})
+    replay.merge_file(case, models, file, tmp_path)
+    assert_near("merged", replay.changes(before, replay.weights(models)), update, UPDATE)
+    replay.set_weights(models, before, update)
+    outputs = replay.outputs(models)
+    replay.set_weights(models, before)
+    network = replay.create(case, models, tmp_path)
+    report = network.load_weights(str(file))
+    assert not report.missing and not report.unexpected
+    network.eval()
+    assert_near("applied", replay.outputs(models), outputs, UPDATE)
+    checkpoint = {key.partition(" ")[2]: weight.contiguous() for key, weight in before.items()}
+    save_file(checkpoint, tmp_path / "model.safetensors")
+    assert (
+        merge_script.main([str(tmp_path / "model.safetensors"), str(file), f"--out={tmp_path / 'm.safetensors'}"]) == 0
+    )
+    merged = {f"dit {key}": weight for key, weight in load_file(tmp_path / "m.safetensors").items()}
+    assert_near("merged into a checkpoint", replay.changes(before, merged), update, UPDATE)
+
+
+@pytest.mark.parametrize("name", ["affine", "all", "diffusers_affine", "diffusers_all"])
+def test_wan_norms_are_saved_under_the_trainers_names(name: str, tmp_path: Path) -> None:
+    """By a live state of 0.1.0, too."""
+    golden = wan(name)
+    network = replay.create(golden.case, golden.models(), tmp_path)
+    network.load_state_dict(golden.tensors("live.safetensors"))
+    found = load_file(replay.save(golden.case, network, tmp_path / "saved")["adapter.safetensors"])
+    assert found.keys() == WAN_KEYS | (WAN_BARE_KEYS if name.endswith("all") else set())
+    for key, tensor in golden.tensors("adapter.safetensors").items():
+        layer, _, suffix = key.partition(".")
+        norm = layer.rpartition("_")[2]
+        own = layer.removesuffix(norm) + TRAINED.get(name, {}).get(norm, norm)
+        assert torch.equal(found[f"{own}.{suffix}"], tensor), key

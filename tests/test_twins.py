@@ -142,6 +142,8 @@ def test_files_load_onto_the_layer_that_was_trained(
     names = {key.partition(".")[0] for key in load_file(file) if "_norm3" in key or "_norm2" in key}
     numbers = (3,) if choice == "with a weight" else (2, 3)
     assert names == {f"lora_unet_blocks_{i}_norm{n}" for i in range(2) for n in numbers}
+    marks = {key for key in load_file(file) if key.endswith(".alpha") and "_norm" in key}
+    assert marks == {f"lora_unet_blocks_{i}_norm{n}.alpha" for i in range(2) for n in numbers if n == 2}
     assert {f"blocks.{i}.norm{n}" for i in range(2) for n in numbers} == wanted.keys()
     assert equal(loaded(door, file, onto, choice), wanted)
 

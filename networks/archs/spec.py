@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 Pairs = tuple[tuple[str, str], ...]
-_GROUP = re.compile(r"\([^()]*\)")
 
 _GROUP = re.compile(r"\(([^()]*)\)")
 
@@ -59,7 +58,7 @@ class Rename:
     @property
     def template(self) -> str:
         """`own` as `trainer` is written: its groups as numbers."""
-        first, *rest = (re.sub(r"\\(.)", r"\1", piece) for piece in _GROUP.split(self.own))
+        first, *rest = (re.sub(r"\\(.)", r"\1", piece) for piece in re.split(r"\([^()]*\)", self.own))
         return first + "".join(f"\\{number}{piece}" for number, piece in enumerate(rest, start=1))
 
 
