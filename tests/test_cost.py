@@ -335,6 +335,8 @@ def extra_flops(probe: Probe) -> int:
         features = g.in_features if probe.adapter.side == "input" else Oo
         size, stages = shapes["blocks"][-1], shapes["blocks"][0] if len(shapes["blocks"]) == 4 else 0
         inverse = 2 * features * size * size  # one product in the gradient of (1 - Q)^-1, whatever the tokens
+        if probe.adapter.side == "input":  # 2 Q + 2 Q^2 + 2 Q^3 + Q^4: three products forward, six in their gradients
+            inverse *= 9
         turns = 6 * T * features * size
         return stages * (turns * 4 // 3 + inverse) if stages else turns + inverse
     per_token = {"ia3": 0, "full": 6 * probe.N, "lora_fa": 4 * R * J + 6 * R * Oo, "dylora": 6 * R * (J + Oo)}

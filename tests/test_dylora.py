@@ -154,6 +154,12 @@ def learning(network: Any, unet: torch.nn.Module) -> list[int]:
     return [int(layer.adapter.down.grad.flatten(1).any(1).nonzero()[0]) // 2 for layer in network.adapted_layers]
 
 
+def block_of(adapter: Any) -> int:
+    """The block of the pass that is under way: the last one whose ranks act."""
+    acting = int((adapter.values()["up"] != 0).any(0).sum())
+    return -(-acting // adapter.block_size) - 1
+
+
 def test_processes_draw_the_same_blocks() -> None:
     """Whatever their generators are at; each pass of the trainer's loop its own, each layer its own."""
     (one, first), (other, second) = network_of(), network_of()
@@ -181,13 +187,13 @@ def test_processes_draw_the_same_blocks() -> None:
 def test_every_block_has_its_share_of_the_steps() -> None:
     """Chi-squared with two degrees of freedom: above 25 once in 270,000 draws. Nor do two layers go together."""
     network, _ = network_of()
-    adapters = [layer.adapter for layer in network.adapted_layers[:12]]
+    adapters = [layer.adapter for layer in network.adapted_layers if not layer.adapter.geometry.is_conv][:12]
     x, drawn = torch.zeros(1), []
     for _ in range(1500):
         network.on_step_start()
         for adapter in adapters:
             adapter.begin(x)
-        drawn.append([int(adapter.block) for adapter in adapters])
+        drawn.append([block_of(adapter) for adapter in adapters])
     counts = torch.tensor(drawn)
     for of_layer in counts.T:
         found = torch.bincount(of_layer, minlength=3)
@@ -199,12 +205,13 @@ def test_every_block_has_its_share_of_the_steps() -> None:
 def test_parts_of_a_layer_have_blocks_of_their_own() -> None:
     base = torch.nn.Linear(12, 24)
     adapter = make_adapter(ALGOS["dylora"], Geometry.of(base), 4, {}, (8, 8, 8))
+    randomise(adapter)
     draws = Draws([AdaptedLayer("x", base, adapter, 1.0)])
     seen = set()
     for step in range(20):
         draws.begin(0, step)
         adapter.begin(torch.zeros(1))
-        seen.add(tuple(int(part.block) for part in adapter.parts))
+        seen.add(tuple(block_of(part) for part in adapter.parts))
     assert len(seen) > 15
 
 
