@@ -114,6 +114,7 @@ IN_THE_FORM = {"bypass_mode"}  # test_lycoris_entry.py
 BETWEEN_NETWORKS = {"mask_group_id"}  # test_tlora.py
 AFTER_A_CAST = {"adapter_dtype"}  # test_half_precision.py
 IN_FILES = {"save_format", "save_dims"}  # test_dialects.py, test_resize.py
+IN_LOADING = {"allow_missing"}  # test_adapter_file.py
 
 
 def observed(**kwargs: str) -> tuple[Any, ...]:
@@ -166,7 +167,7 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
-    others = AFTER_A_STEP | AFTER_A_CAST | WATCHING | IN_FILES | IN_THE_FORM | BETWEEN_NETWORKS
+    others = AFTER_A_STEP | AFTER_A_CAST | WATCHING | IN_FILES | IN_LOADING | IN_THE_FORM | BETWEEN_NETWORKS
     assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others == {arg.name for arg in TABLE}
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")

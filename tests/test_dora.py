@@ -218,7 +218,10 @@ def test_a_row_of_zeros_keeps_the_factor_1(side: str) -> None:
     (y * weights).sum().backward()
     assert_close(up.grad, 0.5 * weights.T @ (x @ down.T), "up")
     assert_close(down.grad, 0.5 * up.T @ weights.T @ x, "down")
-    assert bool((up.grad[3] if side == "output" else down.grad[:, 3]).any()) and layer.magnitude.grad.isfinite().all()
+    assert (
+        bool((up.grad[3] if side == "output" else down.grad[:, 3]).any())
+        and layer.magnitude_change.grad.isfinite().all()
+    )
     changed = layer.new_weight(base.weight)
     assert not bool((changed if side == "output" else changed.T)[3].any()) and changed.isfinite().all()
 

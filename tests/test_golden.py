@@ -227,7 +227,10 @@ WAN_KEYS = {
     "lora_unet_blocks_0_self_attn_q.lora_up.weight",
     "lora_unet_blocks_0_self_attn_q.alpha",
 }
-WAN_BARE_KEYS = {f"lora_unet_blocks_0_norm{n}.{kind}_norm" for n in (1, 2) for kind in "wb"}
+# The alpha marks the norm without a weight, whose name old files have for the one with a weight (archs.spec.Twins).
+WAN_BARE_KEYS = {f"lora_unet_blocks_0_norm{n}.{kind}_norm" for n in (1, 2) for kind in "wb"} | {
+    "lora_unet_blocks_0_norm2.alpha"
+}
 # case -> norm in its file -> the trainer's norm that was trained
 TRAINED = {"affine": {"norm2": "norm3"}, "all": {"norm2": "norm3", "norm3": "norm2"}}
 
