@@ -207,6 +207,7 @@ def test_rank_dropout_scale() -> None:
 # Defaults that differ from LyCORIS', and why.
 OTHER_DEFAULTS = {
     "bypass_mode": (None, False),  # whichever form is cheaper: the same numbers
+    "mask_group_id": (None, 0),  # each network has a time of its own, unless a group is asked for
 }
 
 

@@ -339,7 +339,7 @@ def test_a_broken_config_of_peft_is_an_error(tmp_path: Path) -> None:
     settings = json.loads(config.read_text())
     for text in ("{", json.dumps({**settings, "num_cayley_neumann_terms": "many"}), "[]"):
         config.write_text(text)
-        with pytest.raises(ValueError, match="adapter_config.json cannot be read"):
+        with pytest.raises(ValueError, match="adapter_config.json (cannot be read|holds no settings)"):
             layers_of(tmp_path / "adapter_model.safetensors")
 
 

@@ -314,11 +314,11 @@ def test_lora_prefix_where_the_names_begin_otherwise(preset_file: Any) -> None:
     names = {key.partition(".")[0] for key in codec.encode(network.adapted_layers, network.form)}
     assert all(name.startswith("mine_layers_") for name in names)
     loaded = codec.encode(network.adapted_layers, network.form)
-    assert not network.take(loaded).missing
+    assert not network.take_tensors(loaded).missing
     plain = networks.lora.create_network(1.0, 4, 1, None, None, model)
     names = {key.partition(".")[0] for key in codec.encode(plain.adapted_layers, plain.form)}
     assert all(name.startswith("lycoris_layers_") for name in names)
-    assert not plain.take(codec.encode(plain.adapted_layers, plain.form)).missing
+    assert not plain.take_tensors(codec.encode(plain.adapted_layers, plain.form)).missing
 
 
 def test_nothing_leaks_into_the_next_network(preset_file: Any) -> None:
