@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import networks.lora_wan
 from networks.files import codec, twins
+from networks.files.adapter_file import Naming, of_tensors
 from networks.files.checkpoint import Checkpoint
-from networks.files.merge import AdapterFile, CheckpointMerge
+from networks.files.merge import CheckpointMerge, MergeInput
 from networks.hosts import key_merge
 
 WIDTH = 32
@@ -30,6 +31,7 @@ class Projections(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
 
 
 class WanAttentionBlock(nn.Module):
@@ -223,7 +225,7 @@ def test_merging_into_a_checkpoint(layout: str, age: str, cls: str, tmp_path: Pa
     base = {key: tensor for key, tensor in made(layout).state_dict().items() if key.startswith("blocks.")}
     save_file(base, tmp_path / "base.safetensors")
     checkpoint = Checkpoint(tmp_path / "base.safetensors")
-    adapter = AdapterFile.open(file, 1.0, checkpoint.shapes)
+    adapter = MergeInput.open(file, 1.0, checkpoint.shapes)
     CheckpointMerge(checkpoint, [adapter]).write(tmp_path / "out.safetensors")
     merged = load_file(tmp_path / "out.safetensors")
     for i in range(2):
@@ -249,7 +251,7 @@ def test_merging_weight_by_weight(age: str, choice: str, tmp_path: Path) -> None
     assert {key for key in keys if "_norm2." in key or "_norm3." in key} == (
         set() if choice == "with a weight" else {key for key in without_bias if f"_{left}." in key}
     )
-    layers = key_merge._decode(tensors, "the file")
+    layers = of_tensors(tensors, Naming(), "the file").layers
     for name, new_values in wanted.items():
         assert torch.equal(layers[f"lora_unet_{name.replace('.', '_')}"].tensors["w_norm"], new_values["w_norm"])
 
