@@ -11,41 +11,41 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("networks", "scripts")
+FOLDERS = ("networks", "kohya_trainer", "scripts")
 MOST = 12
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.match_case, ast.comprehension)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # Functions from before this count existed: to be divided when they are next touched.
 OLDER: dict[str, int] = {
-    "networks/core/file_form.py:_misfits": 37,
-    "networks/core/select.py:candidates": 32,
-    "networks/core/planner.py:_Planner.row": 29,
+    "networks/plan/file_form.py:_misfits": 37,
+    "networks/plan/select.py:candidates": 32,
+    "networks/plan/planner.py:_Planner.row": 29,
     "scripts/train_options.py:check_options": 28,
-    "networks/core/effects.py:_forms": 25,
-    "networks/core/preset_choices.py:PresetChoices.admit": 23,
-    "networks/hosts/caption_folder.py:read_caption_folder": 22,
-    "networks/hosts/training.py:build_network": 22,
-    "networks/core/network.py:Network.attach": 21,
+    "networks/plan/effects.py:_forms": 25,
+    "networks/plan/preset_choices.py:PresetChoices.admit": 23,
+    "kohya_trainer/caption_folder.py:read_caption_folder": 22,
+    "kohya_trainer/training.py:build_network": 22,
+    "networks/network/network.py:Network.attach": 21,
     "scripts/gen_img.py:check_options": 20,
-    "networks/hosts/families/noise.py:Flow.of": 19,
+    "kohya_trainer/families/noise.py:Flow.of": 19,
     "networks/args/parse.py:parse": 18,
-    "networks/core/planner.py:_Planner._reason": 18,
+    "networks/plan/planner.py:_Planner._reason": 18,
     "scripts/show.py:lines": 18,
     "networks/files/codec.py:decode": 17,
-    "networks/hosts/command_line.py:config_arguments": 17,
-    "networks/core/effects.py:_dora": 16,
-    "networks/core/optim.py:parameter_groups": 15,
-    "networks/hosts/skeleton.py:_from_header": 15,
+    "networks/cli/command_line.py:config_arguments": 17,
+    "networks/plan/effects.py:_dora": 16,
+    "networks/network/optim.py:parameter_groups": 15,
+    "networks/models/skeleton.py:_from_header": 15,
     "networks/args/presets.py:_options": 14,
     "networks/files/dotted.py:_join": 14,
-    "networks/hosts/training.py:make_accelerator": 14,
+    "kohya_trainer/training.py:make_accelerator": 14,
     "networks/layers/adapted.py:AdaptedLayer._product": 14,
     "networks/tensors/norms.py:NormGeometry.of": 14,
     "networks/algos/lokr.py:LoKr.layout": 13,
     "networks/args/coerce.py:_regex_map": 13,
-    "networks/core/blocks.py:BlockChoices._lengths": 13,
-    "networks/core/effects.py:_starts": 13,
+    "networks/plan/blocks.py:BlockChoices._lengths": 13,
+    "networks/plan/effects.py:_starts": 13,
     "scripts/train_network.py:Trainer.make_data": 13,
 }
 

@@ -23,7 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from networks.hosts.command_line import (  # noqa: E402
+from kohya_trainer.picture_grid import make_grid  # noqa: E402
+from networks.cli.command_line import (  # noqa: E402
     INTERRUPTED,
     Terminated,
     add_overwrite,
@@ -31,7 +32,6 @@ from networks.hosts.command_line import (  # noqa: E402
     run_program,
     write_atomically,
 )
-from networks.hosts.picture_grid import make_grid  # noqa: E402
 
 EMOJI = ROOT / "scripts" / "emoji"
 OUTPUT = ROOT / "output" / "demo"

@@ -24,8 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's 
 
 import torch  # noqa: E402
 
-from networks.hosts import diffusers as host  # noqa: E402
-from networks.hosts.command_line import (  # noqa: E402
+from kohya_trainer import model_folder as host  # noqa: E402
+from kohya_trainer.drawing import SAMPLERS, ImageRequest, batches, parse_prompt_line, read_prompt_file, set_sampler
+from kohya_trainer.families import Family  # noqa: E402
+from kohya_trainer.picture_grid import make_grid  # noqa: E402
+from networks.cli.command_line import (
     check_output_folder,
     check_weights_file,
     finite_number,
@@ -33,16 +36,6 @@ from networks.hosts.command_line import (  # noqa: E402
     parse_network_args,
     run_program,
 )
-from networks.hosts.drawing import (  # noqa: E402
-    SAMPLERS,
-    ImageRequest,
-    batches,
-    parse_prompt_line,
-    read_prompt_file,
-    set_sampler,
-)
-from networks.hosts.families import Family  # noqa: E402
-from networks.hosts.picture_grid import make_grid  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
+from networks.cli.command_line import USER_ERROR  # noqa: E402
 from networks.hosts import launching  # noqa: E402
-from networks.hosts.command_line import USER_ERROR  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
 from networks.args.coerce import finite  # noqa: E402
-from networks.hosts.command_line import add_allow_missing, add_overwrite, check_outputs, run_program  # noqa: E402
+from networks.cli.command_line import add_allow_missing, add_overwrite, check_outputs, run_program  # noqa: E402
 
 SHOWN = 10  # names of layers that found no weight
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import finite_number, import_network_module, parse_network_args, run_program  # noqa: E402
-from networks.hosts.releases import RELEASES  # noqa: E402
+from networks.cli.command_line import finite_number, import_network_module, parse_network_args, run_program  # noqa: E402
+from networks.models.releases import RELEASES  # noqa: E402
 
 HOSTS = {"sd-scripts": "sd_scripts", "musubi": "musubi"}
 
@@ -53,7 +53,7 @@ def show(args: argparse.Namespace) -> int:
     logging.getLogger("networks").setLevel(logging.WARNING)  # the plan says it all, and stdout may be JSON
     module = import_network_module(args.network_module)
     network_args = parse_network_args(args.network_args)
-    from networks.hosts.skeleton import skeleton
+    from networks.models.skeleton import skeleton
 
     model = skeleton(args.model)
     encoders = model.text_encoders if args.host == "sd-scripts" else []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import add_overwrite, check_outputs, run_program  # noqa: E402
+from networks.cli.command_line import add_overwrite, check_outputs, run_program  # noqa: E402
 
 WAYS = ("first", "nearest")
 

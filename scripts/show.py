@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import run_program  # noqa: E402
+from networks.cli.command_line import run_program  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Reference trainer: network modules on diffusers folders of every family in networks/hosts/families.
+"""Reference trainer: network modules on diffusers folders of every family in kohya_trainer/families.
 
     python scripts/train_network.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES \\
         --output_dir out --output_name my-lora --network_module networks.lora --network_dim 16
@@ -27,16 +27,15 @@ import train_options as cli  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from networks.hosts import diffusers as host  # noqa: E402
-from networks.hosts.caption_folder import CaptionedImage  # noqa: E402
-from networks.hosts.command_line import INTERRUPTED, import_network_module, run_program  # noqa: E402
-from networks.hosts.drawing import SampleSheet, read_samples  # noqa: E402
-from networks.hosts.loss_log import LossLog  # noqa: E402
-from networks.hosts.losses import Loss  # noqa: E402
-from networks.hosts.run_identity import KEY, check_outputs, identity  # noqa: E402
-from networks.hosts.sharding import check_division, check_plan, divide, take_sharding  # noqa: E402
-from networks.hosts.state_files import clean_series  # noqa: E402
-from networks.hosts.training import (  # noqa: E402
+from kohya_trainer import model_folder as host  # noqa: E402
+from kohya_trainer.caption_folder import CaptionedImage  # noqa: E402
+from kohya_trainer.drawing import SampleSheet, read_samples  # noqa: E402
+from kohya_trainer.loss_log import LossLog  # noqa: E402
+from kohya_trainer.losses import Loss  # noqa: E402
+from kohya_trainer.run_identity import KEY, check_outputs, identity  # noqa: E402
+from kohya_trainer.sharding import check_division, check_plan, divide, take_sharding  # noqa: E402
+from kohya_trainer.state_files import clean_series  # noqa: E402
+from kohya_trainer.training import (
     Objective,
     autocast,
     build_network,
@@ -47,8 +46,8 @@ from networks.hosts.training import (  # noqa: E402
     trains_text,
     write_plan,
 )
-from networks.hosts.training_data import DiskCache, Order, TrainingData, data_summary, draw_noise, seed_of  # noqa: E402
-from networks.hosts.training_state import (  # noqa: E402
+from kohya_trainer.training_data import DiskCache, Order, TrainingData, data_summary, draw_noise, seed_of  # noqa: E402
+from kohya_trainer.training_state import (
     Examples,
     Interrupts,
     Live,
@@ -58,6 +57,7 @@ from networks.hosts.training_state import (  # noqa: E402
     save_state,
     shared,
 )
+from networks.cli.command_line import INTERRUPTED, import_network_module, run_program  # noqa: E402
 
 DTYPES = {"no": torch.float32, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

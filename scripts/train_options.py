@@ -8,20 +8,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from networks.hosts.caption_folder import Buckets, CaptionedImage, read_caption_folder
-from networks.hosts.command_line import (
-    OnOff,
-    check_output_folder,
-    check_weights_file,
-    finite_number,
-    parse_network_args,
-)
-from networks.hosts.diffusers import check_model_folder
-from networks.hosts.families import FAMILIES, DataOptions, NoiseOptions
-from networks.hosts.families.noise import SAMPLINGS
-from networks.hosts.losses import DISTANCES, HUBER_SCHEDULES, SCHEMES, LossOptions
-from networks.hosts.small_weights import QUANTIZED
-from networks.hosts.state_files import STATE_FILE
+from kohya_trainer.caption_folder import Buckets, CaptionedImage, read_caption_folder
+from kohya_trainer.families import FAMILIES, DataOptions, NoiseOptions
+from kohya_trainer.families.noise import SAMPLINGS
+from kohya_trainer.losses import DISTANCES, HUBER_SCHEDULES, SCHEMES, LossOptions
+from kohya_trainer.model_folder import check_model_folder
+from kohya_trainer.small_weights import QUANTIZED
+from kohya_trainer.state_files import STATE_FILE
+from networks.cli.command_line import OnOff, check_output_folder, check_weights_file, finite_number, parse_network_args
 
 # the names of diffusers.optimization
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")

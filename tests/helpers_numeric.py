@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from networks.algos import ALGOS, Adapter, Reweight
-from networks.core.network import Network
-from networks.core.plan import Plan, PlanRow
 from networks.layers.adapted import AdaptedLayer
+from networks.network.network import Network
+from networks.plan.plan import Plan, PlanRow
 from networks.tensors.geometry import Geometry
 from networks.tensors.norms import layer_geometry
 

@@ -26,10 +26,10 @@ from tiny_parts import inputs, sd_unet
 from torch import nn
 
 import networks.lora
-from networks.core.network import Network
 from networks.files import codec
 from networks.hosts.contract import HostNetwork
 from networks.hosts.sd_compat import LoRAInfModule
+from networks.network.network import Network
 
 START = 0.7
 STRENGTHS = {"at 0.5": 0.5, "at 0": 0.0, "at -2": -2.0}

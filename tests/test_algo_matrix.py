@@ -43,13 +43,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.algos import ALGOS, recognise
-from networks.core.network import Network
 from networks.files import codec, reader
 from networks.files.merge import merged_bias, merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import update_norm
 from networks.layers.runtime import Runtime
+from networks.network.network import Network
 from networks.tensors.geometry import Geometry
 from networks.tensors.norms import layer_geometry
 

@@ -14,8 +14,8 @@ from toy_models import CONVOLUTIONS, Recorded, recorded
 import networks.lora
 from networks.archs import ARCHS
 from networks.archs.detect import detect, unwrap
-from networks.core.plan import Plan
-from networks.hosts.skeleton import skeleton
+from networks.models.skeleton import skeleton
+from networks.plan.plan import Plan
 
 BUILT_IN = {"sd": "sd15", "sdxl": "sdxl"}
 # Denoiser layers trained by default, and under the arguments of WIDEST; text encoder layers under

@@ -25,8 +25,11 @@ ARROWS = {
     "algos": {"tensors"},
     "layers": {"algos", "tensors"},
     "files": {"layers", "algos", "tensors", "archs"},
-    "core": {"files", "layers", "algos", "tensors", "archs", "args"},
-    "hosts": {"core", "files", "args", "archs"},
+    "plan": {"files", "layers", "algos", "tensors", "archs", "args"},
+    "network": {"plan", "files", "layers", "algos", "tensors", "archs", "args"},
+    "hosts": {"network", "plan", "files", "args", "archs"},
+    "models": {"plan", "files", "args", "archs"},
+    "cli": {"models", "hosts", "files", "args", "archs"},
     "": {"hosts"},
 }
 CORE_LIBRARIES = {"torch", "safetensors", "toml"}

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 import networks.lora
 from networks.algos import ALGOS
-from networks.core.network import Network
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.max_norm import update_norm
 from networks.layers.runtime import Runtime
+from networks.network.network import Network
 from networks.tensors import base_weight
 from networks.tensors.geometry import Geometry
 

@@ -17,7 +17,7 @@ from toy_models import signal, toy
 import networks.lora
 import networks.lora_flux
 from networks.archs import ARCHS
-from networks.core.plan import PlanRow
+from networks.plan.plan import PlanRow
 
 SPECS = {spec.name: spec for spec in ARCHS}
 TOYS = sorted(SPECS.keys() - {"sd", "sdxl"})

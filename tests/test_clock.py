@@ -25,11 +25,11 @@ import networks.lycoris
 from networks.algos import ALGOS
 from networks.algos.clock import Clock, Moment, _Thread
 from networks.archs.spec import Timestep
-from networks.core.watching import TimeReader, Watch
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.dropout import Dropouts
 from networks.layers.runtime import Runtime
 from networks.layers.site import Site
+from networks.network.watching import TimeReader, Watch
 from networks.tensors.geometry import Geometry
 
 DIM = 4

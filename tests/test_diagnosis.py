@@ -15,7 +15,7 @@ from tiny_parts import draw, sd_unet
 from torch import nn
 
 import networks.lora
-from networks.core import diagnosis
+from networks.network import diagnosis
 
 SUMS = diagnosis._sums
 CALM = {"no_gradient": 0, "at_start": 0, "dead_kinds": 0, "non_finite_tensors": 0, "underflow_tensors": 0}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import networks.loha
 import networks.lora
 from networks.archs.diffusers_names import places
-from networks.hosts.skeleton import skeleton
+from networks.models.skeleton import skeleton
 
 FORM = {"save_format": "diffusers"}
 DORA = {"use_dora": "True"}

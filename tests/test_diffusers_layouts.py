@@ -21,9 +21,9 @@ from toy_models import Recorded, recorded
 
 import networks.lora
 from networks.archs import ARCHS
-from networks.core.select import candidates
-from networks.hosts.releases import RELEASES
-from networks.hosts.skeleton import skeleton
+from networks.models.releases import RELEASES
+from networks.models.skeleton import skeleton
+from networks.plan.select import candidates
 
 SPECS = {spec.name: spec for spec in ARCHS}
 # architecture -> diffusers' conversion of a checkpoint, if it has one

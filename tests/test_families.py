@@ -21,12 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import networks.lora
-from networks.hosts.caption_folder import CaptionedImage
-from networks.hosts.diffusers import load_model
-from networks.hosts.drawing import ImageRequest
-from networks.hosts.families import FAMILIES
-from networks.hosts.families.noise import Flow
-from networks.hosts.sound import read_sound
+from kohya_trainer.caption_folder import CaptionedImage
+from kohya_trainer.drawing import ImageRequest
+from kohya_trainer.families import FAMILIES
+from kohya_trainer.families.noise import Flow
+from kohya_trainer.model_folder import load_model
+from kohya_trainer.sound import read_sound
 
 SIDE = 32
 MAKERS = {

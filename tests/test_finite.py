@@ -24,14 +24,14 @@ from toy_models import toy
 import networks.dylora
 import networks.lora
 import networks.lora_qwen_image
+from kohya_trainer.drawing import ImageRequest, parse_prompt_line
 from networks.args import presets
 from networks.args.parse import Problems, parse
 from networks.args.table import TABLE
-from networks.core.single import SingleLayer
-from networks.hosts.command_line import finite_number, parse_arguments
-from networks.hosts.drawing import ImageRequest, parse_prompt_line
+from networks.cli.command_line import finite_number, parse_arguments
 from networks.hosts.key_merge import merge_weights_to_tensor
 from networks.hosts.sd_compat import LoRAInfModule, LoRAModule
+from networks.network.single import SingleLayer
 
 NAN, INF = math.nan, math.inf
 BROKEN = (NAN, INF, -INF, "nan", "NaN", "inf", "-inf", "Infinity", "1e999", "-1e999", 10**400)

@@ -12,7 +12,7 @@ import torch
 import train_network
 from PIL import Image
 
-from networks.hosts.drawing import ImageRequest, batches, parse_prompt_line
+from kohya_trainer.drawing import ImageRequest, batches, parse_prompt_line
 
 NETWORK = "networks.lora"
 

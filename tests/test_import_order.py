@@ -85,7 +85,7 @@ class Environments:
     def __init__(self, folder: Path, hosts: Path) -> None:
         self.folder, self.hosts = folder, hosts
         self.source = folder / "source"
-        for name in ("networks", "presets"):
+        for name in ("networks", "presets", "kohya_trainer"):
             shutil.copytree(ROOT / name, self.source / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("setup.cfg", "pyproject.toml", "README.md"):
             shutil.copyfile(ROOT / name, self.source / name)
@@ -167,7 +167,7 @@ import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 import networks
 sys.path.append(sys.argv[1])  # late, as musubi-tuner does
-import networks.host_only, networks.args.spec, networks.hosts.command_line, kohya_networks.args.spec
+import networks.host_only, networks.args.spec, networks.cli.command_line, kohya_networks.args.spec
 import importlib
 for name in ("networks.host_only", "networks.missing"):
     try:

@@ -17,12 +17,12 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from safetensors import safe_open
 from torch import Tensor
 
-from networks.hosts.families import NoiseOptions
-from networks.hosts.families.noise import Discrete, Flow
-from networks.hosts.loss_log import LossLog
-from networks.hosts.losses import Loss, LossOptions
-from networks.hosts.training import log_name
-from networks.hosts.training_data import draw_noise
+from kohya_trainer.families import NoiseOptions
+from kohya_trainer.families.noise import Discrete, Flow
+from kohya_trainer.loss_log import LossLog
+from kohya_trainer.losses import Loss, LossOptions
+from kohya_trainer.training import log_name
+from kohya_trainer.training_data import draw_noise
 
 U = torch.linspace(0.02, 0.98, 49)
 EPSILON = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).config
@@ -298,7 +298,7 @@ def test_the_wrong_family_is_told_before_data_are_encoded(models, tmp_path, caps
 
 
 def test_music_has_no_size(models) -> None:
-    from networks.hosts.families.ace_step import AceStep
+    from kohya_trainer.families.ace_step import AceStep
 
     family = AceStep(SimpleNamespace(), torch.float32)
     with pytest.raises(ValueError, match="flux_shift follows the size of pictures"):

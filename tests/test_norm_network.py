@@ -19,10 +19,10 @@ from toy_models import toy
 
 import networks.lora
 import networks.lycoris
-from networks.core.plan import Plan
 from networks.files.places import Allowance
 from networks.hosts import key_merge
 from networks.layers.max_norm import update_norm
+from networks.plan.plan import Plan
 
 
 def flux() -> nn.Module:

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 
+from kohya_trainer.training_state import Interrupts
+from networks.cli.command_line import Terminated, run_program
 from networks.files import outputs
 from networks.files.outputs import check_outputs, replace, whole, write_atomically
-from networks.hosts.command_line import Terminated, run_program
-from networks.hosts.training_state import Interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 POSIX = os.name == "posix"
@@ -382,7 +382,7 @@ PROGRAM = """
 import argparse, signal, sys, time
 from pathlib import Path
 from networks.files.outputs import replace
-from networks.hosts.command_line import run_program
+from networks.cli.command_line import run_program
 
 def body(args):
     def chunks():
@@ -490,7 +490,7 @@ def test_a_program_that_runs_others_ends_them_too(program: str, tmp_path: Path) 
         code = "import start, subprocess, sys; sys.exit(start.wait_for(subprocess.Popen(sys.argv[1:])))"
     else:
         code = (
-            "import argparse, demo, sys\nfrom networks.hosts.command_line import run_program\n"
+            "import argparse, demo, sys\nfrom networks.cli.command_line import run_program\n"
             "demo.ROOT, demo.sys.executable, arguments = demo.Path('/'), sys.argv[1], sys.argv[2:]\n"
             "demo.subprocess.list2cmdline = lambda command: ''\n"
             "call = demo.subprocess.Popen\ndemo.subprocess.Popen = lambda command: call([sys.executable, *arguments])\n"
@@ -545,7 +545,7 @@ def test_the_plug_in_installs_no_handler() -> None:
     assert users == {"command_line.py", "training_state.py"}
     code = (
         "import signal; before = [signal.getsignal(n) for n in signal.valid_signals()]\n"
-        "import networks.hosts.command_line\n"
+        "import networks.cli.command_line\n"
         "assert before == [signal.getsignal(n) for n in signal.valid_signals()]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

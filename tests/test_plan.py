@@ -13,7 +13,7 @@ from torch import nn
 import networks.loha
 import networks.lokr
 import networks.lora
-from networks.core.plan import Plan, PlanRow
+from networks.plan.plan import Plan, PlanRow
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from tiny_models import make_sd, make_sdxl
 
 import networks.lora
 from networks.archs import ARCHS
-from networks.hosts import skeleton as releases
-from networks.hosts.releases import RELEASES
-from networks.hosts.skeleton import skeleton
+from networks.models import skeleton as releases
+from networks.models.releases import RELEASES
+from networks.models.skeleton import skeleton
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:

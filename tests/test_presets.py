@@ -18,8 +18,8 @@ import networks.lora
 import networks.lycoris
 from networks.archs import ARCHS
 from networks.args import presets
-from networks.core.plan import Plan
 from networks.files import codec, reader
+from networks.plan.plan import Plan
 
 BY_ARCH = {arch.name: arch for arch in ARCHS}
 NAMES = presets.names()

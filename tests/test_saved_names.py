@@ -15,10 +15,10 @@ from torch import nn
 
 import networks.lora
 from networks.archs import ARCHS
-from networks.core.select import candidates
 from networks.files import dotted, weight_names
-from networks.hosts.releases import RELEASES
-from networks.hosts.skeleton import skeleton
+from networks.models.releases import RELEASES
+from networks.models.skeleton import skeleton
+from networks.plan.select import candidates
 
 SPECS = {spec.name: spec for spec in ARCHS}
 OF_DIFFUSERS = [name for name in SPECS if BUILT_IN.get(name, name) in RELEASES]

@@ -17,7 +17,7 @@ import torch
 from test_training_runs import arguments, launch, rows, same, train, weights
 from torch import nn
 
-from networks.hosts.sharding import Fsdp, blocks, divide, take_sharding
+from kohya_trainer.sharding import Fsdp, blocks, divide, take_sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_training_runs import train
 
-from networks.hosts import diffusers as host
+from kohya_trainer import model_folder as host
 
 FLOWS = [name for name in tiny_flow_models.MAKERS if hasattr(diffusers, name)]
 # bitsandbytes is among the test requirements on Linux only

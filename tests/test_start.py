@@ -182,8 +182,10 @@ def test_every_folder_is_packed_under_both_names():
     inner = {".".join(("", *folder.relative_to(ROOT / "networks").parts)).rstrip(".") for folder in folders} | {
         ".presets"
     }
+    trainer = ["kohya_trainer", "kohya_trainer.families"]
     listed = read_setup()["options"]["packages"].split()
-    assert sorted(listed) == sorted(f"{name}{part}" for name in ("networks", "kohya_networks") for part in inner)
+    both = [f"{name}{part}" for name in ("networks", "kohya_networks") for part in inner]
+    assert sorted(listed) == sorted(both + trainer)
 
 
 def test_every_requirement_is_pinned():
@@ -203,7 +205,7 @@ def test_every_requirement_is_pinned():
 def test_both_names_import_from_a_normal_install(tmp_path):
     code = tmp_path / "code"
     keep = shutil.ignore_patterns("__pycache__")
-    for name in ("networks", "presets"):
+    for name in ("networks", "presets", "kohya_trainer"):
         shutil.copytree(ROOT / name, code / name, ignore=keep)
     for name in ("setup.cfg", "pyproject.toml"):
         shutil.copyfile(ROOT / name, code / name)
@@ -211,7 +213,7 @@ def test_both_names_import_from_a_normal_install(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--target", str(tmp_path / "site"), str(code)], check=True, capture_output=True)
     script = (
-        "import networks.hosts.command_line as a, kohya_networks.hosts.command_line as b; print(a.__file__, b.__file__)"
+        "import networks.cli.command_line as a, kohya_networks.cli.command_line as b; print(a.__file__, b.__file__)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
@@ -219,7 +221,7 @@ def test_both_names_import_from_a_normal_install(tmp_path):
     )
     site = tmp_path / "site"
     assert done.stdout.split() == [
-        str(site / name / "hosts" / "command_line.py") for name in ("networks", "kohya_networks")
+        str(site / name / "cli" / "command_line.py") for name in ("networks", "kohya_networks")
     ]
 
 

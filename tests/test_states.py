@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from test_training_runs import ROOT, arguments, rows, same, train, weights
 from torch import Tensor
 
-from networks.hosts import optimizer_state, state_files
-from networks.hosts.training_state import (
+from kohya_trainer import optimizer_state, state_files
+from kohya_trainer.training_state import (
     Examples,
     Interrupts,
     Live,
@@ -222,7 +222,7 @@ def test_only_files_of_the_same_run_are_written_over(
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr("networks.hosts.diffusers.load_model", lambda *_: pytest.fail("too late"))
+        patch.setattr("kohya_trainer.model_folder.load_model", lambda *_: pytest.fail("too late"))
         for options in (
             ["--seed=2"],
             ["--learning_rate=1"],
@@ -276,7 +276,7 @@ def test_what_a_divided_model_cannot_tell_is_refused_early(
     monkeypatch.setenv(f"ACCELERATE_USE_{how}", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "1")
-    monkeypatch.setattr("networks.hosts.diffusers.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("kohya_trainer.model_folder.load_model", lambda *_: pytest.fail("too late"))
     assert train(assets, tmp_path, *options) == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
 

@@ -24,13 +24,13 @@ from networks.algos.lora import LoRA
 from networks.algos.tlora import TLoRA
 from networks.archs import ARCHS
 from networks.archs.spec import Timestep
-from networks.core.watching import TimeReader, time_reader
 from networks.files import codec
 from networks.files.checkpoint import Checkpoint
 from networks.files.merge import CheckpointMerge, MergeInput, merged_weight
 from networks.hosts import key_merge
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime
+from networks.network.watching import TimeReader, time_reader
 from networks.tensors import low_rank
 from networks.tensors.geometry import Geometry
 

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from networks.hosts.caption_folder import Buckets, bucket_size
-from networks.hosts.training_data import Order, seed_of
+from kohya_trainer.caption_folder import Buckets, bucket_size
+from kohya_trainer.training_data import Order, seed_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -134,7 +134,7 @@ def test_a_state_of_another_run_is_refused(assets, tmp_path, capsys, options, me
 
 
 def test_caches_change_nothing_and_are_used(assets, tmp_path, monkeypatch):
-    from networks.hosts.families import StableDiffusion
+    from kohya_trainer.families import StableDiffusion
 
     images = tiny_models.make_images(tmp_path / "images", 5)
     data = [f"--train_data_dir={images}", "--network_train_unet_only", "--optimizer_type=SGD", "--learning_rate=1"]
@@ -347,7 +347,7 @@ def test_out_of_memory_while_loading(assets, tmp_path, capsys, monkeypatch, erro
     def load(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("networks.hosts.diffusers._load_part", load)
+    monkeypatch.setattr("kohya_trainer.model_folder._load_part", load)
     assert train(assets, tmp_path) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "out of memory. Switch on" in last and "truncated" not in last
@@ -376,7 +376,7 @@ def test_a_corrupt_image_is_named_before_the_model_is_loaded(assets, tmp_path, c
     broken = images / "1.png"
     content = {"cut": broken.read_bytes()[:-20], "text": b"not an image", "empty": b""}
     broken.write_bytes(content[kind])
-    monkeypatch.setattr("networks.hosts.diffusers.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("kohya_trainer.model_folder.load_model", lambda *_: pytest.fail("too late"))
     assert train(assets, tmp_path / "out", f"--train_data_dir={images}") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert str(broken) in error and "Replace or remove it" in error
@@ -396,7 +396,7 @@ def test_prompts_of_another_form_are_refused(assets, tmp_path, capsys, name, con
 
 
 def test_a_resolution_that_is_none_stops_before_the_model_is_loaded(assets, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("networks.hosts.diffusers.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("kohya_trainer.model_folder.load_model", lambda *_: pytest.fail("too late"))
     assert train(assets, tmp_path, "--resolution=abc") == 2
     assert "is not a size. Write 512" in capsys.readouterr().err.splitlines()[-1]
 
@@ -460,7 +460,7 @@ def test_tensorboard_and_sheets(assets, tmp_path):
 
 
 def test_the_switches_have_two_names_and_a_config_form(tmp_path):
-    from networks.hosts.command_line import parse_arguments
+    from networks.cli.command_line import parse_arguments
 
     def parse(*options: str) -> bool:
         return parse_arguments(train_options.build_parser(), list(options)).gradient_checkpointing
@@ -478,7 +478,7 @@ def test_the_commands_of_the_readme_exist():
 
     import gen_img
 
-    from networks.hosts.families import FAMILIES
+    from kohya_trainer.families import FAMILIES
 
     section = (
         (ROOT / "README.md").read_text(encoding="utf-8").split("## Training without a trainer")[1].split("\n## ")[0]

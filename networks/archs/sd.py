@@ -6,7 +6,7 @@ Saved names are the trainers': for SD the diffusers names of the layers, for SDX
 
 from __future__ import annotations
 
-from .spec import (
+from .spec import (  # fmt: skip
     ArchSpec,
     BlockLevels,
     Pairs,
@@ -18,7 +18,7 @@ from .spec import (
     below,
     divided,
     subtrees,
-)  # fmt: skip
+)
 
 TRANSFORMER = ("Transformer2DModel",)
 CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")

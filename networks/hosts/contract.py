@@ -20,20 +20,20 @@ from ..archs.spec import ArchSpec, Part
 from ..args.coerce import named, whole
 from ..args.forms import OWN_STYLES
 from ..args.parse import NetArgs, Problems, parse
-from ..core.diagnosis import Diagnosis
-from ..core.file_form import form_of, wanted_form
-from ..core.network import Network
-from ..core.optim import Groups, parameter_groups
-from ..core.plan import Plan, Request
-from ..core.planner import build_plan
-from ..core.report import LoadReport, summary
-from ..core.select import is_own
 from ..files.adapter_file import Naming, of_tensors
 from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance
+from ..network.diagnosis import Diagnosis
+from ..network.network import Network
+from ..network.optim import Groups, parameter_groups
+from ..plan.file_form import form_of, wanted_form
+from ..plan.plan import Plan, Request
+from ..plan.planner import build_plan
+from ..plan.report import LoadReport, summary
+from ..plan.select import is_own
 from . import trainer_options
 from .beside import origin
-from .partitioned import masters_follow
+from .zero_masters import masters_follow
 
 log = logging.getLogger("networks")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from ..core.plan import Plan
+from ..plan.plan import Plan
 from .key_merge import merge_weights_to_tensor
 from .musubi import MusubiCalls, MusubiNetwork
 from .sd_compat import LoRAInfModule, LoRAModule, network_class

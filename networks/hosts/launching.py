@@ -14,7 +14,7 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from .command_line import nearest
+from ..args.coerce import nearest
 
 STARTERS = ("accelerate", "python", "python3", "torchrun")
 # Modules of the trainers that merge adapter files into a model's weights by key names.
@@ -42,7 +42,9 @@ def find_script(name: str) -> Path:
         raise ValueError(f"{name} is a folder, not a script. {some}")
     if name in STARTERS:
         raise ValueError(f"{name} comes first, not last: {name} ... launch.py SCRIPT ...")
-    guess = nearest(path.name, scripts) or (f" It holds {', '.join(scripts[:5])}." if scripts else "")
+    guess = nearest(path.name, scripts, " Did you mean {}?") or (
+        f" It holds {', '.join(scripts[:5])}." if scripts else ""
+    )
     raise ValueError(f"there is no script {path.name} in {folder.resolve()}.{guess}")
 
 

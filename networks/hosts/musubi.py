@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core.optim import Groups
+from ..network.optim import Groups
 from .contract import Caller, HostNetwork, learning_rate
 
 HOST = "musubi"

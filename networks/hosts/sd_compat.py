@@ -20,7 +20,7 @@ from ..archs.sd import SD, SDXL
 from ..archs.sd3 import SD3
 from ..archs.spec import ArchSpec
 from ..args.coerce import named
-from ..core.single import SingleLayer
+from ..network.single import SingleLayer
 from .sd_scripts import LoRANetwork
 
 Constants = dict[str, "str | int | list[str]"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..archs.detect import unwrap
 from ..args.parse import NetArgs, Problems
-from ..core.optim import Groups, text_encoder_rates
 from ..files.adapter_file import FileTensors
+from ..network.optim import Groups, text_encoder_rates
 from .contract import Caller, HostNetwork, TextEncoders, learning_rate
 
 log = logging.getLogger("networks")

@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 
 from demo import EMOJI, NAME, SEED, draw_arguments, read_images, run, train_arguments, true_images  # noqa: E402
 
-from networks.hosts.command_line import add_overwrite, check_outputs, run_program, write_atomically  # noqa: E402
+from networks.cli.command_line import add_overwrite, check_outputs, run_program, write_atomically  # noqa: E402
 
 OUTPUT = HERE.parents[1] / "output" / "compare"
 CHART = HERE / "algorithms.png"

@@ -22,8 +22,8 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from render import BACKGROUNDS, background_caption  # noqa: E402
 
-from networks.hosts.command_line import write_atomically  # noqa: E402
-from networks.hosts.pixel_autoencoder import PixelUnshuffleAutoencoder  # noqa: E402
+from kohya_trainer.pixel_autoencoder import PixelUnshuffleAutoencoder  # noqa: E402
+from networks.cli.command_line import write_atomically  # noqa: E402
 
 EXPORTED = (
     "model_index.json unet/config.json unet/diffusion_pytorch_model.safetensors text_encoder/config.json "

@@ -43,13 +43,7 @@ from emoji_model import (  # noqa: E402
 )
 from render import BACKGROUNDS, Emoji, background_caption, composite, rasterise, read_svg, read_table  # noqa: E402
 
-from networks.hosts.command_line import (  # noqa: E402
-    add_overwrite,
-    check_outputs,
-    finite_number,
-    run_program,
-    write_atomically,
-)
+from networks.cli.command_line import add_overwrite, check_outputs, finite_number, run_program, write_atomically  # noqa: E402
 
 HELD_OUT_EVERY = 7  # one in seven (emoji, background) pairs is never shown, so that composing can be tested
 BACKGROUND_SHARE = 0.2

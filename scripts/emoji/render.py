@@ -25,7 +25,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # this checkout's networks, whatever is installed
 
-from networks.hosts.command_line import add_overwrite, check_outputs, run_program, write_atomically  # noqa: E402
+from networks.cli.command_line import add_overwrite, check_outputs, run_program, write_atomically  # noqa: E402
 
 SIZE = 48  # pixels: 3 x 16, so that pixel_unshuffle(3) gives the UNet a 16 x 16 grid
 SVG = "http://www.w3.org/2000/svg"

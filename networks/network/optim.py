@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.adapted import AdaptedLayer
-from .plan import PlanRow
+from ..plan.plan import PlanRow
 
 Groups = tuple[list[dict[str, Any]], list[str]]
 _Key = tuple[str, "float | None", "int | None", bool]  # part, own rate, block, plus

@@ -11,7 +11,7 @@ from ..files.adapter_file import AdapterFile
 from ..files.codec import SavedLayer
 from ..files.places import Allowance, Missing, find_missing
 from ..layers.adapted import AdaptedLayer
-from .plan import PlanRow
+from ..plan.plan import PlanRow
 
 log = logging.getLogger(__name__)
 

@@ -32,13 +32,13 @@ from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.runtime import Runtime
 from ..layers.site import Site
+from ..plan.plan import Plan, PlanRow
+from ..plan.report import LoadReport, progress
+from ..plan.select import Bases, is_own
 from . import starts
 from .diagnosis import Diagnosis
 from .loading import Places, match
 from .merging import check_bases, merge
-from .plan import Plan, PlanRow
-from .report import LoadReport, progress
-from .select import Bases, is_own
 from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files.outputs import replace
+from networks.files.outputs import replace
 
 STATE_FILE = "train_state.json"
 LAYOUT = 2

@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from networks.hosts.zero_masters import is_partitioned
+
 from . import optimizer_state, partitioned, state_files
 from .losses import DECIDES_LOSS
 from .optimizer_state import Groups, Whole
@@ -162,7 +164,7 @@ class Live:
         own = {parameter: name for name, parameter in self.network.named_parameters()}
         every = [parameter for group in self.groups for parameter in group]
         self.names = {p: own.get(p, f"parameter {number}") for number, p in enumerate(every)}
-        self.partitioned = any(partitioned.is_partitioned(p) for group in self.groups for p in group)
+        self.partitioned = any(is_partitioned(p) for group in self.groups for p in group)
         inner = self.optimizer.optimizer
         self.base: torch.optim.Optimizer = inner.optimizer if self.partitioned else inner
 

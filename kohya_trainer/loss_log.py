@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from .command_line import write_atomically
+from networks.cli.command_line import write_atomically
 
 SMOOTHING = 0.95  # weight of the past in the smoothed curve
 

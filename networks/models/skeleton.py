@@ -16,9 +16,9 @@ from torch import nn
 
 from ..archs.detect import detect
 from ..args.coerce import nearest
-from ..core.select import candidates
 from ..files import codec, reader, weight_names
-from .diffusers import quiet_libraries
+from ..plan.select import candidates
+from .libraries import quiet_libraries
 from .releases import RELEASES, Encoder, Release
 
 DENOISERS = ("unet", "transformer")  # their folders in a pipeline

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .command_line import import_network_module, nearest
+from networks.cli.command_line import import_network_module, nearest
+
 from .families import Family
 
 
@@ -95,7 +96,7 @@ def check_division(sharding: Sharding | None, args: argparse.Namespace, network_
         )
     module = import_network_module(args.network_module)
     if sharding is not None and args.scale_weight_norms and hasattr(module, "plan"):
-        from .skeleton import skeleton
+        from networks.models.skeleton import skeleton
 
         model = skeleton(args.pretrained_model_name_or_path)
         plan = module.plan(args.network_dim, args.network_alpha, model.text_encoders, model.unet, **network_args)

@@ -63,7 +63,7 @@ def _beside(path: Path, args: argparse.Namespace) -> bool:
 
 
 def _of_file(path: Path) -> str:
-    from ..files.reader import read_header
+    from networks.files.reader import read_header
 
     try:
         return read_header(path).metadata.get(KEY, "")

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from networks.models.libraries import quiet_libraries
+
 from . import small_weights
 from .families import FAMILIES, Family
-
-
-def quiet_libraries() -> None:
-    """Silence the libraries' remarks at import time, which a user can do nothing about."""
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they lack on this machine
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    # the older name of `dtype`, which every version understands
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
 
 
 def check_model_folder(folder: Path, option: str) -> type[Family]:

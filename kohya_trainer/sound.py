@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .command_line import write_atomically
+from networks.cli.command_line import write_atomically
 
 
 def length_of(path: Path, rate: int) -> int:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from ..layers.adapted import AdaptedLayer
-from .plan import PlanRow
+from ..plan.plan import PlanRow
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .command_line import import_network_module, nearest, parse_network_args, write_atomically
+from networks.cli.command_line import import_network_module, nearest, parse_network_args, write_atomically
+
 from .families import Family
 from .losses import DECIDES_LOSS, Loss
 from .sharding import deepspeed_configured

@@ -171,7 +171,7 @@ class DiskCache:
         return f"{seed_of(self.model, item.path.name, source, key):016x}"
 
     def read(self, item: CaptionedImage, kind: str, key: str) -> dict[str, Tensor] | None:
-        from ..files.reader import read_tensors
+        from networks.files.reader import read_tensors
 
         path = self._path(item, kind)
         if not path.is_file():
@@ -185,7 +185,7 @@ class DiskCache:
     def write(self, item: CaptionedImage, kind: str, key: str, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
-        from .command_line import write_atomically
+        from networks.cli.command_line import write_atomically
 
         metadata = {"fingerprint": self._fingerprint(item, kind, key)}
         write_atomically(self._path(item, kind), lambda path: save_file(tensors, str(path), metadata))

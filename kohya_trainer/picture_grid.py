@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command_line import write_atomically
+from networks.cli.command_line import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

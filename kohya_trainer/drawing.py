@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..args.coerce import finite
-from .command_line import nearest, write_atomically
+from networks.args.coerce import finite
+from networks.cli.command_line import nearest, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,0 +1,1 @@
+"""Released models, known well enough to be planned without their weights."""
