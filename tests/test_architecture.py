@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import branches
+import imports as drawing
 import pytest
 
 from networks.args.table import ALGOS as ALGO_NAMES
@@ -94,6 +95,16 @@ def test_no_function_has_too_many_branches() -> None:
 def test_branches_and_boolean_operators_are_counted() -> None:
     source = "def f(a, b):\n if a and b or a:\n  return [x for x in a if x]\n def g():\n  return 1 if a else 2"
     assert branches.count(ast.parse(source).body[0]) == 5  # if, and, or, for, if of the list; g counts by itself
+
+
+def test_imports_have_no_circle() -> None:
+    assert drawing.circle(drawing.module_graph()) == []
+    assert drawing.circle(drawing.folder_graph()) == []
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    assert set(drawing.circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert "networks.tensors" in drawing.folder_graph()["networks.algos"]  # and the imports are seen
 
 
 def test_no_script_hides_a_standard_module() -> None:
