@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from networks.algos import ALGOS, Adapter, Reweight
+from networks.algos import ALGOS, Adapter, Multiplicative
 from networks.layers.adapted import AdaptedLayer
 from networks.network.network import Network
 from networks.plan.plan import Plan, PlanRow
@@ -26,7 +26,9 @@ from networks.tensors.geometry import Geometry
 from networks.tensors.norms import layer_geometry
 
 FOR_LINEARS = [name for name, cls in ALGOS.items() if cls.family == Geometry.family]  # and convolutions
-ADDITIVE = {name: cls for name, cls in ALGOS.items() if not issubclass(cls, Reweight)}  # have an update of their own
+ADDITIVE = {
+    name: cls for name, cls in ALGOS.items() if not issubclass(cls, Multiplicative)
+}  # have an update of their own
 FACTORED = {name: cls for name, cls in ADDITIVE.items() if "bypass_mode" in cls.features}  # of small factors
 TOLERANCE = 1e-9  # of everything in float64, relative to the largest value
 OUT, IN = 110, 108  # 10 * 11 and 9 * 12, so that a rank of 4 is below half of every factor
@@ -228,10 +230,13 @@ def layers_of(network: Network) -> dict[str, AdaptedLayer]:
 
 
 def randomise(module: nn.Module) -> None:
-    """Every parameter random and of a size that keeps the update near the base output's."""
+    """Every parameter random and of a size that keeps the update near the base output's; no start is waited for."""
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn_like(p) * 0.5 + (1.0 if p.dim() == 0 else 0.0))
+    for adapter in module.modules():
+        if isinstance(adapter, Adapter):
+            adapter.settle_()
 
 
 def learn_lengths(layer: AdaptedLayer) -> None:

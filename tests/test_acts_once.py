@@ -184,13 +184,13 @@ def test_a_network_above_another_finds_its_update_once() -> None:
         layer = network.adapted_layers[0]
         site = layer.sites[0]
         alone = site.read()
-        both = layer.weight_below(site)
+        both = site.weight()
         other = dense_update(below.adapted_layers[0], START).detach()
         assert_close(both - alone + other, other * (2 if network is above else 1), "below in the forward pass")
     before = model({"linear": x})["linear"]
     below.pre_calculation()
     layer = above.adapted_layers[0]
-    assert torch.equal(layer.weight_below(layer.sites[0]), layer.sites[0].read())
+    assert torch.equal(layer.sites[0].weight(), layer.sites[0].read())
     assert_close(model({"linear": x})["linear"], before, "below in the weights")
 
 

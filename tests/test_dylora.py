@@ -16,13 +16,12 @@ from torch.utils.checkpoint import checkpoint
 import networks.dylora
 import networks.lora
 import networks.lora_fa
-from networks.algos import ALGOS
+from networks.algos import ALGOS, make_adapter
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.draws import Draws
 from networks.layers.runtime import Runtime
-from networks.layers.split import make_adapter
 from networks.tensors.geometry import Geometry
 
 DIM, BLOCK, SCALE = 8, 3, 0.75  # blocks end after 3, 6 and 8 ranks

@@ -22,10 +22,10 @@ from toy_models import signal, toy
 import networks.lora
 import networks.lora_wan
 from networks.algos import ALGOS
+from networks.algos.additive import AdditiveParts
 from networks.files import codec
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime
-from networks.layers.split import Split
 from networks.tensors.geometry import Geometry
 from networks.tensors.norms import layer_geometry
 
@@ -224,7 +224,7 @@ def test_an_earlier_live_state_of_a_network() -> None:
 
 
 def test_an_earlier_live_state_of_split_parts() -> None:
-    adapter = Split(ALGOS["lora"], Geometry.of(nn.Linear(8, 12)), 2, (8, 4), {})
+    adapter = AdditiveParts(ALGOS["lora"], Geometry.of(nn.Linear(8, 12)), 2, (8, 4), {})
     adapter.await_base_(1.0)
     today = {f"a.{name}": torch.randn_like(tensor) for name, tensor in adapter.state_dict().items()}
     then = dict(today)

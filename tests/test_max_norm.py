@@ -10,10 +10,9 @@ import torch
 from helpers_numeric import Case, cases, dense_update, learn_lengths, make_input, make_layer, randomise
 from torch import Tensor, nn
 
-from networks.algos import ALGOS
+from networks.algos import ALGOS, make_adapter
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.max_norm import limit_norms, update_norm
-from networks.layers.split import make_adapter
 from networks.tensors.geometry import Geometry
 from networks.tensors.norms import layer_geometry
 

@@ -20,14 +20,13 @@ import networks.lora
 import networks.lora_flux
 import networks.oft
 import networks.oft_flux
-from networks.algos import ALGOS
+from networks.algos import ALGOS, make_adapter
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.max_norm import limit_norms, update_norm
 from networks.layers.runtime import Runtime
 from networks.layers.site import Site
-from networks.layers.split import make_adapter
 from networks.tensors.geometry import Geometry
 
 ATTENTION = {"sd": 128, "sdxl": 560, "flux": 76, "chroma": 76}

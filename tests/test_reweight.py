@@ -18,7 +18,7 @@ from tiny_parts import randomise as randomise_network
 from torch import Tensor, nn
 
 import networks.lora
-from networks.algos import ALGOS, Reweight
+from networks.algos import ALGOS, Multiplicative, make_adapter
 from networks.files import codec, reader
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
@@ -26,7 +26,6 @@ from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import limit_norms, update_norm
 from networks.layers.runtime import Runtime
 from networks.layers.site import Site
-from networks.layers.split import make_adapter
 from networks.tensors import base_weight
 from networks.tensors.geometry import Geometry
 
@@ -38,7 +37,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_3x3": (lambda: nn.Conv2d(20, 48, 3, padding=1), (2, 20, 4, 5)),
     "conv_grouped": (lambda: nn.Conv2d(40, 48, 3, groups=2), (2, 40, 4, 5)),
 }
-MULTIPLICATIVE = [algo for algo, cls in ALGOS.items() if issubclass(cls, Reweight)]
+MULTIPLICATIVE = [algo for algo, cls in ALGOS.items() if issubclass(cls, Multiplicative)]
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("diag-oft", {}),
     ("diag-oft", {"constraint": 2**-7}),

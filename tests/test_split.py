@@ -17,6 +17,7 @@ from toy_models import signal, toy
 import networks.lora_flux
 import networks.lora_sd3
 from networks.algos import ALGOS
+from networks.algos.additive import AdditiveParts
 from networks.archs import ARCHS
 from networks.files import reader
 from networks.layers.adapted import AdaptedLayer
@@ -24,7 +25,6 @@ from networks.layers.dropout import Dropouts
 from networks.layers.max_norm import update_norm
 from networks.layers.runtime import Runtime
 from networks.layers.site import Site
-from networks.layers.split import Split
 from networks.tensors.geometry import Geometry
 
 SPECS = {spec.name: spec for spec in ARCHS}
@@ -67,7 +67,7 @@ def together(modules: list[nn.Linear], x: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"use_scalar": True}], ids=["plain", "scalar"])
 def test_a_split_layer_is_its_parts_and_its_file_is_the_whole(algo: str, options: dict[str, Any]) -> None:
     base, x = fused(), torch.randn(2, 5, 36, dtype=torch.float64)
-    adapter = Split(ALGOS[algo], Geometry.of(base), 3, SIZES, options_for(algo, options)).double()
+    adapter = AdditiveParts(ALGOS[algo], Geometry.of(base), 3, SIZES, options_for(algo, options)).double()
     randomise(adapter)
     layer = AdaptedLayer("x", base, adapter, 0.75, runtime=Runtime(0.7))
     plain = copy.deepcopy(base)
@@ -87,13 +87,13 @@ def test_a_split_layer_is_its_parts_and_its_file_is_the_whole(algo: str, options
     assert layer.alpha == pytest.approx(0.75 * 9)
     assert_close(single.delta() * layer.alpha / 9, _rows(adapter) * 0.75, "the file")
     assert_close(adapter.norm(), _rows(adapter).norm(), "norm")
-    other = Split(ALGOS[algo], Geometry.of(plain), 3, SIZES, options_for(algo, options)).double()
+    other = AdditiveParts(ALGOS[algo], Geometry.of(plain), 3, SIZES, options_for(algo, options)).double()
     other.unpack_(adapter.pack())
     assert_close(_rows(other), _rows(adapter), "loaded")
     assert all(p.grad is not None for p in _backward(y, adapter) if p.requires_grad)
 
 
-def _rows(adapter: Split) -> Tensor:
+def _rows(adapter: AdditiveParts) -> Tensor:
     return torch.cat([p.delta() * (1.0 if p.scalar is None else p.scalar) for p in adapter.parts]).detach()
 
 
@@ -104,7 +104,7 @@ def _backward(y: Tensor, adapter: nn.Module) -> list[nn.Parameter]:
 
 def test_max_norm_of_a_split_layer() -> None:
     base = fused()
-    adapter = Split(ALGOS["lora"], Geometry.of(base), 3, SIZES, {}).double()
+    adapter = AdditiveParts(ALGOS["lora"], Geometry.of(base), 3, SIZES, {}).double()
     randomise(adapter)
     before = adapter.delta().detach()
     adapter.rescale_(0.5)
@@ -161,7 +161,7 @@ def test_one_adapter_on_several_modules_is_that_of_the_fused_layer(algo: str, do
 def test_a_split_adapter_on_several_modules() -> None:
     base = fused()
     modules, x = apart(base), torch.randn(5, 36, dtype=torch.float64)
-    adapter = Split(ALGOS["lora"], Geometry.of(base), 3, SIZES, {}).double()
+    adapter = AdditiveParts(ALGOS["lora"], Geometry.of(base), 3, SIZES, {}).double()
     randomise(adapter)
     layer = AdaptedLayer("x", [Site(m, p) for m, p in zip(modules, PIECES, strict=True)], adapter, 0.75)
     plain = together(modules, x)
@@ -233,7 +233,7 @@ def test_a_fused_file_does_not_load_into_a_split_network(tmp_path: Path) -> None
 
 def test_dropouts_act_in_each_part() -> None:
     base = fused()
-    adapter = Split(ALGOS["lora"], Geometry.of(base), 3, SIZES, {}).double()
+    adapter = AdditiveParts(ALGOS["lora"], Geometry.of(base), 3, SIZES, {}).double()
     randomise(adapter)
     layer = AdaptedLayer("x", base, adapter, 1.0, Dropouts(rank_dropout=0.5))
     layer.attach()

@@ -12,7 +12,7 @@ import torch
 from helpers_numeric import FOR_LINEARS, assert_close, learn_lengths, options_for, randomise
 from torch import Tensor, nn
 
-from networks.algos import ALGOS
+from networks.algos import ALGOS, Additive
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime
 from networks.layers.site import Site
@@ -172,7 +172,7 @@ def test_one_multiplier_per_sample_below(top: Member) -> None:
 def test_the_bias_below_has_its_gradient_once() -> None:
     """y = T (W + diff) x + b + diff_b: whatever T is, the gradient of diff_b is that of y."""
     for top in MEMBERS:
-        if not (top.dora or ALGOS[top.algo].side or top.algo in ("diag-oft", "boft", "ia3")):
+        if not top.dora and issubclass(ALGOS[top.algo], Additive):
             continue
         base, x = frozen(nn.Linear(IN, OUT)), torch.randn(3, IN, dtype=torch.float64)
         lowest, _ = stack([Site(base)], [Member("full"), top])

@@ -1,9 +1,10 @@
-"""The algorithms: one file of mathematics each. Order = order of detection in a file."""
+"""The algorithms: one file of mathematics each, in two families. Order = order of detection in a file."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from .additive import Additive
 from .base import Adapter
 from .boft import BOFT
 from .dylora import DyLoRA
@@ -14,9 +15,10 @@ from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoRA
 from .lora_fa import LoRAFA
+from .multiplicative import Multiplicative
 from .norm import Norm
 from .oft import DiagOFT
-from .reweight import Reweight
+from .parts import layout_of, make_adapter
 from .saved import Layout
 from .tlora import TLoRA
 
@@ -46,4 +48,14 @@ def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:
     return named[0] if named else None
 
 
-__all__ = ["ALGOS", "Adapter", "Layout", "Reweight", "recognise", "suited"]
+__all__ = [
+    "ALGOS",
+    "Adapter",
+    "Additive",
+    "Layout",
+    "Multiplicative",
+    "layout_of",
+    "make_adapter",
+    "recognise",
+    "suited",
+]

@@ -1,31 +1,76 @@
-"""The contract of an algorithm. Most are additive: a weight change dW [O, I, *kernel] made of a few small
-factors; `reweight` has the others.
+"""The contract of an algorithm: what it consists of, where it starts, how it is saved, and what a layer asks of it.
+
+There are two families, each with a file for what is its own:
+
+    additive         W' = W + s dW            dW [O, I, *kernel], made of a few small factors
+    multiplicative   W' = T W,  or  W T       T - 1 acts on features, so that no base weight is needed
 
 An algorithm knows shapes and formulas only. Scale (alpha), multiplier, dropout probabilities and dtype policy live in
-`layers`; saved names in `files`. `delta` is the definition; `apply_delta` must equal the layer's operation with it.
+`layers`; saved names in `files`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
 
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
-from ..tensors.low_rank import Gate
-from ..tensors.products import OfWeight, Products
+from ..tensors.low_rank import PassGate
+from ..tensors.products import Products
 from .clock import Clock
-from .saved import Layout, SavedForm
-
-CHUNK = 1 << 22  # elements of dW that are built at a time where only its norms are wanted
+from .saved import Layout, Resized, check_tensors, wide_dtype
 
 
-class Adapter(SavedForm):
-    """Base of all additive algorithms. Parameters are those of `layout`, in fp32."""
+class Base(Products, Protocol):
+    """What an adapter may ask, in a pass, of the base module that it changes."""
+
+    @property
+    def pieces(self) -> Pieces | None:
+        """The layer's output rows which this module computes, in its own order; None = all of them."""
+        ...
+
+    def bias(self, y: Tensor) -> Tensor | float:
+        """The bias, shaped as a part of the output y; 0 without one. Differentiable."""
+        ...
+
+    def whole_weight(self, device: torch.device | None = None) -> Tensor:
+        """W [O, I, *kernel] of the whole layer, in fp32 or wider, without gradient."""
+        ...
+
+    def take_rows(self, whole: Tensor) -> Tensor:
+        """This module's rows of something that has one (axis 0) for each output feature of the layer."""
+        ...
+
+
+class Adapter(nn.Module):
+    """Base of all algorithms. Parameters are those of `layout`, in fp32.
+
+    Args:
+        geometry: of the layer that it is for.
+        dim: the rank, or what the algorithm has in its place.
+        options: of `layout`.
+
+    Raises:
+        ValueError: the layer, the dim and the options do not go together.
+    """
+
+    algo: ClassVar[str]
+    plus: ClassVar[frozenset[str]]  # parameters which LoRA+ (2402.12354) trains faster
+    keys: ClassVar[dict[str, str]]  # parameter -> suffix in a file
+    more_keys: ClassVar[frozenset[str]] = frozenset()  # suffixes of what else its files can have
+    required: ClassVar[tuple[frozenset[str], ...]]  # one of these sets of suffixes marks the algorithm
+    fold: ClassVar[tuple[str, ...]]  # the first of these that exists takes up the learnt scalar at save
+    saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
+    bias_key: ClassVar[str] = ""  # suffix of the change of the layer's bias, where a file can have one
+    saves_alpha: ClassVar[bool] = True  # whether readers expect one
+    rank_shows: ClassVar[tuple[tuple[str, int], ...]] = ()  # (suffix, axis): the first that a file has is the rank
+    near_one: ClassVar[frozenset[str]] = frozenset()  # parameters that a file holds as factors near 1
+    peft_type: ClassVar[str] = ""  # in PEFT's adapter_config.json, where its files cannot be read alike without
+    peft_keys: ClassVar[Mapping[str, str]] = {}  # suffix in a file of PEFT -> what stands for it in that of any program
 
     family: ClassVar[str] = Geometry.family  # of the layers that it is for
     options: ClassVar[frozenset[str]]  # names of the keyword options that `layout` takes
@@ -44,10 +89,13 @@ class Adapter(SavedForm):
     timed: ClassVar[bool] = False  # it acts by the time of the denoising pass: its attribute `clock`
     relative: ClassVar[bool] = False  # dW is a function of the base weight, which its norm needs
 
+    magnitudes: ClassVar[bool] = True  # whether magnitudes of DoRA can stand beside it in a file
+
+    scalar: nn.Parameter | None
+    plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     clock: Clock | None = None  # of the timed ones: when it is, if anybody knows
     number: Tensor | None = None  # of the stepwise ones: 0-d, drawn for the step alike in all processes; None = unknown
     refactor_error: float | None = None  # relative, of the tensors of the last `pack`, where they are not the live ones
-    side = ""  # of the multiplicative ones: "output" or "input"
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
@@ -59,49 +107,77 @@ class Adapter(SavedForm):
         with torch.no_grad():
             self.reset_parameters()
 
-    # -- the record
+    # -- what it consists of
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, *args: Any, **options: Any) -> Layout:
-        """Shapes for a layer, a dim and this algorithm's options."""
-        raise NotImplementedError
+        """What an adapter of a layer consists of. Every algorithm defines it.
 
-    def reset_parameters(self) -> None:
-        """Start values; dW is 0, or its scalar is."""
-        raise NotImplementedError
-
-    @property
-    def wants_base(self) -> bool:
-        """Whether its start values follow from the base weight, and nothing has set others yet."""
-        return False
-
-    def see_base(self, weight: Tensor) -> None:
-        """Take the start values from W [O, I, *kernel], fp32 or wider, on any device; without gradient.
+        Args:
+            geometry: of the layer.
+            dim: the rank, or what the algorithm has in its place.
+            options: those of the algorithm, by name.
 
         Raises:
-            ValueError: it cannot be the weight that the parameters are for.
+            ValueError: they do not go together.
         """
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether it wants the base weight and has no other start values."""
-        return False
-
-    def await_base_(self, scale: float) -> None:
-        """Start as PiSSA (2404.02948): from values that scale * dW would be the principal part of the base weight, if
-        it did not start at 0."""
         raise NotImplementedError
 
-    def settle_(self) -> None:
-        """Its values were set by other means: nothing is wanted of the base weight any more."""
+    @classmethod
+    def of_parts(cls, geometry: Geometry, dim: int, sizes: Sequence[int], options: Mapping[str, Any]) -> Adapter:
+        """One adapter of this algorithm for each part of a Linear, together. Both families define it.
 
-    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
-        """Say a live state of an earlier version, under names that begin so, in today's terms, in place."""
+        Args:
+            geometry: of the whole layer.
+            dim: of each part.
+            sizes: output rows of the parts, from the first row down.
+            options: of `layout`; a tuple has one value for each part.
+        """
+        raise NotImplementedError
 
     @classmethod
     def splits(cls, options: Mapping[str, Any]) -> bool:
         """Whether adapters of the parts of a layer, each with these options, can stand for one on the whole."""
         return "split_qkv" in cls.features
+
+    def members(self) -> list[Adapter]:
+        """This adapter, and those that it is made of."""
+        return [self]
+
+    def values(self) -> dict[str, Tensor]:
+        """All parameters as they act now, differentiable where they are trained."""
+        return dict(self.named_parameters())
+
+    def factors(self, x: Tensor) -> dict[str, Tensor]:
+        """The same in the dtype in which they meet x."""
+        return {name: cast_to_input(p, x) for name, p in self.values().items()}
+
+    def shrink_(self, ratio: float) -> None:
+        """Make the change of the layer `ratio` of its size, or about that: 0 at 0, and without a jump in between. Both
+        families define it."""
+        raise NotImplementedError
+
+    # -- LoRA+ in the parametrisation
+
+    def fold_plus_(self, unit: float) -> None:
+        """From now on a plus parameter holds its value / unit, so that a step of an optimizer moves it by `unit` times
+        as much. The layer's strength makes up for it."""
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if name in self.plus:
+                    p.mul_(self.plus_unit / unit)
+        self.plus_unit = unit
+
+    @property
+    def plus_gain(self) -> float:
+        """What the change of the weight lacks because of `plus_unit`, a factor."""
+        return float(self.plus_unit ** sum(name in self.plus for name in self.record.shapes))
+
+    # -- the start
+
+    def reset_parameters(self) -> None:
+        """Start values, with which the layer is the base layer. Every algorithm defines it."""
+        raise NotImplementedError
 
     @classmethod
     def no_start(cls, init: str, options: Mapping[str, Any]) -> str:
@@ -114,123 +190,260 @@ class Adapter(SavedForm):
             if p.dim() > 1 and not p.is_meta and bool(p.any()):
                 nn.init.orthogonal_(p)
 
-    # -- the mathematics
+    def await_base_(self, scale: float) -> None:
+        """Start as PiSSA (2404.02948): from values that scale * dW would be the principal part of the base weight, if
+        it did not start at 0.
 
-    def on(self, base: Products) -> Adapter:
-        """This adapter on a base weight, for algorithms whose dW depends on it: before each use of the mathematics.
-
-        With pieces, it is the weight of their rows alone.
+        Raises:
+            ValueError: the algorithm has no such start, see `no_start`.
         """
-        return self
-
-    def weight_change(self, weight: Tensor, strength: float | Tensor) -> Tensor:
-        """W' - W for a base weight W [O, I, *kernel], in its dtype and on its device."""
-        return (self.on(OfWeight(weight)).delta() * strength).to(device=weight.device, dtype=weight.dtype)
+        raise ValueError(f"{self.algo} has no start of PiSSA: {self.no_start('pissa', self.chosen)}")
 
     @property
-    def mask_size(self) -> int:
-        """How many rank indices a rank mask weighs."""
-        return self.dim
+    def wants_base(self) -> bool:
+        """Whether its start values follow from the base weight, and nothing has set others yet."""
+        return False
 
-    def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
-        """dW [O, I, *kernel] without scale and scalar, differentiable; the mask weighs its rank indices."""
+    @property
+    def needs_base(self) -> bool:
+        """Whether it wants the base weight and has no other start values."""
+        return False
+
+    def see_base(self, weight: Tensor) -> None:
+        """Take the start values from the base weight; without gradient.
+
+        Args:
+            weight: W [O, I, *kernel], fp32 or wider, on any device.
+
+        Raises:
+            ValueError: it cannot be the weight that the parameters are for.
+        """
+
+    def settle_(self) -> None:
+        """Its values were set by other means: nothing is wanted of the base weight any more."""
+
+    def renew_state(self, state: dict[str, Any], prefix: str) -> None:
+        """Say a live state of an earlier version in today's terms, in place.
+
+        Args:
+            state: of a whole network, perhaps.
+            prefix: with which the names of this adapter's values begin there.
+        """
+
+    # -- what a layer asks of it
+
+    def strength(self, multiplier: float | Tensor, scale: float) -> float | Tensor:
+        """What multiplies its change of the layer. Both families define it.
+
+        Args:
+            multiplier: the user's strength, perhaps 0 where a dropout leaves the call out; [N] with one for each sample.
+            scale: the layer's, that of a dW: from alpha and rank.
+        """
         raise NotImplementedError
 
-    def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
-        """The layer's operation with dW, in factored form; strength and dropouts through the gate.
+    def weight_change(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        """W' - W, at multiplier 1: what a merge adds. Both families define it.
 
-        A convolution's input always comes with a batch axis.
+        Args:
+            weight: W [O, I, *kernel], fp32 or wider.
+            strength: at multiplier 1.
+
+        Returns:
+            [O, I, *kernel] in the dtype and on the device of W, differentiable.
+        """
+        raise NotImplementedError
+
+    def input_change(self, x: Tensor) -> Tensor | None:
+        """What the layer's input has to get added, at multiplier 1, in the dtype of x; None = nothing ever."""
+        return None
+
+    def output_change(
+        self, x: Tensor, y: Tensor, base: Base, gate: PassGate, factored: bool | None = None
+    ) -> Tensor | None:
+        """What the output of a base module has to get added, of the same operation as `weight_change`. Both families
+        define it.
+
+        Args:
+            x: the layer's input, with the change of `input_change`.
+            y: the base module's output, bias included.
+            base: the module.
+            gate: strength, multiplier and dropouts of the pass.
+            factored: whether to build no weight change, or to build it; None = the cheaper one.
+
+        Returns:
+            As y, in the dtype of the computation; None = nothing ever.
         """
         raise NotImplementedError
 
     def bias_change(self) -> Tensor | None:
-        """[O], what is added to the base's bias at strength 1; None = nothing ever."""
+        """[O], what is added to the base's bias at multiplier 1; None = nothing ever."""
         return None
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """dW[start:stop]."""
-        return self.delta()[start:stop]
-
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
-        """`apply_delta` of a Linear for some of its output rows only."""
-        weight = torch.cat([self.rows(*piece) for piece in pieces])
-        return gate.output(self.geometry.op(x, cast_to_input(weight, x)))
-
-    def flops(self, tokens: int) -> tuple[float, float]:
-        """Cost of (factored, materialised) forward + backward for T tokens, by the closed forms; inf = no such form."""
-        raise NotImplementedError
-
-    def norm(self) -> Tensor:
-        """Frobenius norm of dW, 0-d, without scale and scalar."""
-        return torch.linalg.vector_norm(self.delta())
-
-    def norm_sq(
-        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
-    ) -> Tensor:
-        """||W + c dW||^2 of every output row [O], or of every input column [I], without the whole sum at once.
+    def change_norm(self, weight: Callable[[], Tensor], strength: float | Tensor) -> Tensor:
+        """Frobenius norm of `weight_change`, 0-d. Both families define it.
 
         Args:
-            weight: W, or the rows of W that `pieces` lists.
+            weight: gives W, for algorithms which need it.
+            strength: at multiplier 1.
         """
-        g, sums, at = self.geometry, [], 0
-        for start, stop in _chunks(pieces or ((0, g.out_features),), max(1, CHUNK // g.columns)):
-            whole = weight[at : at + stop - start] + strength * self.rows(start, stop)
-            at += stop - start
-            squares = whole.reshape(whole.shape[0], g.in_features, -1).square().sum(-1)
-            sums.append(squares.sum(1) if on_output else squares.sum(0))
-        return torch.cat(sums) if on_output else torch.stack(sums).sum(0)
-
-    def gradient_norm_sq(self) -> Tensor:
-        """Squared row norms [O] of the change of dW along the gradients of its factors; without the scalar."""
-        own = {name: p for name, p in self.named_parameters() if name != "scalar"}
-        values = {name: p.detach() for name, p in own.items()}
-        tangents = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.items()}
-        change = jvp(lambda given: functional_call(self, given, ()), (values,), (tangents,))[1]
-        return change.flatten(1).square().sum(1)
-
-    def forward(self) -> Tensor:
-        """dW, for torch's functional tools."""
-        return self.delta()
-
-    # -- a training step
+        raise NotImplementedError
 
     def begin(self, x: Tensor) -> None:
-        """A training pass begins: what is random about `values` until `end` is drawn here, by tensor operations."""
+        """A training pass with the input x begins: what is random about `values` until `end` is drawn here, by tensor
+        operations."""
 
     def end(self) -> None:
         """It is over: `values` is what a file would hold."""
 
-    # -- shared by all
+    # -- files
 
-    def values(self) -> dict[str, Tensor]:
-        """All parameters as they act now, differentiable where they are trained."""
-        return dict(self.named_parameters())
+    @classmethod
+    def form(cls) -> str:
+        """The algorithm whose saved keys it has."""
+        return cls.saved_as or cls.algo
 
-    def factors(self, x: Tensor) -> dict[str, Tensor]:
-        """The same in the dtype in which they meet x."""
-        return {name: cast_to_input(p, x) for name, p in self.values().items()}
+    @classmethod
+    def recognises(cls, suffixes: set[str]) -> bool:
+        return any(marks <= suffixes for marks in cls.required)
 
-    @property
-    def plus_gain(self) -> float:
-        """What `delta` lacks because of `plus_unit`."""
-        return float(self.plus_unit ** sum(name in self.plus for name in self.record.shapes))
+    @classmethod
+    def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether tensors under its suffixes are its own, where several algorithms share the names."""
+        return True
 
-    def rescale_(self, ratio: float | Tensor) -> None:
-        """Multiply dW by `ratio`, in place and evenly over its factors."""
-        factors = [p for name, p in self.named_parameters() if name != "scalar" and name not in self.frozen]
+    @classmethod
+    def knows(cls, suffix: str) -> bool:
+        """Whether its files have such tensors."""
+        return suffix in cls.keys.values() or suffix in cls.more_keys
+
+    @classmethod
+    def readers(cls, options: Mapping[str, Any]) -> str:
+        """What a user should know of the programs that read its files; "" where all of them do, and alike."""
+        return ""
+
+    @classmethod
+    def rows_of_parts(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        """Output rows of the parts that have adapters of their own in a file, () for none; None where tensors of
+        `stack` do not show them."""
+        return None
+
+    @classmethod
+    def shown_rank(cls, tensors: Mapping[str, Tensor]) -> int | None:
+        """The rank that readers of these saved tensors divide alpha by; None if there is none."""
+        return next((tensors[suffix].shape[axis] for suffix, axis in cls.rank_shows if suffix in tensors), None)
+
+    @classmethod
+    def with_scale(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """Saved tensors with the alpha for this scale; without a rank it goes into a factor, if there is one."""
+        rank = cls.shown_rank(tensors)
+        if rank is not None:
+            return {**tensors, "alpha": torch.tensor(scale * rank)}
+        factors = [cls.keys[name] for name in cls.fold if cls.keys[name] in tensors][:1]
+        return {**tensors, **{key: tensors[key].to(wide_dtype(tensors[key])) * scale for key in factors}}
+
+    @classmethod
+    def portable(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
+        """A layer of any program's file as our own files would have it: scale = alpha / rank."""
+        return tensors, alpha
+
+    @classmethod
+    def of_peft(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """A layer of a file of PEFT, under `peft_keys`, with what its adapter_config.json says.
+
+        Raises:
+            ValueError: that makes no sense.
+        """
+        return tensors
+
+    @classmethod
+    def assumed(cls, tensors: Mapping[str, Tensor]) -> str:
+        """What is taken for granted of a layer that programs write in several ways, for the log; "" if nothing is."""
+        return ""
+
+    def pack(self) -> dict[str, Tensor]:
+        """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""
+        tensors = {name: p.detach() for name, p in self.named_parameters() if name != "scalar"}
+        if self.plus_unit != 1:
+            tensors = {name: t * self.plus_unit if name in self.plus else t for name, t in tensors.items()}
+        if self.scalar is not None:
+            name = next(name for name in self.fold if name in tensors)
+            tensors[name] = tensors[name] * self.scalar.detach()
+        return {self.keys[name]: tensor for name, tensor in tensors.items()}
+
+    @classmethod
+    def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
+        """What a layer of a file is. Every algorithm defines it.
+
+        Args:
+            geometry: of the layer that it is for.
+            tensors: saved suffix -> tensor.
+
+        Returns:
+            (dim, options) under which `layout` gives the shapes of these tensors.
+
+        Raises:
+            ValueError: they do not fit the layer.
+        """
+        raise NotImplementedError
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+        """Check saved tensors against this adapter. 1x1 convolutions and Linears may stand for each other.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, or of another shape.
+        """
+        check_tensors(self._by_suffix(), tensors)
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over saved tensors.
+
+        Raises:
+            ValueError: they do not fit; nothing was changed.
+        """
+        self.fits(tensors)
         with torch.no_grad():
-            for p in factors:
-                p.mul_(ratio ** (1 / len(factors)))
+            for suffix, p in self._by_suffix().items():
+                p.copy_(tensors[suffix].reshape(p.shape))
+            unit, self.plus_unit = self.plus_unit, 1.0
+            self.fold_plus_(unit)
+            if self.scalar is not None:
+                self.scalar.fill_(1.0)
 
-    def shrink_(self, ratio: float) -> None:
-        """Make the change of the layer `ratio` of its size, or about that: 0 at 0, and without a jump in between."""
-        self.rescale_(ratio)
+    def _by_suffix(self) -> dict[str, nn.Parameter]:
+        return {self.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
 
+    @classmethod
+    def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Saved tensors of the layer whose parts, from the first output row down, have these. Algorithms with the
+        feature split_qkv define it."""
+        raise NotImplementedError
 
-def _chunks(pieces: Pieces, step: int) -> Iterator[tuple[int, int]]:
-    for start, stop in pieces:
-        for first in range(start, stop, step):
-            yield first, min(stop, first + step)
+    @classmethod
+    def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+        """The inverse of `stack` for parts of these output sizes; defined with it.
+
+        Raises:
+            ValueError: the tensors are no such stack.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+        """The first `dim` ranks (of each part, in a stack): what DyLoRA trains to stand alone.
+
+        Raises:
+            ValueError: no ranks of this form stand alone.
+        """
+        raise ValueError(f"{cls.algo} has no ranks that could stand alone")
+
+    @classmethod
+    def nearest(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+        """The nearest update of rank `dim`.
+
+        Raises:
+            ValueError: it has not this algorithm's form.
+        """
+        raise ValueError(f"the nearest update of a lower rank is no {cls.algo}")
 
 
 def kaiming_(p: Tensor) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry
 from ..tensors.low_rank import Gate
-from .base import Adapter
+from .additive import Additive
 from .saved import Layout
 
 
-class Full(Adapter):
+class Full(Additive):
     algo = "full"
     options = frozenset()
     plus = frozenset()  # one factor is no pair

@@ -23,7 +23,7 @@ Parameters (saved as a1.weight, a2.weight, b1.weight, b2.weight; LyCORIS' layout
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -33,8 +33,10 @@ from torch import Tensor, nn
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
 from ..tensors.per_thread import PerThread
-from ..tensors.products import Products, weight_times
-from .base import Adapter, Layout, kaiming_
+from ..tensors.products import OfWeight, Products, weight_times
+from .additive import Additive
+from .base import kaiming_
+from .saved import Layout
 
 _NAMES = ("a1", "a2", "b1", "b2")
 
@@ -46,7 +48,7 @@ class _On:
         self.base: Products | None = None
 
 
-class GLoRA(Adapter):
+class GLoRA(Additive):
     algo = "glora"
     options = frozenset({"use_scalar"})
     plus = frozenset({"a1", "b1"})
@@ -87,6 +89,9 @@ class GLoRA(Adapter):
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the adapter is none of the base."""
         return self.__dict__ | {"_on": PerThread(_On)}
+
+    def change_norm(self, weight: Callable[[], Tensor], strength: float | Tensor) -> Tensor:
+        return super(GLoRA, self.on(OfWeight(weight()))).change_norm(weight, strength)
 
     @property
     def mask_size(self) -> int:

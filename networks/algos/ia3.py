@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry, Pieces
-from .reweight import Reweight
+from .multiplicative import Multiplicative
 from .saved import Layout
 
 
-class IA3(Reweight):
+class IA3(Multiplicative):
     algo = "ia3"
     options = frozenset({"train_on_input"})
     keys = {"weight": "weight", "on_input": "on_input"}

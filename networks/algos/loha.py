@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right
+from .additive import Additive
 from .base import Adapter
 from .saved import Layout, unstack_diagonal
 
 
-class LoHa(Adapter):
+class LoHa(Additive):
     algo = "loha"
     options = frozenset({"use_tucker", "use_scalar"})
     plus = frozenset({"w2_a"})

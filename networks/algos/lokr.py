@@ -29,14 +29,15 @@ from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import NO_GATE, Gate
 from ..tensors.tucker import core_times_right
-from .base import Adapter, kaiming_
+from .additive import Additive
+from .base import kaiming_
 from .saved import Layout
 
 LARGE = 5120  # a dim above it means a whole second factor, whatever the width
 Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
 
 
-class LoKr(Adapter):
+class LoKr(Additive):
     algo = "lokr"
     options = frozenset(
         {"use_tucker", "use_scalar", "factor", "decompose_both", "full_matrix", "unbalanced_factorization"}

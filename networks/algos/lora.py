@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, low_rank, product_error, product_norm_sq, refactor, singular, sum_norm_sq
 from ..tensors.tucker import core_times_right
+from .additive import Additive
 from .base import Adapter, kaiming_
 from .saved import Layout, Resized, unstack_diagonal
 
 
-class LoRA(Adapter):
+class LoRA(Additive):
     algo = "lora"
     options = frozenset({"use_tucker", "use_scalar"})
     plus = frozenset({"up"})

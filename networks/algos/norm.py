@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ..tensors.geometry import Geometry
 from ..tensors.low_rank import Gate
 from ..tensors.norms import NormGeometry
-from .base import Adapter, Layout
+from .additive import Additive
+from .saved import Layout
 
 
-class Norm(Adapter):
+class Norm(Additive):
     algo = "norm"
     family = NormGeometry.family
     options = frozenset()

@@ -29,14 +29,14 @@ from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.rotation import apply_blocks, generator, rotation_less_identity
 from . import oft_input
-from .reweight import Reweight
+from .multiplicative import Multiplicative
 from .saved import Layout
 
 TERMS = "terms"  # in a live state of the input side: of the series, 0 = the whole transform
 RESCALE, CHANGE = "rescale", "rescale_change"
 
 
-class Rotation(Reweight):
+class Rotation(Multiplicative):
     """What both kinds of orthogonal fine-tuning share: blocks, a constraint, factors by row."""
 
     keys = {"blocks": "oft_blocks", CHANGE: RESCALE}

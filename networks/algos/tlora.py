@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, singular
+from .additive import Additive
 from .base import Adapter
 from .lora import LoRA
 from .saved import Layout, check_tensors
@@ -100,7 +101,7 @@ class TLoRA(LoRA):
             nn.init.orthogonal_(self.p0)
         else:
             self._start_from(torch.randn(self.geometry.out_features, self.geometry.columns) / self.dim, self.sig_type)
-        self._fresh: int | None = self._versions()
+        self._drawn = self.use_data_init  # at random for the time being: nothing has set the start since
         self._waiting = False  # for the start of factors which came without one
 
     def _start_from(self, matrix_OJ: Tensor, part: str, exact: bool = False) -> None:
@@ -115,14 +116,14 @@ class TLoRA(LoRA):
 
     @property
     def wants_base(self) -> bool:
-        return self._waiting or (self.use_data_init and self._fresh == self._versions())
+        return self._waiting or self._drawn
 
     @property
     def needs_base(self) -> bool:
         return self.wants_base
 
     def settle_(self) -> None:
-        self._waiting, self._fresh = False, None
+        self._waiting = self._drawn = False
 
     def see_base(self, weight: Tensor) -> None:
         if not self._waiting:
@@ -145,17 +146,6 @@ class TLoRA(LoRA):
             p.copy_(given[name] - getattr(self, f"{name}0"))
         self.p.div_(self.unit)
         self.settle_()
-
-    def _versions(self) -> int:
-        return sum(p._version for p in self.parameters())
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has tensors with versions of their own."""
-        return self.__dict__ | {"_fresh": self._fresh == self._versions()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._fresh = self._versions() if state["_fresh"] else None
 
     # -- the mathematics
 
@@ -183,7 +173,7 @@ class TLoRA(LoRA):
         return _Pairs(gate, self.dim, mask)
 
     def gradient_norm_sq(self) -> Tensor:
-        return Adapter.gradient_norm_sq(self)
+        return Additive.gradient_norm_sq(self)
 
     def flops(self, tokens: int) -> tuple[float, float]:
         return 2 * super().flops(tokens)[0], math.inf
@@ -193,11 +183,9 @@ class TLoRA(LoRA):
         return 1.0  # `values` has it
 
     def fold_plus_(self, unit: float) -> None:
-        fresh = self._fresh == self._versions()
         with torch.no_grad():
             self.p.mul_(self.unit / unit)
             self.unit.fill_(unit)
-        self._fresh = self._versions() if fresh else self._fresh
 
     def rescale_(self, ratio: float | Tensor) -> None:
         """By lam and lam0: no other factors give the change evenly."""

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algos import Adapter, Reweight, recognise
+from ..algos import Adapter, make_adapter, recognise
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
-from ..layers.split import make_adapter
 from ..tensors.geometry import Geometry
 from . import dialects, twins
 
@@ -67,7 +66,7 @@ class SavedLayer:
             raise ValueError(
                 f"the file has {self.algorithm.algo}, which is not for a layer of this kind ({geometry.kind})"
             )
-        if self.magnitude is not None and issubclass(self.algorithm, Reweight):
+        if self.magnitude is not None and not self.algorithm.magnitudes:
             raise ValueError(
                 f"the file has DoRA magnitudes of a layer of {self.algorithm.algo}, which has none here: merge it into "
                 "the base model in the program that trained it"

@@ -26,8 +26,7 @@ class Draws:
     def __init__(self, layers: Iterable[AdaptedLayer]) -> None:
         self.takers: list[Adapter | Perturbation] = []
         for layer in layers:
-            parts = [part for part in layer.adapter.modules() if isinstance(part, Adapter)]
-            self.takers += [part for part in parts if part.stepwise]
+            self.takers += [member for member in layer.adapter.members() if member.stepwise]
             self.takers += [layer.perturbation] if layer.perturbation is not None else []
         self._numbers = torch.zeros(len(self.takers), dtype=torch.int64, device="cpu")
 

@@ -29,10 +29,12 @@ class Dropouts:
 
 @dataclass
 class CallGate:
-    """What a forward pass does to the rank activation (see tensors.low_rank.Gate).
+    """What a forward pass does to the rank activation (see tensors.low_rank.PassGate).
 
-    scale: multiplier * alpha scale * scalar; a number, a 0-d tensor, or [N] with one value per sample, repeated when
-    the batch is a multiple of N (classifier-free guidance stacks copies of the batch).
+    Attributes:
+        scale: multiplier * alpha scale * scalar; a number, a 0-d tensor, or [N] with one value per sample, repeated
+            when the batch is a multiple of N (classifier-free guidance stacks copies of the batch).
+        dropout, rank_dropout, rank_dropout_scale: as in `Dropouts`, as they act in this pass.
     """
 
     scale: float | Tensor
@@ -43,6 +45,13 @@ class CallGate:
     @property
     def uniform(self) -> bool:
         return not isinstance(self.scale, Tensor) or self.scale.dim() == 0
+
+    @property
+    def elementwise(self) -> bool:
+        return self.dropout > 0
+
+    def mask(self, size: int, like: Tensor) -> Tensor | None:
+        return rank_mask((size,), self.rank_dropout, like, self.rank_dropout_scale) if self.rank_dropout else None
 
     def output(self, update: Tensor) -> Tensor:
         scale = self.scale
@@ -70,7 +79,14 @@ class CallGate:
 
 
 def rank_mask(shape: list[int] | tuple[int, ...], p: float, like: Tensor, scaled: bool = True) -> Tensor:
-    """0 with probability p, otherwise 1 / (1 - p), so that the mean is 1; or 1 if it is not to be scaled."""
+    """0 with probability p, otherwise 1 / (1 - p), so that the mean is 1.
+
+    Args:
+        shape: of the mask.
+        p: in [0, 1).
+        like: has its device and dtype.
+        scaled: False = 1 instead of 1 / (1 - p).
+    """
     kept = torch.rand(shape, device=like.device) >= p
     return kept.to(like.dtype) / (1 - p if scaled else 1)
 

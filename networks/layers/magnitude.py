@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..algos import Adapter
+from ..algos import Additive
 from ..tensors.geometry import Geometry
 from ..tensors.products import OfWeight
 from .site import Site, read_whole
@@ -32,7 +32,7 @@ def magnitude_shape(geometry: Geometry, on_output: bool) -> tuple[int, ...]:
 
 @torch.no_grad()
 def norms(
-    adapter: Adapter,
+    adapter: Additive,
     weights: Mapping[Site, Tensor],
     strength: float | Tensor,
     shape: tuple[int, ...],
@@ -42,8 +42,11 @@ def norms(
     """||W + s dW|| in the magnitude's shape.
 
     Args:
-        weights: the base weight of every module.
-        shape: of the whole magnitude.
+        adapter: on any base.
+        weights: the base weight of every module, W or its rows.
+        strength: s, that of dW: scale * scalar.
+        shape: of the whole magnitude, [O, 1, ..] or [1, I, ..].
+        on_output: whether magnitudes are those of rows.
         only: there is one module, whose own rows are asked for in its own order.
     """
     squares = {}
@@ -59,6 +62,11 @@ def norms(
 
 
 def ratio(magnitude: Tensor, norms: Tensor) -> Tensor:
-    """g / n, and 1 where n is 0; the norms have no gradient."""
+    """g / n, and 1 where n is 0: a row of zeros acts, and learns, as without DoRA.
+
+    Args:
+        magnitude: g.
+        norms: n, in the same shape, without gradient.
+    """
     zero = norms == 0
     return torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norms))

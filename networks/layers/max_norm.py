@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algos import Reweight
 from .adapted import AdaptedLayer
 
 SLACK = 1e-6  # of the limit, by which a norm may miss it
@@ -17,11 +16,8 @@ STEPS = 40  # at most, of the search where a form does not shrink in proportion
 @torch.no_grad()
 def update_norm(layer: AdaptedLayer) -> Tensor:
     """Frobenius norm of W' - W at multiplier 1 and without magnitudes, 0-d: of scale * scalar * dW."""
-    strength, adapter = layer.strength, layer.wide_adapter()
     with torch.autocast(next(layer.parameters()).device.type, enabled=False):
-        if isinstance(adapter, Reweight):
-            return torch.linalg.vector_norm(adapter.weight_change(layer.whole_weight()))
-        return adapter.norm() * (strength.abs() if isinstance(strength, Tensor) else abs(strength))
+        return layer.wide_adapter().change_norm(layer.whole_weight, layer.strength)
 
 
 def limit_norms(layers: Sequence[AdaptedLayer], limit: float) -> tuple[int, float, float]:

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from ..tensors import base_weight
 from ..tensors.geometry import Pieces
 from ..tensors.products import OfWeight, weight_times
+from .dropout import CallGate
 
 if TYPE_CHECKING:
-    from .attached import AttachedAdapter
+    from .adapted import AdaptedLayer
 
 
 class Site:
@@ -25,13 +26,18 @@ class Site:
     The base module keeps its class, name, parameters and children; only its instance attribute `forward` is replaced
     while the adapter is attached. Its weight is read when it is needed, never kept: hosts move, cast and swap weights.
 
+    Who is above and below on the same module is read from the forwards themselves, whose `__self__` is the site that
+    put it there, and kept nowhere else: hosts replace forwards, too, and put old ones back, after which a list of our
+    own would be wrong; a copy of model and network has copies of the links; and torch.compile can follow them.
+
     Args:
+        module: the base module.
         pieces: the layer's output rows which this module computes, in its own order; None = all of them.
     """
 
     def __init__(self, module: nn.Module, pieces: Pieces | None = None) -> None:
         self.module, self.pieces = module, pieces
-        self.layer: AttachedAdapter | None = None
+        self.layer: AdaptedLayer | None = None
         self.below: Callable[..., Tensor] | None = None  # what the module's forward was before ours
         self.in_weight = False  # the module's weight holds the update, which its forward must not add again
 
@@ -54,7 +60,7 @@ class Site:
         if above is not None:
             above.below = below
         elif getattr(below, "__func__", None) is type(self.module).forward:
-            del self.module.forward
+            del self.module.forward  # that of its class comes to light again
         else:
             self.module.forward = below
 
@@ -65,15 +71,16 @@ class Site:
 
     def under(self) -> Site | None:
         """The site of another network right below this one on the same module."""
-        owner = getattr(self.below, "__self__", None)
-        return owner if isinstance(owner, Site) else None
+        return _owner(self.below)
 
     def _above(self) -> Site | None:
-        """The site of another network that was attached on top of this one."""
-        above, forward = None, vars(self.module).get("forward")
-        while isinstance(owner := getattr(forward, "__self__", None), Site) and owner is not self:
-            above, forward = owner, owner.below
-        return above if owner is self else None
+        """The site of another network right on top of this one; None also where a forward of others lies between."""
+        site = _owner(vars(self.module).get("forward"))
+        if site is self:
+            return None
+        while site is not None and site.under() is not self:
+            site = site.under()
+        return site
 
     @property
     def first_row(self) -> int:
@@ -99,9 +106,49 @@ class Site:
         weight = getattr(self.module, "weight", None)
         return isinstance(weight, Tensor) and weight.is_meta
 
-    def read(self, device: Any = None) -> Tensor:
-        """The module's weight, in fp32 or wider."""
+    def read(self, device: torch.device | None = None) -> Tensor:
+        """The module's weight, in fp32 or wider; on a device, or where it is."""
         return base_weight.read(self.module, device)
+
+    @torch.no_grad()
+    def weight(self, device: torch.device | None = None) -> Tensor:
+        """The same below this layer, with what other networks do to it there: its rows [O', I, *kernel]."""
+        under = self.under()
+        if under is None:
+            return self.read(device)
+        assert under.layer is not None
+        if not under.acts:
+            return under.weight(device)
+        if under.pieces is None:
+            return under.layer.new_weight(under.weight(device))
+        return under.take_rows(under.layer.new_weight(under.layer.whole_weight(device)))
+
+    def whole_weight(self, device: torch.device | None = None) -> Tensor:
+        """The same of the whole layer [O, I, *kernel]."""
+        assert self.layer is not None
+        return self.layer.whole_weight(device)
+
+    def bias(self, y: Tensor) -> Tensor | float:
+        """The bias below this layer, with what other networks do to it there, shaped as a part of the output y; 0
+        without one. Differentiable: their output has it as well."""
+        assert self.layer is not None
+        under, bias = self.under(), getattr(self.module, "bias", None)
+        if under is None:
+            return 0.0 if bias is None else self.layer.adapter.geometry.on_outputs(bias.to(y.dtype))
+        assert under.layer is not None
+        below = under.bias(y)
+        more = under.bias_change(y, under.layer.runtime.multiplier) if under.acts else None
+        return below if more is None else below + more
+
+    def bias_change(self, y: Tensor, multiplier: float | Tensor) -> Tensor | None:
+        """What the adapter adds to the output y by changing the bias, in its shape and dtype; None = nothing ever."""
+        assert self.layer is not None
+        adapter = self.layer.adapter
+        change = adapter.bias_change()
+        if change is None:
+            return None
+        part = adapter.geometry.on_outputs(self.take_rows(change), y).to(y).expand_as(y)
+        return CallGate(multiplier).output(part)
 
     def times(self, matrix_IR: Tensor) -> Tensor:
         """W M [O, R, *kernel] for the weight W below the adapter, differentiable in M.
@@ -109,13 +156,12 @@ class Site:
         A weight of the matrix's dtype is used as it is, also where autocast will see to that. Others are decoded, in
         the backward pass again: kept for it, a quantised model would be held in fp32.
         """
-        assert self.layer is not None
-        layer, own = self.layer, base_weight.plain(self.module) if self.under() is None else None
+        own = base_weight.plain(self.module) if self.under() is None else None
         if own is not None and (own.dtype == matrix_IR.dtype or torch.is_autocast_enabled(own.device.type)):
             return weight_times(own, matrix_IR)
 
         def product(matrix_IR: Tensor) -> Tensor:
-            return OfWeight(layer.weight_below(self)).times(matrix_IR)
+            return OfWeight(self.weight()).times(matrix_IR)
 
         if not torch.is_grad_enabled() or not matrix_IR.requires_grad:
             return product(matrix_IR)
@@ -149,6 +195,12 @@ class Site:
         if base_weight.has_backup(self.module):
             base_weight.restore(self.module)
             _set_holders(self.module, _KEPT.pop(self.module, ()))
+
+
+def _owner(forward: object) -> Site | None:
+    """The site whose `forward` this is."""
+    owner = getattr(forward, "__self__", None)
+    return owner if isinstance(owner, Site) else None
 
 
 _HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[Site]] = WeakKeyDictionary()  # whose updates a weight has

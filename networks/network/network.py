@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..algos import ALGOS, Adapter
+from ..algos import ALGOS
 from ..algos.clock import Clock, clock_of
 from ..archs.detect import unwrap
 from ..archs.spec import Timestep
@@ -23,8 +23,7 @@ from ..files.adapter_file import AdapterFile, Naming, as_encoded, of_tensors, op
 from ..files.dialects import Form
 from ..files.places import Allowance
 from ..files.strengths import ALPHA, SAID
-from ..layers.adapted import AdaptedLayer
-from ..layers.attached import LIVE_SCALE
+from ..layers.adapted import LIVE_SCALE, AdaptedLayer
 from ..layers.draws import Draws
 from ..layers.dropout import Dropouts
 from ..layers.max_norm import limit_norms
@@ -170,8 +169,8 @@ class Network(nn.Module):
         given; all of these clocks."""
         clocks: dict[int | None, Clock] = {}
         for row, layer in self.layers:
-            for adapter in layer.adapter.modules() if row.part in self.timesteps else ():
-                if isinstance(adapter, Adapter) and adapter.timed:
+            for adapter in layer.adapter.members() if row.part in self.timesteps else ():
+                if adapter.timed:
                     group = adapter.chosen.get("mask_group_id")
                     adapter.clock = clocks.setdefault(group, self.clock if group is None else clock_of(group))
         return list(clocks.values())

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..algos import ALGOS, Adapter, Layout
+from ..algos import ALGOS, Adapter, Layout, layout_of, make_adapter
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs
 from ..files.codec import SavedLayer
-from ..layers.split import layout_of, make_adapter
 from ..tensors.geometry import Geometry
 from ..tensors.seeding import seed_of, seeded
 from . import report

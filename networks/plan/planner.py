@@ -8,11 +8,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from ..algos import ALGOS, Adapter, suited
+from ..algos import ALGOS, Adapter, layout_of, suited
 from ..args.parse import NetArgs, Problems
 from ..files.codec import SavedLayer, unknown_form
 from ..layers.magnitude import magnitude_shape
-from ..layers.split import layout_of
 from ..tensors.geometry import Geometry
 from ..tensors.norms import NormGeometry
 from . import effects, file_form

@@ -110,6 +110,11 @@ class Geometry:
         return (1,) * len(self.kernel)
 
     @property
+    def feature_axis(self) -> int:
+        """Of the features in inputs and outputs, from the last axis back."""
+        return -1 - len(self.kernel)
+
+    @property
     def kind(self) -> str:
         """As a person would name it: Linear, Conv2d 3x3, Conv2d 3x3 g=4."""
         if not self.is_conv:

@@ -20,11 +20,30 @@ class Gate(Protocol):
         ...
 
     def rank(self, h: Tensor, dim: int) -> Tensor:
-        """Scale and drop the rank activation h; its rank axis is `dim`, its first axis the samples."""
+        """Scale and drop the rank activation.
+
+        Args:
+            h: its first axis is the samples.
+            dim: its rank axis.
+        """
         ...
 
     def output(self, update: Tensor) -> Tensor:
         """Scale an update which has no rank activation."""
+        ...
+
+
+class PassGate(Gate, Protocol):
+    """The gate of a whole pass, before anything is known of the form of the update."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether elements of the rank activation are dropped one by one, which no weight change can stand for."""
+        ...
+
+    def mask(self, size: int, like: Tensor) -> Tensor | None:
+        """[size], the weights of the rank indices in this pass, for a weight change which all samples share; None =
+        1 each. On the device and in the dtype of `like`."""
         ...
 
 
@@ -46,6 +65,12 @@ def low_rank(geometry: Geometry, x: Tensor, down_RIK: Tensor, up_OR: Tensor, gat
 
     With groups every group reads its own input channels through the same R rows, so the middle has groups * R
     channels and the second product is grouped too.
+
+    Args:
+        x: [.., I] of a Linear, [B, I * groups, *space] of a convolution.
+        down_RIK: [R, I, *kernel].
+        up_OR: [O, R].
+        gate: strength and dropouts, on the rank activation.
     """
     if not geometry.is_conv:
         return F.linear(gate.rank(F.linear(x, down_RIK), -1), up_OR)
@@ -67,7 +92,10 @@ def sum_norm_sq(weight: Tensor, left_OR: Tensor, right_RIK: Tensor, on_output: b
     """||W + left right||^2 of every output row [O] or every input column [I], without building the product.
 
     Args:
-        weight: [O, I, *kernel].
+        weight: W [O, I, *kernel].
+        left_OR: [O, R].
+        right_RIK: [R, I, *kernel].
+        on_output: of rows; False = of columns.
     """
     W, right = weight.flatten(1), right_RIK.flatten(1)
     if on_output:
