@@ -40,8 +40,6 @@ OLDER: dict[str, int] = {
     "networks/args/presets.py:_options": 14,
     "networks/files/dotted.py:_join": 14,
     "kohya_trainer/training.py:make_accelerator": 14,
-    "networks/tensors/norms.py:NormGeometry.of": 14,
-    "networks/algos/lokr.py:LoKr.layout": 13,
     "networks/args/coerce.py:_regex_map": 13,
     "networks/plan/blocks.py:BlockChoices._lengths": 13,
     "networks/plan/effects.py:_starts": 13,

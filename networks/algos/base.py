@@ -236,7 +236,7 @@ class Adapter(nn.Module):
         """What multiplies its change of the layer. Both families define it.
 
         Args:
-            multiplier: the user's strength, perhaps 0 where a dropout leaves the call out; [N] with one for each sample.
+            multiplier: the user's strength, 0 where a dropout leaves the call out; [N] with one for each sample.
             scale: the layer's, that of a dW: from alpha and rank.
         """
         raise NotImplementedError

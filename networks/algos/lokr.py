@@ -72,20 +72,23 @@ class LoKr(Additive):
     ) -> Layout:
         """`split` ((A, B), (C, D)) and `whole` (w1, w2) state outright what a file holds; else the options decide."""
         (A, B), (C, D) = split or cls._split(geometry, factor, unbalanced_factorization)
-        if whole is None:
-            whole1 = not decompose_both or full_matrix or dim >= max(A, C) / 2
-            whole = whole1, full_matrix or dim >= max(B, D) / 2 or dim > LARGE
+        whole = whole or (
+            full_matrix or not decompose_both or dim >= max(A, C) / 2,
+            full_matrix or dim > LARGE or dim >= max(B, D) / 2,
+        )
         shapes: dict[str, tuple[int, ...]] = {"w1": (A, C)} if whole[0] else {"w1_a": (A, dim), "w1_b": (dim, C)}
-        if whole[1]:
-            shapes["w2"] = (B, D, *geometry.kernel)
-        elif use_tucker and geometry.has_kernel:
-            shapes |= {"t2": (dim, dim, *geometry.kernel), "w2_a": (dim, B), "w2_b": (dim, D)}
-        else:
-            shapes |= {"w2_a": (B, dim), "w2_b": (dim, D * geometry.kernel_size)}
+        shapes |= {"w2": (B, D, *geometry.kernel)} if whole[1] else cls._low_rank_w2(geometry, (B, D), dim, use_tucker)
         if use_scalar:
             shapes["scalar"] = ()
         # Grouped convolutions have no reshaped form, so no rank activation either.
         return Layout(shapes, None if all(whole) else dim, rank_axis=not whole[1] and geometry.groups == 1)
+
+    @staticmethod
+    def _low_rank_w2(geometry: Geometry, size: tuple[int, int], dim: int, tucker: bool) -> dict[str, tuple[int, ...]]:
+        B, D = size
+        if tucker and geometry.has_kernel:
+            return {"t2": (dim, dim, *geometry.kernel), "w2_a": (dim, B), "w2_b": (dim, D)}
+        return {"w2_a": (B, dim), "w2_b": (dim, D * geometry.kernel_size)}
 
     @staticmethod
     def _split(geometry: Geometry, factor: int, unbalanced: bool) -> Split:

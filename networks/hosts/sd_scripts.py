@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..archs.detect import unwrap
 from ..args.parse import NetArgs, Problems
 from ..files.adapter_file import FileTensors
+from ..network.changes import times_changed
 from ..network.optim import Groups, text_encoder_rates
 from .contract import Caller, HostNetwork, TextEncoders, learning_rate
 
@@ -115,9 +116,9 @@ class PerturbedCalls(LoRANetwork):
         super().on_step_start(*models)
         if self._waited is None:
             return
-        version = self._version_of_all()
-        self._waited += self._seen not in (None, version)
-        self._seen = version
+        changed = times_changed(self.parameters())
+        self._waited += self._seen not in (None, changed)
+        self._seen = changed
         if self._waited == STEPS_WITHOUT_NORMS:
             self._waited = None
             log.warning(
@@ -128,12 +129,8 @@ class PerturbedCalls(LoRANetwork):
 
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
         found = super().apply_max_norm_regularization(max_norm_value, device)
-        self._seen = None if self._waited is None else self._version_of_all()  # what it changes is no step
+        self._seen = None if self._waited is None else times_changed(self.parameters())  # what it changes is no step
         return found
-
-    def _version_of_all(self) -> int:
-        """It grows with every change of a parameter."""
-        return sum(parameter._version for parameter in self.parameters())
 
     def update_grad_norms(self) -> None:
         """Before the gradients are cleared."""

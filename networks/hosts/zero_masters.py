@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..network.changes import times_changed
+
 
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether what the optimizer steps is a copy of it, of which each process has its part."""
@@ -24,8 +26,8 @@ def write_master(parameter: nn.Parameter, value: Tensor) -> None:
 def masters_follow(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """What is changed in here is changed in the copies, too: the next step would take it back. The copies of the other
     parameters keep the bits which half precision has lost."""
-    before = [(parameter, parameter._version) for parameter in parameters if is_partitioned(parameter)]
+    before = [(parameter, times_changed([parameter])) for parameter in parameters if is_partitioned(parameter)]
     yield
-    for parameter, version in before:
-        if parameter._version != version:
+    for parameter, changed in before:
+        if times_changed([parameter]) != changed:
             write_master(parameter, parameter.detach())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import AdaptedLayer
+from .changes import times_changed
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # names in a warning
@@ -40,7 +41,7 @@ class Diagnosis:
         self._kinds: list[str] = []  # and what it is there: up, down, magnitude_change, ...
         self._parameters: list[nn.Parameter] = []
         self._seen: set[str] = set()
-        self._version = 0
+        self._changed = 0  # times, when last looked at
 
     def step(self, layers: Sequence[AdaptedLayer]) -> None:
         """At the start of each pass of the trainer's loop; a step of the optimizer is known by what it changed."""
@@ -48,10 +49,10 @@ class Diagnosis:
             return
         if self._starts is None:
             self._begin(layers)
-        version = self._versions()
-        if version == self._version:
+        changed = times_changed(self._parameters)
+        if changed == self._changed:
             return
-        self._version = version
+        self._changed = changed
         self.steps += 1
         if self.steps == self.after:
             self.warn(self.find(), f"after {self.steps} steps")
@@ -61,7 +62,7 @@ class Diagnosis:
     def find(self) -> dict[str, list[str]]:
         """Kind of trouble -> names of its layers, `dead_kinds` -> kinds of value that moved in no layer whose others
         did; {} before the first step of an optimizer."""
-        if self._starts is None or (not self.steps and self._versions() == self._version):
+        if self._starts is None or (not self.steps and times_changed(self._parameters) == self._changed):
             return {}
         now = _sums(self._parameters)
         same = dict.fromkeys(self._owners, True)
@@ -123,7 +124,7 @@ class Diagnosis:
                     self._parameters.append(parameter)
                     self._watch(parameter, layer.lora_name)
         self._starts = _sums(self._parameters)
-        self._version = self._versions()
+        self._changed = times_changed(self._parameters)
 
     def _watch(self, parameter: nn.Parameter, name: str) -> None:
         def first_gradient(_: Tensor) -> None:
@@ -131,9 +132,6 @@ class Diagnosis:
             handle.remove()
 
         handle = parameter.register_post_accumulate_grad_hook(first_gradient)
-
-    def _versions(self) -> int:
-        return sum(parameter._version for parameter in self._parameters)
 
 
 @torch.no_grad()

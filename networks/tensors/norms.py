@@ -53,26 +53,21 @@ class NormGeometry(Geometry):
         name = type(module).__name__
         if "norm" not in name.lower() or next(module.children(), None) is not None:
             return None
-        weight = next(
-            (t for t in (getattr(module, n, None) for n in ("weight", "scale")) if isinstance(t, Tensor)), None
-        )
-        eps = next((getattr(module, n) for n in _EPS if hasattr(module, n)), _EPS_IN_CODE)
-        if isinstance(module, nn.GroupNorm):
-            mode, parts = "group", module.num_groups
-        elif isinstance(module, nn.LayerNorm):
-            mode, parts = "layer", 1
-        elif _RMS.fullmatch(name):
-            mode, parts = "rms", 1
-        else:
+        mode, weight = _mode(module), _tensor(module, "weight", "scale")
+        if not mode:
             return cls(0, 1, unfit=f"its formula is not known ({name})")
         size = _size(module, weight)
-        own_bias = isinstance(getattr(module, "bias", None), Tensor)
-        unfit = "" if size else f"{name} has neither a weight nor a size"
-        bias = own_bias or (weight is None and mode != "rms")
         return cls(
-            size[0] if size else 0, 1, bias=bias, mode=mode, size=size, parts=parts, eps=eps, affine=weight is not None,
-            unfit=unfit,
-        )  # fmt: skip
+            size[0] if size else 0,
+            1,
+            bias=_tensor(module, "bias") is not None or (weight is None and mode != "rms"),
+            mode=mode,
+            size=size,
+            parts=module.num_groups if isinstance(module, nn.GroupNorm) else 1,
+            eps=_eps(module),
+            affine=weight is not None,
+            unfit="" if size else f"{name} has neither a weight nor a size",
+        )
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -88,7 +83,12 @@ class NormGeometry(Geometry):
         return vector_O.reshape(-1, *[1] * (y.dim() - 2))  # channels come before the places
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
-        """xhat * weight, in fp32 or wider."""
+        """xhat * weight, in fp32 or wider, of the shape of x.
+
+        Args:
+            x: the layer's input.
+            weight: of the layer's `size`.
+        """
         wide = torch.promote_types(x.dtype, torch.float32)
         x, weight = x.to(wide), weight.to(wide)
         if self.mode == "group":
@@ -108,6 +108,25 @@ def weight_geometry(shape: Sequence[int]) -> Geometry:
     if len(shape) == 1:
         return NormGeometry(shape[0], 1, bias=True, size=tuple(shape))
     return Geometry.of_weight(shape)
+
+
+def _mode(module: nn.Module) -> str:
+    """How a class normalises; "" for those whose formula is not known."""
+    if isinstance(module, nn.GroupNorm):
+        return "group"
+    if isinstance(module, nn.LayerNorm):
+        return "layer"
+    return "rms" if _RMS.fullmatch(type(module).__name__) else ""
+
+
+def _eps(module: nn.Module) -> Any:
+    return next((getattr(module, name) for name in _EPS if hasattr(module, name)), _EPS_IN_CODE)
+
+
+def _tensor(module: nn.Module, *names: str) -> Tensor | None:
+    """The first of these attributes that is a tensor."""
+    found = (getattr(module, name, None) for name in names)
+    return next((value for value in found if isinstance(value, Tensor)), None)
 
 
 def _size(module: Any, weight: Tensor | None) -> tuple[int, ...]:
