@@ -251,31 +251,16 @@ FORMS = ("factored", "materialised")
 
 
 @contextmanager
-def forced(form: str) -> Iterator[None]:
-    """Make every adapter take one form of its forward pass, where it has that form (cost below infinity)."""
-    originals = {cls: cls.__dict__["flops"] for cls in _classes_with_flops()}
-
-    def patch(original: Callable[..., tuple[float, float]]) -> Callable[..., tuple[float, float]]:
-        def flops(self: Adapter, tokens: int) -> tuple[float, float]:
-            wanted = FORMS.index(form)
-            costs = original(self, tokens)
-            if math.isinf(costs[wanted]):
-                return costs
-            return (0.0, math.inf) if wanted == 0 else (math.inf, 0.0)
-
-        return flops
-
-    for cls, original in originals.items():
-        cls.flops = patch(original)  # type: ignore[method-assign]
+def forced(form: str, *owners: AdaptedLayer | Network) -> Iterator[None]:
+    """Layers, or those of networks, take one form of their forward pass where they have it, as with bypass_mode."""
+    before = [owner.runtime.factored for owner in owners]
+    for owner in owners:
+        owner.runtime.factored = form == "factored"
     try:
         yield
     finally:
-        for cls, original in originals.items():
-            cls.flops = original  # type: ignore[method-assign]
-
-
-def _classes_with_flops() -> list[type[Adapter]]:
-    return list(dict.fromkeys(cls for algo in ADDITIVE.values() for cls in algo.__mro__ if "flops" in cls.__dict__))
+        for owner, factored in zip(owners, before, strict=True):
+            owner.runtime.factored = factored
 
 
 # -- the definitions

@@ -146,7 +146,7 @@ def test_forward_and_weights_and_file_agree(case: Case, tmp_path: Path) -> None:
     inputs = {kind: make_input(kind) for kind in case.kinds}
     outputs: dict[str, dict[str, Tensor]] = {}
     for form in FORMS:
-        with forced(form), torch.no_grad():
+        with forced(form, network), torch.no_grad():
             outputs[form] = model(inputs)
     with torch.no_grad():
         outputs["chosen"] = model(inputs)
@@ -186,7 +186,7 @@ def test_start_is_the_base_bit_exactly(case: Case) -> None:
         assert torch.equal(layer.new_weight(W), W), kind
     network.attach()
     for form in FORMS:
-        with forced(form):
+        with forced(form, network):
             after = model(inputs)
         for kind in case.kinds:
             assert torch.equal(after[kind], before[kind]), f"{kind} ({form})"
@@ -219,7 +219,7 @@ def test_gradients_of_both_forms_are_the_definitions(case: Case) -> None:
     network.attach()
     found = {}
     for form in FORMS:
-        with forced(form):
+        with forced(form, network):
             found[form] = gradients(model, network, inputs, weights)
     for name, gradient in found["factored"].items():
         assert_close(gradient, found["materialised"][name], f"{name}: factored against materialised")
@@ -247,7 +247,7 @@ def test_multiplier_zero_is_the_base_bit_exactly(case: Case) -> None:
     randomise(network)
     network.attach()
     for form in FORMS:
-        with forced(form):
+        with forced(form, network):
             for kind, y in model(inputs).items():
                 assert torch.equal(y, before[kind]), f"{kind} ({form})"
     network.merge()
@@ -265,7 +265,7 @@ def test_one_multiplier_per_sample_is_a_loop_over_samples(case: Case) -> None:
     inputs = {kind: make_input(kind, samples=4) for kind in case.kinds}  # [6, I] where samples have no token axis
     values = [0.3, -1.5]
     for form in FORMS:
-        with forced(form), torch.no_grad():
+        with forced(form, network), torch.no_grad():
             network.runtime.multiplier = torch.tensor(values, dtype=torch.float64)  # set_multiplier rounds to fp32
             together = model(inputs)
             apart: dict[str, list[Tensor]] = {kind: [] for kind in case.kinds}
@@ -407,7 +407,7 @@ def test_an_unbatched_convolution_input_works(algo: str, kind: str) -> None:
     base, layer = single(kind, algo)
     x = make_input(kind)[:1]
     for form in FORMS:
-        with forced(form), torch.no_grad():
+        with forced(form, layer), torch.no_grad():
             assert_close(base(x[0]), base(x)[0], form)
             layer.dropouts = Dropouts(rank_dropout=0.5)
             torch.manual_seed(3)
@@ -423,7 +423,7 @@ def test_a_linear_takes_any_number_of_axes(algo: str) -> None:
     x = torch.randn(2, 3, 2, base.in_features, dtype=torch.float64)
     expected = torch.func.functional_call(base_of(base, layer), {"weight": layer.new_weight(base.weight)}, x)
     for form in FORMS:
-        with forced(form):
+        with forced(form, layer):
             assert_close(base(x), expected, form)
             assert_close(base(x[0, 0, 0]), expected[0, 0, 0], f"{form}, one vector")
             assert base(x[:0]).shape == expected[:0].shape, f"{form}, no sample at all"
@@ -526,7 +526,7 @@ def test_fp32_adapter_on_a_bf16_base(algo: str, kind: str) -> None:
     layer.scale = 1 / 16
     exact = layer.adapter.geometry.op(x.double(), layer.acting.delta().detach().double()) * MULTIPLIER / 16
     for form in FORMS:
-        with forced(form):
+        with forced(form, layer):
             y = base(x)
             update = layer.update(x)
         assert y.dtype == torch.bfloat16
@@ -547,7 +547,7 @@ def test_autocast(algo: str, base_dtype: torch.dtype, kind: str) -> None:
     for x_dtype, form in itertools.product((torch.float32, torch.bfloat16), FORMS):
         x = make_input(kind, x_dtype)
         exact = layer.adapter.geometry.op(x.double(), layer.acting.delta().detach().double()) * MULTIPLIER / 16
-        with forced(form), torch.autocast("cpu", torch.bfloat16):
+        with forced(form, layer), torch.autocast("cpu", torch.bfloat16):
             y, update = base(x), layer.update(x)
         assert y.dtype == torch.bfloat16
         assert float((update.double() - exact).norm() / exact.norm()) < 0.02, (x_dtype, form)
@@ -658,7 +658,7 @@ def test_checkpointing_repeats_the_dropouts(algo: str, kind: str, form: str, ree
     for run in (base, lambda t: checkpoint(base, t, use_reentrant=reentrant)):
         torch.manual_seed(11)
         leaf = x.clone().requires_grad_()
-        with forced(form):
+        with forced(form, layer):
             y = run(leaf)
             torch.rand(5)  # the generator has moved on when the backward recomputes
             y.square().sum().backward()

@@ -171,7 +171,7 @@ def test_the_cheaper_form_is_chosen(name: str, layer: str) -> None:
     probe = Probe(layer, algo, dim, **options)
     chosen, measured = probe.flops(), []
     for form in FORMS:
-        with forced(form):
+        with forced(form, probe.layer):
             measured.append(probe.flops())
     assert measured[0] != measured[1], "the two forms are different computations"
     assert chosen <= FLOP_BOUND * min(measured)
@@ -303,7 +303,7 @@ def test_no_temporary_of_the_weights_size(name: str) -> None:
         assert calls.seen
         name_of, largest = max(calls.seen, key=lambda call: call[1])
         assert largest < probe.N, f"{name_of} makes {largest} of {probe.N} elements"
-        with forced("materialised"):
+        with forced("materialised", probe.layer):
             assert max(size for _, size in probe.calls().seen) >= probe.N, "the watch sees a materialised weight"
 
 
@@ -335,7 +335,9 @@ def extra_flops(probe: Probe) -> int:
         features = g.in_features if probe.adapter.side == "input" else Oo
         size, stages = shapes["blocks"][-1], shapes["blocks"][0] if len(shapes["blocks"]) == 4 else 0
         inverse = 2 * features * size * size  # one product in the gradient of (1 - Q)^-1, whatever the tokens
-        if probe.adapter.side == "input":  # 2 Q + 2 Q^2 + 2 Q^3 + Q^4: three products forward, six in their gradients
+        if (
+            probe.adapter.input_change(probe.x) is not None
+        ):  # 2 Q + 2 Q^2 + 2 Q^3 + Q^4: three products forward, six in their gradients
             inverse *= 9
         turns = 6 * T * features * size
         return stages * (turns * 4 // 3 + inverse) if stages else turns + inverse
@@ -365,7 +367,7 @@ def test_bytes_kept_by_the_others(name: str, layer: str) -> None:
     output, shapes = 4 * T * probe.adapter.geometry.out_features, probe.adapter.record.shapes
     blocks = 24 * torch.Size(shapes["blocks"]).numel() if "blocks" in shapes else 0
     own = {"full": 0, "lora_fa": 4 * T * dim, "dylora": 9 * T * dim}.get(algo, output)
-    if probe.adapter.side == "input":
+    if probe.adapter.input_change(probe.x) is not None:
         own = 4 * probe.x.numel() if probe.adapter.geometry.is_conv else 0
     kept = probe.kept()
     assert kept <= own * 1.01 + blocks + 8192 and (algo == "dylora" or kept >= own), f"{kept / max(1, own):.3f}"

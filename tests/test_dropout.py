@@ -116,7 +116,7 @@ def test_rank_dropout_factored_masks_per_sample_and_rank_index(algo: str, kind: 
         assert algo == "lokr" and kind == "conv_grouped", "only this combination has no rank activation"
         return
     x = make_input(kind, samples=64)
-    with forced("factored"):
+    with forced("factored", layer):
         masks = masks_of(layer, x)
     dropped = masks.abs() < 1e-6
     assert_close(masks[~dropped], torch.full_like(masks[~dropped], 1 / (1 - P)), "kept values", 1e-6)
@@ -130,7 +130,7 @@ def test_rank_dropout_factored_masks_per_sample_and_rank_index(algo: str, kind: 
 def test_rank_dropout_materialised_has_one_mask_per_call(algo: str) -> None:
     base, layer = adapted(algo, "linear", {"rank_dropout": P})
     x, seen = make_input("linear", samples=3), []
-    with forced("materialised"):
+    with forced("materialised", layer):
         for _ in range(60):
             masks = masks_of(layer, x)
             assert float((masks - masks[:1]).abs().max()) < 1e-6, "one mask for all samples"
@@ -156,7 +156,7 @@ def test_dropout_is_elementwise_on_the_rank_activation(algo: str, kind: str) -> 
     if kind == "conv_3x3":
         x = torch.ones(shape, dtype=torch.float64)
     for form in FORMS:
-        with forced(form), torch.no_grad():
+        with forced(form, layer), torch.no_grad():
             y = layer.update(x)
             layer.dropouts = Dropouts(rank_dropout=P)
             ranked = layer.update(x)
@@ -196,7 +196,7 @@ def test_the_mean_over_many_draws_is_the_update(algo: str, kind: str, dropouts: 
     base, layer = adapted(algo, kind, dropouts)
     draws = 1500
     x = make_input(kind)[:1]
-    with forced("factored"), torch.no_grad():
+    with forced("factored", layer), torch.no_grad():
         mean = layer.update(x.expand(draws, *x.shape[1:])).mean(0)
         layer.eval()
         update = layer.update(x)[0]
@@ -215,7 +215,7 @@ def test_module_dropout_takes_the_whole_update_of_a_call(algo: str, form: str) -
     x = make_input("linear")
     plain = torch.nn.functional.linear(x, base.weight, base.bias)
     layer.eval()
-    with forced(form), torch.no_grad():
+    with forced(form, layer), torch.no_grad():
         whole = base(x)
         layer.train()
         outputs = [base(x) for _ in range(400)]
@@ -231,7 +231,7 @@ def test_module_dropout_takes_the_whole_update_of_a_call(algo: str, form: str) -
 def test_module_dropout_leaves_every_parameter_a_gradient(algo: str, form: str, kind: str) -> None:
     """A dropped call gives zeros, not None: DDP and fused optimizers see every parameter in every step."""
     base, layer = adapted(algo, kind, {"module_dropout": 1 - 1e-12}, use_scalar=True)
-    with forced(form):
+    with forced(form, layer):
         base(make_input(kind)).square().sum().backward()
     for name, p in layer.adapter.named_parameters():
         assert not p.requires_grad or p.grad is not None and not bool(p.grad.any()), name
@@ -267,7 +267,7 @@ def test_a_layer_without_rank_axis_goes_without(options: dict[str, bool]) -> Non
         layer.attach()
         x = make_input(kind)
         for form in FORMS:
-            with forced(form):
+            with forced(form, layer):
                 first = base(x)
                 assert all(torch.equal(base(x), first) for _ in range(3)), (kind, form)
 

@@ -104,7 +104,7 @@ def test_several_networks_on_one_layer_are_files_merged_one_after_the_other(
         plain.get_submodule(kind).weight.copy_(weight)
         expected = plain.get_submodule(kind)(x)
         for form in FORMS:
-            with forced(form):
+            with forced(form, *networks_):
                 assert_close(model.get_submodule(kind)(x), expected, form)
     y = model.get_submodule(kind)(x)
     y.square().sum().backward()

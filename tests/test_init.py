@@ -224,7 +224,7 @@ def test_forward_merge_gradients_and_file_are_the_difference_from_the_start(kind
     wanted_y = torch.func.functional_call(plain, {"weight": W + 0.7 * dW}, x)
     wanted = torch.autograd.grad((wanted_y * probe).sum(), (layer.adapter.down, layer.adapter.up))
     for form in FORMS:
-        with forced(form):
+        with forced(form, layer):
             y = base(x)
             assert_close(y - plain(x), wanted_y - plain(x), f"forward ({form})")
             found = torch.autograd.grad((y * probe).sum(), (layer.adapter.down, layer.adapter.up))

@@ -24,7 +24,6 @@ from networks.algos.lokr import LoKr
 from networks.args import presets
 from networks.args.parse import Problems, parse
 from networks.args.table import BY_NAME
-from networks.layers.adapted import AdaptedLayer
 from networks.tensors.geometry import Geometry
 
 # LyCORIS' document, entry by entry: what it says to write, on models with convolutions.
@@ -173,13 +172,13 @@ def test_bypass_mode_is_a_form_not_another_network(algo: str, monkeypatch: pytes
         randomise(network)
         counted: list[str] = []
         watch(monkeypatch, ALGOS[algo], "apply_delta", counted)
-        watch(monkeypatch, AdaptedLayer, "_product", counted)
+        watch(monkeypatch, ALGOS[algo], "update", counted)
         latents, times, text = inputs()
         outputs.append(unet(latents.double(), times, text.double()).sample.detach())
-        calls.append({name: counted.count(name) for name in ("apply_delta", "_product")})
+        calls.append({name: counted.count(name) for name in ("apply_delta", "update")})
         monkeypatch.undo()
-    assert calls[0]["apply_delta"] == calls[0]["_product"] > 0
-    assert calls[1]["apply_delta"] == 0 < calls[1]["_product"]
+    assert calls[0]["apply_delta"] == calls[0]["update"] > 0
+    assert calls[1]["apply_delta"] == 0 < calls[1]["update"]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-12)
 
 

@@ -70,7 +70,19 @@ class LoKr(Additive):
         split: Split | None = None,
         whole: tuple[bool, bool] | None = None,
     ) -> Layout:
-        """`split` ((A, B), (C, D)) and `whole` (w1, w2) state outright what a file holds; else the options decide."""
+        """Shapes and rank of its factors.
+
+        Args:
+            geometry: of the layer.
+            dim: R.
+            use_tucker, use_scalar: see the file's head.
+            factor: the wanted size of A and C, see `factorization`.
+            decompose_both: w1 as a product, too, where R is small enough.
+            full_matrix: both factors whole.
+            unbalanced_factorization: A and B change places.
+            split: ((A, B), (C, D)), what a file holds; None = by the options above.
+            whole: whether w1 and w2 are whole in a file; None = by the options above.
+        """
         (A, B), (C, D) = split or cls._split(geometry, factor, unbalanced_factorization)
         whole = whole or (
             full_matrix or not decompose_both or dim >= max(A, C) / 2,

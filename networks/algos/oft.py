@@ -115,8 +115,20 @@ class DiagOFT(Rotation):
         train_on_input: bool = False, size: int = 0, terms: int = oft_input.SERIES, shared: bool = False,
         columns: bool = False,
     ) -> Layout:  # fmt: skip
-        """`size` states the blocks' size outright; else dim and dim_is_count decide. What follows it only files say,
-        see `oft_input.Blocks`."""
+        """Shapes of its blocks and factors.
+
+        Args:
+            geometry: of the layer.
+            dim: the size of a block, about, or their number.
+            constraint, rescaled: see the file's head.
+            dim_is_count: dim is the number of blocks.
+            train_on_input: blocks of columns, not of rows.
+            size: of a block, what a file holds; 0 = by dim.
+            terms, shared, columns: what a file of the input side says, see `oft_input.Blocks`.
+
+        Raises:
+            ValueError: blocks would mix the groups of a convolution, or rescaled is asked of the input side.
+        """
         features = geometry.in_features if train_on_input else geometry.out_features
         features = geometry.columns if columns else features
         if not size and dim_is_count:

@@ -39,7 +39,17 @@ def layout_of(
 def make_adapter(
     algorithm: type[Adapter], geometry: Geometry, dim: int, options: Mapping[str, Any], sizes: Sequence[int] = ()
 ) -> Adapter:
-    """The adapter of `layout_of`, which has the meaning of the arguments."""
+    """The adapter of `layout_of`.
+
+    Args:
+        geometry: of the whole layer.
+        dim: of each part.
+        options: of the algorithm; a tuple has one value for each part.
+        sizes: output rows of the parts, from the first row down; () = one adapter.
+
+    Raises:
+        ValueError: layer, dim and options do not go together.
+    """
     return algorithm.of_parts(geometry, dim, sizes, options) if sizes else algorithm(geometry, dim, options)
 
 

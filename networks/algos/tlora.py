@@ -77,6 +77,20 @@ class TLoRA(LoRA):
         min_rank: int = 1,
         alpha_rank_scale: float = 1.0,
     ) -> Layout:
+        """Shapes of its factors.
+
+        Args:
+            geometry: of the layer.
+            dim: R.
+            sig_type: which singular vectors it starts from: "principal", "middle" or "last".
+            use_data_init: those of the base weight; False = of a random matrix.
+            mask_group_id: of networks which share a clock; None = the network's own.
+            min_rank: ranks that act in pure noise.
+            alpha_rank_scale: exponent of the time, by which ranks grow with it.
+
+        Raises:
+            ValueError: min_rank is above the dim.
+        """
         if min_rank > dim:
             raise ValueError(
                 f"min_rank={min_rank} is above its dim {dim}: the least rank of a timestep is 1 to the dim"

@@ -47,7 +47,7 @@ class Perturbation:
         return {name: value for name in self._STATISTICS if (value := getattr(self, name)) is not None}
 
     def take(self, statistics: Mapping[str, Tensor], device: torch.device) -> None:
-        """The inverse."""
+        """The inverse, on a device; names that are missing are forgotten."""
         for name in self._STATISTICS:
             value = statistics.get(name)
             setattr(self, name, None if value is None else value.to(device))
@@ -70,8 +70,14 @@ class Perturbation:
         self.gradient_norms = (layer.strength * layer.acting.gradient_norm_sq().sqrt()).abs()
 
     def output(self, geometry: Geometry, x: Tensor, rows: Callable[[Tensor], Tensor], first: int = 0) -> Tensor | None:
-        """op(x, E) for some rows of the layer, the `first` of which tells them apart from others; None before there are
-        statistics."""
+        """op(x, E) for some rows of the layer; None before there are statistics.
+
+        Args:
+            geometry: of the whole layer.
+            x: its input.
+            rows: takes these rows of something that has one (axis 0) for each output feature.
+            first: of these rows, which tells their noise apart from that of others.
+        """
         if self.combined_norms is None or self.gradient_norms is None:
             return None
         with torch.no_grad():

@@ -115,7 +115,13 @@ class Region:
     generation: Generation | None = None
 
     def start(self, pictures: int, prompts: int, size: tuple[int, int], shared: dict[Any, Any]) -> None:
-        """A batch begins; `shared` is the host's, the same for all networks of the batch."""
+        """A batch begins.
+
+        Args:
+            pictures, prompts: B and S.
+            size: height and width of the picture, in any unit.
+            shared: the host's, the same for all networks of the batch.
+        """
         generation = shared.setdefault(Generation, Generation(pictures, prompts, size))
         generation.masks[self.index] = self.image if self.image.max() > 0 else torch.ones_like(self.image)
         self.generation = generation

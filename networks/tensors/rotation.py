@@ -57,16 +57,32 @@ def apply_blocks(blocks_NBB: Tensor, t: Tensor, axis: int) -> Tensor:
 
 
 def butterfly(t: Tensor, axis: int, distance: int, back: bool = False) -> Tensor:
-    """Bring features that lie `distance` apart next to each other along an axis; `back` undoes it."""
+    """Bring features next to each other that lie apart.
+
+    Args:
+        t: any tensor.
+        axis: of the features, 2 * distance of them or a multiple.
+        distance: between two that come together.
+        back: undo it.
+
+    Returns:
+        As t, in another order along the axis.
+    """
     last = t.movedim(axis, -1)
     pair = (distance, 2) if back else (2, distance)
     return last.unflatten(-1, (-1, *pair)).transpose(-1, -2).flatten(-3).movedim(-1, axis)
 
 
 def butterfly_chain(t: Tensor, less_SNBB: Tensor, axis: int, distances: tuple[int, ...]) -> Tensor:
-    """(T - 1) t for T = P_s^-1 R_s P_s ... P_0^-1 R_0 P_0, from the blocks of every R - 1.
+    """(T - 1) t for T = P_s^-1 R_s P_s ... P_0^-1 R_0 P_0.
 
     Only t is kept for backward, which goes through the stages once more: they would keep as many copies of t.
+
+    Args:
+        t: any tensor with N B features along an axis.
+        less_SNBB: the blocks [N, B, B] of every R - 1, in order.
+        axis: of the features.
+        distances: of the butterflies P, one for each.
     """
     change: Tensor = _Chain.apply(t, less_SNBB, axis, distances)
     return change
