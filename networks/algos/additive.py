@@ -38,7 +38,7 @@ class Additive(Adapter):
         """This adapter on a base weight, for algorithms whose dW depends on it: before each use of the mathematics.
 
         Args:
-            base: products with W, or with the rows of W that some pieces list.
+            base: products with W [O, I, *kernel], or with some of its rows, where no others are asked for.
         """
         return self
 

@@ -128,9 +128,6 @@ class GLoRA(Additive):
         update = geometry.convolve(gate.rank(h, 2).flatten(1, 2), cast_to_input(Wa, x), groups)
         return update + low_rank(geometry, x, b2, b1, gate)
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        return self.delta()[start:stop]
-
     def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
         """The base knows the rows of the pieces only."""
         up_OR, down_RI = self._joined(self.factors(x), pieces)

@@ -99,7 +99,8 @@ def plain(module: nn.Module) -> Tensor | None:
 
 
 def write(module: nn.Module, weight: Tensor) -> None:
-    """Store a weight in the layer's own form, in place, so that hosts which hold its tensors see the change.
+    """Store a weight [O, I, *kernel] in the layer's own form, in place, so that hosts which hold its tensors see the
+    change.
 
     Raises:
         ValueError: the form cannot be written, or the weight does not fit it; nothing was changed.
@@ -135,7 +136,15 @@ LOSS = 0.1  # of the strength; more is worth a warning
 
 
 def change(module: nn.Module, old: Tensor, new: Tensor) -> Rounding:
-    """Store `new` where `read` gave `old`. Equal weights change nothing: not even a quantisation is done again.
+    """Store another weight. Equal weights change nothing: not even a quantisation is done again.
+
+    Args:
+        module: the layer.
+        old: W [O, I, *kernel], what `read` gave.
+        new: W', of its shape and dtype.
+
+    Returns:
+        What was lost of W' - W.
 
     Raises:
         ValueError: as `write`.

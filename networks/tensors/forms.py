@@ -1,6 +1,7 @@
 """How a frozen layer stores its weight: one record per form, able to read, to write and to remember all bits of it.
 
-Here are the forms that need no library: plain numbers and the trainers' fp8. `forms_quantised` has the others.
+Here are the contract and the forms that are plain tensors: numbers, and the trainers' fp8 with a scale beside it.
+`forms_quantised` has those of libraries with classes of their own, `base_weight` chooses among all.
 """
 
 from __future__ import annotations
@@ -30,21 +31,34 @@ class Form:
     coarse: ClassVar[bool] = True
 
     def fits(self, module: Any) -> bool:
+        """Whether a layer stores its weight so, now."""
         raise NotImplementedError
 
     def check(self, module: Any) -> None:
-        """Raise ValueError if the weight cannot be read or written, before anything is changed."""
+        """Whether the weight can be read and written, before anything is changed.
+
+        Raises:
+            ValueError: what is missing or cannot be read, and the remedy.
+        """
 
     def read(self, module: Any, device: torch.device | None) -> Tensor:
-        """W [O, I, *kernel] in fp32 or wider, detached."""
+        """W [O, I, *kernel] in fp32 or wider, detached; on a device, or where it is stored."""
         raise NotImplementedError
 
     def write(self, module: Any, weight: Tensor) -> None:
-        """Store W, in place: hosts hold the tensors."""
+        """Store a weight [O, I, *kernel], in place: hosts hold the tensors.
+
+        Raises:
+            ValueError: it has values which the form cannot hold; nothing was changed.
+        """
         raise NotImplementedError
 
     def save(self, module: Any) -> Callable[[Any], None]:
-        """Remember all bits; the answer puts them back."""
+        """Remember all bits.
+
+        Returns:
+            What puts them back into a layer of this form, wherever its tensors are by then.
+        """
         raise NotImplementedError
 
 
@@ -101,6 +115,11 @@ class Coded(Form):
     """Codes with a scale per block, wherever they are kept."""
 
     def codes(self, module: Any) -> Codes:
+        """The layer's own tensors, as codes of the weight's shape with a scale for each block.
+
+        Raises:
+            ValueError: one is missing, or does not fit the others.
+        """
         raise NotImplementedError
 
     def check(self, module: Any) -> None:
