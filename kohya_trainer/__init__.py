@@ -1,1 +1,33 @@
-"""The reference trainer and generator: they call a network module exactly as sd-scripts does."""
+"""The reference trainer and generator: small programs that call a network module exactly as sd-scripts does.
+
+    train.py, train_options.py      the trainer: one run, from its options to the saved file
+    generate.py                     the generator
+    families/                       how each family of models reads text and data, learns and draws: a file for each
+    data/                           examples on disk: pictures, sounds, captions
+    model_folder, small_weights     opening a model in diffusers' layout, frozen; in 4 or 8 bits
+    training_data                   which examples and which noise a step has; caches of what stays the same
+    losses, loss_log                what is minimised, and the record of it
+    training, sharding              network, optimizer and accelerate, as the options ask; the model over several GPUs
+    drawing, picture_grid           samples of a run, the generator's pictures, and sheets of them
+    state/                          interrupting, going on, and whose files are in a folder
+
+Importing any of it needs torch alone; running it needs the libraries of the extra `train`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+# names of modules; the packages have the same name, or the one behind the colon
+TRAINING = ("accelerate", "diffusers", "transformers", "numpy", "PIL:pillow", "tqdm", "matplotlib")
+DRAWING = ("diffusers", "transformers", "numpy", "PIL:pillow", "tqdm")
+
+
+def check_libraries(names: tuple[str, ...]) -> None:
+    """Raise ValueError when one of these libraries is not installed, see TRAINING and DRAWING."""
+    missing = [name.split(":")[-1] for name in names if importlib.util.find_spec(name.split(":")[0]) is None]
+    if missing:
+        raise ValueError(
+            f"the reference trainer and generator need {', '.join(missing)}, and this environment has none of that. "
+            'Install it with their other libraries: pip install "kohya-networks[train]"'
+        )

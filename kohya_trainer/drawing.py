@@ -192,7 +192,7 @@ class SampleSheet:
             for drawn, request in zip(pictures if write else (), batch, strict=write):
                 path = folder / f"{self.name}_{step:06d}_{next(numbers):02d}{self.family.suffix}"
                 self.family.save(drawn, path, request)
-        if write and self.family.suffix == ".png":
+        if write and self.family.medium.visible:
             self._sheet(folder, [request.prompt for request in requests])
 
     def _sheet(self, folder: Path, prompts: Sequence[str]) -> None:

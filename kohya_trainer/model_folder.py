@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,26 +53,33 @@ def load_model(
     Part after part, each in its own precision from the start and in its place before the next is read, so that memory
     never holds the whole model in fp32, nor the GPU the denoiser in `dtype` that is to be `small`.
 
-    On the CPU the plain attention is used unless `sdpa`, where a family has it and it is faster there.
-    `small` stores the denoiser's weights in 4 or 8 bits, see small_weights. `keep_denoiser` leaves the denoiser in
-    memory, to be divided over processes.
-    Raises ValueError when the folder is not a model of these families or cannot be read.
+    Args:
+        folder: the model's, in diffusers' layout.
+        device: where it computes.
+        dtype: what the denoiser and the text encoders are loaded and compute in.
+        option: of the command line, which named the folder; for messages.
+        sdpa: torch's fused attention also on the CPU, where a family's plain one is faster.
+        small: stores the denoiser's weights in 4 or 8 bits, see small_weights.shrink.
+        keep_denoiser: leaves the denoiser in memory, to be divided over processes.
+
+    Raises:
+        ValueError: the folder is not a model of these families, or cannot be read.
     """
     kind = check_model_folder(folder, option)
     quiet_libraries()
-    from .pixel_autoencoder import load_pipeline
+    from diffusers import DiffusionPipeline
 
-    extra: dict[str, Any] = {"torch_dtype": dtype}
-    if kind is FAMILIES[0]:
-        extra.update(safety_checker=None, requires_safety_checker=False)
-    with _told(f"{option} {folder}"):
-        denoiser = _load_part(folder, kind.denoiser_name, dtype)
+    where = f"{option} {folder}"
+    denoiser = _load_part(folder, kind.denoiser_name, dtype, where)
     if small:
         small_weights.shrink(denoiser, small, dtype, device)
-    extra[kind.denoiser_name] = denoiser.to("cpu" if keep_denoiser else device)
-    with _told(f"{option} {folder}"):
-        vae = _load_part(folder, "vae", torch.float32)
-        pipeline = load_pipeline(folder, **extra, **({} if vae is None else {"vae": vae}))
+    denoiser.to("cpu" if keep_denoiser else device)
+    vae = _load_part(folder, "vae", torch.float32, where)
+    parts = {kind.denoiser_name: denoiser, "vae": vae, **kind.absent_parts}
+    with _told(where):
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, **parts)
+    if hasattr(vae, "fit_pipeline"):  # pipelines know the scale of diffusers' own autoencoders alone
+        vae.fit_pipeline(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     family = kind(pipeline, dtype)
     for model in family.helpers:
@@ -99,12 +107,25 @@ def _told(what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be loaded: {first}. Is a part missing or truncated?") from error
 
 
-def _load_part(folder: Path, name: str, dtype: torch.dtype) -> Any:
-    """One of the pipeline's diffusers models, frozen, in memory; None when its class is not diffusers' own."""
-    import diffusers
+def _load_part(folder: Path, name: str, dtype: torch.dtype, where: str) -> Any:
+    """One of the pipeline's models, frozen, in memory.
 
-    library, class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[name]
-    if library != "diffusers" or not hasattr(diffusers, class_name):
-        return None
-    model = getattr(diffusers, class_name).from_pretrained(folder / name, torch_dtype=dtype)
+    Args:
+        name: of the part, in model_index.json; there, too, are its module (diffusers, or any other that can be
+            imported) and class.
+        where: the option and folder, for messages.
+
+    Raises:
+        ValueError: there is no such class, or its files cannot be read.
+    """
+    module, class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get(name) or ("", "")
+    try:
+        part_class = getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: its {name} is {class_name or 'no class'} of the module {module!r}, which cannot be imported "
+            f"({error}). Install or upgrade the package that has it, or put the module's folder on PYTHONPATH."
+        ) from error
+    with _told(where):
+        model = part_class.from_pretrained(folder / name, torch_dtype=dtype)
     return model.requires_grad_(False).eval().to(dtype)  # some parts come in fp32 whatever is asked for

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from .caption_folder import CaptionedImage
+from .data.caption_folder import CaptionedImage
 from .families import Condition, DataOptions, Family
 
 MEASURED_LEVELS = (0.15, 0.4, 0.65, 0.9)  # where in the distribution of noise levels held-out losses are taken

@@ -21,13 +21,12 @@ OLDER: dict[str, int] = {
     "networks/plan/file_form.py:_misfits": 37,
     "networks/plan/select.py:candidates": 32,
     "networks/plan/planner.py:_Planner.row": 29,
-    "scripts/train_options.py:check_options": 28,
+    "kohya_trainer/train_options.py:check_options": 28,
     "networks/plan/effects.py:_forms": 25,
     "networks/plan/preset_choices.py:PresetChoices.admit": 23,
-    "kohya_trainer/caption_folder.py:read_caption_folder": 22,
     "kohya_trainer/training.py:build_network": 22,
     "networks/network/network.py:Network.attach": 21,
-    "scripts/gen_img.py:check_options": 20,
+    "kohya_trainer/generate.py:check_options": 20,
     "kohya_trainer/families/noise.py:Flow.of": 19,
     "networks/args/parse.py:parse": 18,
     "networks/plan/planner.py:_Planner._reason": 18,
@@ -43,7 +42,7 @@ OLDER: dict[str, int] = {
     "networks/args/coerce.py:_regex_map": 13,
     "networks/plan/blocks.py:BlockChoices._lengths": 13,
     "networks/plan/effects.py:_starts": 13,
-    "scripts/train_network.py:Trainer.make_data": 13,
+    "kohya_trainer/train.py:Trainer.make_data": 13,
 }
 
 

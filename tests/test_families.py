@@ -9,24 +9,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import diffusers
-import gen_img
 import numpy as np
 import pytest
 import tiny_flow_models
 import tiny_models
 import torch
-import train_network
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 import networks.lora
-from kohya_trainer.caption_folder import CaptionedImage
+from kohya_trainer import generate
+from kohya_trainer import train as trainer
+from kohya_trainer.data.caption_folder import CaptionedImage
+from kohya_trainer.data.sound import read_sound
 from kohya_trainer.drawing import ImageRequest
 from kohya_trainer.families import FAMILIES
 from kohya_trainer.families.noise import Flow
 from kohya_trainer.model_folder import load_model
-from kohya_trainer.sound import read_sound
 
 SIDE = 32
 MAKERS = {
@@ -130,7 +130,7 @@ def test_latents_decode_to_the_data(folder, name):
 
 def train(folder, name: str, output: Path, *more: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
-    code = train_network.main(
+    code = trainer.main(
         [
             f"--pretrained_model_name_or_path={folder(name)}",
             f"--train_data_dir={data_of(folder, name)}",
@@ -152,7 +152,7 @@ def train(folder, name: str, output: Path, *more: str) -> None:
 def draw(folder, name: str, output: Path, *more: str) -> np.ndarray:
     """What the generator draws: (H, W, 3) from 0 to 255, or (2, S) from -1 to 1."""
     options = ["--prompt=a red square --w 32 --h 32 --s 2 --l 1 --d 3 --sec 0.4", f"--outdir={output}", "--debug"]
-    assert gen_img.main([f"--ckpt={folder(name)}", *options, *more]) == 0
+    assert generate.main([f"--ckpt={folder(name)}", *options, *more]) == 0
     if name == "AceStepPipeline":
         return read_sound(output / "im_000000.wav", 400).numpy()
     return np.asarray(Image.open(output / "im_000000.png")).astype(float)
@@ -292,7 +292,7 @@ def test_diffusers_reads_the_trainers_names(folder, name, tmp_path):
 
 def test_unknown_family_lists_those_known(tmp_path, capsys):
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    assert gen_img.main([f"--ckpt={tmp_path}", "--prompt=x"]) == 2
+    assert generate.main([f"--ckpt={tmp_path}", "--prompt=x"]) == 2
     error = capsys.readouterr().err
     assert "KandinskyPipeline" in error and all(family.title in error for family in FAMILIES)
 
@@ -343,11 +343,11 @@ def test_the_commands_of_the_readme_run(folder, tmp_path, command, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     if script.endswith("train_network.py"):
         small = ["--max_train_steps=2", "--resolution=32", "--min_bucket_reso=16", "--bucket_reso_steps=4", "--debug"]
-        assert python == "python" and train_network.main([*options, *small]) == 0
+        assert python == "python" and trainer.main([*options, *small]) == 0
         assert load_file("out/last.safetensors")
         return
     train(folder, name, Path("out"), "--network_train_unet_only", "--max_train_steps=1")
-    assert gen_img.main([*options, "--steps=1", "--W=32", "--H=32", "--debug"]) == 0
+    assert generate.main([*options, "--steps=1", "--W=32", "--H=32", "--debug"]) == 0
     assert len(list(Path("out").glob("im_*.png"))) == 9 and Path("out/grid_000000.png").is_file()
 
 

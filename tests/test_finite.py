@@ -11,12 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gen_img
 import merge
 import plan as plan_script
 import pytest
 import torch
-import train_options
 from tiny_parts import sd_unet, text_encoder
 from torch import nn
 from toy_models import toy
@@ -24,6 +22,7 @@ from toy_models import toy
 import networks.dylora
 import networks.lora
 import networks.lora_qwen_image
+from kohya_trainer import generate, train_options
 from kohya_trainer.drawing import ImageRequest, parse_prompt_line
 from networks.args import presets
 from networks.args.parse import Problems, parse
@@ -190,7 +189,7 @@ def test_single_layers_and_merges_by_key(value: Any) -> None:
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "merge": merge.build_parser,
-    "gen_img": gen_img.build_parser,
+    "gen_img": generate.build_parser,
     "plan": plan_script.build_parser,
     "train_network": train_options.build_parser,
 }

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gen_img
 import numpy as np
 import pytest
 import tiny_models
 import torch
-import train_network
 from PIL import Image
 
+from kohya_trainer import generate as generator
+from kohya_trainer import train as trainer
 from kohya_trainer.drawing import ImageRequest, batches, parse_prompt_line
 
 NETWORK = "networks.lora"
@@ -26,7 +26,7 @@ def assets(tmp_path_factory):
     tiny_models.make_sdxl(folder / "sdxl")
     tiny_models.make_images(folder / "images", 2)
     for model in ("sd", "sdxl"):
-        code = train_network.main(
+        code = trainer.main(
             [
                 f"--pretrained_model_name_or_path={folder / model}",
                 f"--train_data_dir={folder / 'images'}",
@@ -44,7 +44,7 @@ def assets(tmp_path_factory):
 
 
 def generate(assets: Path, output: Path, *more: str, model: str = "sd") -> int:
-    return gen_img.main([f"--ckpt={assets / model}", f"--outdir={output}", "--steps=3", "--seed=5", "--debug", *more])
+    return generator.main([f"--ckpt={assets / model}", f"--outdir={output}", "--steps=3", "--seed=5", "--debug", *more])
 
 
 def with_network(assets: Path, model: str = "sd") -> list[str]:
@@ -110,7 +110,7 @@ def test_sheets_of_strengths_and_seeds(assets, tmp_path):
     network = ["--network_module", NETWORK, NETWORK, "--network_weights", file, file, "--network_mul", "0.25", "0.5"]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog\n")
-    code = gen_img.main(
+    code = generator.main(
         [f"--ckpt={assets / 'sd'}", f"--outdir={tmp_path / 'a'}", f"--from_file={prompts}", "--steps=3", *network]
         + ["--strengths", "0", "2", "--seeds", "5", "6", "--batch_size=3"]
     )
@@ -193,7 +193,7 @@ BAD_INPUT = {
 def test_bad_input_is_one_message(assets, tmp_path, capsys, case):
     options, message = BAD_INPUT[case]
     filled = [option.format(tmp=tmp_path, assets=assets) for option in options]
-    assert gen_img.main([f"--ckpt={assets / 'sd'}", f"--outdir={tmp_path}", *filled]) == 2
+    assert generator.main([f"--ckpt={assets / 'sd'}", f"--outdir={tmp_path}", *filled]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and error.count("error: ") == 1
     assert not list(tmp_path.glob("*.png"))

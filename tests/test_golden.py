@@ -20,11 +20,12 @@ from typing import Any
 import merge as merge_script
 import pytest
 import torch
-import train_network
 from golden import replay
 from golden.replay import Case
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
+
+from kohya_trainer import train as trainer
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +199,7 @@ def test_a_training_state_folder_goes_on_as_it_did(golden: Golden, tmp_path: Pat
                 whole.extract(member, tmp_path)
     replay.draw_images(tmp_path / "images")
     arguments = [*replay.run_arguments(ROOT, tmp_path), *golden.said["options"]]
-    assert train_network.main([*arguments, f"--resume={tmp_path / golden.name / 'state'}", "--debug"]) == 0
+    assert trainer.main([*arguments, f"--resume={tmp_path / golden.name / 'state'}", "--debug"]) == 0
     rows = (tmp_path / "out" / "adapter-loss.csv").read_text(encoding="utf-8").splitlines()[1:]
     found, wanted = ([list(filter(None, row.split(","))) for row in one] for one in (rows, golden.said["rows"]))
     assert len(found) == len(wanted) == 2

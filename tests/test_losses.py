@@ -10,13 +10,13 @@ import pytest
 import tiny_flow_models
 import tiny_models
 import torch
-import train_network
 from accelerate.state import AcceleratorState
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 from safetensors import safe_open
 from torch import Tensor
 
+from kohya_trainer import train as trainer
 from kohya_trainer.families import NoiseOptions
 from kohya_trainer.families.noise import Discrete, Flow
 from kohya_trainer.loss_log import LossLog
@@ -239,7 +239,7 @@ def train(models, tmp_path, name: str, *more: str) -> int:
         "resolution": 32, "network_dim": 2, "max_train_steps": 2, "train_batch_size": 2, "learning_rate": 0.01,
         "seed": 1,
     }  # fmt: skip
-    return train_network.main([*(f"--{key}={value}" for key, value in options.items()), *more])
+    return trainer.main([*(f"--{key}={value}" for key, value in options.items()), *more])
 
 
 def first_loss(tmp_path) -> float:

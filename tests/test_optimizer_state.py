@@ -14,7 +14,7 @@ from tiny_parts import randomise, sd_unet
 from torch import Tensor, nn
 
 import networks.lora
-from kohya_trainer import optimizer_state, partitioned
+from kohya_trainer.state import optimizer_state, partitioned
 
 
 class Peculiar(torch.optim.Optimizer):

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import demo
-import gen_img
 import merge
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from kohya_trainer import generate
 from networks.files.outputs import check_outputs
 
 EMOJI = Path(__file__).resolve().parents[1] / "scripts" / "emoji"
@@ -399,15 +399,15 @@ class Family:
 
 def test_the_generator_goes_on_after_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where another run has drawn since it began, and where a link leads to a file or nowhere."""
-    monkeypatch.setattr(gen_img.host, "check_model_folder", lambda *args: None)
-    monkeypatch.setattr(gen_img.host, "load_model", lambda *args: Family())
+    monkeypatch.setattr(generate.model_folder, "check_model_folder", lambda *args: None)
+    monkeypatch.setattr(generate.model_folder, "load_model", lambda *args: Family())
     prompts, folder = tmp_path / "prompts.txt", tmp_path / "out"
     prompts.write_text("one\ntwo\n")
     folder.mkdir()
     (folder / "im_000000.png").symlink_to(prompts)
     (folder / "im_000001.png").symlink_to(tmp_path / "nothing")
     arguments = [f"--ckpt={tmp_path}", f"--outdir={folder}", f"--from_file={prompts}", "--seeds", "1"]
-    first = gen_img.next_number
+    first = generate.next_number
 
     def another_run(folder: Path, name: str) -> int:
         number = first(folder, name)
@@ -415,8 +415,8 @@ def test_the_generator_goes_on_after_what_is_there(tmp_path: Path, monkeypatch: 
             (folder / f"{name}{later:06d}.png").write_text("another run's")
         return number
 
-    monkeypatch.setattr(gen_img, "next_number", another_run)
-    assert gen_img.main(arguments) == 0
+    monkeypatch.setattr(generate, "next_number", another_run)
+    assert generate.main(arguments) == 0
     new = {path.name for path in folder.iterdir() if not path.is_symlink() and path.read_bytes()[1:4] == b"PNG"}
     assert new == {"im_000004.png", "im_000005.png", "grid_000002.png", "grid_000003.png"}
     assert prompts.read_text() == "one\ntwo\n" and not (tmp_path / "nothing").exists()

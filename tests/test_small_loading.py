@@ -62,9 +62,9 @@ def test_a_part_is_small_and_in_its_place_before_the_next_is_read(folder, monkey
     seen: list[str] = []
     load, shrink = host._load_part, host.small_weights.shrink
 
-    def spy_load(path: Path, name: str, dtype: torch.dtype):
+    def spy_load(path: Path, name: str, dtype: torch.dtype, where: str):
         seen.append(f"{name} {dtype}")
-        return load(path, name, dtype)
+        return load(path, name, dtype, where)
 
     def spy_shrink(model, *args) -> None:
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kohya_trainer import state_files
+from kohya_trainer.state import state_files
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLS = ("replace", "rename", "fsync", "unlink", "remove", "rmdir", "mkdir", "open", "chmod")

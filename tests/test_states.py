@@ -18,13 +18,13 @@ import pytest
 import standin_network
 import tiny_models
 import torch
-import train_options
 from safetensors.torch import load_file, save_file
 from test_training_runs import ROOT, arguments, rows, same, train, weights
 from torch import Tensor
 
-from kohya_trainer import optimizer_state, state_files
-from kohya_trainer.training_state import (
+from kohya_trainer import train_options
+from kohya_trainer.state import optimizer_state, state_files
+from kohya_trainer.state.training_state import (
     Examples,
     Interrupts,
     Live,
@@ -245,9 +245,9 @@ def test_without_a_seed_each_run_is_another(assets: Path, tmp_path: Path, capsys
 
     def run() -> int:
         given = [option for option in arguments(assets, tmp_path, *options, steps=1) if not option.startswith("--seed")]
-        import train_network
+        from kohya_trainer import train as trainer
 
-        return train_network.main(given)
+        return trainer.main(given)
 
     assert run() == 0
     assert run() == 2

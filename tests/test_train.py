@@ -11,10 +11,11 @@ import pytest
 import standin_network
 import tiny_models
 import torch
-import train_network
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from kohya_trainer import train as trainer
 
 NETWORK = "networks.lora"
 
@@ -42,7 +43,7 @@ def calls():
 def train(assets: Path, output: Path, *more: str, model: str = "sd", network: str = NETWORK, steps: int = 2) -> int:
     """Run the trainer; later options win over these."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a test may run several
-    return train_network.main(
+    return trainer.main(
         [
             f"--pretrained_model_name_or_path={assets / model}",
             f"--train_data_dir={assets / 'images'}",
@@ -234,7 +235,7 @@ def test_config_file(assets, tmp_path, calls):
     )
     options = [f"--pretrained_model_name_or_path={assets / 'sd'}", f"--train_data_dir={assets / 'images'}"]
     options += [f"--output_dir={tmp_path}", f"--config_file={config}", "--max_train_steps=1"]
-    assert train_network.main(options) == 0
+    assert trainer.main(options) == 0
     args, kwargs = find(calls, "create_network")
     assert args[1] == 8 and (kwargs["a"], kwargs["b"]) == ("1", "2")
     assert find(calls, "prepare_optimizer_params_with_multiple_te_lrs")[0][0] == [1e-4]
@@ -330,7 +331,7 @@ def test_bad_input_is_one_message_before_anything_is_written(assets, tmp_path, c
     plain = [option for option in filled if option != "--debug"]
     arguments = [f"--pretrained_model_name_or_path={assets / 'sd'}", f"--train_data_dir={assets / 'images'}"]
     arguments += [f"--output_dir={output}", f"--network_module={NETWORK}", "--max_train_steps=1", *plain]
-    assert train_network.main(arguments) == 2
+    assert trainer.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert error.count("error: ") == 1
@@ -348,7 +349,7 @@ def test_bad_input_is_one_message_before_anything_is_written(assets, tmp_path, c
 )
 def test_bad_config_file(tmp_path, capsys, text, message):
     (tmp_path / "x.toml").write_text(text)
-    assert train_network.main([f"--config_file={tmp_path / 'x.toml'}"]) == 2
+    assert trainer.main([f"--config_file={tmp_path / 'x.toml'}"]) == 2
     assert message in capsys.readouterr().err
 
 

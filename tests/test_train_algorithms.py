@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_network
 from accelerate.state import AcceleratorState
 
+from kohya_trainer import train as trainer
 from networks.algos import ALGOS
 
 EMOJI = Path(__file__).resolve().parents[1] / "scripts" / "emoji"
@@ -33,7 +33,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def held_out_losses(pictures: Path, output: Path, steps: int, *more: str) -> list[float]:
     """Of a run with `more` arguments: at step 0, and after the last step."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    code = train_network.main(
+    code = trainer.main(
         [
             f"--pretrained_model_name_or_path={EMOJI / 'model'}",
             f"--train_data_dir={pictures / 'style'}",

@@ -15,14 +15,14 @@ import standin_network
 import tiny_flow_models
 import tiny_models
 import torch
-import train_network
-import train_options
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kohya_trainer.caption_folder import Buckets, bucket_size
+from kohya_trainer import train as trainer
+from kohya_trainer import train_options
+from kohya_trainer.data.caption_folder import Buckets, bucket_size
 from kohya_trainer.training_data import Order, seed_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def arguments(assets: Path, output: Path, *more: str, steps: int = 4) -> list[st
 
 def train(assets: Path, output: Path, *more: str, steps: int = 4) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
-    return train_network.main(arguments(assets, output, *more, steps=steps))
+    return trainer.main(arguments(assets, output, *more, steps=steps))
 
 
 def weights(output: Path, name: str = "last") -> dict[str, Tensor]:
@@ -292,13 +292,13 @@ def test_encoders_leave_the_accelerator_once_cached(assets, tmp_path, monkeypatc
 def test_loader_switches(assets, tmp_path, monkeypatch, workers, options, expected):
     """On where they help: persistent workers with workers (not under Windows), pinned memory with CUDA."""
     seen = {}
-    real = train_network.DataLoader
+    real = trainer.DataLoader
 
     def loader(*args, **kwargs):
         seen.update(kwargs)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_network, "DataLoader", loader)
+    monkeypatch.setattr(trainer, "DataLoader", loader)
     monkeypatch.setattr(sys, "platform", "linux")
     assert train(assets, tmp_path, f"--max_data_loader_n_workers={workers}", *options, steps=1) == 0
     assert (seen["persistent_workers"], seen["pin_memory"]) == expected
@@ -476,8 +476,7 @@ def test_the_commands_of_the_readme_exist():
     import importlib
     import shlex
 
-    import gen_img
-
+    from kohya_trainer import generate
     from kohya_trainer.families import FAMILIES
 
     section = (
@@ -485,7 +484,7 @@ def test_the_commands_of_the_readme_exist():
     )
     block = section.split("```")[1].replace("\\\n", " ")
     lines = [shlex.split(line) for line in block.strip().splitlines()]
-    parsers = {"scripts/train_network.py": train_options.build_parser(), "scripts/gen_img.py": gen_img.build_parser()}
+    parsers = {"scripts/train_network.py": train_options.build_parser(), "scripts/gen_img.py": generate.build_parser()}
     for _, script, *options in lines:
         args = parsers[script].parse_args(options)
         modules = args.network_module if isinstance(args.network_module, list) else [args.network_module]

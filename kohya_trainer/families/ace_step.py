@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..caption_folder import AUDIO_SUFFIXES, CaptionedImage
-from ..sound import length_of, read_sound, write_wav
+from ..data.caption_folder import SOUNDS, CaptionedImage
+from ..data.sound import length_of, read_sound, write_wav
 from .base import Condition, DataOptions, Family
 from .noise import Noise, NoiseOptions
 
@@ -26,7 +26,7 @@ TIMBRE_SECONDS = 30  # of silence, which stands for "no reference sound"
 class AceStep(Family):
     title, pipeline_class, version = "ACE-Step", "AceStepPipeline", "ace_step_v1.5"
     flow_mean, one_call = -0.4, False
-    suffix, data_suffixes = ".wav", AUDIO_SUFFIXES
+    medium, suffix = SOUNDS, ".wav"
 
     @property
     def helpers(self) -> list[Any]:

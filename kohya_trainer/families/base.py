@@ -5,7 +5,7 @@ Tensors: B batch, T text tokens, C channels, h and w sides of the latent. Images
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..caption_folder import IMAGE_SUFFIXES, Buckets, CaptionedImage, bucket_size, load_pixels
+from ..data.caption_folder import PICTURES, Buckets, CaptionedImage, Medium, bucket_size, load_pixels
 from .noise import Flow, Noise, NoiseOptions
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class DataOptions:
 
     Attributes:
         size: height and width in pixels; with buckets their product is the area of every size.
-        buckets: sizes follow the shapes of the images, see caption_folder.bucket_sizes; None = all have `size`.
+        buckets: sizes follow the shapes of the images, see data.caption_folder.bucket_size; None = all have `size`.
         max_seconds: of a piece of music.
     """
 
@@ -51,8 +51,9 @@ class Family:
         trains_text: whether text encoders may be trained; if not, their outputs are computed once.
         one_call: whether a batch is one call of the denoiser, whatever the captions.
         flow_shift, flow_mean: of the training's noise levels (see noise.Flow), unless the user says otherwise.
+        medium: what it learns from and makes.
         suffix: of the files that the generator writes.
-        data_suffixes: of the files that the trainer reads.
+        absent_parts: what its pipeline is opened without, as arguments of from_pretrained.
 
     Args:
         dtype: what the denoiser computes in; its weights may be stored in less.
@@ -68,7 +69,8 @@ class Family:
     flow_shift: ClassVar[float] = 1.0
     flow_mean: ClassVar[float] = 0.0
     suffix: ClassVar[str] = ".png"
-    data_suffixes: ClassVar[tuple[str, ...]] = IMAGE_SUFFIXES
+    medium: ClassVar[Medium] = PICTURES
+    absent_parts: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, pipeline: Any, dtype: torch.dtype) -> None:
         self.pipeline, self.dtype = pipeline, dtype

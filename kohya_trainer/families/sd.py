@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ TEXT_LENGTH = 77  # tokens of one prompt in every Stable Diffusion, unless the t
 class StableDiffusion(Family):
     title, pipeline_class, version = "Stable Diffusion 1.x / 2.x", "StableDiffusionPipeline", "sd_v1"
     denoiser_name, trains_text = "unet", True
+    absent_parts: ClassVar[Mapping[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
 
     @property
     def is_v2(self) -> bool:
@@ -71,6 +72,7 @@ class StableDiffusion(Family):
 class StableDiffusionXL(StableDiffusion):
     title, pipeline_class, version = "Stable Diffusion XL", "StableDiffusionXLPipeline", "sdxl_base_v1-0"
     encoders = ("text_encoder", "text_encoder_2")
+    absent_parts = {}
 
     @property
     def is_v2(self) -> bool:

@@ -20,9 +20,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+from pixel_autoencoder import PixelUnshuffleAutoencoder  # noqa: E402
 from render import BACKGROUNDS, background_caption  # noqa: E402
 
-from kohya_trainer.pixel_autoencoder import PixelUnshuffleAutoencoder  # noqa: E402
 from networks.cli.command_line import write_atomically  # noqa: E402
 
 EXPORTED = (
@@ -191,8 +191,7 @@ def export(nets: Networks, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
             "unet": ["diffusers", "UNet2DConditionModel"],
-            # No library name: load_pipeline builds it, under whatever name this package was imported.
-            "vae": [None, "PixelUnshuffleAutoencoder"],
+            "vae": [PixelUnshuffleAutoencoder.__module__, PixelUnshuffleAutoencoder.__name__],
         },
     )
 

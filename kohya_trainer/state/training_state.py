@@ -24,11 +24,11 @@ from torch import Tensor
 
 from networks.hosts.zero_masters import is_partitioned
 
+from ..losses import DECIDES_LOSS
+from ..training_data import TrainingData, seed_of
 from . import optimizer_state, partitioned, state_files
-from .losses import DECIDES_LOSS
 from .optimizer_state import Groups, Whole
 from .state_files import STATE_FILE
-from .training_data import TrainingData, seed_of
 
 # what decides a step; another value would be another run
 SAME = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
 LYRICS = ".lyrics"  # of the file beside a sound; without one it is instrumental
 
 
@@ -26,6 +24,25 @@ class CaptionedImage:
 
 
 @dataclass(frozen=True)
+class Medium:
+    """What a family's examples are.
+
+    Attributes:
+        title: for people.
+        suffixes: of their files.
+        read_caption: of an example, from the path of its file and the ending of its caption's.
+        check: raises ValueError when a file is visibly damaged.
+        visible: several can be put together on a sheet.
+    """
+
+    title: str
+    suffixes: tuple[str, ...]
+    read_caption: Callable[[Path, str], str]
+    check: Callable[[Path], None]
+    visible: bool
+
+
+@dataclass(frozen=True)
 class Buckets:
     """Image sizes by shape: sides are multiples of `steps` between `least` and `most` pixels."""
 
@@ -34,38 +51,58 @@ class Buckets:
     steps: int
 
 
-def read_caption_folder(
-    folder: Path, extension: str, option: str, suffixes: Sequence[str] = IMAGE_SUFFIXES
-) -> list[CaptionedImage]:
-    """Return the folder's examples by name, with their captions (first line of the text file).
+def read_caption_folder(folder: Path, extension: str, option: str, medium: Medium) -> list[CaptionedImage]:
+    """Return the folder's examples by name, with their captions.
 
-    Raises ValueError when the folder or its examples are missing, a caption is, or an image is visibly damaged.
+    Args:
+        folder: where they are; its subfolders do not count.
+        extension: ending of the caption files, with or without its dot.
+        option: of the command line, which named the folder; for messages.
+        medium: what the examples are.
+
+    Raises:
+        ValueError: the folder or its examples are missing, a caption is, or an image is visibly damaged.
     """
-    what = "images" if IMAGE_SUFFIXES[0] in suffixes else "sounds"
-    if not folder.is_dir():
-        state = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"{option} {folder} {state}. Give the folder that holds the {what}.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
-    if not paths:
-        inner = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in suffixes})
-        hint = f" Its subfolders have some ({', '.join(inner[:3])}): give one of them." if inner else " Put them there."
-        raise ValueError(f"{option} {folder} holds no {what} ({', '.join(suffixes)}).{hint}")
+    paths = _find(folder, option, medium)
     extension = extension if extension.startswith(".") else f".{extension}"
     missing = [path.name for path in paths if not path.with_suffix(extension).is_file()]
     if missing:
+        wanted = Path(missing[0]).with_suffix(extension).name
         raise ValueError(
-            f"{option} {folder}: {len(missing)} of {len(paths)} {what} have no caption file ({missing[0]} wants "
-            f"{Path(missing[0]).with_suffix(extension).name}). Add them, or set --caption_extension."
+            f"{option} {folder}: {len(missing)} of {len(paths)} {medium.title} have no caption file ({missing[0]} "
+            f"wants {wanted}). Add them, or set --caption_extension."
         )
-    if what == "images":
-        for path in paths:
-            _verify(path)
-    captions = [_read_text(path.with_suffix(extension)).partition("\n")[0].strip() for path in paths]
-    if what == "sounds":
-        lyrics = [path.with_suffix(LYRICS) for path in paths]
-        texts = [_read_text(path) if path.is_file() else "[Instrumental]" for path in lyrics]
-        captions = [f"{caption}\n{text}" for caption, text in zip(captions, texts, strict=True)]
-    return [CaptionedImage(path, caption) for path, caption in zip(paths, captions, strict=True)]
+    for path in paths:
+        medium.check(path)
+    return [CaptionedImage(path, medium.read_caption(path, extension)) for path in paths]
+
+
+def _find(folder: Path, option: str, medium: Medium) -> list[Path]:
+    if not folder.is_dir():
+        state = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{option} {folder} {state}. Give the folder that holds the {medium.title}.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in medium.suffixes)
+    if not paths:
+        inner = sorted({path.parent.name for path in folder.glob("*/*") if path.suffix.lower() in medium.suffixes})
+        hint = f" Its subfolders have some ({', '.join(inner[:3])}): give one of them." if inner else " Put them there."
+        raise ValueError(f"{option} {folder} holds no {medium.title} ({', '.join(medium.suffixes)}).{hint}")
+    return paths
+
+
+def _first_line(path: Path, extension: str) -> str:
+    return _read_text(path.with_suffix(extension)).partition("\n")[0].strip()
+
+
+def _with_lyrics(path: Path, extension: str) -> str:
+    lyrics = path.with_suffix(LYRICS)
+    return f"{_first_line(path, extension)}\n{_read_text(lyrics) if lyrics.is_file() else '[Instrumental]'}"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"caption file {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
 
 
 def _verify(path: Path) -> None:
@@ -79,18 +116,23 @@ def _verify(path: Path) -> None:
         raise ValueError(f"image {path} cannot be read ({error}). Replace or remove it.") from error
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"caption file {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+PICTURES = Medium("images", (".png", ".jpg", ".jpeg", ".webp", ".bmp"), _first_line, _verify, visible=True)
+SOUNDS = Medium("sounds", (".wav", ".flac", ".mp3", ".ogg"), _with_lyrics, lambda path: None, visible=False)
 
 
 def bucket_size(path: Path, size: tuple[int, int], buckets: Buckets, multiple: int) -> tuple[int, int]:
     """Height and width for an image: of all sizes with no more pixels than `size`, the one nearest to its shape.
 
-    Among equally near shapes the largest wins. Sides are multiples of both `buckets.steps` and `multiple`.
-    Raises ValueError when the limits leave no size, or the image cannot be read.
+    Among equally near shapes the largest wins.
+
+    Args:
+        path: of the image; only its header is read.
+        size: height and width in pixels, whose product is the area.
+        buckets: limits of the sides.
+        multiple: sides are multiples of it, too: what the model needs.
+
+    Raises:
+        ValueError: the limits leave no size, or the image cannot be read.
     """
     step = math.lcm(buckets.steps, multiple)
     area, first = size[0] * size[1], math.ceil(buckets.least / step) * step

@@ -3,20 +3,17 @@
     z[b, c*f*f + i*f + j, h, w] = x[b, c, h*f + i, w*f + j]          (pixel_unshuffle; f = factor)
 
 It has AutoencoderKL's interface and no parameters, so a stock StableDiffusionPipeline, and any trainer which only
-calls `encode(...).latent_dist.sample()` and `decode`, uses it unchanged. `load_pipeline` opens a diffusers folder that
-names it.
+calls `encode(...).latent_dist.sample()` and `decode`, uses it unchanged. The model's model_index.json names this
+module, as diffusers has it for classes of others: who opens the model has this folder on the path for imports.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, StableDiffusionPipeline
+from diffusers import ModelMixin, StableDiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -64,6 +61,11 @@ class PixelUnshuffleAutoencoder(ModelMixin, ConfigMixin):
         # Nothing else here remembers what `.to(device, dtype)` asked for, and hosts read both.
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> PixelUnshuffleAutoencoder:
+        """Open a folder with config.json: there are no weights."""
+        return cls.from_config(cls.load_config(folder)).eval().to(torch_dtype)
+
     @property
     def dtype(self) -> torch.dtype:
         return self._anchor.dtype
@@ -98,33 +100,7 @@ class PixelUnshuffleAutoencoder(ModelMixin, ConfigMixin):
         return pipe
 
 
-def load_pipeline(folder: str | Path, **kwargs: Any) -> DiffusionPipeline:
-    """Open a diffusers model: StableDiffusionPipeline for a folder of ours, DiffusionPipeline's choice for any other.
-
-    Args:
-        folder: a folder with model_index.json, or the name of a model on the hub.
-        kwargs: for `from_pretrained`, e.g. torch_dtype.
-    """
-    index = Path(folder) / "model_index.json"
-    vae_entry = json.loads(index.read_text(encoding="utf-8")).get("vae") if index.is_file() else None
-    if not vae_entry or vae_entry[-1] != PixelUnshuffleAutoencoder.__name__:
-        return DiffusionPipeline.from_pretrained(folder, **kwargs)
-
-    # There are no weights to load, and our import name depends on the installation: diffusers is not left to find us.
-    config = json.loads((Path(folder) / "vae" / "config.json").read_text(encoding="utf-8"))
-    vae = PixelUnshuffleAutoencoder.from_config(config).eval()
-    kwargs = {"vae": vae, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False, **kwargs}
-    loader_log = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    loader_log.addFilter(_is_not_about_vae_class)
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(str(folder), **kwargs)
-    finally:
-        loader_log.removeFilter(_is_not_about_vae_class)
-    if vae.dtype != pipe.unet.dtype:  # a component that is passed in takes no part in torch_dtype
-        vae.to(pipe.unet.dtype)
-    return vae.fit_pipeline(pipe)
-
-
-def _is_not_about_vae_class(record: logging.LogRecord) -> bool:
-    """Drop the one warning that is expected: our class is not AutoencoderKL."""
-    return not record.getMessage().startswith("Expected types for vae")
+def load_pipeline(folder: str | Path) -> StableDiffusionPipeline:
+    """Open a diffusers folder whose autoencoder is this one, in fp32."""
+    vae = PixelUnshuffleAutoencoder.from_pretrained(Path(folder) / "vae")
+    return vae.fit_pipeline(StableDiffusionPipeline.from_pretrained(str(folder), vae=vae, safety_checker=None))

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .caption_folder import CaptionedImage
+from ..data.caption_folder import CaptionedImage
+from ..training_data import seed_of
 from .state_files import SERIES, STATE_FILE
-from .training_data import seed_of
 
 KEY = "networks_run"  # in the metadata of a file
 # options that decide how a run goes about it and what it tells, not what it learns

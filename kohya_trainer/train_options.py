@@ -8,14 +8,15 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from kohya_trainer.caption_folder import Buckets, CaptionedImage, read_caption_folder
-from kohya_trainer.families import FAMILIES, DataOptions, NoiseOptions
-from kohya_trainer.families.noise import SAMPLINGS
-from kohya_trainer.losses import DISTANCES, HUBER_SCHEDULES, SCHEMES, LossOptions
-from kohya_trainer.model_folder import check_model_folder
-from kohya_trainer.small_weights import QUANTIZED
-from kohya_trainer.state_files import STATE_FILE
 from networks.cli.command_line import OnOff, check_output_folder, check_weights_file, finite_number, parse_network_args
+
+from .data.caption_folder import Buckets, CaptionedImage, read_caption_folder
+from .families import FAMILIES, DataOptions, NoiseOptions
+from .families.noise import SAMPLINGS
+from .losses import DISTANCES, HUBER_SCHEDULES, SCHEMES, LossOptions
+from .model_folder import check_model_folder
+from .small_weights import QUANTIZED
+from .state.state_files import STATE_FILE
 
 # the names of diffusers.optimization
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -281,7 +282,7 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
         raise ValueError(f"--output_name {args.output_name} is a path. Give the folder with --output_dir.")
 
     def read(option: str, folder: str) -> list[CaptionedImage]:
-        return read_caption_folder(Path(folder), args.caption_extension, option, family.data_suffixes)
+        return read_caption_folder(Path(folder), args.caption_extension, option, family.medium)
 
     images = read("--train_data_dir", args.train_data_dir)
     held_out = read("--validation_data_dir", args.validation_data_dir) if args.validation_data_dir else []

@@ -1,0 +1,1 @@
+"""Examples on disk: pictures and sounds with their captions. It knows no models; training_data.py makes batches."""
