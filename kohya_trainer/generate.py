@@ -15,7 +15,7 @@ import argparse
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,41 +84,64 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# options that do not go together -> what to do about it
+MISFITS: tuple[tuple[Callable[[argparse.Namespace], Any], str], ...] = (
+    (
+        lambda a: (a.prompt is None) == (a.from_file is None),
+        "give either --prompt TEXT or --from_file FILE.",
+    ),
+    (
+        lambda a: a.network_merge and a.network_pre_calc,
+        "--network_merge and --network_pre_calc exclude each other. Remove one.",
+    ),
+    (
+        lambda a: a.compare and a.strengths,
+        "--compare is --strengths 0 1. Give one of them.",
+    ),
+    (
+        lambda a: (a.compare or a.strengths) and not a.network_module,
+        "--strengths and --compare are those of networks. Add --network_module and --network_weights.",
+    ),
+    (
+        lambda a: (a.compare or a.strengths) and a.network_merge,
+        "--strengths and --compare cannot change merged networks. Leave out --network_merge.",
+    ),
+    (
+        lambda a: a.seeds and (a.seed is not None or a.images_per_prompt > 1),
+        "--seeds takes the place of --seed and --images_per_prompt. Remove them.",
+    ),
+)
+
+
 def check_options(args: argparse.Namespace) -> None:
-    """Raise ValueError for what can be seen wrong before the model is loaded."""
+    """Raise ValueError for what can be seen wrong before the model is loaded; --compare becomes --strengths."""
     if not args.ckpt:
         raise ValueError("--ckpt is missing. Give a model folder in diffusers' layout.")
     model_folder.check_model_folder(Path(args.ckpt), "--ckpt")
-    if (args.prompt is None) == (args.from_file is None):
-        raise ValueError("give either --prompt TEXT or --from_file FILE.")
     for name in ("steps", "images_per_prompt", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: it must be at least 1.")
+    for is_misfit, message in MISFITS:
+        if is_misfit(args):
+            raise ValueError(message)
+    if args.compare:
+        args.strengths = [0.0, 1.0]
+    _check_networks(args)
+    check_output_folder(Path(args.outdir), "--outdir")
+
+
+def _check_networks(args: argparse.Namespace) -> None:
     count = len(args.network_module)
     if len(args.network_weights) != count:
         raise ValueError(
             f"{count} --network_module but {len(args.network_weights)} --network_weights. Give one file for each."
         )
     for name in ("network_mul", "network_args"):
-        if len(getattr(args, name)) > count:
-            raise ValueError(
-                f"--{name} has {len(getattr(args, name))} values for {count} --network_module. Remove some."
-            )
-    if args.network_merge and args.network_pre_calc:
-        raise ValueError("--network_merge and --network_pre_calc exclude each other. Remove one.")
-    if args.compare and args.strengths:
-        raise ValueError("--compare is --strengths 0 1. Give one of them.")
-    if args.compare:
-        args.strengths = [0.0, 1.0]
-    if args.strengths and not count:
-        raise ValueError("--strengths and --compare are those of networks. Add --network_module and --network_weights.")
-    if args.strengths and args.network_merge:
-        raise ValueError("--strengths and --compare cannot change merged networks. Leave out --network_merge.")
-    if args.seeds and (args.seed is not None or args.images_per_prompt > 1):
-        raise ValueError("--seeds takes the place of --seed and --images_per_prompt. Remove them.")
+        given = len(getattr(args, name))
+        if given > count:
+            raise ValueError(f"--{name} has {given} values for {count} --network_module. Remove some.")
     for path in args.network_weights:
         check_weights_file(path, "--network_weights")
-    check_output_folder(Path(args.outdir), "--outdir")
 
 
 class Networks:

@@ -126,18 +126,7 @@ class Trainer:
         self.data = TrainingData(images, self.family, self.options)
         self.held_out = TrainingData(held_out, self.family, self.options)
         self.say(f"{len(images)} to train on ({data_summary(self.data)}), {len(held_out)} held out")
-        disk = DiskCache(self.family, Path(args.pretrained_model_name_or_path), self.dtype)
-        self.cached = args.cache_latents or args.cache_latents_to_disk
-        text = trains_text(args, self.family)
-        with autocast(self.device, self.dtype), self.accelerator.main_process_first():
-            for data in (self.data, self.held_out):
-                if self.cached or data is self.held_out:  # the held-out ones are few, and needed several times
-                    data.cache_latents(disk if args.cache_latents_to_disk else None)
-                if not text:
-                    on_disk = args.cache_text_encoder_outputs_to_disk
-                    data.cache_texts(args.train_batch_size, disk if on_disk else None)
-        self.idle = [] if text else [m for m in self.family.helpers if m is not self.family.vae]
-        self.idle += [self.family.vae] if self.cached else []
+        self.idle = self.make_caches()
         self.offload()
         share = (self.accelerator.process_index, self.accelerator.num_processes)
         self.order = Order(self.data.sizes, args.train_batch_size * share[1], args.seed, *share, self.batches_a_unit)
@@ -149,6 +138,19 @@ class Trainer:
             persistent_workers=workers > 0 and args.persistent_data_loader_workers,
             pin_memory=self.device.type == "cuda" if args.pin_memory is None else args.pin_memory,
         )
+
+    def make_caches(self) -> list[Any]:
+        """What stays the same is computed once. Returns the models that are of no more use to the training."""
+        args, family = self.args, self.family
+        latents, text = args.cache_latents or args.cache_latents_to_disk, not trains_text(args, family)
+        disk = DiskCache(family, Path(args.pretrained_model_name_or_path), self.dtype)
+        with autocast(self.device, self.dtype), self.accelerator.main_process_first():
+            for data in (self.data, self.held_out):
+                if latents or data is self.held_out:  # the held-out ones are few, and needed several times
+                    data.cache_latents(disk if args.cache_latents_to_disk else None)
+                if text:
+                    data.cache_texts(args.train_batch_size, disk if args.cache_text_encoder_outputs_to_disk else None)
+        return [model for model in family.helpers if (latents if model is family.vae else text)]
 
     def offload(self) -> None:
         """Models that have done their work leave the accelerator."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from networks.cli.command_line import OnOff, check_output_folder, check_weights_file, finite_number, parse_network_args
 
@@ -238,56 +240,99 @@ AT_LEAST = {
 }
 
 
+# options that do not go together -> what to do about it
+MISFITS: tuple[tuple[Callable[[argparse.Namespace], Any], str], ...] = (
+    (
+        lambda a: a.network_train_unet_only and a.network_train_text_encoder_only,
+        "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train. Remove one.",
+    ),
+    (
+        lambda a: a.full_bf16 and a.mixed_precision != "bf16",
+        "--full_bf16 needs --mixed_precision bf16. Add it.",
+    ),
+    (
+        lambda a: a.fp8_base and a.mixed_precision == "no",
+        "--fp8_base needs --mixed_precision bf16 or fp16, in which it is computed. Add it.",
+    ),
+    (
+        lambda a: a.quantize and a.fp8_base,
+        "--quantize and --fp8_base exclude each other. Remove one.",
+    ),
+    (
+        lambda a: a.dim_from_weights and not a.network_weights,
+        "--dim_from_weights needs --network_weights FILE. Add it.",
+    ),
+    (
+        lambda a: a.sample_every_n_steps and not a.sample_prompts,
+        "--sample_every_n_steps draws nothing without --sample_prompts FILE. Add it.",
+    ),
+    (
+        lambda a: a.validate_every_n_steps and not a.validation_data_dir,
+        "--validate_every_n_steps needs --validation_data_dir FOLDER. Add it.",
+    ),
+)
+
+
 def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[CaptionedImage], dict[str, str]]:
     """Find what is wrong before anything is loaded.
 
-    Returns the training examples, the held-out ones and the network arguments. Raises ValueError.
+    Returns:
+        The training examples, the held-out ones and the network arguments.
+
+    Raises:
+        ValueError: for the first thing that is wrong.
     """
     for name in NEEDED:
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing. Give it on the command line or in the config file.")
     family = check_model_folder(Path(args.pretrained_model_name_or_path), MODEL)
-    for name, least in AT_LEAST.items():
-        value = getattr(args, name)
-        if value is not None and not (value >= least and math.isfinite(value)):
-            raise ValueError(f"--{name} {value}: it must be a number of at least {least}.")
-    for value in args.text_encoder_lr or ():
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"--text_encoder_lr {value}: it must be a number of at least 0.")
-    if args.network_train_unet_only and args.network_train_text_encoder_only:
-        raise ValueError("--network_train_unet_only and --network_train_text_encoder_only leave nothing to train.")
-    if args.full_bf16 and args.mixed_precision != "bf16":
-        raise ValueError("--full_bf16 needs --mixed_precision bf16. Add it.")
-    if args.fp8_base and args.mixed_precision == "no":
-        raise ValueError("--fp8_base needs --mixed_precision bf16 or fp16, in which it is computed. Add it.")
-    if args.quantize and args.fp8_base:
-        raise ValueError("--quantize and --fp8_base exclude each other. Remove one.")
+    _check_numbers(args)
+    for is_misfit, message in MISFITS:
+        if is_misfit(args):
+            raise ValueError(message)
     parse_resolution(args.resolution, 1)
     network_args = parse_network_args(args.network_args)
-    _check_weights(args)
-    if args.resume and not (Path(args.resume) / STATE_FILE).is_file():
-        raise ValueError(f"--resume {args.resume} holds no saved state ({STATE_FILE}). Give a folder NAME-...-state.")
-    if args.sample_every_n_steps and not args.sample_prompts:
-        raise ValueError("--sample_every_n_steps draws nothing without --sample_prompts FILE. Add it.")
-    if args.validate_every_n_steps and not args.validation_data_dir:
-        raise ValueError("--validate_every_n_steps needs --validation_data_dir FOLDER. Add it.")
+    _check_files(args)
     args.output_name = args.output_name.removesuffix(".safetensors")
-    if not args.output_name.strip("."):
-        raise ValueError("--output_name is empty. Give the file a name.")
-    if (Path(args.output_dir) / f"{args.output_name}.safetensors").is_dir():
-        raise ValueError(
-            f"--output_name {args.output_name}: a folder of that name stands in --output_dir. Choose another."
+    _check_output_name(args.output_name, Path(args.output_dir))
+    images, held_out = (
+        read_caption_folder(Path(folder), args.caption_extension, option, family.medium) if folder else []
+        for option, folder in (
+            ("--train_data_dir", args.train_data_dir),
+            ("--validation_data_dir", args.validation_data_dir),
         )
-    if Path(args.output_name).name != args.output_name:
-        raise ValueError(f"--output_name {args.output_name} is a path. Give the folder with --output_dir.")
-
-    def read(option: str, folder: str) -> list[CaptionedImage]:
-        return read_caption_folder(Path(folder), args.caption_extension, option, family.medium)
-
-    images = read("--train_data_dir", args.train_data_dir)
-    held_out = read("--validation_data_dir", args.validation_data_dir) if args.validation_data_dir else []
+    )
     check_output_folder(Path(args.output_dir))
     return images, held_out, network_args
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    given = [(name, getattr(args, name), least) for name, least in AT_LEAST.items()]
+    given += [("text_encoder_lr", rate, 0) for rate in args.text_encoder_lr or ()]
+    for name, value, least in given:
+        if value is not None and not (value >= least and math.isfinite(value)):
+            raise ValueError(f"--{name} {value}: it must be a number of at least {least}.")
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    if args.network_weights:
+        check_weights_file(args.network_weights, "--network_weights")
+    for path in args.base_weights or ():
+        check_weights_file(path, "--base_weights")
+    given, wanted = len(args.base_weights_multiplier or ()), len(args.base_weights or ())
+    if given > wanted:
+        raise ValueError(f"--base_weights_multiplier has {given} values for {wanted} --base_weights. Remove some.")
+    if args.resume and not (Path(args.resume) / STATE_FILE).is_file():
+        raise ValueError(f"--resume {args.resume} holds no saved state ({STATE_FILE}). Give a folder NAME-...-state.")
+
+
+def _check_output_name(name: str, folder: Path) -> None:
+    if not name.strip("."):
+        raise ValueError("--output_name is empty. Give the file a name.")
+    if (folder / f"{name}.safetensors").is_dir():
+        raise ValueError(f"--output_name {name}: a folder of that name stands in --output_dir. Choose another.")
+    if Path(name).name != name:
+        raise ValueError(f"--output_name {name} is a path. Give the folder with --output_dir.")
 
 
 def data_options(args: argparse.Namespace, native: int) -> DataOptions:
@@ -325,18 +370,6 @@ def memory_advice(args: argparse.Namespace) -> str:
         advice.append("--fp8_base, or --quantize nf4 for a quarter of the model's bf16 size")
     advice.append("a lower --resolution or --network_dim")
     return "out of memory. Switch on, in this order, until it fits: " + "; ".join(advice) + "."
-
-
-def _check_weights(args: argparse.Namespace) -> None:
-    if args.network_weights:
-        check_weights_file(args.network_weights, "--network_weights")
-    elif args.dim_from_weights:
-        raise ValueError("--dim_from_weights needs --network_weights FILE. Add it.")
-    for path in args.base_weights or ():
-        check_weights_file(path, "--base_weights")
-    given, wanted = len(args.base_weights_multiplier or ()), len(args.base_weights or ())
-    if given > wanted:
-        raise ValueError(f"--base_weights_multiplier has {given} values for {wanted} --base_weights. Remove some.")
 
 
 def parse_resolution(text: str | None, native: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import itertools
 import json
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,19 +27,11 @@ def make_accelerator(args: argparse.Namespace) -> Any:
     """accelerate as the options and `accelerate launch` configure it."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--mixed_precision fp16 needs a GPU. Use bf16 or no.")
-    if args.logging_dir:
-        from accelerate.utils import is_tensorboard_available
-
-        if not is_tensorboard_available():
-            raise ValueError("--logging_dir needs TensorBoard's writer. Install it: pip install tensorboardX")
-    precision, handlers = args.mixed_precision, []
     deepspeed = deepspeed_configured()
+    _check_accelerator(args, deepspeed)
+    precision, handlers = args.mixed_precision, []
     bare = not (torch.cuda.is_available() or torch.backends.mps.is_available() or torch.xpu.is_available())
     if deepspeed:
-        if precision == "fp16":
-            raise ValueError("--mixed_precision fp16: under DeepSpeed the adapter has no loss scale. Use bf16.")
         precision = "bf16" if args.full_bf16 else "no"  # it would round what is trained; Objective has its own autocast
         handlers += [InitProcessGroupKwargs(backend="gloo")] if bare else []
     else:
@@ -60,6 +53,18 @@ def make_accelerator(args: argparse.Namespace) -> Any:
     if args.logging_dir:
         accelerator.init_trackers(log_name(Path(args.logging_dir), args.output_name, bool(args.resume)))
     return accelerator
+
+
+def _check_accelerator(args: argparse.Namespace, deepspeed: bool) -> None:
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--mixed_precision fp16 needs a GPU. Use bf16 or no.")
+    if args.mixed_precision == "fp16" and deepspeed:
+        raise ValueError("--mixed_precision fp16: under DeepSpeed the adapter has no loss scale. Use bf16.")
+    if args.logging_dir:
+        from accelerate.utils import is_tensorboard_available
+
+        if not is_tensorboard_available():
+            raise ValueError("--logging_dir needs TensorBoard's writer. Install it: pip install tensorboardX")
 
 
 def log_name(folder: Path, name: str, goes_on: bool) -> str:
@@ -121,17 +126,50 @@ def trains_text(args: argparse.Namespace, family: Family) -> bool:
 
 
 def build_network(args: argparse.Namespace, family: Family, network_args: dict[str, str], dtype: torch.dtype) -> Any:
-    """Import the module, merge base networks, create the network and attach it: sd-scripts' calls in its order."""
+    """Import the module, merge base networks, create the network and attach it: sd-scripts' calls in its order.
+
+    Args:
+        args: the trainer's options; with --dim_from_weights, its dim and alpha become None.
+        family: the loaded model.
+        network_args: of --network_args.
+        dtype: what base networks are merged in.
+
+    Raises:
+        ValueError: the module makes no network, or cannot do what the options ask for.
+    """
     module = import_network_module(args.network_module)
-    vae, text_encoder, unet = family.vae, family.text_encoder_argument, family.denoiser
+    _merge_base_networks(args, module, family, dtype)
+    network = _create_network(args, module, family, network_args)
+    if hasattr(network, "prepare_network"):
+        network.prepare_network(args)
+    if args.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
+        raise ValueError(f"{args.network_module} cannot do --scale_weight_norms. Remove the option.")
+    if args.network_train_text_encoder_only and not family.trains_text:
+        raise ValueError(
+            f"--network_train_text_encoder_only: the text encoder of {family.title} is not trained. Remove it."
+        )
+    text = trains_text(args, family)
+    network.apply_to(family.text_encoder_argument, family.denoiser, text, not args.network_train_text_encoder_only)
+    if args.network_weights:
+        print(network.load_weights(args.network_weights))
+    if args.gradient_checkpointing:
+        _enable_checkpointing(network, family, text)
+    return network
+
+
+def _merge_base_networks(args: argparse.Namespace, module: ModuleType, family: Family, dtype: torch.dtype) -> None:
+    text_encoder, unet = family.text_encoder_argument, family.denoiser
     multipliers = itertools.chain(args.base_weights_multiplier or (), itertools.repeat(1.0))
     for path, multiplier in zip(args.base_weights or (), multipliers, strict=False):
         base, weights = module.create_network_from_weights(
-            multiplier, path, vae, text_encoder, unet, for_inference=True
+            multiplier, path, family.vae, text_encoder, unet, for_inference=True
         )
         base.merge_to(text_encoder, unet, weights, dtype, unet.device)
         print(f"merged {path} at strength {multiplier}")
 
+
+def _create_network(args: argparse.Namespace, module: ModuleType, family: Family, network_args: dict[str, str]) -> Any:
+    models = family.vae, family.text_encoder_argument, family.denoiser
     keywords: dict[str, Any] = dict(network_args)
     if args.network_dropout is not None:
         keywords.setdefault("dropout", args.network_dropout)
@@ -139,42 +177,27 @@ def build_network(args: argparse.Namespace, family: Family, network_args: dict[s
         if args.network_dim is not None:
             print("--network_dim is not used: --dim_from_weights takes ranks and alphas from the file")
         args.network_dim = args.network_alpha = None  # and the metadata must not say otherwise
-        network, _ = module.create_network_from_weights(1, args.network_weights, vae, text_encoder, unet, **keywords)
+        network, _ = module.create_network_from_weights(1, args.network_weights, *models, **keywords)
     else:
-        network = module.create_network(
-            1.0,
-            args.network_dim,
-            args.network_alpha,
-            vae,
-            text_encoder,
-            unet,
-            neuron_dropout=args.network_dropout,
-            **keywords,
-        )
+        size = args.network_dim, args.network_alpha
+        network = module.create_network(1.0, *size, *models, neuron_dropout=args.network_dropout, **keywords)
     if network is None:
         raise ValueError(f"--network_module {args.network_module} made no network. Look at what it printed.")
-    if hasattr(network, "prepare_network"):
-        network.prepare_network(args)
-    if args.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
-        raise ValueError(f"{args.network_module} cannot do --scale_weight_norms. Remove the option.")
-    if args.network_train_text_encoder_only and not family.trains_text:
-        raise ValueError(f"--network_train_text_encoder_only: the text encoder of {family.title} is not trained.")
-    text = trains_text(args, family)
-    network.apply_to(text_encoder, unet, text, not args.network_train_text_encoder_only)
-    if args.network_weights:
-        print(network.load_weights(args.network_weights))
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        encoders = [encoder for encoder in family.text_encoders if encoder is not None] if text else []
-        for encoder in encoders:
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for model in (unet, *encoders):
-            model.train()  # the libraries checkpoint in train mode only
-            for part in model.modules():
-                if isinstance(part, nn.Dropout) or isinstance(vars(part).get("dropout"), float):
-                    part.training = False  # T5 has some of both kinds, and a frozen model keeps its own answer
-        network.enable_gradient_checkpointing()
     return network
+
+
+def _enable_checkpointing(network: Any, family: Family, text: bool) -> None:
+    """Keep few intermediate results; of text encoders, too, where they are trained."""
+    encoders = [encoder for encoder in family.text_encoders if encoder is not None] if text else []
+    family.denoiser.enable_gradient_checkpointing()
+    for encoder in encoders:
+        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for model in (family.denoiser, *encoders):
+        model.train()  # the libraries checkpoint in train mode only
+        for part in model.modules():
+            if isinstance(part, nn.Dropout) or isinstance(vars(part).get("dropout"), float):
+                part.training = False  # T5 has some of both kinds, and a frozen model keeps its own answer
+    network.enable_gradient_checkpointing()
 
 
 def write_plan(network: Any, path: Path) -> bool:

@@ -21,13 +21,9 @@ OLDER: dict[str, int] = {
     "networks/plan/file_form.py:_misfits": 37,
     "networks/plan/select.py:candidates": 32,
     "networks/plan/planner.py:_Planner.row": 29,
-    "kohya_trainer/train_options.py:check_options": 28,
     "networks/plan/effects.py:_forms": 25,
     "networks/plan/preset_choices.py:PresetChoices.admit": 23,
-    "kohya_trainer/training.py:build_network": 22,
     "networks/network/network.py:Network.attach": 21,
-    "kohya_trainer/generate.py:check_options": 20,
-    "kohya_trainer/families/noise.py:Flow.of": 19,
     "networks/args/parse.py:parse": 18,
     "networks/plan/planner.py:_Planner._reason": 18,
     "scripts/show.py:lines": 18,
@@ -38,11 +34,9 @@ OLDER: dict[str, int] = {
     "networks/models/skeleton.py:_from_header": 15,
     "networks/args/presets.py:_options": 14,
     "networks/files/dotted.py:_join": 14,
-    "kohya_trainer/training.py:make_accelerator": 14,
     "networks/args/coerce.py:_regex_map": 13,
     "networks/plan/blocks.py:BlockChoices._lengths": 13,
     "networks/plan/effects.py:_starts": 13,
-    "kohya_trainer/train.py:Trainer.make_data": 13,
 }
 
 

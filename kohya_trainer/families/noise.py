@@ -108,39 +108,23 @@ class Flow:
         Raises:
             ValueError: an option has no effect beside the others.
         """
-        o = options
-        scheme, sampling = o.weighting_scheme, o.timestep_sampling
+        o, scheme, sampling = options, options.weighting_scheme, options.timestep_sampling
         if sampling is None and scheme in DENSITIES:
             sampling = "sigma"
-        needs = {
-            "weighting_scheme": scheme not in DENSITIES or sampling == "sigma",
-            "discrete_flow_shift": sampling in (None, "sigma", "shift"),
-            "sigmoid_scale": sampling in ("sigmoid", "shift", "flux_shift"),
-            "logit_mean": scheme == "logit_normal",
-            "logit_std": scheme == "logit_normal",
-            "mode_scale": scheme == "mode",
+        _check_effects(o, sampling)
+        moved, std = _or(o.discrete_flow_shift, shift), _or(o.sigmoid_scale, 1.0)
+        levels = {
+            (None, None): cls(moved, mean),
+            ("uniform", None): cls(1.0, None),
+            ("sigmoid", None): cls(1.0, 0.0, std),
+            ("shift", None): cls(moved, 0.0, std),
+            ("flux_shift", None): cls(None, 0.0, std),
+            ("sigma", None): cls(moved, None),
+            # its u counts from the noise
+            ("sigma", "logit_normal"): cls(moved, -_or(o.logit_mean, 0.0), _or(o.logit_std, 1.0)),
+            ("sigma", "mode"): cls(moved, None, mode=_or(o.mode_scale, 1.29)),
         }
-        idle = [name for name in o.given if not needs.get(name, True)]
-        if o.zero_terminal_snr:
-            raise ValueError(
-                "--zero_terminal_snr: for models with a numbered noise schedule, not flow models. Remove it."
-            )
-        if idle:
-            here = f"--timestep_sampling {sampling or 'not given'}, --weighting_scheme {scheme or 'not given'}"
-            raise ValueError(f"--{idle[0]} has no effect with {here}. Remove it, or choose another of these.")
-        moved = shift if o.discrete_flow_shift is None else o.discrete_flow_shift
-        std = 1.0 if o.sigmoid_scale is None else o.sigmoid_scale
-        if sampling is None:
-            return cls(moved, mean)
-        if sampling == "uniform":
-            return cls(1.0, None)
-        if sampling != "sigma":
-            return cls({"sigmoid": 1.0, "shift": moved, "flux_shift": None}[sampling], 0.0, std)
-        if scheme == "logit_normal":  # its u counts from the noise
-            return cls(moved, -(o.logit_mean or 0.0), 1.0 if o.logit_std is None else o.logit_std)
-        if scheme == "mode":
-            return cls(moved, None, mode=1.29 if o.mode_scale is None else o.mode_scale)
-        return cls(moved, None)
+        return levels[sampling, scheme if scheme in DENSITIES else None]
 
     def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
         """(B,) in fp32, for latents of this size (h, w)."""
@@ -157,6 +141,29 @@ class Flow:
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         return noise - latents
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _check_effects(options: NoiseOptions, sampling: str | None) -> None:
+    """Raise ValueError when one of them has no effect beside the others, or with this sampling."""
+    scheme = options.weighting_scheme
+    needs = {
+        "weighting_scheme": scheme not in DENSITIES or sampling == "sigma",
+        "discrete_flow_shift": sampling in (None, "sigma", "shift"),
+        "sigmoid_scale": sampling in ("sigmoid", "shift", "flux_shift"),
+        "logit_mean": scheme == "logit_normal",
+        "logit_std": scheme == "logit_normal",
+        "mode_scale": scheme == "mode",
+    }
+    idle = [name for name in options.given if not needs.get(name, True)]
+    if options.zero_terminal_snr:
+        raise ValueError("--zero_terminal_snr: for models with a numbered noise schedule, not flow models. Remove it.")
+    if idle:
+        here = f"--timestep_sampling {sampling or 'not given'}, --weighting_scheme {scheme or 'not given'}"
+        raise ValueError(f"--{idle[0]} has no effect with {here}. Remove it, or choose another of these.")
 
 
 def flux_shift(size: Sequence[int]) -> float:
