@@ -2,13 +2,13 @@
 
     train.py, train_options.py      the trainer: one run, from its options to the saved file
     generate.py                     the generator
-    families/                       how each family of models reads text and data, learns and draws: a file for each
     data/                           examples on disk: pictures, sounds, captions
+    drawing/                        what is to be drawn, and sheets of what was
+    families/                       how each family of models reads text and data, learns and draws: a file for each
     model_folder, small_weights     opening a model in diffusers' layout, frozen; in 4 or 8 bits
     training_data                   which examples and which noise a step has; caches of what stays the same
-    losses, loss_log                what is minimised, and the record of it
+    losses, loss_log, samples       what is minimised, the record of it, and pictures on the way
     training, sharding              network, optimizer and accelerate, as the options ask; the model over several GPUs
-    drawing, picture_grid           samples of a run, the generator's pictures, and sheets of them
     state/                          interrupting, going on, and whose files are in a folder
 
 Importing any of it needs torch alone; running it needs the libraries of the extra `train`.

@@ -32,9 +32,40 @@ from networks.cli.command_line import (
 )
 
 from . import DRAWING, check_libraries, model_folder
-from .drawing import SAMPLERS, ImageRequest, batches, parse_prompt_line, read_prompt_file, set_sampler
+from .drawing.picture_grid import make_grid
+from .drawing.requests import ImageRequest, batches, parse_prompt_line, read_prompt_file
 from .families import Family
-from .picture_grid import make_grid
+
+# sd-scripts' sampler names -> class in diffusers and what differs from the model's own scheduler configuration
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "dpm_2": ("KDPM2DiscreteScheduler", {}),
+    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
+}
+
+
+def set_sampler(family: Family, name: str | None) -> None:
+    """Give the pipeline another sampler with the model's own noise schedule; None leaves it as it is."""
+    if name is None:
+        return
+    import diffusers
+
+    class_name, changes = SAMPLERS[name]
+    config = family.pipeline.scheduler.config
+    if "FlowMatch" in config.get("_class_name", type(family.pipeline.scheduler).__name__):
+        raise ValueError(
+            f"--sampler {name} is for models with a noise schedule, {family.title} has its own. Remove it."
+        )
+    family.pipeline.scheduler = getattr(diffusers, class_name).from_config(config, **changes)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -235,7 +266,7 @@ def next_number(folder: Path, name: str) -> int:
     return 1 + max((int(stem) for stem in stems if stem.isdigit()), default=-1)
 
 
-def unused(folder: Path, name: str, number: int, suffix: str) -> tuple[int, Path]:
+def _unused(folder: Path, name: str, number: int, suffix: str) -> tuple[int, Path]:
     """The first number from this one on that no file has by now: another run may draw into the same folder."""
     while os.path.lexists(path := folder / f"{name}{number:06d}{suffix}"):
         number += 1
@@ -252,7 +283,7 @@ def draw_sheets(args: argparse.Namespace, folder: Path, images: Sequence[tuple[I
         table = [
             (name, [image for _, image in part[row * columns : (row + 1) * columns]]) for row, name in enumerate(names)
         ]
-        number, path = unused(folder, "grid_", number, ".png")
+        number, path = _unused(folder, "grid_", number, ".png")
         make_grid(table, [f"seed {request.seed}" for request, _ in part[:columns]], path)
         number += 1
 
@@ -280,7 +311,7 @@ def generate(args: argparse.Namespace) -> int:
             networks.set_strengths(batch[0].multipliers)
             for image, request in zip(family.draw(batch), batch, strict=True):
                 shown = replace(request, multipliers=networks.current or None)
-                number, path = unused(folder, "im_", number, family.suffix)
+                number, path = _unused(folder, "im_", number, family.suffix)
                 family.save(image, path, shown, more)
                 drawn += [(shown, image)] if args.strengths or args.seeds else []
                 number, count = number + 1, count + 1

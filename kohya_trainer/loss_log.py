@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TextIO
 
 from networks.cli.command_line import write_atomically
 
+COLUMNS = "step,loss,lr,val_loss\n"
 SMOOTHING = 0.95  # weight of the past in the smoothed curve
 
 
@@ -16,42 +21,67 @@ SMOOTHING = 0.95  # weight of the past in the smoothed curve
 class LossLog:
     """Losses of a run, written to `path` line by line, so that an interrupted run keeps what it had.
 
-    A run that is continued from step `resumed` keeps the rows up to it.
     Columns: step, loss (mean over the step's batches), lr (first optimizer group), val_loss. Empty = not measured.
+
+    Args:
+        resumed: the step from which the run goes on; earlier rows are kept, without one that a crash cut off.
+        comparable: losses of the training and held-out ones are of one kind.
+        writes: one of several processes does.
     """
 
     path: Path
     resumed: int = 0
-    comparable: bool = True  # losses of the training and held-out ones are of one kind
+    comparable: bool = True
+    writes: bool = True
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
     smoothed: list[float] = field(default_factory=list)
     _norm: float = 0.0
 
     def __enter__(self) -> LossLog:
-        rows = []
-        if self.resumed and self.path.is_file():
-            with self.path.open(encoding="utf-8", newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.resumed]
-        self._file = self.path.open("w", encoding="utf-8", newline="\n", buffering=1)
-        self._file.write("step,loss,lr,val_loss\n")
-        for row in rows:
-            cells = (float(row[key]) if row[key] else None for key in ("loss", "lr", "val_loss"))
-            self.add(int(row["step"]), *cells)
+        self._file: TextIO = io.StringIO()
+        if self.writes:
+            text = COLUMNS + "".join(self._record(*row) for row in self._kept())
+            write_atomically(self.path, partial(Path.write_text, data=text, encoding="utf-8", newline="\n"))
+            self._file = self.path.open("a", encoding="utf-8", newline="\n", buffering=1)
         return self
+
+    def _kept(self) -> Iterator[tuple[Any, ...]]:
+        if not self.resumed or not self.path.is_file():
+            return
+        text = self.path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # behind it is what a crash cut off
+        for row in csv.DictReader(io.StringIO(whole)):
+            try:
+                step, cells = int(row["step"]), [row[key] for key in ("loss", "lr", "val_loss")]
+                values = [float(cell) if cell else None for cell in cells]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{self.path} is no record of a run ({error}). Move it away, or mend it.") from error
+            if step <= self.resumed:
+                yield step, *values
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._file.close()
 
     def add(self, step: int, loss: float | None, lr: float | None, val_loss: float | None = None) -> None:
-        """Record one step; step 0 is the state before training."""
+        """Record one step.
+
+        Args:
+            step: 0 is the state before training.
+            loss: mean over the step's batches.
+            lr: of the first optimizer group.
+            val_loss: mean over the held-out examples; None = not measured, as in the others.
+        """
+        self._file.write(self._record(step, loss, lr, val_loss))
+
+    def _record(self, step: int, loss: float | None, lr: float | None, val_loss: float | None) -> str:
         if loss is not None:
             self.train.append((step, loss))
             self._smooth(loss)
         if val_loss is not None:
             self.validation.append((step, val_loss))
         cells = ["" if value is None else f"{value:.8g}" for value in (loss, lr, val_loss)]
-        self._file.write(",".join([str(step), *cells]) + "\n")
+        return ",".join([str(step), *cells]) + "\n"
 
     @property
     def average(self) -> float:

@@ -121,7 +121,14 @@ def deepspeed_configured() -> bool:
 def divide(sharding: Sharding, family: Family, device: torch.device, batch_size: int) -> str:
     """Divide the denoiser of a loaded model, which is still in memory as a whole. Returns what was done, for people.
 
-    Raises ValueError when processes would call the denoiser unequally often: each would wait for the others for ever.
+    Args:
+        sharding: how.
+        family: the model, with its network attached; its denoiser is replaced.
+        device: of this process.
+        batch_size: examples of a process at a time.
+
+    Raises:
+        ValueError: processes would call the denoiser unequally often, and each wait for the others for ever.
     """
     if batch_size > 1 and not family.one_call:
         raise ValueError(

@@ -24,7 +24,17 @@ def block_layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterat
 
 
 def shrink(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Store the weights of a model in memory as `kind`, "fp8" or one of QUANTIZED, layer by layer; see `quantize`."""
+    """Store the weights of a model in memory in less, layer by layer.
+
+    Args:
+        model: changed in place.
+        kind: "fp8" or one of QUANTIZED.
+        dtype: what bitsandbytes' products are computed in.
+        device: where bitsandbytes' weights are put.
+
+    Raises:
+        ValueError: it needs bitsandbytes, which is not installed.
+    """
     if kind == "fp8":
         to_fp8(model)
     else:
@@ -38,10 +48,7 @@ def to_fp8(model: nn.Module) -> None:
 
 
 def quantize(model: nn.Module, kind: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace Linear layers by bitsandbytes'; `kind` is one of QUANTIZED, `dtype` what products are computed in.
-
-    Raises ValueError when bitsandbytes is not installed.
-    """
+    """Replace Linear layers by bitsandbytes'. Args and Raises as of `shrink`, for the kinds of QUANTIZED."""
     try:
         from bitsandbytes import nn as bits
     except ImportError as error:

@@ -28,9 +28,9 @@ from networks.cli.command_line import INTERRUPTED, import_network_module, run_pr
 
 from . import TRAINING, check_libraries, model_folder, train_options
 from .data.caption_folder import CaptionedImage
-from .drawing import SampleSheet, read_samples
 from .loss_log import LossLog
 from .losses import Loss
+from .samples import SampleSheet, read_samples
 from .sharding import check_division, check_plan, divide, take_sharding
 from .state.run_identity import KEY, check_outputs, identity
 from .state.state_files import clean_series
@@ -186,7 +186,7 @@ class Trainer:
         """Train, save, draw the curve. Ctrl-C saves what was trained and returns INTERRUPTED."""
         args = self.args
         csv = self.folder / f"{args.output_name}-loss.csv"
-        with LossLog(csv, self.step, self.loss.is_plain) as self.log, Interrupts() as self.signals:
+        with LossLog(csv, self.step, self.loss.is_plain, self.is_main) as self.log, Interrupts() as self.signals:
             try:
                 if not self.step:
                     self.log.add(0, None, None, self.validate())

@@ -268,7 +268,14 @@ COPIED = (
 def run_metadata(
     args: argparse.Namespace, family: Family, network_args: dict[str, str], more: dict[str, Any]
 ) -> dict[str, str]:
-    """sd-scripts' metadata keys that apply here. No clock and no machine, so that equal runs give equal files."""
+    """sd-scripts' metadata keys that apply here. No clock and no machine, so that equal runs give equal files.
+
+    Args:
+        args: the trainer's options.
+        family: the model.
+        network_args: of --network_args.
+        more: further values by their keys.
+    """
     values: dict[str, Any] = {f"ss_{name}": getattr(args, name) for name in COPIED}
     of_loss = {name.replace("estimation_loss", "estimation"): getattr(args, name) for name in DECIDES_LOSS}
     values.update({f"ss_{name}": value for name, value in of_loss.items() if value is not None})

@@ -171,6 +171,7 @@ class DiskCache:
         return f"{seed_of(self.model, item.path.name, source, key):016x}"
 
     def read(self, item: CaptionedImage, kind: str, key: str) -> dict[str, Tensor] | None:
+        """What `write` was given; None where there is no such file, or one of something else."""
         from networks.files.reader import read_tensors
 
         path = self._path(item, kind)
@@ -183,6 +184,14 @@ class DiskCache:
         return tensors if metadata.get("fingerprint") == self._fingerprint(item, kind, key) else None
 
     def write(self, item: CaptionedImage, kind: str, key: str, tensors: dict[str, Tensor]) -> None:
+        """Write one file beside an example, atomically.
+
+        Args:
+            item: the example.
+            kind: latents or text.
+            key: what else they were made from: the size, or the prompt.
+            tensors: by their names.
+        """
         from safetensors.torch import save_file
 
         from networks.cli.command_line import write_atomically

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kohya_trainer.picture_grid import make_grid  # noqa: E402
+from kohya_trainer.drawing.picture_grid import make_grid  # noqa: E402
 from networks.cli.command_line import (  # noqa: E402
     INTERRUPTED,
     Terminated,
@@ -85,7 +85,15 @@ def train_arguments(model: Path, output: Path, steps: int) -> list[str]:
 
 
 def draw_arguments(model: Path, output: Path, prompts: Path, steps: int, adapter: Path | None) -> list[str]:
-    """The generator's command line."""
+    """The generator's command line.
+
+    Args:
+        model: folder of the embedded model.
+        output: folder of the images.
+        prompts: file with one prompt a line.
+        steps: of drawing one image.
+        adapter: file of the network; None = the model alone.
+    """
     arguments = [
         f"--ckpt={model}",
         f"--from_file={prompts}",

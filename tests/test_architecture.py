@@ -33,15 +33,17 @@ ARROWS = {
     "cli": {"models", "hosts", "files", "args", "archs"},
     "": {"hosts"},
 }
+TRAINER = ROOT / "kohya_trainer"
+TRAINER_ARROWS = {"data": set(), "drawing": set(), "families": {"data", "drawing"}}
 CORE_LIBRARIES = {"torch", "safetensors", "toml"}
 TORCHLESS = {"args", "archs"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imports(file: Path) -> list[tuple[str, bool]]:
-    """(module, at top level) of every import; ours as `.folder`."""
+def imports(file: Path, package: Path = PACKAGE) -> list[tuple[str, bool]]:
+    """(module, at top level) of every import; the package's own as `.folder`."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    folder = file.parent.relative_to(PACKAGE).parts
+    folder = file.parent.relative_to(package).parts
     found = []
     for node in ast.walk(tree):
         top = node in tree.body
@@ -66,9 +68,49 @@ def test_arrows(file: Path) -> None:
             target = module[1:]
             inside = target in ("", folder) or not (PACKAGE / target).is_dir()  # "": the version
             assert inside or target in ARROWS[folder], f"{file}: {folder} must not import {target}"
+        elif module == "kohya_trainer":
+            assert (folder, top) == ("cli", False), f"{file}: only commands know the trainer, inside their functions"
         elif module not in sys.stdlib_module_names:
             assert folder not in TORCHLESS or (module == "toml" and not top), f"{file}: {module} in a data folder"
             assert module in CORE_LIBRARIES or not top or folder == "hosts", f"{file}: {module} at import time"
+
+
+def test_two_commands_know_the_trainer() -> None:
+    know = [file.name for file in FILES if any(module == "kohya_trainer" for module, _ in imports(file))]
+    assert len(know) <= 2, f"train and generate call the trainer, and nothing else: {know}"
+
+
+@pytest.mark.parametrize("file", sorted(TRAINER.rglob("*.py")), ids=lambda f: str(f.relative_to(TRAINER)))
+def test_arrows_of_the_trainer(file: Path) -> None:
+    """It calls networks by its absolute name, as any trainer does, and nothing of the checkout beside the two."""
+    folder = file.parent.relative_to(TRAINER).parts[0] if file.parent != TRAINER else ""
+    beside = {path.stem for part in ("scripts", "scripts/emoji", "tests") for path in (ROOT / part).glob("*.py")}
+    for module, top in imports(file, TRAINER):
+        if module.startswith("."):
+            inside = module[1:] in ("", folder) or folder in ("", "state")
+            assert inside or module[1:] in TRAINER_ARROWS[folder], f"{file}: {folder} must not import {module}"
+        elif module not in sys.stdlib_module_names:
+            assert module not in beside | {"kohya_trainer"}, f"{file}: {module} is not packed, or is itself"
+            assert module in CORE_LIBRARIES | {"networks"} or not top, f"{file}: {module} at import time"
+
+
+@pytest.mark.parametrize("module", ["kohya_trainer.train", "kohya_trainer.generate"])
+def test_the_trainer_says_what_to_install(module: str) -> None:
+    """Without the libraries of the extra `train`: --help is there, and a run ends with one sentence."""
+    code = (
+        "import sys\n"
+        "for name in 'diffusers transformers accelerate matplotlib PIL tqdm numpy'.split(): sys.modules[name] = None\n"
+        f"from {module} import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    found = {}
+    for option in ("--help", "--debug"):
+        found[option] = subprocess.run([sys.executable, "-c", code, option], cwd=ROOT, capture_output=True, text=True)
+    assert found["--help"].returncode == 0 and "usage:" in found["--help"].stdout
+    assert found["--debug"].returncode == 2
+    last = found["--debug"].stderr.splitlines()[-1]
+    assert all(name in last for name in ("diffusers", "pillow", 'pip install "kohya-networks[train]"')), last
+    assert ("accelerate" in last) == module.endswith("train")
 
 
 def test_core_imports_only_torch_and_safetensors() -> None:

@@ -23,7 +23,7 @@ from kohya_trainer import generate
 from kohya_trainer import train as trainer
 from kohya_trainer.data.caption_folder import CaptionedImage
 from kohya_trainer.data.sound import read_sound
-from kohya_trainer.drawing import ImageRequest
+from kohya_trainer.drawing.requests import ImageRequest
 from kohya_trainer.families import FAMILIES
 from kohya_trainer.families.noise import Flow
 from kohya_trainer.model_folder import load_model

@@ -23,7 +23,7 @@ import networks.dylora
 import networks.lora
 import networks.lora_qwen_image
 from kohya_trainer import generate, train_options
-from kohya_trainer.drawing import ImageRequest, parse_prompt_line
+from kohya_trainer.drawing.requests import ImageRequest, parse_prompt_line
 from networks.args import presets
 from networks.args.parse import Problems, parse
 from networks.args.table import TABLE

@@ -12,7 +12,7 @@ from PIL import Image
 
 from kohya_trainer import generate as generator
 from kohya_trainer import train as trainer
-from kohya_trainer.drawing import ImageRequest, batches, parse_prompt_line
+from kohya_trainer.drawing.requests import ImageRequest, batches, parse_prompt_line
 
 NETWORK = "networks.lora"
 

@@ -392,7 +392,7 @@ class Family:
         return [Image.new("RGB", (8, 8), "red") for _ in batch]
 
     def save(self, image: Image.Image, path: Path, request: Any, more: dict[str, str]) -> None:
-        from kohya_trainer.drawing import save_png
+        from kohya_trainer.drawing.requests import save_png
 
         save_png(image, path, request, more)
 

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ..data.caption_folder import PICTURES, Buckets, CaptionedImage, Medium, bucket_size, load_pixels
+from ..drawing.requests import ImageRequest, save_png
 from .noise import Flow, Noise, NoiseOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from ..drawing import ImageRequest
 
 Condition = dict[str, Tensor]
 """What the text encoders tell the denoiser about one sample, without a batch axis."""
@@ -206,7 +205,14 @@ class Family:
     def predict(
         self, noisy: Tensor, times: Tensor, conditions: Sequence[Condition], batch: dict[str, Tensor]
     ) -> Tensor:
-        """The denoiser's answer in the shape of `noisy` (B, C, h, w), to be compared with the noise's target."""
+        """The denoiser's answer in the shape of `noisy`, to be compared with the noise's target.
+
+        Args:
+            noisy: latents with noise (B, C, h, w), fp32; of sounds (B, C, frames).
+            times: of their noise (B,), as make_noise's rule counts them.
+            conditions: of each sample, from encode_prompts.
+            batch: what else read_item gave, collated: `time_ids` (B, 6) of pictures.
+        """
         raise NotImplementedError
 
     # -- generation
@@ -238,9 +244,14 @@ class Family:
     # -- files
 
     def save(self, drawn: Any, path: Path, request: ImageRequest, more: dict[str, str] | None = None) -> None:
-        """Write what `draw` made."""
-        from ..drawing import save_png
+        """Write one of what `draw` made, atomically.
 
+        Args:
+            drawn: a picture; a sound (2, S).
+            path: where to.
+            request: what was asked for.
+            more: further texts for the file, by their keys, where its format takes them.
+        """
         save_png(drawn, path, request, more)
 
 

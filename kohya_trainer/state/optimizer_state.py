@@ -96,7 +96,17 @@ def _uncast(own: Any, given: Any) -> Any:
 
 
 def check(whole: Whole, optimizer: torch.optim.Optimizer, groups: Groups, names: Mapping[nn.Parameter, str]) -> None:
-    """Raise ValueError when a state is not that of this run's parameters and learning rates."""
+    """Refuse a state that is not of this run's parameters and learning rates.
+
+    Args:
+        whole: the state.
+        optimizer: this run's, with its learning rates.
+        groups: its parameters, group by group.
+        names: of the parameters.
+
+    Raises:
+        ValueError: with what is different.
+    """
     if [group["params"] for group in whole["groups"]] != [[names[p] for p in group] for group in groups]:
         raise ValueError(OTHER_PARAMETERS)
     for group, own in zip(whole["groups"], optimizer.param_groups, strict=True):

@@ -39,6 +39,12 @@ def read(base: torch.optim.Optimizer, groups: Groups, names: Mapping[nn.Paramete
 def write(base: torch.optim.Optimizer, groups: Groups, names: Mapping[nn.Parameter, str], whole: Whole) -> None:
     """Each process takes its parts, from the state of any number of processes; the parameters have their values.
 
+    Args:
+        base: the optimizer of this process's parts, one flat tensor for each of the groups.
+        groups: the whole parameters, group by group.
+        names: of the parameters.
+        whole: the state.
+
     Raises:
         ValueError: values of the state do not divide.
     """

@@ -128,7 +128,17 @@ def costs(repeats: int = 6) -> dict[str, Cost]:
 
 
 def measure(entry: Entry, model: Path, output: Path, steps: int) -> Result:
-    """Train it, and draw with it."""
+    """Train it, and draw with it.
+
+    Args:
+        entry: the algorithm.
+        model: folder of the embedded model.
+        output: folder of what comes of it; pictures of an earlier run go.
+        steps: of training.
+
+    Raises:
+        ValueError: the trainer or the generator failed.
+    """
     arguments = [
         a for a in train_arguments(model, output, steps) if not a.startswith(("--network_", "conv_", "--learn"))
     ]
@@ -153,7 +163,15 @@ def measure(entry: Entry, model: Path, output: Path, steps: int) -> Result:
 
 
 def draw_chart(results: Sequence[Result], cost: dict[str, Cost], steps: int, output: Path, path: Path) -> None:
-    """Loss against parameters, cost of a step, and what each draws."""
+    """Loss against parameters, cost of a step, and what each draws.
+
+    Args:
+        results: one for each algorithm.
+        cost: of a step, by algorithm.
+        steps: of the training, for the label.
+        output: folder whose subfolders have the drawn pictures.
+        path: of the PNG.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -108,7 +108,14 @@ class Batch:
 
 
 def make_batch(images: Tensor, ids: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> Batch:
-    """Add noise to images [B, 3, 48, 48] at random timesteps."""
+    """Add noise at random timesteps.
+
+    Args:
+        images: [B, 3, 48, 48], -1 to 1.
+        ids: of their captions, [B, 12].
+        scheduler: the model's noise schedule.
+        generator: of noise and timesteps.
+    """
     latents = nn.functional.pixel_unshuffle(images, 3)
     noise = torch.randn(latents.shape, generator=generator)
     # Shape and colour are decided at middle and high noise; the ends of the schedule need few steps.
@@ -133,6 +140,13 @@ def parallel_step(pool: ThreadPoolExecutor, nets: Networks, batch: Batch, parts:
 
     Each part runs in its own thread, with no threads below it (OMP_NUM_THREADS=1). They meet once per step and not at
     every operation, so a busy machine slows training by its share only; with two threads per operation it was tenfold.
+
+    Args:
+        pool: of as many threads.
+        nets: whose gradients are filled.
+        batch: the whole of it.
+        parts: into how many it is divided.
+        bf16: compute in bf16.
     """
     futures = [pool.submit(gradients, nets, part, bf16) for part in batch.split(parts)]
     losses, lists = zip(*(future.result() for future in futures), strict=True)
@@ -152,7 +166,15 @@ def parallel_step(pool: ThreadPoolExecutor, nets: Networks, batch: Batch, parts:
 def draw(
     pipe: StableDiffusionPipeline, captions: Sequence[str], steps: int = 24, guidance: float = 3.0, seed: int = 0
 ) -> np.ndarray:
-    """One image per caption, each from its own seed: uint8 [N, 48, 48, 3]."""
+    """One image per caption: uint8 [N, 48, 48, 3].
+
+    Args:
+        pipe: the model.
+        captions: what to draw.
+        steps: of each image.
+        guidance: 1 = none.
+        seed: of the first image; the next ones count up.
+    """
     generators = [torch.Generator().manual_seed(seed + index) for index in range(len(captions))]
     images = pipe(
         list(captions), num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="np"
@@ -172,7 +194,14 @@ def spread(rows: Sequence[Emoji], count: int) -> list[int]:
 
 
 def retrieval(pipe: StableDiffusionPipeline, rows: Sequence[Emoji], images: EmojiImages, count: int = 60) -> float:
-    """Share of captions whose drawing is nearer to the true image than to any other of the training set."""
+    """Share of captions whose drawing is nearer to the true image than to any other of the training set.
+
+    Args:
+        pipe: the model.
+        rows: the table of emoji.
+        images: the training set.
+        count: of captions, spread over the table.
+    """
     chosen = spread(rows, count)
     drawn = draw(pipe, [rows[index].caption for index in chosen])
     candidates = images.plain.permute(0, 2, 3, 1).numpy()
@@ -192,7 +221,15 @@ def composing(pipe: StableDiffusionPipeline, rows: Sequence[Emoji], count: int =
 
 
 def save_grid(images: np.ndarray, path: Path, columns: int = 12, gap: int = 8, zoom: int = 1) -> None:
-    """Tile images [N, H, W, 3] into one PNG."""
+    """Tile images into one PNG.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        path: of the PNG.
+        columns: images side by side.
+        gap: between them, in pixels.
+        zoom: whole number by which all is enlarged.
+    """
     rows = math.ceil(len(images) / columns)
     height, width = images.shape[1:3]
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
@@ -319,7 +356,15 @@ def grid_of(model: Path) -> Path:
 def finish(
     run: Run, rows: Sequence[Emoji], tokenizer: PreTrainedTokenizerFast, images: EmojiImages, args: argparse.Namespace
 ) -> None:
-    """Export the averaged weights, draw the grid and print the retrieval score."""
+    """Export the averaged weights, draw the grid and print the retrieval score.
+
+    Args:
+        run: what was trained.
+        rows: the table of emoji.
+        tokenizer: of the captions.
+        images: the training set.
+        args: the command line's.
+    """
     torch.set_num_threads(args.threads)
     export(run.ema, tokenizer, args.model)
     pipe = build_pipeline(run.ema, tokenizer)

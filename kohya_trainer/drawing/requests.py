@@ -1,9 +1,7 @@
-"""Drawing with a loaded model: what to draw, prompt files, batches, PNG files that say how they were made, sheets."""
+"""What is to be drawn: prompts with their options, prompt files, batches; and pictures that say how they were made."""
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +13,6 @@ from networks.cli.command_line import nearest, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from .families import Family
 
 
 @dataclass(frozen=True)
@@ -36,38 +32,6 @@ class ImageRequest:
     def settings(self) -> tuple[Any, ...]:
         """Requests with equal settings can be drawn in one batch."""
         return (self.height, self.width, self.steps, self.scale, self.multipliers, self.seconds)
-
-
-# sd-scripts' sampler names -> class in diffusers and what differs from the model's own scheduler configuration
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "dpm_2": ("KDPM2DiscreteScheduler", {}),
-    "dpm_2_a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "dpmsolver": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "dpmsingle": ("DPMSolverSinglestepScheduler", {}),
-}
-
-
-def set_sampler(family: Family, name: str | None) -> None:
-    """Give the pipeline another sampler with the model's own noise schedule; None leaves it as it is."""
-    if name is None:
-        return
-    import diffusers
-
-    class_name, changes = SAMPLERS[name]
-    config = family.pipeline.scheduler.config
-    if "FlowMatch" in config.get("_class_name", type(family.pipeline.scheduler).__name__):
-        raise ValueError(
-            f"--sampler {name} is for models with a noise schedule, {family.title} has its own. Remove it."
-        )
-    family.pipeline.scheduler = getattr(diffusers, class_name).from_config(config, **changes)
 
 
 def _floats(text: str) -> tuple[float, ...]:
@@ -144,7 +108,14 @@ def batches(requests: Sequence[ImageRequest], size: int) -> Iterator[list[ImageR
 
 
 def save_png(image: Image, path: Path, request: ImageRequest, more: dict[str, str] | None = None) -> None:
-    """Write a PNG whose text says how it was made."""
+    """Write a PNG whose text says how it was made, atomically.
+
+    Args:
+        image: the picture.
+        path: where to.
+        request: what was asked for.
+        more: further texts by their keys.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -160,51 +131,3 @@ def save_png(image: Image, path: Path, request: ImageRequest, more: dict[str, st
     for key, value in {**texts, **(more or {})}.items():
         info.add_itxt(key, value)
     write_atomically(path, lambda temporary: image.save(temporary, pnginfo=info))
-
-
-def read_samples(args: argparse.Namespace, family: Family, size: tuple[int, int]) -> list[ImageRequest]:
-    """What the trainer's --sample_prompts asks for, at `size` = (height, width) unless a line says otherwise."""
-    if not args.sample_prompts:
-        return []
-    defaults = ImageRequest("", "", args.seed, *size, steps=30, scale=7.5)
-    requests = read_prompt_file(Path(args.sample_prompts), defaults, "--sample_prompts")
-    for request in requests:
-        if request.multipliers is not None:
-            raise ValueError("--sample_prompts: --am is for gen_img.py; samples are drawn at the full strength.")
-        family.check_size(request.height, request.width, f'--sample_prompts "{request.prompt}"')
-    return requests
-
-
-class SampleSheet:
-    """Samples of a training run: a file for each in sample/, and one sheet of all, a row for each step."""
-
-    def __init__(self, folder: Path, name: str, family: Family, batch_size: int) -> None:
-        self.folder, self.name, self.family, self.batch_size = folder, name, family, batch_size
-
-    def draw(self, requests: Sequence[ImageRequest], step: int, write: bool = True) -> None:
-        """Draw all requests with the model as it is, and the sheet anew. Without `write` only the model's work is done:
-        another process has the files."""
-        folder = self.folder / "sample"
-        folder.mkdir(exist_ok=True)
-        numbers = itertools.count()
-        for batch in batches(requests, self.batch_size):
-            pictures = self.family.draw(batch)
-            for drawn, request in zip(pictures if write else (), batch, strict=write):
-                path = folder / f"{self.name}_{step:06d}_{next(numbers):02d}{self.family.suffix}"
-                self.family.save(drawn, path, request)
-        if write and self.family.medium.visible:
-            self._sheet(folder, [request.prompt for request in requests])
-
-    def _sheet(self, folder: Path, prompts: Sequence[str]) -> None:
-        """From the files, so that a resumed run's sheet is whole."""
-        from PIL import Image
-
-        from .picture_grid import make_grid
-
-        rows: dict[int, dict[int, Any]] = {}
-        for path in sorted(folder.glob("*.png")):
-            found = re.fullmatch(rf"{re.escape(self.name)}_(\d+)_(\d+)", path.stem)
-            if found and int(found[2]) < len(prompts):
-                rows.setdefault(int(found[1]), {})[int(found[2])] = Image.open(path).convert("RGB")
-        table = [(f"step {step}", [row.get(i) for i in range(len(prompts))]) for step, row in rows.items()]
-        make_grid(table, prompts, self.folder / f"{self.name}-samples.png")
