@@ -28,6 +28,6 @@ def check_libraries(names: tuple[str, ...]) -> None:
     missing = [name.split(":")[-1] for name in names if importlib.util.find_spec(name.split(":")[0]) is None]
     if missing:
         raise ValueError(
-            f"the reference trainer and generator need {', '.join(missing)}, and this environment has none of that. "
-            'Install it with their other libraries: pip install "kohya-networks[train]"'
+            f"libraries of the reference trainer and generator are not installed: {', '.join(missing)}. "
+            'Install them: pip install "kohya-networks[train]"'
         )

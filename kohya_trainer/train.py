@@ -32,9 +32,10 @@ from .loss_log import LossLog
 from .losses import Loss
 from .samples import SampleSheet, read_samples
 from .sharding import check_division, check_plan, divide, take_sharding
+from .state.interrupts import Interrupts
 from .state.run_identity import KEY, check_outputs, identity
 from .state.state_files import clean_series
-from .state.training_state import Examples, Interrupts, Live, data_key, load_state, read_state, save_state, shared
+from .state.training_state import Examples, Live, data_key, load_state, read_state, save_state, shared
 from .training import (
     Objective,
     autocast,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from kohya_trainer.families import FAMILIES
 from kohya_trainer.families.noise import Flow
 from kohya_trainer.model_folder import load_model
 
+ROOT = Path(__file__).resolve().parents[1]
 SIDE = 32
 MAKERS = {
     "StableDiffusionPipeline": tiny_models.make_sd,
@@ -295,6 +300,79 @@ def test_unknown_family_lists_those_known(tmp_path, capsys):
     assert generate.main([f"--ckpt={tmp_path}", "--prompt=x"]) == 2
     error = capsys.readouterr().err
     assert "KandinskyPipeline" in error and all(family.title in error for family in FAMILIES)
+
+
+TOY = """
+from __future__ import annotations
+
+from .base import Family
+
+
+class Toy(Family):
+    title, pipeline_class, version = "Toy Diffusion", "ToyPipeline", "toy"
+"""
+
+
+def test_a_family_is_one_file(tmp_path):
+    """Put into a copy of the trainer, it is in --help, and its models are known."""
+    shutil.copytree(ROOT / "kohya_trainer", tmp_path / "kohya_trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "kohya_trainer" / "families" / "toy.py").write_text(TOY)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
+    code = (
+        "from pathlib import Path\n"
+        "from kohya_trainer.model_folder import check_model_folder\n"
+        "from kohya_trainer.train_options import build_parser\n"
+        "print(check_model_folder(Path(), '--x').version, build_parser().description)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("toy ")
+    assert all(title in done.stdout for title in ("Toy Diffusion", *(family.title for family in FAMILIES)))
+
+
+def with_part(model: Path, target: Path, **parts: list[str]) -> Path:
+    """A copy of a model's folder with other entries in its index."""
+    shutil.copytree(model, target)
+    index = target / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **parts}))
+    return target
+
+
+def test_stable_diffusion_is_opened_without_its_safety_checker(folder, tmp_path):
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]  # whose files are not there
+    model = with_part(folder("StableDiffusionPipeline"), tmp_path / "sd", safety_checker=checker)
+    assert load(model).pipeline.safety_checker is None
+
+
+PART = """
+from diffusers import AutoencoderKL, ModelMixin
+
+
+class OwnAutoencoder(AutoencoderKL):
+    def fit_pipeline(self, pipeline):
+        pipeline.vae_scale_factor = 3
+"""
+
+
+def test_a_part_may_be_of_any_module(folder, tmp_path, monkeypatch):
+    """As model_index.json names it; an autoencoder may know its own scale."""
+    (tmp_path / "own_parts.py").write_text(PART)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = with_part(folder("StableDiffusionPipeline"), tmp_path / "sd", vae=["own_parts", "OwnAutoencoder"])
+    family = load(model)
+    assert type(family.vae).__name__ == "OwnAutoencoder" and family.pipeline.vae is family.vae
+    assert family.vae.dtype == torch.float32 and not any(p.requires_grad for p in family.vae.parameters())
+    assert family.native_size == 3 * family.denoiser.config.sample_size
+
+
+@pytest.mark.parametrize("entry", [["no_such_parts", "X"], ["diffusers", "NoSuchAutoencoder"], [None, None], None])
+def test_a_part_that_cannot_be_imported_is_named(folder, tmp_path, entry):
+    model = with_part(folder("StableDiffusionPipeline"), tmp_path / "sd", vae=entry)
+    with pytest.raises(ValueError, match=r"^--ckpt .*: its vae is .*(Install|upgrade)") as caught:
+        load(model)
+    assert all(word in str(caught.value) for word in filter(None, entry or ())), caught.value
 
 
 def test_flow_levels():

@@ -16,6 +16,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from safetensors import safe_open
 from torch import Tensor
 
+from kohya_trainer import loss_log
 from kohya_trainer import train as trainer
 from kohya_trainer.families import NoiseOptions
 from kohya_trainer.families.noise import Discrete, Flow
@@ -337,3 +338,34 @@ def test_the_curve_has_a_second_axis_for_what_does_not_compare(tmp_path, monkeyp
             log.add(1, 0.01, 1e-3, 0.1)
             log.draw(tmp_path / "loss.png", "two kinds")
         assert len(made) == (not comparable) and (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_the_record_of_a_run_that_goes_on_is_whole_at_every_moment(tmp_path, monkeypatch) -> None:
+    """It is the former one until the new one is complete; what a crash cut off, and later steps, are not in it."""
+    path, seen = tmp_path / "loss.csv", []
+    former = "step,loss,lr,val_loss\n0,,,0.5\n1,0.4,0.001,\n2,0.3,0.001,0.25\n3,0.2,0.001,\n4,0."
+    path.write_text(former)
+    write = loss_log.write_atomically
+
+    def watched(target, body) -> None:
+        write(target, lambda part: (body(part), seen.append(path.read_text()))[0])
+        seen.append(path.read_text())
+
+    monkeypatch.setattr(loss_log, "write_atomically", watched)
+    with LossLog(path, resumed=2) as log:
+        kept = former.partition("3,0.2")[0]
+        assert seen == [former, kept] and path.read_text() == kept
+        assert log.train == [(1, 0.4), (2, 0.3)] and log.validation == [(0, 0.5), (2, 0.25)]
+        log.add(3, 0.1, 1e-3)
+        with LossLog(path, resumed=2, writes=False) as other:  # of another process
+            other.add(3, 0.1, 1e-3)
+    assert path.read_text() == kept + "3,0.1,0.001,\n"
+
+
+def test_what_is_no_record_is_not_written_over(tmp_path) -> None:
+    path = tmp_path / "loss.csv"
+    path.write_text("step,loss,lr,val_loss\n1,many,0.001,\n2,0.3,0.001,\n")
+    before = path.read_text()
+    with pytest.raises(ValueError, match="is no record of a run"), LossLog(path, resumed=2):
+        pass
+    assert path.read_text() == before

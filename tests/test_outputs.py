@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kohya_trainer.state.training_state import Interrupts
+from kohya_trainer.state.interrupts import Interrupts
 from networks.cli.command_line import Terminated, run_program
 from networks.files import outputs
 from networks.files.outputs import check_outputs, replace, whole, write_atomically
