@@ -11,7 +11,7 @@
     training, sharding              network, optimizer and accelerate, as the options ask; the model over several GPUs
     state/                          interrupting, going on, and whose files are in a folder
 
-Importing any of it needs torch alone; running it needs the libraries of the extra `train`.
+Importing any of it needs what networks needs; running it needs the libraries of the extra `train`.
 """
 
 from __future__ import annotations

@@ -113,6 +113,28 @@ def test_the_trainer_says_what_to_install(module: str) -> None:
     assert ("accelerate" in last) == module.endswith("train")
 
 
+def undocumented(tree: ast.AST) -> set[str]:
+    """Public functions with four or more parameters whose docstrings do not say what these are."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len([name for name in names if name not in ("self", "cls")]) >= 4:
+                found |= set() if "Args" in (ast.get_docstring(node) or "") else {node.name}
+    return found
+
+
+def test_functions_of_the_trainer_say_what_they_take() -> None:
+    """The methods of a family are described once, in the contract."""
+    trees = {file: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(TRAINER.rglob("*.py"))}
+    contract = {
+        node.name for node in ast.walk(trees[TRAINER / "families" / "base.py"]) if isinstance(node, ast.FunctionDef)
+    }
+    for file, tree in trees.items():
+        inherited = contract if file.parent.name == "families" and file.stem != "base" else set()
+        assert undocumented(tree) <= inherited, file
+
+
 def test_core_imports_only_torch_and_safetensors() -> None:
     """Every entry, imported in a fresh interpreter in which the optional libraries do not exist."""
     entries = sorted(f.stem for f in PACKAGE.glob("*.py") if f.stem != "__init__")

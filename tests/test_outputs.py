@@ -542,7 +542,7 @@ def test_the_trainers_own_way_to_stop_goes_before_and_gives_ours_back(capsys: py
 def test_the_plug_in_installs_no_handler() -> None:
     """Only programs of ours do; the rest of the package runs inside others."""
     users = {file.name for file in (ROOT / "networks").rglob("*.py") if "import signal" in file.read_text("utf-8")}
-    assert users == {"command_line.py", "training_state.py"}
+    assert users == {"command_line.py"}
     code = (
         "import signal; before = [signal.getsignal(n) for n in signal.valid_signals()]\n"
         "import networks.cli.command_line\n"

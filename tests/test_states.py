@@ -24,9 +24,9 @@ from torch import Tensor
 
 from kohya_trainer import train_options
 from kohya_trainer.state import optimizer_state, state_files
+from kohya_trainer.state.interrupts import Interrupts
 from kohya_trainer.state.training_state import (
     Examples,
-    Interrupts,
     Live,
     Saved,
     data_key,

@@ -134,7 +134,7 @@ def test_a_state_of_another_run_is_refused(assets, tmp_path, capsys, options, me
 
 
 def test_caches_change_nothing_and_are_used(assets, tmp_path, monkeypatch):
-    from kohya_trainer.families import StableDiffusion
+    from kohya_trainer.families.sd import StableDiffusion
 
     images = tiny_models.make_images(tmp_path / "images", 5)
     data = [f"--train_data_dir={images}", "--network_train_unet_only", "--optimizer_type=SGD", "--learning_rate=1"]
