@@ -22,6 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from kohya_trainer import generate
+from kohya_trainer.data.caption_folder import PICTURES
+from kohya_trainer.drawing.requests import save_png
 from networks.files.outputs import check_outputs
 
 EMOJI = Path(__file__).resolve().parents[1] / "scripts" / "emoji"
@@ -384,7 +386,7 @@ class Family:
     """Draws one colour."""
 
     title, suffix, native_size, vae, text_encoder_argument = "x", ".png", 8, None, None
-    denoiser, device = torch.nn.Identity(), torch.device("cpu")
+    medium, denoiser, device = PICTURES, torch.nn.Identity(), torch.device("cpu")
 
     def check_size(self, *args: Any) -> None: ...
 
@@ -392,8 +394,6 @@ class Family:
         return [Image.new("RGB", (8, 8), "red") for _ in batch]
 
     def save(self, image: Image.Image, path: Path, request: Any, more: dict[str, str]) -> None:
-        from kohya_trainer.drawing.requests import save_png
-
         save_png(image, path, request, more)
 
 
