@@ -51,14 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from networks.files import writer
-    from networks.files.adapter_file import FileTensors, Naming
+    from networks.files.adapter_file import Naming, open_adapter
     from networks.files.resize import is_nested, numbered, resize, told
 
     outs = {dim: numbered((args.out_dir or args.file.parent) / args.file.name, dim) for dim in args.dims}
     check_outputs(outs.values(), [args.file], args.overwrite)
-    tensors = FileTensors(args.file)
-    file, metadata = tensors.opened(Naming()), tensors.metadata
-    nested = is_nested(metadata)
+    file = open_adapter(args.file, Naming())
+    nested = is_nested(file.metadata)
     way = args.way or ("first" if nested else "nearest")
     if way == "first" and not nested:
         print(
@@ -66,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     for dim, out in outs.items():
-        smaller, lost = resize(file, tensors, dim, way)
-        writer.write_tensors(out, smaller, metadata=told(metadata, dim, way))
+        smaller, lost = resize(file, dim, way)
+        writer.write_tensors(out, smaller, metadata=told(file.metadata, dim, way))
         print(f"wrote {out}: dim {dim}" + (f", {lost:.1%} of the update lost" if way == "nearest" else ""))
     return 0
 

@@ -26,7 +26,7 @@ import networks.lora
 from networks.algos import ALGOS
 from networks.archs import ARCHS
 from networks.files import codec, explain, reader
-from networks.files.adapter_file import Naming, open_file
+from networks.files.adapter_file import Naming, open_adapter
 from networks.files.merge import MergeInput, merged_weight
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.max_norm import limit_norms, update_norm
@@ -294,7 +294,7 @@ def peft_folder(folder: Path, **settings: Any) -> dict[str, Tensor]:
 
 
 def layers_of(file: Path) -> dict[str, codec.SavedLayer]:
-    return dict(open_file(file, Naming(SD)).all_read().layers)
+    return dict(open_adapter(file, Naming(SD)).all_read().layers)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

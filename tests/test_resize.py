@@ -15,7 +15,7 @@ import networks.dylora
 import networks.lora
 import networks.lora_flux
 from networks.files import reader, resize
-from networks.files.adapter_file import as_encoded
+from networks.files.adapter_file import Naming, open_adapter
 from networks.files.codec import decode
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_stacks_keep_the_first_ranks_of_every_part() -> None:
     network.apply_to([None, None], model, False, True)
     randomise(network)
     whole = {name: tensor.clone() for name, tensor in encoded(network).items()}
-    cut = resize.resize(as_encoded(whole), whole, 1, "first")[0]
+    cut = resize.resize(open_adapter(whole, Naming()), 1, "first")[0]
     split = [name for name in decode(whole)[0] if "qkv" in name][0]
     assert whole[f"{split}.lora_down.weight"].shape[0] == 12 and cut[f"{split}.lora_down.weight"].shape[0] == 3
     kept = [0, 4, 8]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import networks.lora_wan
 from networks.files import codec, twins
-from networks.files.adapter_file import Naming, of_tensors
+from networks.files.adapter_file import Naming, open_adapter
 from networks.files.checkpoint import Checkpoint
 from networks.files.merge import CheckpointMerge, MergeInput
 from networks.hosts import key_merge
@@ -251,7 +251,7 @@ def test_merging_weight_by_weight(age: str, choice: str, tmp_path: Path) -> None
     assert {key for key in keys if "_norm2." in key or "_norm3." in key} == (
         set() if choice == "with a weight" else {key for key in without_bias if f"_{left}." in key}
     )
-    layers = of_tensors(tensors, Naming(), "the file").layers
+    layers = open_adapter(tensors, Naming(), "the file").layers
     for name, new_values in wanted.items():
         assert torch.equal(layers[f"lora_unet_{name.replace('.', '_')}"].tensors["w_norm"], new_values["w_norm"])
 

@@ -1,15 +1,15 @@
 """An adapter file, opened once: named, grouped into layers, its strengths found, and checked. Every program of ours
 that is given a file starts here, so that all of them come to the same verdict.
 
-    open_file(path, Naming(arch))          metadata and what stands beside the file count, too
-    of_tensors(tensors, Naming(arch))      what a host hands over
+    open_adapter(path, Naming(arch))         metadata and what stands beside the file count, too
+    open_adapter(tensors, Naming(arch))      what a host hands over
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class AdapterFile:
 
     Attributes:
         source: its name, for messages.
+        tensors: as they stand in it, under its own keys.
         layers: by saved name, as the naming has it.
         flags: what its keys say of the whole.
         metadata: {} where a host handed over tensors alone.
@@ -41,6 +42,7 @@ class AdapterFile:
     """
 
     source: str
+    tensors: Mapping[str, Tensor]
     layers: Mapping[str, SavedLayer]
     flags: Flags
     metadata: Mapping[str, str]
@@ -61,6 +63,10 @@ class AdapterFile:
             first = next(iter(self.stray), "nothing")
             raise ValueError(f"{self.source} has no adapter that we know; its keys look like {first}")
         return self
+
+    def is_of(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether it was made of these very tensors, not only of equal ones."""
+        return self.tensors.keys() == tensors.keys() and all(tensors[key] is t for key, t in self.tensors.items())
 
 
 @dataclass(frozen=True)
@@ -88,60 +94,73 @@ class Naming:
 
 
 class FileTensors(dict[str, Tensor]):
-    """The tensors of a file as hosts want them. Handed back, they are known with all that the file says of them.
+    """The tensors of a file as hosts want them, with all else that the file says. Handed back, they are not opened a
+    second time.
 
     Args:
-        path: of the file, or the folder of one that PEFT wrote.
-
-    Raises:
-        ValueError: it is no complete safetensors file, or what stands beside it cannot be read.
+        tensors: under the file's own keys.
+        source: name of the file, for messages.
+        metadata: of its header.
+        settings: PEFT's, from beside the file; None without any.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        file = reader.check(path)
-        tensors, self.metadata = reader.read_tensors(file)
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        source: str,
+        metadata: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(tensors)
-        self.source, self.settings = str(path), strengths.beside(file)
-        self._named: tuple[Naming, AdapterFile, list[Tensor]] | None = None
+        self.source, self.metadata, self.settings = source, dict(metadata or {}), settings
+        self._opened: tuple[Naming, AdapterFile] | None = None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> FileTensors:
+        """What a file says.
+
+        Args:
+            path: of the file, or the folder of one that PEFT wrote.
+
+        Raises:
+            ValueError: it is no complete safetensors file, or what stands beside it cannot be read.
+        """
+        file = reader.check(path)
+        tensors, metadata = reader.read_tensors(file)
+        return cls(tensors, str(path), metadata, strengths.beside(file))
 
     def opened(self, naming: Naming) -> AdapterFile:
-        """The file under these names; done once, unless the host changes something."""
-        known = self._named
-        if known is None or known[0] != naming or not _same(known[2], self.values()):
-            file = _open(self, self.metadata, self.settings, naming, self.source)
-            known = self._named = naming, file, [*self.values()]
-        return known[1]
+        """The file under these names; done once, unless the host changes something.
+
+        Raises:
+            ValueError: as `open_adapter`.
+        """
+        if self._opened is None or self._opened[0] != naming or not self._opened[1].is_of(self):
+            self._opened = naming, _open(self, naming)
+        return self._opened[1]
 
 
-def _same(some: Collection[Tensor], others: Collection[Tensor]) -> bool:
-    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+def open_adapter(
+    given: str | os.PathLike[str] | Mapping[str, Tensor], naming: Naming, source: str = "the file"
+) -> AdapterFile:
+    """Open a file, or the tensors of one that a host has read; what its metadata said is lost then, unless we read it
+    for the host (`FileTensors`).
 
-
-def open_file(path: str | os.PathLike[str], naming: Naming) -> AdapterFile:
-    """Open a file, or the folder of one that PEFT wrote.
+    Args:
+        given: a path (also of a folder that PEFT wrote), or key -> tensor.
+        naming: under which names.
+        source: of tensors, for messages.
 
     Raises:
         ValueError: it is no complete safetensors file, its values are not finite, or what it says of its strength
             cannot be read or disagrees.
     """
-    return FileTensors(path).opened(naming)
-
-
-def of_tensors(
-    tensors: Mapping[str, Tensor], naming: Naming, source: str = "the file", tell: bool = True
-) -> AdapterFile:
-    """The same for tensors that a host has read; what the file's metadata said is lost, unless we read it for the host.
-
-    Args:
-        tell: warn where the strength can only be guessed; False for a part of a file.
-
-    Raises:
-        ValueError: values are not finite.
-    """
-    if isinstance(tensors, FileTensors):
-        return tensors.opened(naming)
-    opened = _open(tensors, {}, None, naming, source)
-    if tell and opened.strength == strengths.SAID[strengths.NOTHING]:
+    if isinstance(given, FileTensors):
+        return given.opened(naming)
+    if not isinstance(given, Mapping):
+        return FileTensors.read(given).opened(naming)
+    opened = FileTensors(given, source).opened(naming)
+    if opened.strength == strengths.SAID[strengths.NOTHING]:
         log.warning(
             "%s: no layer has an alpha, so its strength is read as 1; the tensors were handed over alone, and what "
             "metadata or an %s say is not known here",
@@ -150,35 +169,15 @@ def of_tensors(
     return opened
 
 
-def as_encoded(tensors: Mapping[str, Tensor]) -> AdapterFile:
-    """The same for tensors that a network was just made into: broken ones are told where they are written."""
-    return _grouped(tensors, {}, None, Naming(), "the network")
-
-
-def _open(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    config: Mapping[str, Any] | None,
-    naming: Naming,
-    source: str,
-) -> AdapterFile:
-    _check_values(tensors, source)
-    return _grouped(tensors, metadata, config, naming, source)
-
-
-def _grouped(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    config: Mapping[str, Any] | None,
-    naming: Naming,
-    source: str,
-) -> AdapterFile:
-    has_dots = dotted.has_dots(tensors)
-    known = dotted.with_strengths(tensors, metadata, config if has_dots else None, source)
-    named = naming.apply(known.tensors, source)
-    layers, unknown = codec.decode(named, naming.own_class)
+def _open(given: FileTensors, naming: Naming) -> AdapterFile:
+    _check_values(given)
+    tensors, strength = strengths.with_strengths(given, given.metadata, given.settings, given.source)
+    named = naming.apply(tensors, given.source)
+    flags = Flags.of(named)
+    layers, unknown = codec.decode(named, naming.own_class, flags)
     unread, stray = _told_apart(unknown)
-    return AdapterFile(source, layers, Flags.of(named), metadata, unread, stray, known.told, has_dots)
+    with_dots = dotted.has_dots(given)
+    return AdapterFile(given.source, dict(given), layers, flags, given.metadata, unread, stray, strength, with_dots)
 
 
 def _told_apart(keys: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -193,13 +192,15 @@ def _told_apart(keys: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
     return {name: ", ".join(suffixes) for name, suffixes in unread.items()}, tuple(stray)
 
 
-def _check_values(tensors: Mapping[str, Tensor], source: str) -> None:
+def _check_values(given: FileTensors) -> None:
     """Raises ValueError for the first tensor that is not finite."""
-    for key, tensor in tensors.items():
+    for key, tensor in given.items():
         if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
             continue
         wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no such operations
         if not bool(torch.isfinite(wide).all()):
             layer, suffix = dotted.divide(key)
             where = f"{layer}: {suffix}" if suffix else key
-            raise ValueError(f"{source}: {where} has NaN or infinite values: the file is broken, use an earlier save")
+            raise ValueError(
+                f"{given.source}: {where} has NaN or infinite values: the file is broken, use an earlier save"
+            )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algos import Adapter, make_adapter, recognise
+from ..algos import ALGOS, Adapter, make_adapter, recognise
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
@@ -125,53 +125,94 @@ def is_adapter(keys: Iterable[str]) -> bool:
     return recognise(endings) is not None or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in keys)
 
 
-def decode(tensors: Mapping[str, Tensor], own_class: bool = True) -> tuple[dict[str, SavedLayer], list[str]]:
-    """Group a file's tensors into layers, whatever its dialect; the second list holds keys that no algorithm knows.
+def decode(
+    tensors: Mapping[str, Tensor], own_class: bool = True, flags: dialects.Flags | None = None
+) -> tuple[dict[str, SavedLayer], list[str]]:
+    """Group a file's tensors into layers, whatever its dialect. `adapter_file` does it once for each file.
 
     Args:
+        tensors: saved name and suffix -> tensor.
         own_class: see twins.right_names.
+        flags: of the same tensors, where they are known.
+
+    Returns:
+        Saved name -> layer, and the keys of layers with a value that no algorithm knows.
     """
-    flags = dialects.Flags.of(tensors)
-    dialect = flags.dialect
+    flags = flags or dialects.Flags.of(tensors)
+    layers: dict[str, SavedLayer] = {}
+    unknown: list[str] = []
+    for name, written in twins.rightly_named(_groups(tensors, flags.dialect), own_class).items():
+        group = dialects.own_suffixes(written)
+        alpha = group.pop("alpha", None)
+        algorithm = recognise(group)
+        magnitude = None if algorithm is None else group.pop(flags.dialect.magnitude, None)
+        strange = [suffix for suffix in group if algorithm is None or not algorithm.knows(suffix)]
+        if algorithm is None or strange:
+            unknown += [f"{name}.{suffix}" for suffix in strange]
+            continue
+        values, portable_alpha = _portable(algorithm, group, None if alpha is None else float(alpha), flags)
+        folded = magnitude is not None and bool(flags.dialect.fold_flag)
+        layers[name] = SavedLayer(name, algorithm, values, portable_alpha, magnitude, folded)
+    return layers, unknown
+
+
+def _groups(tensors: Mapping[str, Tensor], dialect: dialects.Dialect) -> dict[str, dict[str, Tensor]]:
+    """Saved name -> suffix -> tensor, without what is said of the whole file."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key not in dialect.flags and key != dialect.whole[0]:
             name, _, suffix = key.partition(".")
             groups.setdefault(dialects.own_name(name), {})[suffix] = tensor
-    layers, unknown = {}, []
-    for name, written in twins.rightly_named(groups, own_class).items():
-        group = dialects.own_suffixes(written)
-        alpha = group.pop("alpha", None)
-        algorithm = recognise(group)
-        magnitude = group.pop(dialect.magnitude, None) if algorithm is not None else None
-        if algorithm is None or not all(map(algorithm.knows, group)):
-            unknown += [f"{name}.{suffix}" for suffix in group if algorithm is None or not algorithm.knows(suffix)]
-            continue
-        value = None if alpha is None else float(alpha)
-        suffix, axis = dialect.rank
-        if value is not None and flags.rs_lora and suffix in group:
-            value *= math.sqrt(group[suffix].shape[axis])
-        if value is not None and dialect.whole[0] in tensors:
-            group = dialect.scaled(group, value)
-        own, value = algorithm.portable(group, value)
-        folded = magnitude is not None and bool(dialect.fold_flag)
-        layers[name] = SavedLayer(name, algorithm, dict(own), value, magnitude, folded)
-    return layers, unknown
+    return groups
+
+
+def _portable(
+    algorithm: type[Adapter], group: dict[str, Tensor], alpha: float | None, flags: dialects.Flags
+) -> tuple[dict[str, Tensor], float | None]:
+    """Tensors and alpha of a layer as the portable form has them: its scale is alpha / rank."""
+    if alpha is not None:
+        suffix, axis = flags.dialect.rank
+        if flags.rs_lora and suffix in group:
+            alpha *= math.sqrt(group[suffix].shape[axis])
+        if flags.whole:
+            group = flags.dialect.scaled(group, alpha)
+    values, alpha = algorithm.portable(group, alpha)
+    return dict(values), alpha
+
+
+def saved_layer(layer: AdaptedLayer, folds: bool = False) -> SavedLayer:
+    """A live layer as a file would have it; tensors on their device and in their dtype.
+
+    Args:
+        folds: the dialect has a fold_flag.
+    """
+    values, magnitude = layer.adapter.pack(), None
+    if layer.magnitude is not None:
+        magnitude = layer.folded(layer.magnitude.detach()) if folds else layer.magnitude.detach()
+    alpha = None
+    if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, values):
+        alpha = layer.alpha_at(layer.adapter.shown_rank(values) or layer.adapter.record.saved_rank)
+    algorithm = ALGOS[layer.adapter.algo]
+    return SavedLayer(layer.lora_name, algorithm, values, alpha, magnitude, magnitude is not None and folds)
+
+
+def write(layers: Iterable[SavedLayer], form: dialects.Form = _PORTABLE) -> dict[str, Tensor]:
+    """The tensors of a file of these layers, the inverse of `decode`; alpha in fp32."""
+    tensors: dict[str, Tensor] = {}
+    dialect, magnitudes = form.dialect, False
+    for layer in layers:
+        name = dialect.written_name(layer.name)
+        for suffix, tensor in layer.tensors.items():
+            tensors[f"{name}.{dialect.written_suffix(suffix)}"] = tensor
+        if layer.magnitude is not None:
+            magnitudes = True
+            tensors[f"{name}.{dialect.magnitude}"] = layer.magnitude.flatten() if dialect.flat else layer.magnitude
+        if layer.alpha is not None:
+            alpha = form.alpha(layer.alpha, layer.algorithm.shown_rank(layer.tensors))
+            tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return tensors | form.network_keys(magnitudes)
 
 
 def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> dict[str, Tensor]:
-    """Saved tensors of live layers, on their device and in their dtype; alpha in fp32."""
-    tensors: dict[str, Tensor] = {}
-    dialect = form.dialect
-    for layer in layers:
-        name, packed = dialect.written_name(layer.lora_name), layer.adapter.pack()
-        for suffix, tensor in packed.items():
-            tensors[f"{name}.{dialect.written_suffix(suffix)}"] = tensor
-        if layer.magnitude is not None:
-            magnitude = layer.folded(layer.magnitude.detach()) if dialect.fold_flag else layer.magnitude.detach()
-            tensors[f"{name}.{dialect.magnitude}"] = magnitude.flatten() if dialect.flat else magnitude
-        if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, packed):
-            rank = layer.adapter.shown_rank(packed) or layer.adapter.record.saved_rank
-            alpha = form.alpha(layer.alpha_at(rank), rank)
-            tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-    return tensors | form.network_keys(any(layer.magnitude is not None for layer in layers))
+    """The tensors of a file of live layers, on their device and in their dtype; alpha in fp32."""
+    return write([saved_layer(layer, bool(form.dialect.fold_flag)) for layer in layers], form)

@@ -169,26 +169,24 @@ def detect(keys: Iterable[str]) -> Dialect:
 
 @dataclass(frozen=True)
 class Flags:
-    """What the keys of a file say about the whole of it; None = nothing.
+    """What the keys of a file say about the whole of it.
 
     Attributes:
-        magnitudes: names of layers that have one.
+        rs_lora: whether alphas are to be divided by sqrt(rank); None = it says nothing.
+        whole: it has the key of `Dialect.whole`.
         suspicious: how many of its alphas are the square root of their rank, and how many there are.
     """
 
     dialect: Dialect
     rs_lora: bool | None
-    dora: bool | None
-    magnitudes: frozenset[str]
+    whole: bool
     suspicious: tuple[int, int]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Flags:
         dialect = detect(tensors)
-        rs, dora = (bool(tensors[key]) if key in tensors else None for key in (dialect.rs_flag, dialect.dora_flag))
-        pairs = (key.partition(".") for key in tensors)
-        magnitudes = frozenset(name for name, _, suffix in pairs if suffix == dialect.magnitude)
-        return cls(dialect, rs, dora, magnitudes, _alphas_of_roots(tensors))
+        rs_lora = bool(tensors[dialect.rs_flag]) if dialect.rs_flag in tensors else None
+        return cls(dialect, rs_lora, dialect.whole[0] in tensors, _alphas_of_roots(tensors))
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..algos import ALGOS, recognise
+from ..algos import ALGOS
 from ..archs.diffusers_names import Place
 from ..archs.spec import ArchSpec, Part, Rename
-from . import strengths
-from .strengths import CONFIG, PEFT
 
+PEFT = "base_model.model."  # before the names of layers in its files
 DOWN, UP, MAGNITUDE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
 VECTOR = "lora_magnitude_vector"
 SUFFIXES = {  # as others write them -> ours
@@ -80,62 +78,6 @@ def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) 
 
 def _turn(rows: Tensor, place: Place) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
-
-
-@dataclass(frozen=True)
-class Known:
-    """A file's tensors with all that says their strength.
-
-    Attributes:
-        tensors: under the file's names, alphas filled in.
-        told: where the strengths stand, for people.
-    """
-
-    tensors: dict[str, Tensor]
-    told: str
-
-
-def with_strengths(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: Mapping[str, Any] | None, source: str
-) -> Known:
-    """The tensors of a file, with the strengths that stand beside them, see `strengths`.
-
-    Raises:
-        ValueError: what stands there cannot be read, or disagrees.
-    """
-    tensors = _with_settings(tensors, config)
-    layers: dict[str, dict[str, Tensor]] = {}
-    keys: dict[tuple[str, str], str] = {}
-    for key, path, suffix in divided(tensors):
-        own = SUFFIXES.get(suffix, suffix)
-        layers.setdefault(path, {})[own], keys[path, own] = tensors[key], key
-    kinds = {name: kind for name, group in layers.items() if (kind := recognise(group)) is not None}
-    filled = strengths.fill(layers, kinds, metadata, config, source)
-    found = dict(tensors)
-    for name, group in filled.layers.items():
-        found |= {keys.get((name, suffix), f"{name}.{suffix}"): tensor for suffix, tensor in group.items()}
-    return Known(found, filled.told)
-
-
-def _with_settings(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
-    """The tensors of a file of PEFT, where its algorithm cannot be read without its settings."""
-    kind = (config or {}).get("peft_type")
-    algorithm = next((one for one in ALGOS.values() if one.peft_type and one.peft_type == kind), None)
-    if config is None or algorithm is None:
-        return tensors
-    found: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, path, suffix in divided(tensors):
-        if suffix in algorithm.peft_keys:
-            layers.setdefault(path, {})[algorithm.peft_keys[suffix]] = tensors[key]
-        else:
-            found[key] = tensors[key]
-    try:
-        for path, layer in layers.items():
-            found |= {f"{path}.{suffix}": t for suffix, t in algorithm.of_peft(layer, config).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{CONFIG} cannot be read: {error}") from None
-    return found
 
 
 def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "the file") -> dict[str, Tensor]:
@@ -251,24 +193,29 @@ class _Piece:
 
 
 def _join(pieces: Sequence[_Piece], source: str) -> dict[str, Tensor]:
-    """The adapter of the one layer which they are in the trainer's model."""
-    all_tensors = [piece.whole() for piece in pieces]
+    """The adapter of the one layer which they are in the trainer's model.
+
+    Raises:
+        ValueError: they are not all plain LoRAs, or of DoRA on the input side.
+    """
+    layers = [piece.whole() for piece in pieces]
     names = ", ".join(piece.path for piece in pieces)
-    kinds = {frozenset(tensors) - {ALPHA} for tensors in all_tensors}
+    kinds = {frozenset(layer) - {ALPHA} for layer in layers}
     if len(kinds) > 1 or not {DOWN, UP} <= next(iter(kinds)) <= {DOWN, UP, MAGNITUDE}:
         raise ValueError(f"{source}: {names} are one layer here, and only plain LoRAs of all of them can become one")
-    downs, ups = [t[DOWN] for t in all_tensors], [_scaled_up(t) for t in all_tensors]
-    shared = all(torch.equal(downs[0], down) for down in downs[1:])
-    joined = {
-        DOWN: downs[0] if shared else torch.cat(downs),
-        UP: torch.cat(ups) if shared else torch.block_diag(*ups),
-    }
-    if MAGNITUDE in all_tensors[0]:
-        magnitudes = [tensors[MAGNITUDE] for tensors in all_tensors]
-        if any(m.shape[0] != up.shape[0] for m, up in zip(magnitudes, ups, strict=True)):
+    joined = _joined_factors([layer[DOWN] for layer in layers], [_scaled_up(layer) for layer in layers])
+    if MAGNITUDE in layers[0]:
+        if any(len(layer[MAGNITUDE]) != len(layer[UP]) for layer in layers):
             raise ValueError(f"{source}: {names} are one layer here, which DoRA on the input side cannot become")
-        joined[MAGNITUDE] = torch.cat(magnitudes)
+        joined[MAGNITUDE] = torch.cat([layer[MAGNITUDE] for layer in layers])
     return joined
+
+
+def _joined_factors(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Below each other where the first factor is the same, otherwise block-diagonal."""
+    if all(torch.equal(downs[0], down) for down in downs[1:]):
+        return {DOWN: downs[0], UP: torch.cat([*ups])}
+    return {DOWN: torch.cat([*downs]), UP: torch.block_diag(*ups)}
 
 
 def _scaled_up(tensors: Mapping[str, Tensor]) -> Tensor:

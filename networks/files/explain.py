@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dialects, reader, readers
-from .adapter_file import FileTensors, Naming
+from .adapter_file import Naming, open_adapter
 from .codec import SavedLayer
 from .places import part_of
 
@@ -34,9 +34,8 @@ def explain(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is unreadable, or no adapter that we know.
     """
-    tensors = FileTensors(path)
-    file, metadata = tensors.opened(Naming()), tensors.metadata
-    layers = file.layers
+    file = open_adapter(path, Naming())
+    tensors, layers, metadata = file.tensors, file.layers, file.metadata
     if not layers:
         raise ValueError(f"{path} has no adapter that we know; its keys look like {next(iter(tensors), 'nothing')}")
     dialect = dialects.DIFFUSERS if file.dotted else file.flags.dialect

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..algos.saved import Resized
 from . import dialects, dotted
 from .adapter_file import AdapterFile
+from .codec import SavedLayer
 
 WAYS = ("first", "nearest")
 
@@ -26,13 +29,34 @@ def is_nested(metadata: Mapping[str, str]) -> bool:
     return str(algo or metadata.get("ss_network_module", "").rpartition(".")[2]).lower() == "dylora"
 
 
-def resize(file: AdapterFile, tensors: Mapping[str, Tensor], dim: int, way: str) -> tuple[dict[str, Tensor], float]:
+def cut(saved: SavedLayer, dim: int, way: str) -> tuple[SavedLayer, Resized]:
+    """A layer with at most `dim` ranks.
+
+    Args:
+        way: "first" keeps the first ranks and alpha as it is: a layer of DyLoRA then acts as it was trained at that
+            dim. "nearest" keeps the nearest update of that rank at the same strength.
+
+    Returns:
+        The layer, and what became of its tensors.
+
+    Raises:
+        ValueError: its form has no such ranks.
+    """
+    try:
+        resized = (saved.algorithm.first_ranks if way == "first" else saved.algorithm.nearest)(saved.tensors, dim)
+    except ValueError as error:
+        raise ValueError(f"{saved.name}: {error}") from None
+    before, after = resized.ranks
+    alpha = (saved.alpha or float(before)) * (after / before if way == "nearest" else 1.0)
+    return replace(saved, tensors=dict(resized.tensors), alpha=alpha), resized
+
+
+def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], float]:
     """A file's tensors with at most `dim` ranks in every layer, in the same dialect and dtype, under the same names.
 
     Args:
-        file: the same tensors, opened without an architecture.
-        way: "first" keeps the first ranks and alpha as it is: a file of DyLoRA then acts as it was trained at that dim.
-            "nearest" keeps the nearest update of that rank at the same strength.
+        file: opened without an architecture.
+        way: as for `cut`.
 
     Returns:
         The tensors, and what is lost of all updates together, as a part of their length (0 for "first").
@@ -46,25 +70,24 @@ def resize(file: AdapterFile, tensors: Mapping[str, Tensor], dim: int, way: str)
             "its DoRA magnitudes hold for the whole update alone (save_format=comfyui): resize another form"
         )
     form = dialects.Form(file.flags.dialect, bool(file.flags.rs_lora))
-    keys = {(path, dotted.SUFFIXES.get(suffix, suffix)): key for key, path, suffix in dotted.divided(tensors)}
-    result, lost, whole, changed = dict(tensors), 0.0, 0.0, False
+    keys = {(path, dotted.SUFFIXES.get(suffix, suffix)): key for key, path, suffix in dotted.divided(file.tensors)}
+    result, lost, whole, changed = dict(file.tensors), 0.0, 0.0, False
     for name, saved in file.layers.items():
-        try:
-            new = (saved.algorithm.first_ranks if way == "first" else saved.algorithm.nearest)(saved.tensors, dim)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        before, after = new.ranks
-        alpha = saved.alpha or float(before)
-        if way == "nearest":
-            alpha *= after / before
-        written = {**new.tensors, "alpha": torch.tensor(form.alpha(alpha, after), dtype=torch.float32)}
+        smaller, resized = cut(saved, dim, way)
+        before, after = resized.ranks
+        assert smaller.alpha is not None
+        written = {**smaller.tensors, "alpha": torch.tensor(form.alpha(smaller.alpha, after), dtype=torch.float32)}
         path = name.replace("/", ".")
         for suffix in saved.tensors:
             result.pop(keys.get((path, suffix), f"{path}.{suffix}"), None)
         for suffix, tensor in written.items():
             result[keys.get((path, suffix), f"{path}.{suffix}")] = tensor.contiguous()
-        scale_sq = (alpha / after) ** 2
-        lost, whole, changed = lost + scale_sq * new.lost, whole + scale_sq * new.whole, changed or after < before
+        scale_sq = (smaller.alpha / after) ** 2
+        lost, whole, changed = (
+            lost + scale_sq * resized.lost,
+            whole + scale_sq * resized.whole,
+            changed or after < before,
+        )
     if not changed:
         raise ValueError(f"no layer has more than {dim} ranks")
     return result, (lost / whole) ** 0.5 if whole else 0.0

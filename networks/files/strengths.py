@@ -11,19 +11,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..algos import Adapter
+from ..algos import ALGOS, Adapter, recognise
+from . import dotted
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # of a file: PEFT's settings, as JSON, under the names of a pipeline's components
 NUMBERS = ("alpha", "lora_alpha")  # of a header, for the whole file
-PEFT = "base_model.model."
 ALPHAS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # peft_type -> what is divided by r
 # Start values by which PEFT changes the base weights, too: such a file acts on that other base alone.
 OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -62,26 +63,6 @@ class Said:
 Ask = Callable[[str], "Said | None"]
 
 
-@dataclass
-class Strengths:
-    """Layers with alphas filled in.
-
-    Attributes:
-        layers: name -> suffix -> tensor.
-        sources: key of SAID -> number of layers whose strength it decides.
-    """
-
-    layers: dict[str, dict[str, Tensor]]
-    sources: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def told(self) -> str:
-        """Where the strength stands, for people."""
-        if len(self.sources) == 1:
-            return SAID[next(iter(self.sources))]
-        return ", ".join(f"{SAID[name]} ({count} layers)" for name, count in self.sources.items())
-
-
 def beside(path: Path) -> dict[str, Any] | None:
     """PEFT's settings in the folder of a file; None without any.
 
@@ -92,80 +73,119 @@ def beside(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read ({error}): mend it, or move it away from {path.name}") from None
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings: mend it, or move it away from {path.name}")
-    return found
+    return settings
 
 
-def fill(
-    layers: Mapping[str, Mapping[str, Tensor]],
-    kinds: Mapping[str, type[Adapter]],
-    metadata: Mapping[str, str],
-    config: Mapping[str, Any] | None,
-    source: str,
-) -> Strengths:
-    """Give each layer the alpha that stands for its strength, wherever the file says it.
+def with_strengths(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], settings: Mapping[str, Any] | None, source: str
+) -> tuple[dict[str, Tensor], str]:
+    """A file's tensors, where each layer has the alpha that stands for its strength, wherever the file says it.
 
     Args:
-        layers: name -> our suffix -> tensor.
-        kinds: the algorithm of each layer that has one.
-        config: of `beside`.
+        tensors: under the file's own keys.
+        metadata: of its header.
+        settings: of `beside`; they are of names with dots.
+        source: name of the file, for messages.
+
+    Returns:
+        The tensors under the same keys, and where their strengths stand, for people.
 
     Raises:
-        ValueError: settings cannot be read, or disagree.
+        ValueError: settings cannot be read, or two sources disagree.
     """
-    asked = dict(_sources(metadata, config, source))
-    found = Strengths({})
-    for name, tensors in layers.items():
-        kind = kinds.get(name)
-        found.layers[name] = dict(tensors)
-        if kind is None or not kind.saves_alpha or kind.alpha_option:
-            continue
-        shown = kind.shown_rank(tensors)
-        said = {title: one for title, ask in asked.items() if (one := ask(name)) is not None}
-        scales = {title: scale for title, one in said.items() if (scale := one.scale(shown)) is not None}
-        title = _deciding(name, tensors, shown, said, scales, source)
-        found.sources[title] = found.sources.get(title, 0) + 1
-        if title in scales:
-            found.layers[name] = kind.with_scale(tensors, scales[title])
+    if settings is not None and dotted.has_dots(tensors):
+        tensors = _without_settings(tensors, settings)
+    else:
+        settings = None
+    asked = dict(_sources(metadata, settings, source))
+    layers: dict[str, dict[str, Tensor]] = {}
+    keys: dict[tuple[str, str], str] = {}
+    for key, name, suffix in dotted.divided(tensors):
+        own = dotted.SUFFIXES.get(suffix, suffix)
+        layers.setdefault(name, {})[own], keys[name, own] = tensors[key], key
+    found, deciding = dict(tensors), Counter[str]()
+    for name, layer in layers.items():
+        algorithm = recognise(layer)
+        if algorithm is not None and algorithm.saves_alpha and not algorithm.alpha_option:
+            title, filled = _filled(name, layer, algorithm, asked, source)
+            deciding[title] += 1
+            found |= {keys.get((name, suffix), f"{name}.{suffix}"): tensor for suffix, tensor in filled.items()}
+    if len(deciding) == 1:
+        return found, SAID[next(iter(deciding))]
+    return found, ", ".join(f"{SAID[title]} ({count} layers)" for title, count in deciding.items())
+
+
+def _without_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The tensors of a file of PEFT as any program has them, where only its settings say how they are meant."""
+    kind = settings.get("peft_type")
+    algorithm = next((one for one in ALGOS.values() if one.peft_type and one.peft_type == kind), None)
+    if algorithm is None:
+        return tensors
+    found: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, name, suffix in dotted.divided(tensors):
+        if suffix in algorithm.peft_keys:
+            layers.setdefault(name, {})[algorithm.peft_keys[suffix]] = tensors[key]
+        else:
+            found[key] = tensors[key]
+    try:
+        for name, layer in layers.items():
+            found |= {f"{name}.{suffix}": t for suffix, t in algorithm.of_peft(layer, settings).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{CONFIG} cannot be read: {error}") from None
     return found
 
 
-def _deciding(
-    name: str,
-    tensors: Mapping[str, Tensor],
-    shown: int | None,
-    said: Mapping[str, Said],
-    scales: Mapping[str, float],
-    source: str,
-) -> str:
-    """The source of a layer's strength. Raises ValueError where two disagree."""
+def _filled(
+    name: str, layer: dict[str, Tensor], algorithm: type[Adapter], asked: Mapping[str, Ask], source: str
+) -> tuple[str, dict[str, Tensor]]:
+    """The source that decides a layer's strength, and its tensors with that.
+
+    Args:
+        layer: our suffix -> tensor.
+        asked: key of SAID -> what that source says of a layer.
+
+    Raises:
+        ValueError: two sources disagree, or one is of another rank.
+    """
+    rank = algorithm.shown_rank(layer)
+    said = {title: one for title, ask in asked.items() if (one := ask(name)) is not None}
     for title, one in said.items():
-        if one.rank and shown and one.rank != shown:
+        if one.rank and rank and one.rank != rank:
             raise ValueError(
-                f"{source}: {name} has rank {shown}, but {SAID[title]} says {one.rank}: the two do not belong together"
+                f"{source}: {name} has rank {rank}, but {SAID[title]} says {one.rank}: the two do not belong together"
             )
-    values = dict(scales)
-    if ALPHA in tensors:
-        values.pop(HEADER, None)  # is for layers without an alpha of their own
-        alpha = float(tensors[ALPHA])
-        values = {ALPHA: alpha / shown if alpha and shown else 1.0, **values} if shown else {ALPHA: 1.0}
-    first = next(iter(values), NOTHING)
-    for title, value in values.items():
-        if not math.isclose(value, values[first], rel_tol=ROUNDED):
+    scales = {title: scale for title, one in said.items() if (scale := one.scale(rank)) is not None}
+    candidates = _with_alpha(scales, layer.get(ALPHA), rank)
+    first = next(iter(candidates), NOTHING)
+    for title, scale in candidates.items():
+        if not math.isclose(scale, candidates[first], rel_tol=ROUNDED):
             raise ValueError(
-                f"{source}: the strength of {name} is {values[first]:g} by {SAID[first]}, but {value:g} by "
+                f"{source}: the strength of {name} is {candidates[first]:g} by {SAID[first]}, but {scale:g} by "
                 f"{SAID[title]}: remove the one that is wrong"
             )
-    return first
+    return first, algorithm.with_scale(layer, scales[first]) if first in scales else layer
 
 
-def _sources(metadata: Mapping[str, str], config: Mapping[str, Any] | None, source: str) -> Iterator[tuple[str, Ask]]:
-    if config is not None and config.get("peft_type") in ALPHAS:
-        yield CONFIG, _Settings(config, f"{CONFIG} beside {source}").of
+def _with_alpha(scales: Mapping[str, float], alpha: Tensor | None, rank: int | None) -> dict[str, float]:
+    """The scales, behind that of a layer's own alpha if it has one. It stands alone where no rank shows, and a number
+    in the header is for layers without."""
+    if alpha is None:
+        return dict(scales)
+    if not rank:
+        return {ALPHA: 1.0}
+    others = {title: scale for title, scale in scales.items() if title != HEADER}
+    return {ALPHA: float(alpha) / rank if float(alpha) else 1.0, **others}
+
+
+def _sources(metadata: Mapping[str, str], settings: Mapping[str, Any] | None, source: str) -> Iterator[tuple[str, Ask]]:
+    if settings is not None and settings.get("peft_type") in ALPHAS:
+        yield CONFIG, _Settings(settings, f"{CONFIG} beside {source}").of
     if METADATA in metadata:
         yield METADATA, _Components(metadata[METADATA], f"{METADATA} of {source}").of
     numbers = {name: _number(metadata, name, f"the header of {source}") for name in NUMBERS if name in metadata}
@@ -206,7 +226,7 @@ class _Settings:
 
     def of(self, name: str) -> Said | None:
         """For each value the first pattern that fits the end of the layer's name decides, as in PEFT."""
-        name = name.removeprefix(self.stem).removeprefix(PEFT)
+        name = name.removeprefix(self.stem).removeprefix(dotted.PEFT)
         alpha, rank = self._first(self.alphas, name, self.alpha), self._first(self.ranks, name, self.rank)
         return None if alpha is None else Said(alpha, None if rank is None else int(rank), self.root)
 

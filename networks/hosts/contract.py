@@ -20,7 +20,7 @@ from ..archs.spec import ArchSpec, Part
 from ..args.coerce import named, whole
 from ..args.forms import OWN_STYLES
 from ..args.parse import NetArgs, Problems, parse
-from ..files.adapter_file import Naming, of_tensors
+from ..files.adapter_file import Naming, open_adapter
 from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance
 from ..network.diagnosis import Diagnosis
@@ -262,7 +262,7 @@ class Caller:
         problems = Problems(self.name)
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
         own_class = is_own(request.arch.denoiser, unet)
-        file = of_tensors(tensors, Naming(request.arch, wanted_form(request.args, request.arch), own_class), source)
+        file = open_adapter(tensors, Naming(request.arch, wanted_form(request.args, request.arch), own_class), source)
         if not file.layers and not file.unread:
             first = next(iter(file.stray), "nothing")
             problems.add(f"{source}: no adapter that we know; its keys look like {first}")
@@ -271,6 +271,7 @@ class Caller:
             problems.add(rs_lora_differs(flags, args.rs_lora, source))
         request = replace(request, saved=file.layers, source=source, unknown=file.unread, rs_lora=flags.rs_lora)
         network = self._build(kind, request, problems, multiplier, for_inference)
+        network.made_from = file
         report = network.take(file)
         if report.strength and not report.incomplete:
             log.info("%s", report)

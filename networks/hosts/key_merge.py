@@ -21,7 +21,7 @@ from torch import Tensor
 from .._version import __version__
 from ..args.coerce import named
 from ..files import codec, twins
-from ..files.adapter_file import Naming, of_tensors
+from ..files.adapter_file import FileTensors, Naming, open_adapter
 from ..files.codec import SavedLayer
 from ..files.merge import merged_bias, merged_weight
 from ..files.places import Allowance, find_missing, part_of
@@ -59,7 +59,7 @@ def merge_weights_to_tensor(
     keys = [key for key in lora_weight_keys if key.startswith(f"{written}.")]
     flags = {key: tensor for key, tensor in lora_sd.items() if "." not in key}  # of the whole file
     own = {lora_name + key.removeprefix(written): lora_sd[key] for key in keys}
-    part = of_tensors(flags | own, Naming(), "the file", tell=False)
+    part = FileTensors(flags | own, "the file").opened(Naming())
     layer = part.layers.get(lora_name)
     if part.unread:
         part.all_read()
@@ -181,7 +181,7 @@ def extend(lora_utils: ModuleType, allowance: Allowance = _NOTHING) -> None:
         files = []
         for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
             source = f"adapter file {number} of {len(given)}"
-            layers = of_tensors(tensors, Naming(), source).all_read().layers
+            layers = open_adapter(tensors, Naming(), source).all_read().layers
             for text in codec.assumptions(layers.values()):
                 log.info("%s: %s", source, text)
             files.append(_File(source, layers, strength, allowance))

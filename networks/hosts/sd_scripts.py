@@ -229,7 +229,7 @@ class SdScriptsCalls(Caller):
         if weights_sd is None:
             if file is None:
                 raise ValueError(f"{self.name}: neither a file nor its tensors were given")
-            weights_sd = FileTensors(file)
+            weights_sd = FileTensors.read(file)
         source = str(file or "the file")
         network = self.from_weights(
             self.kind, HOST, multiplier, weights_sd, text_encoder, unet, for_inference, kwargs, source

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +21,7 @@ from ..archs.detect import unwrap
 from ..archs.spec import Timestep
 from ..args.coerce import named
 from ..files import codec, resize, twins, writer
-from ..files.adapter_file import AdapterFile, Naming, as_encoded, of_tensors, open_file
+from ..files.adapter_file import AdapterFile, Naming, open_adapter
 from ..files.dialects import Form
 from ..files.places import Allowance
 from ..files.strengths import ALPHA, SAID
@@ -34,10 +36,9 @@ from ..layers.site import Site
 from ..plan.plan import Plan, PlanRow
 from ..plan.report import LoadReport, progress
 from ..plan.select import Bases, is_own
-from . import starts
+from ..tensors import base_weight
 from .diagnosis import Diagnosis
 from .loading import Places, match
-from .merging import check_bases, merge
 from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Network(nn.Module):
         self.form = form
         self.plan = plan
         self.runtime = Runtime(for_inference=for_inference)
+        self.made_from: AdapterFile | None = None  # until it acts, since hosts hand its tensors over again
         self._merged_at: float | Tensor | None = None  # the multiplier that the base weights have it at, if they do
         self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
         self.allowance = Allowance()  # what of a file may be without a place
@@ -130,37 +132,49 @@ class Network(nn.Module):
         """
         self._refuse_merged()
         if parts is not None:
-            for name in [name for name, (row, _) in self._layers.items() if row.part not in parts]:
-                del self._layers[name]
-                delattr(self, name)
-            self.plan = self.plan.keep(parts)
-            self.draws = Draws(self.adapted_layers)
+            self._keep(parts)
         if not self._layers:
-            raise ValueError("no layer is left to train: no part of the model is both trained and targeted")
+            raise ValueError(
+                "no layer is left to train: no part of the model is both trained and targeted; train the part that the "
+                "network is for, or make it for that part"
+            )
         for layer in progress(self.adapted_layers, any(layer.adapter.wants_base for layer in self.adapted_layers)):
-            try:
+            with _named(layer):
                 layer.attach()
-            except ValueError as error:
-                raise ValueError(f"{layer.lora_name}: {error}") from None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        clocks = self._set_clocks()
-        layers = self.adapted_layers
-        if clocks or any(layer.dropouts or layer.perturbation or layer.adapter.stepwise for layer in layers):
-            used = {row.part for row, _ in self.layers}
-            for part, root in ((part, unwrap(root)) for part, root in self._roots.items() if part in used):
-                read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
-                self._hooks += Watch(self.runtime, clocks if read else (), read).hook(root)
+        self._unhook()
+        self._hook()
+        self.made_from = None
 
     def detach(self) -> None:
         """Give the model its own forwards back."""
         for layer in self.adapted_layers:
             layer.detach()
+        self._unhook()
+        self.leave_region()
+
+    def _keep(self, parts: Sequence[str]) -> None:
+        """Layers of other parts leave the network."""
+        for name in [name for name, (row, _) in self._layers.items() if row.part not in parts]:
+            del self._layers[name]
+            delattr(self, name)
+        self.plan = self.plan.keep(parts)
+        self.draws = Draws(self.adapted_layers)
+
+    def _hook(self) -> None:
+        """Watch the models' own forwards, where a layer acts otherwise in sampling, or by the time."""
+        clocks, layers = self._set_clocks(), self.adapted_layers
+        if not clocks and not any(layer.dropouts or layer.perturbation or layer.adapter.stepwise for layer in layers):
+            return
+        used = {row.part for row, _ in self.layers}
+        for part in [part for part in self._roots if part in used]:
+            root = unwrap(self._roots[part])
+            read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
+            self._hooks += Watch(self.runtime, clocks if read else (), read).hook(root)
+
+    def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self.leave_region()
 
     # -- time
 
@@ -237,8 +251,8 @@ class Network(nn.Module):
             ValueError: the base weights have it already, or one cannot be read or written; nothing was changed.
         """
         self.refuse_second_merge()
-        self._merged_at = self.runtime.multiplier
-        merge(self.adapted_layers, device)
+        self._merge(self.adapted_layers, device)
+        self.made_from = None
 
     def refuse_second_merge(self) -> None:
         """Whether the base weights are without this network.
@@ -265,7 +279,7 @@ class Network(nn.Module):
 
     def backup_weights(self) -> None:
         """Remember the base weights as they are for `restore_weights`; the first backup counts until then."""
-        check_bases(self.adapted_layers)
+        self._check_bases()
         for layer in self.adapted_layers:
             layer.backup()
 
@@ -288,8 +302,25 @@ class Network(nn.Module):
         if not self._at_merged_strength:
             self.refuse_second_merge()
         self.backup_weights()
+        self._merge([layer for layer in self.adapted_layers if not layer.in_weight])
+
+    def _check_bases(self) -> None:
+        """Raises ValueError for the first base weight that cannot be read and written."""
+        for layer in self.adapted_layers:
+            with _named(layer):
+                for site in layer.sites:
+                    base_weight.check(site.module)
+
+    def _merge(self, layers: Sequence[AdaptedLayer], device: torch.device | None = None) -> None:
+        """Every base weight is looked at before one is changed, and what rounding took is told."""
+        self._check_bases()
         self._merged_at = self.runtime.multiplier
-        merge([layer for layer in self.adapted_layers if not layer.in_weight])
+        roundings = []
+        for layer in layers:
+            with _named(layer):
+                roundings.append(layer.merge(device=device))
+        if text := base_weight.told(roundings):
+            log.warning("%s", text)
 
     def limit_norms(self, limit: float) -> tuple[int, float, float]:
         """Shrink every true update above `limit`; (number shrunk, mean and maximum norm afterwards)."""
@@ -305,13 +336,15 @@ class Network(nn.Module):
     ) -> None:
         """Write a file in the network's form, atomically."""
         ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
-        tensors = codec.encode(self.adapted_layers, self.form)
-        ours |= starts.told(self.layers)
-        known, health = {**(metadata or {}), **ours}, self.diagnosis.health()
-        writer.write_tensors(path, self.form.written(tensors), dtype, known, health)
+        saved = [codec.saved_layer(layer, bool(self.form.dialect.fold_flag)) for layer in self.adapted_layers]
+        tensors = self.form.written(codec.write(saved, self.form))
+        known = {**(metadata or {}), **ours, **_told_of_starts(self.layers)}
+        health = self.diagnosis.health()
+        writer.write_tensors(path, tensors, dtype, known, health)
         for dim in self.form.dims:
-            smaller = self.form.written(resize.resize(as_encoded(tensors), tensors, dim, "first")[0])
-            writer.write_tensors(resize.numbered(path, dim), smaller, dtype, resize.told(known, dim, "first"), health)
+            smaller = [resize.cut(layer, dim, "first")[0] for layer in saved]
+            tensors = self.form.written(codec.write(smaller, self.form))
+            writer.write_tensors(resize.numbered(path, dim), tensors, dtype, resize.told(known, dim, "first"), health)
 
     @property
     def _naming(self) -> Naming:
@@ -323,7 +356,7 @@ class Network(nn.Module):
         Raises:
             ValueError: it is unreadable, does not fit, contradicts this network, or has too little for it.
         """
-        return self.take(open_file(path, self._naming))
+        return self.take(open_adapter(path, self._naming))
 
     def take_tensors(self, tensors: Mapping[str, Tensor], source: str = "the weights") -> LoadReport:
         """Take over the tensors of a file.
@@ -331,7 +364,9 @@ class Network(nn.Module):
         Raises:
             ValueError: as `load`.
         """
-        return self.take(of_tensors(tensors, self._naming, source))
+        if self.made_from is not None and self.made_from.is_of(tensors):
+            return self.take(self.made_from)
+        return self.take(open_adapter(tensors, self._naming, source))
 
     def take(self, file: AdapterFile) -> LoadReport:
         """Take over an opened file.
@@ -446,3 +481,30 @@ class Network(nn.Module):
             layer.see_state(state.get(f"{layer.lora_name}.{LIVE_SCALE}"))
         self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+
+
+@contextmanager
+def _named(layer: AdaptedLayer) -> Iterator[None]:
+    """A user's mistake in here is told with the layer's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{layer.lora_name}: {error}") from None
+
+
+def _told_of_starts(layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> dict[str, str]:
+    """Metadata about start values, after the tensors of a file were made; {} with default ones by the host's seed."""
+    rows = [row for row, _ in layers if row.init != "default" or row.init_seed is not None]
+    if not rows:
+        return {}
+    found: dict[str, object] = {"init": sorted({row.init for row in rows})}
+    if rows[0].init_seed is not None:
+        found["init_seed"] = rows[0].init_seed
+    errors = [layer.adapter.refactor_error for _, layer in layers if layer.adapter.refactor_error is not None]
+    if errors:
+        found |= {"ranks": "2 x dim", "refactored_layers": len(errors), "largest_relative_error": max(errors)}
+        log.info(
+            "%d layers saved as their difference from the start, at twice their dim (largest relative error %.1g)",
+            len(errors), max(errors),
+        )  # fmt: skip
+    return {"networks_init": json.dumps(found)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,26 @@ from ..layers.adapted import AdaptedLayer
 from ..plan.plan import PlanRow
 
 Groups = tuple[list[dict[str, Any]], list[str]]
-_Key = tuple[str, "float | None", "int | None", bool]  # part, own rate, block, plus
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What the parameters of a group have in common.
+
+    Attributes:
+        own_rate: of a regular expression; None = the part's.
+        block: number of a block with a rate of its own.
+        plus: they are what LoRA+ trains faster.
+    """
+
+    part: str
+    own_rate: float | None
+    block: int | None
+    plus: bool
+
+    def describe(self, rate: float) -> str:
+        text = self.part + ("" if self.block is None else f" block {self.block}") + (" plus" if self.plus else "")
+        return text if self.own_rate is None else f"{text} lr={rate:g}"
 
 
 def parameter_groups(layers: Iterable[tuple[PlanRow, AdaptedLayer]], rates: Mapping[str, float | None]) -> Groups:
@@ -21,39 +41,47 @@ def parameter_groups(layers: Iterable[tuple[PlanRow, AdaptedLayer]], rates: Mapp
     multiply it. Layers at rate None or 0 stay out of the optimizer and need no gradient.
 
     Args:
+        layers: with the plan's row of each.
         rates: part -> learning rate.
     """
-    groups: dict[_Key, list[nn.Parameter]] = {}
-    learning: dict[_Key, float] = {}
+    groups: dict[_Group, list[nn.Parameter]] = {}
+    learning: dict[_Group, float] = {}
     for row, layer in layers:
-        rate = rates.get(row.part) if row.lr is None else row.lr
-        block = None if row.block_rate is None else row.block
-        rate = (rate or 0.0) * (1.0 if row.block_rate is None else row.block_rate)
-        for path, parameter in layer.named_parameters():
-            name = path.rpartition(".")[2]
-            if name in layer.adapter.frozen:
-                continue
-            plus = row.plus_ratio != 1 and name in layer.adapter.plus
-            lr = rate * (row.plus_ratio if plus else 1.0)
-            parameter.requires_grad_(lr > 0)
-            if lr > 0:
-                key = (row.part, row.lr, block, plus)
-                learning[key] = lr
-                groups.setdefault(key, []).append(parameter)
-    described = [
-        part
-        + ("" if block is None else f" block {block}")
-        + (" plus" if plus else "")
-        + ("" if own is None else f" lr={learning[part, own, block, plus]:g}")
-        for part, own, block, plus in groups
-    ]
-    return [{"params": params, "lr": learning[key]} for key, params in groups.items()], described
+        for parameter, plus in _trained(row, layer):
+            rate = _rate(row, rates) * (row.plus_ratio if plus else 1.0)
+            parameter.requires_grad_(rate > 0)
+            if rate > 0:
+                group = _Group(row.part, row.lr, None if row.block_rate is None else row.block, plus)
+                learning[group] = rate
+                groups.setdefault(group, []).append(parameter)
+    described = [group.describe(learning[group]) for group in groups]
+    return [{"params": params, "lr": learning[group]} for group, params in groups.items()], described
+
+
+def _trained(row: PlanRow, layer: AdaptedLayer) -> Iterator[tuple[nn.Parameter, bool]]:
+    """A layer's parameters but those that are never trained, and whether LoRA+ is for each."""
+    for path, parameter in layer.named_parameters():
+        name = path.rpartition(".")[2]
+        if name not in layer.adapter.frozen:
+            yield parameter, row.plus_ratio != 1 and name in layer.adapter.plus
+
+
+def _rate(row: PlanRow, rates: Mapping[str, float | None]) -> float:
+    """Of a layer, before LoRA+."""
+    rate = rates.get(row.part) if row.lr is None else row.lr
+    return (rate or 0.0) * (1.0 if row.block_rate is None else row.block_rate)
 
 
 def text_encoder_rates(
     given: float | Sequence[float] | None, default: float | None, names: Sequence[str]
 ) -> dict[str, float | None]:
-    """One rate per text encoder: a list in order, its last value where it is too short; None = the default."""
+    """One rate per text encoder: a list in order, its last value where it is too short; None = the default.
+
+    Args:
+        given: --text_encoder_lr as the host hands it over.
+        default: for all of them, where none is given.
+        names: of the encoders' parts.
+    """
     if given is None or (isinstance(given, Sequence) and not given):
         return {name: default for name in names}
     values = list(given) if isinstance(given, Sequence) else [given] * len(names)
