@@ -51,17 +51,23 @@ class AdapterFile:
     strength: str
     dotted: bool
 
+    @property
+    def problem(self) -> str:
+        """Why it is not read: a layer has a value which no algorithm of ours knows, or there is none; "" = it is."""
+        if self.unread:
+            name, suffix = next(iter(self.unread.items()))
+            return codec.unknown_form(self.source, name, suffix)
+        first = next(iter(self.stray), "nothing")
+        return "" if self.layers else f"{self.source} has no adapter that we know; its keys look like {first}"
+
     def all_read(self) -> AdapterFile:
         """Itself, if it is an adapter of which everything is understood.
 
         Raises:
-            ValueError: it is none, or a layer has a value which no algorithm of ours knows.
+            ValueError: with its problem.
         """
-        for name, suffix in self.unread.items():
-            raise ValueError(codec.unknown_form(self.source, name, suffix))
-        if not self.layers:
-            first = next(iter(self.stray), "nothing")
-            raise ValueError(f"{self.source} has no adapter that we know; its keys look like {first}")
+        if self.problem:
+            raise ValueError(self.problem)
         return self
 
     def is_of(self, tensors: Mapping[str, Tensor]) -> bool:

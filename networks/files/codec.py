@@ -116,7 +116,9 @@ def assumptions(layers: Iterable[SavedLayer]) -> list[str]:
 
 def unknown_form(source: str, name: str, suffix: str) -> str:
     """Message: half a layer read as plain LoRA would have another strength, so it is refused."""
-    return f"{source}: {name} has {suffix}, a form which this version does not know; convert the file to a plain one"
+    dotted_name = name.replace("/", ".")  # without an architecture, see adapter_file.Naming
+    where = f"{source}: {dotted_name} has {suffix}"
+    return f"{where}, a form which this version does not know; convert the file to a plain one"
 
 
 def is_adapter(keys: Iterable[str]) -> bool:

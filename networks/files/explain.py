@@ -37,9 +37,9 @@ def explain(path: Path) -> dict[str, Any]:
     file = open_adapter(path, Naming())
     tensors, layers, metadata = file.tensors, file.layers, file.metadata
     if not layers:
-        raise ValueError(f"{path} has no adapter that we know; its keys look like {next(iter(tensors), 'nothing')}")
+        raise ValueError(file.problem)
     dialect = dialects.DIFFUSERS if file.dotted else file.flags.dialect
-    reading = readers.reading(layers.values()) if dialect is dialects.PORTABLE else {}
+    reading = readers.reading(layers.values()) if dialect is dialects.PORTABLE and not file.problem else {}
     return {
         "file": str(path),
         "bytes": reader.check(path).stat().st_size,
@@ -53,6 +53,7 @@ def explain(path: Path) -> dict[str, Any]:
         "layers": [_row(saved) for saved in layers.values()],
         "strength": file.strength,
         "unknown": [*(f"{name.replace('/', '.')}.{suffix}" for name, suffix in file.unread.items()), *file.stray],
+        "refused": file.problem,
         "readers": {name: (readers.VERDICTS[verdict], kind) for name, (verdict, kind) in reading.items()},
         "note": readers.OTHER_FORMS.get(dialect.name, ""),
         "metadata": metadata,
