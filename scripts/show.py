@@ -66,9 +66,7 @@ def lines(found: dict[str, Any], layers: bool, metadata: bool) -> list[str]:
             shapes = ", ".join(f"{key} {'x'.join(map(str, shape))}" for key, shape in row["shapes"].items())
             text.append(f"  {row['name']:{width}}  dim {rank}  alpha {alpha}  scale {row['scale']:g}  {shapes}")
     text.append("read by")
-    text.append(
-        "  this package, and the trainers with it: " + (f"no: {found['refused']}" if found["refused"] else "exactly")
-    )
+    text.append(f"  this package, and the trainers with it: {found['verdict']}")
     text += [f"  {found['note']}"] if found["note"] else []
     for reader, (verdict, kind) in found["readers"].items():
         text.append(f"  {reader}: {verdict}" + (f" ({kind})" if kind else ""))

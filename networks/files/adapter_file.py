@@ -24,6 +24,8 @@ from .weight_names import PREFIXES
 
 log = logging.getLogger(__name__)
 
+Path = str | os.PathLike[str]
+
 
 @dataclass(frozen=True)
 class AdapterFile:
@@ -104,36 +106,29 @@ class FileTensors(dict[str, Tensor]):
     second time.
 
     Args:
-        tensors: under the file's own keys.
-        source: name of the file, for messages.
-        metadata: of its header.
-        settings: PEFT's, from beside the file; None without any.
+        given: the path of a file, or of the folder of one that PEFT wrote; or what a host has read, key -> tensor.
+        source: name of the latter, for messages.
+
+    Attributes:
+        metadata: of its header; {} of tensors alone.
+        settings: PEFT's, which stand beside it; None without any.
+
+    Raises:
+        ValueError: it is no complete safetensors file, or what stands beside it cannot be read.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        source: str,
-        metadata: Mapping[str, str] | None = None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(tensors)
-        self.source, self.metadata, self.settings = source, dict(metadata or {}), settings
+    def __init__(self, given: Path | Mapping[str, Tensor], source: str = "the file") -> None:
+        self.metadata: dict[str, str] = {}
+        self.settings: Mapping[str, Any] | None = None
         self._opened: tuple[Naming, AdapterFile] | None = None
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> FileTensors:
-        """What a file says.
-
-        Args:
-            path: of the file, or the folder of one that PEFT wrote.
-
-        Raises:
-            ValueError: it is no complete safetensors file, or what stands beside it cannot be read.
-        """
-        file = reader.check(path)
-        tensors, metadata = reader.read_tensors(file)
-        return cls(tensors, str(path), metadata, strengths.beside(file))
+        if isinstance(given, Mapping):
+            super().__init__(given)
+            self.source = source
+        else:
+            file = reader.check(given)
+            tensors, self.metadata = reader.read_tensors(file)
+            super().__init__(tensors)
+            self.source, self.settings = str(given), strengths.beside(file)
 
     def opened(self, naming: Naming) -> AdapterFile:
         """The file under these names; done once, unless the host changes something.
@@ -146,14 +141,12 @@ class FileTensors(dict[str, Tensor]):
         return self._opened[1]
 
 
-def open_adapter(
-    given: str | os.PathLike[str] | Mapping[str, Tensor], naming: Naming, source: str = "the file"
-) -> AdapterFile:
-    """Open a file, or the tensors of one that a host has read; what its metadata said is lost then, unless we read it
+def open_adapter(given: Path | Mapping[str, Tensor], naming: Naming, source: str = "the file") -> AdapterFile:
+    """Open a file, or the tensors of one that a host has read: what its metadata said is lost then, unless we read it
     for the host (`FileTensors`).
 
     Args:
-        given: a path (also of a folder that PEFT wrote), or key -> tensor.
+        given: as for FileTensors, or one.
         naming: under which names.
         source: of tensors, for messages.
 
@@ -163,10 +156,8 @@ def open_adapter(
     """
     if isinstance(given, FileTensors):
         return given.opened(naming)
-    if not isinstance(given, Mapping):
-        return FileTensors.read(given).opened(naming)
     opened = FileTensors(given, source).opened(naming)
-    if opened.strength == strengths.SAID[strengths.NOTHING]:
+    if isinstance(given, Mapping) and opened.strength == strengths.SAID[strengths.NOTHING]:
         log.warning(
             "%s: no layer has an alpha, so its strength is read as 1; the tensors were handed over alone, and what "
             "metadata or an %s say is not known here",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dialects, reader, readers
-from .adapter_file import Naming, open_adapter
+from .adapter_file import AdapterFile, Naming, open_adapter
 from .codec import SavedLayer
 from .places import part_of
 
@@ -39,7 +39,6 @@ def explain(path: Path) -> dict[str, Any]:
     if not layers:
         raise ValueError(file.problem)
     dialect = dialects.DIFFUSERS if file.dotted else file.flags.dialect
-    reading = readers.reading(layers.values()) if dialect is dialects.PORTABLE and not file.problem else {}
     return {
         "file": str(path),
         "bytes": reader.check(path).stat().st_size,
@@ -53,11 +52,17 @@ def explain(path: Path) -> dict[str, Any]:
         "layers": [_row(saved) for saved in layers.values()],
         "strength": file.strength,
         "unknown": [*(f"{name.replace('/', '.')}.{suffix}" for name, suffix in file.unread.items()), *file.stray],
-        "refused": file.problem,
-        "readers": {name: (readers.VERDICTS[verdict], kind) for name, (verdict, kind) in reading.items()},
+        "verdict": f"no: {file.problem}" if file.problem else "exactly",
+        "readers": _readers(file, dialect),
         "note": readers.OTHER_FORMS.get(dialect.name, ""),
         "metadata": metadata,
     }
+
+
+def _readers(file: AdapterFile, dialect: dialects.Dialect) -> dict[str, tuple[str, str]]:
+    """Program -> its verdict and a word on it, where the form of the file is one that they share."""
+    reading = readers.reading(file.layers.values()) if dialect is dialects.PORTABLE and not file.problem else {}
+    return {name: (readers.VERDICTS[verdict], kind) for name, (verdict, kind) in reading.items()}
 
 
 def _warnings(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -102,7 +102,7 @@ class MergeInput:
         Raises:
             ValueError: it is no adapter, is broken, or has a form that we do not know.
         """
-        tensors = FileTensors.read(path)
+        tensors = FileTensors(path)
         return cls(path, multiplier, tensors.opened(_naming(tensors, keys)).all_read())
 
     @property

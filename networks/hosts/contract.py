@@ -53,11 +53,10 @@ class HostNetwork(Network):
         self.told_of_half = False
 
     @classmethod
-    def variant(cls, args: NetArgs, problems: Problems) -> type[HostNetwork]:
-        """The class for these arguments; hosts look up what a network can do by its methods."""
-        if args.ggpo_sigma is not None:
-            problems.add("ggpo_sigma has no effect here: this trainer does not tell a network when a step is over")
-        return cls
+    def with_noise(cls) -> type[HostNetwork] | None:
+        """The class for networks with noise on their weights (GGPO), which hosts know by its methods; None where the
+        host does not tell a network when a step is over, which such noise needs."""
+        return None
 
     # -- set up
 
@@ -68,7 +67,15 @@ class HostNetwork(Network):
         apply_text_encoder: bool = True,
         apply_unet: bool = True,
     ) -> None:
-        """Attach; parts that are not to be trained leave the network."""
+        """Attach to the models that were given at the creation; parts that are not to be trained leave the network.
+
+        Args:
+            text_encoder, unet: not looked at.
+            apply_text_encoder, apply_unet: whether the text encoders, and the denoiser, are adapted.
+
+        Raises:
+            ValueError: no layer is left.
+        """
         parts = [self.arch.denoiser.name] if apply_unet else []
         parts += [part.name for part in self.arch.text_encoders] if apply_text_encoder else []
         self.attach(parts)
@@ -159,8 +166,13 @@ class HostNetwork(Network):
         device: Any = None,
         non_blocking: bool = False,
     ) -> None:
-        """Merge at the network's multiplier. `dtype` is the host's wish for the intermediate result; we compute in
-        fp32 or wider and round once, to the dtype of the base weight. `non_blocking` is a hint that we do not need.
+        """Merge at the network's multiplier, in fp32 or wider; rounded once, to the dtype of each base weight.
+
+        Args:
+            text_encoder, unet: not looked at; the models are known from the creation.
+            weights_sd: tensors of a file, which the network takes over first; None = it has its values.
+            dtype, non_blocking: the host's wishes for intermediate results and copies, which change nothing here.
+            device: where W' is computed; None = where the weight is.
 
         Raises:
             ValueError: the model has the network already (a network for each file, as the hosts make them), a tensor
@@ -232,8 +244,14 @@ class Caller:
         """A new network for training.
 
         Args:
-            host: whose defaults apply.
-            raw: the network arguments as the host hands them over.
+            kind: the host's class of networks.
+            host: whose defaults apply, a column of the argument table.
+            multiplier: strength of the update, any finite number.
+            dim: rank of the layers for which no argument says another; None = DEFAULT_DIM.
+            alpha: numerator of their scale alpha / dim, 0 = the dim; None = the entry's own.
+            text_encoder: a model, a list of models and None in the order of the architecture's encoders, or None.
+            unet: the denoiser.
+            raw: the network arguments as the host hands them over, text or typed.
 
         Raises:
             ValueError: all mistakes of the call in one message.
@@ -256,6 +274,12 @@ class Caller:
     ) -> Kind:
         """A network with the dims, forms, alphas and values of a file; options for training may be given too.
 
+        Args:
+            kind, host, multiplier, text_encoder, unet, raw: as for `new`.
+            tensors: key -> tensor of the file; a FileTensors, if metadata are to count.
+            for_inference: dropouts and noise never act.
+            source: name of the file, for messages.
+
         Raises:
             ValueError: all mistakes of the call in one message.
         """
@@ -264,8 +288,7 @@ class Caller:
         own_class = is_own(request.arch.denoiser, unet)
         file = open_adapter(tensors, Naming(request.arch, wanted_form(request.args, request.arch), own_class), source)
         if not file.layers and not file.unread:
-            first = next(iter(file.stray), "nothing")
-            problems.add(f"{source}: no adapter that we know; its keys look like {first}")
+            problems.add(file.problem)
         flags, args = file.flags, request.args
         if flags.rs_lora is not None and "rs_lora" in args.given and flags.rs_lora != args.rs_lora:
             problems.add(rs_lora_differs(flags, args.rs_lora, source))
@@ -287,6 +310,10 @@ class Caller:
         **kwargs: Any,
     ) -> Plan:
         """What that host's call would build; models may be on the meta device.
+
+        Args:
+            network_dim, network_alpha, text_encoder, unet, host: as for `new`.
+            kwargs: the network arguments.
 
         Raises:
             ValueError: as the call itself.
@@ -334,8 +361,7 @@ class Caller:
         except ValueError as error:
             problems.add(str(error))
         plan, modules = build_plan(request, problems)
-        made = kind.variant(request.args, problems)
-        assert issubclass(made, kind)
+        made = self._class_for(kind, request.args, problems)
         problems.stop()
         a = request.args
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
@@ -352,6 +378,18 @@ class Caller:
         for warning in plan.warnings:
             log.warning("%s", warning)
         return network
+
+    @staticmethod
+    def _class_for(kind: type[Kind], args: NetArgs, problems: Problems) -> type[Kind]:
+        """The host's class, or what it has in its place for these arguments."""
+        if args.ggpo_sigma is None:
+            return kind
+        noisy = kind.with_noise()
+        if noisy is None:
+            problems.add("ggpo_sigma has no effect here: this trainer does not tell a network when a step is over")
+            return kind
+        assert issubclass(noisy, kind)
+        return noisy
 
 
 @dataclass(frozen=True)

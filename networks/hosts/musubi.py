@@ -40,10 +40,20 @@ class MusubiCalls(Caller):
         neuron_dropout: float | None = None,
         **kwargs: Any,
     ) -> MusubiNetwork:
-        """A new network for training; vae and text encoders are not used.
+        """A new network for training.
+
+        Args:
+            multiplier: strength of the update, any finite number; 1 in training.
+            network_dim: --network_dim, the rank of layers for which no argument says another; None = 4.
+            network_alpha: --network_alpha, the numerator of their scale alpha / dim; 0 = the dim, None = 1.
+            vae, text_encoders: not looked at; these hosts train the denoiser alone.
+            unet: the denoiser, on any device, in any precision; its class decides the architecture.
+            neuron_dropout: --network_dropout, on the rank activation, in [0, 1); None and 0 = off.
+            kwargs: --network_args as text, and what the host adds of its own.
 
         Raises:
-            ValueError: all mistakes of the call in one message.
+            ValueError: all mistakes of the call in one message: unknown and contradictory arguments with the nearest
+                valid ones, a model that this module is not for, a selection in which no layer is left.
         """
         raw = {"neuron_dropout": neuron_dropout or None, **kwargs}
         return self.new(MusubiNetwork, HOST, multiplier, network_dim, network_alpha, None, unet, raw)
@@ -63,9 +73,19 @@ class MusubiCalls(Caller):
     ) -> MusubiNetwork:
         """A network with the dims, forms, alphas and values of a file's tensors.
 
+        Args:
+            multiplier: strength of the update, any finite number.
+            weights_sd: key -> tensor of the file; what its metadata said is lost.
+            text_encoders: not looked at.
+            unet: the denoiser.
+            for_inference: dropouts and noise never act.
+            kwargs: network arguments for training.
+
         Raises:
             ValueError: all mistakes of the call in one message.
         """
         if unet is None:
-            raise ValueError(f"{self.name}: no model was given (unet=None), so there is nothing to adapt")
+            raise ValueError(
+                f"{self.name}: no model was given (unet=None), so there is nothing to adapt: hand over one"
+            )
         return self.from_weights(MusubiNetwork, HOST, multiplier, weights_sd, None, unet, for_inference, kwargs)

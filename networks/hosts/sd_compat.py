@@ -79,7 +79,14 @@ CONSTANTS: dict[str, Constants] = {
 
 @functools.cache
 def network_class(module: str) -> type[LoRANetwork]:
-    """The class of networks made by an entry, with the constants that its namesake in sd-scripts has."""
+    """The class of networks made by an entry, with the constants that its namesake in sd-scripts has.
+
+    It is made here because each of the host's modules has a class of that name of its own, which is found there, also
+    by pickle, and which its other files tell apart with isinstance; ours differ in data alone.
+
+    Args:
+        module: of the entry, as it was imported.
+    """
     constants = CONSTANTS.get(module.rpartition(".")[2])
     if constants is None:
         return LoRANetwork

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..archs.detect import unwrap
-from ..args.parse import NetArgs, Problems
 from ..files.adapter_file import FileTensors
 from ..network.changes import times_changed
 from ..network.optim import Groups, text_encoder_rates
@@ -30,8 +30,8 @@ class LoRANetwork(HostNetwork):
         self.train_t5xxl = any(row.part == "text_encoder3" for row in self.plan.trained)
 
     @classmethod
-    def variant(cls, args: NetArgs, problems: Problems) -> type[LoRANetwork]:
-        return cls if args.ggpo_sigma is None else type("PerturbedNetwork", (PerturbedCalls, cls), {})
+    def with_noise(cls) -> type[LoRANetwork]:
+        return perturbed(cls)  # type: ignore[arg-type]
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self,
@@ -179,6 +179,18 @@ class PerturbedCalls(LoRANetwork):
         return torch.stack(means) if means else None
 
 
+@functools.cache
+def perturbed(kind: type[LoRANetwork]) -> type[LoRANetwork]:
+    """The same class with the calls of GGPO. It is made here because this host asks a network for each of these methods
+    (`hasattr`), so that one without GGPO must not have them, and because every entry has a class of its own, as in the
+    host (`sd_compat.network_class`)."""
+
+    class Perturbed(PerturbedCalls, kind):  # type: ignore[misc, valid-type]
+        pass
+
+    return Perturbed
+
+
 class SdScriptsCalls(Caller):
     """The functions which this host calls in an entry."""
 
@@ -200,8 +212,20 @@ class SdScriptsCalls(Caller):
     ) -> LoRANetwork:
         """A new network for training.
 
+        Args:
+            multiplier: strength of the update, any finite number; 1 in training.
+            network_dim: --network_dim, the rank of layers for which no argument says another; None = 4.
+            network_alpha: --network_alpha, the numerator of their scale alpha / dim; 0 = the dim, None = the module's
+                own default, 1 for most.
+            vae: not looked at.
+            text_encoder: the model, a list of models and None in the order of the architecture's encoders, or None.
+            unet: the denoiser, on any device, in any precision; its class decides the architecture.
+            neuron_dropout: --network_dropout, on the rank activation, in [0, 1); None and 0 = off.
+            kwargs: --network_args as text, and what the host adds of its own.
+
         Raises:
-            ValueError: all mistakes of the call in one message.
+            ValueError: all mistakes of the call in one message: unknown and contradictory arguments with the nearest
+                valid ones, a model that this module is not for, a selection in which no layer is left.
         """
         # The host sends --network_dropout twice, once as a keyword of its own.
         raw = {"neuron_dropout": neuron_dropout or None, **kwargs}
@@ -220,6 +244,15 @@ class SdScriptsCalls(Caller):
     ) -> tuple[LoRANetwork, Mapping[str, Tensor]]:
         """A network with the dims, forms, alphas and values of a file; options for training may be given too.
 
+        Args:
+            multiplier: strength of the update, any finite number.
+            file: path of the file, or of the folder of one that PEFT wrote.
+            vae: not looked at.
+            text_encoder, unet: as for `create_network`.
+            weights_sd: the file's tensors in its place; what its metadata said is lost then.
+            for_inference: dropouts and noise never act.
+            kwargs: network arguments for training.
+
         Returns:
             The network, its values loaded, and the file's tensors.
 
@@ -228,8 +261,8 @@ class SdScriptsCalls(Caller):
         """
         if weights_sd is None:
             if file is None:
-                raise ValueError(f"{self.name}: neither a file nor its tensors were given")
-            weights_sd = FileTensors.read(file)
+                raise ValueError(f"{self.name}: neither a file nor its tensors were given: hand over one of them")
+            weights_sd = FileTensors(file)
         source = str(file or "the file")
         network = self.from_weights(
             self.kind, HOST, multiplier, weights_sd, text_encoder, unet, for_inference, kwargs, source
