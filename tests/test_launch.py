@@ -109,11 +109,11 @@ def test_under_accelerate(checkout: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train_netwrok.py"], "there is no script train_netwrok.py in {home}. Did you mean train_network.py?"),
-        (["train_network"], "Did you mean train_network.py?"),
-        (["zzz.py"], "It holds gen_img.py, train_network.py, workers.py."),
-        (["library"], "library is a folder, not a script. It holds __init__.py, tool.py, train_util.py."),
-        (["nowhere/train_network.py"], "there is no folder nowhere."),
+        (["train_netwrok.py"], "there is no script train_netwrok.py in {home}; did you mean train_network.py?"),
+        (["train_network"], "; did you mean train_network.py?"),
+        (["zzz.py"], "; it holds gen_img.py, train_network.py, workers.py"),
+        (["library"], "library is a folder, not a script; it holds __init__.py, tool.py, train_util.py"),
+        (["nowhere/train_network.py"], "there is no folder nowhere: give the path"),
         (["--network_dim", "4", "train_network.py"], "option --network_dim comes before the script"),
         (["accelerate", "launch", "train_network.py"], "accelerate comes first"),
     ],

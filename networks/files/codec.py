@@ -58,13 +58,17 @@ class SavedLayer:
                 return side
         if shape == (geometry.out_features,):  # PEFT's form
             return "output"
-        raise ValueError(f"a DoRA magnitude {shape} fits neither the rows nor the columns of {geometry.weight_shape}")
+        raise ValueError(
+            f"a DoRA magnitude {shape} fits neither the rows nor the columns of {geometry.weight_shape}: choose "
+            "the model that the file was trained for"
+        )
 
     def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
         """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
         if self.algorithm.family != geometry.family:
             raise ValueError(
-                f"the file has {self.algorithm.algo}, which is not for a layer of this kind ({geometry.kind})"
+                f"the file has {self.algorithm.algo}, which is not for a layer of this kind ({geometry.kind}): "
+                "choose the model that it was trained for"
             )
         if self.magnitude is not None and not self.algorithm.magnitudes:
             raise ValueError(

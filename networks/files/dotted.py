@@ -103,8 +103,10 @@ def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "th
     for name, pieces in groups.items():
         count = next(iter(pieces.values())).layer.count
         if len(pieces) < count:
+            there = ", ".join(piece.path for piece in pieces.values())
             raise ValueError(
-                f"{source}: {count} layers make up {name}, but it has only {', '.join(p.path for p in pieces.values())}"
+                f"{source}: {count} layers make up {name}, but it has only {there}: take a file that has all of them, "
+                "or one under the trainer's names"
             )
         joined = pieces[0].whole() if count == 1 else _join([pieces[i] for i in range(count)], source)
         found |= {f"{name}.{suffix}": tensor for suffix, tensor in joined.items()}
@@ -202,11 +204,17 @@ def _join(pieces: Sequence[_Piece], source: str) -> dict[str, Tensor]:
     names = ", ".join(piece.path for piece in pieces)
     kinds = {frozenset(layer) - {ALPHA} for layer in layers}
     if len(kinds) > 1 or not {DOWN, UP} <= next(iter(kinds)) <= {DOWN, UP, MAGNITUDE}:
-        raise ValueError(f"{source}: {names} are one layer here, and only plain LoRAs of all of them can become one")
+        raise ValueError(
+            f"{source}: {names} are one layer here, and only plain LoRAs of all of them can become one: take a "
+            "file under the trainer's names"
+        )
     joined = _joined_factors([layer[DOWN] for layer in layers], [_scaled_up(layer) for layer in layers])
     if MAGNITUDE in layers[0]:
         if any(len(layer[MAGNITUDE]) != len(layer[UP]) for layer in layers):
-            raise ValueError(f"{source}: {names} are one layer here, which DoRA on the input side cannot become")
+            raise ValueError(
+                f"{source}: {names} are one layer here, which DoRA on the input side cannot become: take a file "
+                "under the trainer's names"
+            )
         joined[MAGNITUDE] = torch.cat([layer[MAGNITUDE] for layer in layers])
     return joined
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._errors import located
 from ..archs import ARCHS
 from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
@@ -72,7 +72,10 @@ def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Ten
     if change is None or multiplier == 0:
         return bias
     if change.shape != bias.shape:
-        raise ValueError(f"{saved.algorithm.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}")
+        raise ValueError(
+            f"{saved.algorithm.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}: choose the "
+            "model that it was trained for"
+        )
     return bias + multiplier * change.to(bias)
 
 
@@ -238,7 +241,7 @@ class CheckpointMerge:
         olds = {key: self._read(key, store) for key, store in stores.items()}
         news = dict(olds)
         for name, pieces in layers.items():
-            with _told(f"{self.checkpoint.path}: {pieces[0].key}"):
+            with located(f"{self.checkpoint.path}: {pieces[0].key}"):
                 rows = [piece.take(olds[piece.key]) for piece in pieces]
             parts = new(name, torch.cat(rows) if len(rows) > 1 else rows[0]).split([len(part) for part in rows])
             for piece, part in zip(pieces, parts, strict=True):
@@ -250,7 +253,7 @@ class CheckpointMerge:
 
     def _written(self, key: str, store: stored.Stored, old: Tensor, new: Tensor) -> dict[str, Tensor]:
         """The tensors of one weight, with the new value in the form in which the old one was stored."""
-        with _told(f"{self.checkpoint.path}: {key}"):
+        with located(f"{self.checkpoint.path}: {key}"):
             self.roundings.append(base_weight.change(store, old, new))
         if store.scale is None:
             return {key: store.weight.detach()}
@@ -258,7 +261,7 @@ class CheckpointMerge:
         return {key: store.weight.detach(), scale: store.scale.reshape(self.checkpoint.shapes[scale])}
 
     def _read(self, key: str, store: stored.Stored) -> Tensor:
-        with _told(f"{self.checkpoint.path}: {key}"):
+        with located(f"{self.checkpoint.path}: {key}"):
             weight = base_weight.read(store, self.device)
             if not _is_finite(weight):
                 raise ValueError("it has NaN or infinite values: download or make the checkpoint again")
@@ -268,14 +271,14 @@ class CheckpointMerge:
         start = weight
         for adapter in self.adapters:
             if name in adapter.layers:
-                with _told(f"{adapter.path}: {name} and {self.targets[name].keys[0]}"):
+                with located(f"{adapter.path}: {name} and {self.targets[name].keys[0]}"):
                     weight = merged_weight(adapter.layers[name], weight, adapter.multiplier, start, bias_too=True)
                     _check_finite(weight, "weight")
         return weight
 
     def _new_bias(self, name: str, bias: Tensor) -> Tensor:
         for adapter in self._shifted(name):
-            with _told(f"{adapter.path}: {name} and {self.targets[name].pieces[0].bias_key}"):
+            with located(f"{adapter.path}: {name} and {self.targets[name].pieces[0].bias_key}"):
                 bias = merged_bias(adapter.layers[name], bias, adapter.multiplier)
                 _check_finite(bias, "bias")
         return bias
@@ -293,15 +296,6 @@ class CheckpointMerge:
             f"{adapter.path}: none of its {len(adapter.layers)} layers, such as {first}, is in {self.checkpoint.path}; "
             f"names there look like {', '.join(near) or 'nothing that is trained'}: choose the model it was trained for"
         )
-
-
-@contextmanager
-def _told(where: str) -> Iterator[None]:
-    """A user's mistake in here is told with its place."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._errors import located
 from ..algos.saved import Resized
 from . import dialects, dotted
 from .adapter_file import AdapterFile
@@ -42,10 +43,8 @@ def cut(saved: SavedLayer, dim: int, way: str) -> tuple[SavedLayer, Resized]:
     Raises:
         ValueError: its form has no such ranks.
     """
-    try:
+    with located(saved.name):
         resized = (saved.algorithm.first_ranks if way == "first" else saved.algorithm.nearest)(saved.tensors, dim)
-    except ValueError as error:
-        raise ValueError(f"{saved.name}: {error}") from None
     before, after = resized.ranks
     alpha = (saved.alpha or float(before)) * (after / before if way == "nearest" else 1.0)
     return replace(saved, tensors=dict(resized.tensors), alpha=alpha), resized
@@ -89,7 +88,7 @@ def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], fl
             changed or after < before,
         )
     if not changed:
-        raise ValueError(f"no layer has more than {dim} ranks")
+        raise ValueError(f"no layer has more than {dim} ranks: give a lower dim")
     return result, (lost / whole) ** 0.5 if whole else 0.0
 
 

@@ -137,7 +137,7 @@ def _without_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
         for name, layer in layers.items():
             found |= {f"{name}.{suffix}": t for suffix, t in algorithm.of_peft(layer, settings).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{CONFIG} cannot be read: {error}") from None
+        raise ValueError(f"{CONFIG} cannot be read ({error}): save the file from PEFT again") from None
     return found
 
 
@@ -158,7 +158,8 @@ def _filled(
     for title, one in said.items():
         if one.rank and rank and one.rank != rank:
             raise ValueError(
-                f"{source}: {name} has rank {rank}, but {SAID[title]} says {one.rank}: the two do not belong together"
+                f"{source}: {name} has rank {rank}, but {SAID[title]} says {one.rank}: the two do not belong "
+                "together, so take both from one save"
             )
     scales = {title: scale for title, one in said.items() if (scale := one.scale(rank)) is not None}
     candidates = _with_alpha(scales, layer.get(ALPHA), rank)
@@ -212,7 +213,9 @@ class _Settings:
                 "save it from PEFT with path_initial_model_for_weight_conversion"
             )
         if settings.get("layer_replication"):
-            raise ValueError(f"{where}: layer_replication makes another model, with some of its layers twice")
+            raise ValueError(
+                f"{where}: layer_replication makes another model, with some of its layers twice: merge the file there"
+            )
         self.where, self.stem, self.root = where, stem, bool(settings.get("use_rslora"))
         alpha = ALPHAS.get(str(settings.get("peft_type")), "lora_alpha")
         self.alpha = _number(settings, alpha, where) if settings.get(alpha) is not None else None
@@ -221,7 +224,10 @@ class _Settings:
 
     def _numbers(self, table: Any) -> dict[str, float]:
         if not isinstance(table or {}, Mapping):
-            raise ValueError(f"{self.where}: its patterns are {table!r}, not a table of names and numbers")
+            raise ValueError(
+                f"{self.where}: its patterns are {table!r}, not a table of names and numbers: save the file from "
+                "PEFT again"
+            )
         return {str(key): _number(table, key, self.where) for key in table or {}}
 
     def of(self, name: str) -> Said | None:
@@ -234,7 +240,7 @@ class _Settings:
         try:
             return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
         except re.error as error:
-            raise ValueError(f"{self.where}: a pattern is no regular expression ({error})") from None
+            raise ValueError(f"{self.where}: a pattern is no regular expression ({error}): mend it") from None
 
 
 class _Components:
@@ -248,7 +254,7 @@ class _Components:
                 component, _, name = key.partition(".")
                 parts.setdefault(component, {})[name] = value
         except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the metadata {where} cannot be read: {error}") from None
+            raise ValueError(f"the metadata {where} cannot be read ({error}): save the file again") from None
         self.parts = {name: _Settings(part, where, f"{name}.") for name, part in parts.items()}
 
     def of(self, name: str) -> Said | None:
@@ -263,5 +269,7 @@ def _number(settings: Mapping[str, Any], name: str, where: str) -> float:
     except (TypeError, ValueError):
         value = math.nan
     if not math.isfinite(value) or value < 0 or isinstance(settings[name], bool):
-        raise ValueError(f"{where}: {name} is {str(settings[name])[:80]!r}, which is no strength")
+        raise ValueError(
+            f"{where}: {name} is {str(settings[name])[:80]!r}, which is no strength: write a number, 0 or more"
+        )
     return value

@@ -386,7 +386,9 @@ class Caller:
             return kind
         noisy = kind.with_noise()
         if noisy is None:
-            problems.add("ggpo_sigma has no effect here: this trainer does not tell a network when a step is over")
+            problems.add(
+                "ggpo_sigma has no effect here: this trainer does not tell a network when a step is over; leave it out"
+            )
             return kind
         assert issubclass(noisy, kind)
         return noisy
@@ -416,7 +418,10 @@ class _Models:
             and len(encoders) > len(arch.text_encoders)
             and any(m is not None for m in encoders[len(arch.text_encoders) :])
         ):
-            problems.add(f"{arch.title} has {len(arch.text_encoders)} text encoders, but {len(encoders)} were given")
+            problems.add(
+                f"{arch.title} has {len(arch.text_encoders)} text encoders, but {len(encoders)} were given: hand over "
+                "those alone"
+            )
         pairs = zip(arch.text_encoders, encoders, strict=False)  # hosts may hand over fewer than there are
         given = [(part, model) for part, model in pairs if model is not None]
         return cls(arch, (*given, (arch.denoiser, unet)))

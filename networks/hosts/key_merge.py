@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._errors import located
 from .._version import __version__
 from ..args.coerce import named
 from ..files import codec, twins
@@ -47,9 +49,18 @@ def merge_weights_to_tensor(
     multiplier: float,
     calc_device: torch.device | str,
 ) -> Tensor:
-    """W' for one weight [O, I, *kernel] of any dtype, fp8 included; the weight itself if the file has nothing for it.
+    """W' for one weight; the weight itself if the file has nothing for it.
 
-    Keys that were used leave `lora_weight_keys`.
+    The host hands over a whole file with every weight: each call opens the layer of that weight alone, so that every
+    tensor is opened once.
+
+    Args:
+        model_weight: W [O, I, *kernel], of any dtype, fp8 included.
+        lora_name: the saved name of its layer.
+        lora_sd: all tensors of the file.
+        lora_weight_keys: keys that were not used yet; those used here leave it.
+        multiplier: strength of the update.
+        calc_device: where it is computed; the result is where the weight is.
 
     Raises:
         ValueError: the file's tensors do not fit, or are of a form that we do not know; or the multiplier is no number.
@@ -80,10 +91,8 @@ def _merge(
     wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
     start = wide
     for layer, multiplier in layers:
-        try:
+        with located(layer.name):
             wide = merged(layer, wide, multiplier, start)
-        except ValueError as error:
-            raise ValueError(f"{layer.name}: {error}") from None
     limit = torch.finfo(weight.dtype).max
     if weight.itemsize == 1:  # depending on torch and kind, a cast to fp8 makes inf or NaN of what is too large
         wide = wide.clamp(-limit, limit)
@@ -139,7 +148,8 @@ class _File:
         lost = sorted(n for n in self.used - self.shifted if self.layers[n].bias_change is not None)
         if lost:
             raise ValueError(
-                f"{self.source}: {len(lost)} of its layers change a bias which this model has not: {lost[0]}"
+                f"{self.source}: {len(lost)} of its layers change a bias which this model has not, e.g. {lost[0]}: "
+                "choose a file that was trained on this model"
             )
         if self.used:
             kinds = sorted({self.layers[name].algorithm.algo for name in self.used})
@@ -169,42 +179,70 @@ def extend(lora_utils: ModuleType, allowance: Allowance = _NOTHING) -> None:
     if load is None or read is None:
         log.warning("%s has changed: it merges plain LoRA only, as it comes", lora_utils.__name__)
         return
-    load_parameters, read_parameters = inspect.signature(load), inspect.signature(read)
+    loader = _Loader(lora_utils, load, read, allowance)
 
     @functools.wraps(load)
     def load_and_merge(*args: Any, **kwargs: Any) -> Any:
-        call = load_parameters.bind(*args, **kwargs)
+        return loader.load_and_merge(*args, **kwargs)
+
+    setattr(lora_utils, LOADER, load_and_merge)
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """A trainer's function that loads weights and merges adapter files into them, with ours in the place of its merge.
+
+    Attributes:
+        load: the function itself, without files to merge.
+        read: what it calls by its global name to read weights, with a hook on each.
+    """
+
+    module: ModuleType
+    load: Callable[..., Any]
+    read: Callable[..., Any]
+    allowance: Allowance
+
+    def load_and_merge(self, *args: Any, **kwargs: Any) -> Any:
+        """Called as `load`."""
+        call = inspect.signature(self.load).bind(*args, **kwargs)
         given = call.arguments.get("lora_weights_list")
         if not given:
-            return load(*args, **kwargs)
-        strengths = _strengths(call.arguments.get("lora_multipliers"), len(given))
-        files = []
-        for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
-            source = f"adapter file {number} of {len(given)}"
-            layers = open_adapter(tensors, Naming(), source).all_read().layers
-            for text in codec.assumptions(layers.values()):
-                log.info("%s: %s", source, text)
-            files.append(_File(source, layers, strength, allowance))
+            return self.load(*args, **kwargs)
+        files = self._open(given, call.arguments.get("lora_multipliers"))
         call.arguments.update(lora_weights_list=None, lora_multipliers=None)
-
-        @functools.wraps(read)
-        def read_and_merge(*args: Any, **kwargs: Any) -> Any:
-            inner = read_parameters.bind(*args, **kwargs)
-            theirs = inner.arguments.get("weight_hook")
-            inner.arguments["weight_hook"] = _hook(theirs, files, call.arguments["calc_device"])
-            return read(*inner.args, **inner.kwargs)
-
-        setattr(lora_utils, READER, read_and_merge)  # the loader finds it by its global name
-        try:
-            result = load(*call.args, **call.kwargs)
-        finally:
-            setattr(lora_utils, READER, read)
+        with self._merging(files, call.arguments["calc_device"]):
+            result = self.load(*call.args, **call.kwargs)
         for file in files:
             file.report()
         _merged_by_key.update(map(_fingerprint, given))
         return result
 
-    setattr(lora_utils, LOADER, load_and_merge)
+    def _open(self, given: Sequence[Mapping[str, Tensor]], multipliers: float | Sequence[float] | None) -> list[_File]:
+        files = []
+        strengths = _strengths(multipliers, len(given))
+        for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
+            source = f"adapter file {number} of {len(given)}"
+            layers = open_adapter(tensors, Naming(), source).all_read().layers
+            for text in codec.assumptions(layers.values()):
+                log.info("%s: %s", source, text)
+            files.append(_File(source, layers, strength, self.allowance))
+        return files
+
+    @contextmanager
+    def _merging(self, files: Sequence[_File], device: torch.device) -> Iterator[None]:
+        """In here, what `load` reads is merged."""
+
+        @functools.wraps(self.read)
+        def read_and_merge(*args: Any, **kwargs: Any) -> Any:
+            call = inspect.signature(self.read).bind(*args, **kwargs)
+            call.arguments["weight_hook"] = _hook(call.arguments.get("weight_hook"), files, device)
+            return self.read(*call.args, **call.kwargs)
+
+        setattr(self.module, READER, read_and_merge)
+        try:
+            yield
+        finally:
+            setattr(self.module, READER, self.read)
 
 
 def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: torch.device) -> Callable[..., Tensor]:

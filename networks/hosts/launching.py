@@ -29,23 +29,20 @@ def find_script(name: str) -> Path:
         ValueError: there is none, with the nearest name.
     """
     if name.startswith("-"):
-        raise ValueError(f"option {name} comes before the script: give the script first, its options after it.")
+        raise ValueError(f"option {name} comes before the script: give the script first, its options after it")
     path = Path(name)
     if path.is_file():
         return path
     folder = path if path.is_dir() else path.parent
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}. Give the path of the script, or change into its folder.")
-    scripts = sorted(file.name for file in folder.glob("*.py"))
-    if path.is_dir():
-        some = f"It holds {', '.join(scripts[:5])}." if scripts else "It holds no script."
-        raise ValueError(f"{name} is a folder, not a script. {some}")
+        raise ValueError(f"there is no folder {folder}: give the path of the script, or change into its folder")
     if name in STARTERS:
-        raise ValueError(f"{name} comes first, not last: {name} ... launch.py SCRIPT ...")
-    guess = nearest(path.name, scripts, " Did you mean {}?") or (
-        f" It holds {', '.join(scripts[:5])}." if scripts else ""
-    )
-    raise ValueError(f"there is no script {path.name} in {folder.resolve()}.{guess}")
+        raise ValueError(f"{name} comes first, not last: write {name} ... launch.py SCRIPT ...")
+    scripts = sorted(file.name for file in folder.glob("*.py"))
+    inside = f"; it holds {', '.join(scripts[:5])}" if scripts else "; it holds no script"
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder, not a script{inside}")
+    raise ValueError(f"there is no script {path.name} in {folder.resolve()}{nearest(path.name, scripts) or inside}")
 
 
 def arrange_path(script: Path, ours: Path) -> None:
@@ -71,6 +68,8 @@ def run(script: Path, arguments: Sequence[str], ours: Path, allow_missing: Seque
     """Run the script as `__main__`.
 
     Args:
+        script: the trainer's.
+        arguments: behind its name.
         ours: the folder that holds our package.
         allow_missing: parts of adapter files that may be without a place, "" for all.
     """

@@ -74,7 +74,9 @@ class LoRANetwork(HostNetwork):
             ValueError: the architecture has no regional prompts.
         """
         if not self.arch.regions:
-            raise ValueError(f"regional prompts are for Stable Diffusion and SDXL, this model is {self.arch.title}")
+            raise ValueError(
+                f"regional prompts are for Stable Diffusion and SDXL, this model is {self.arch.title}: leave them out"
+            )
         denoiser = self.arch.denoiser
         roles = {
             row.saved_name: self.arch.region_role(row.trainer_name) if row.part == denoiser.name

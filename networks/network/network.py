@@ -6,14 +6,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._errors import located
 from .._version import __version__
 from ..algos import ALGOS
 from ..algos.clock import Clock, clock_of
@@ -139,7 +139,7 @@ class Network(nn.Module):
                 "network is for, or make it for that part"
             )
         for layer in progress(self.adapted_layers, any(layer.adapter.wants_base for layer in self.adapted_layers)):
-            with _named(layer):
+            with located(layer.lora_name):
                 layer.attach()
         self._unhook()
         self._hook()
@@ -307,7 +307,7 @@ class Network(nn.Module):
     def _check_bases(self) -> None:
         """Raises ValueError for the first base weight that cannot be read and written."""
         for layer in self.adapted_layers:
-            with _named(layer):
+            with located(layer.lora_name):
                 for site in layer.sites:
                     base_weight.check(site.module)
 
@@ -317,7 +317,7 @@ class Network(nn.Module):
         self._merged_at = self.runtime.multiplier
         roundings = []
         for layer in layers:
-            with _named(layer):
+            with located(layer.lora_name):
                 roundings.append(layer.merge(device=device))
         if text := base_weight.told(roundings):
             log.warning("%s", text)
@@ -481,15 +481,6 @@ class Network(nn.Module):
             layer.see_state(state.get(f"{layer.lora_name}.{LIVE_SCALE}"))
         self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-
-
-@contextmanager
-def _named(layer: AdaptedLayer) -> Iterator[None]:
-    """A user's mistake in here is told with the layer's name."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{layer.lora_name}: {error}") from None
 
 
 def _told_of_starts(layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .._errors import located
 from ..algos import ALGOS
 from ..args.coerce import named, whole
 from ..layers.adapted import AdaptedLayer
@@ -20,8 +21,13 @@ class SingleLayer(AdaptedLayer):
 
     Args:
         name: the saved name.
+        module: Linear or convolution.
+        algo: key of ALGOS, with its default options.
+        dim: rank.
         alpha: scale is alpha / dim; None and 0 stand for the dim.
-        dropouts: dropout, rank_dropout, module_dropout.
+        dropouts: dropout, rank_dropout, module_dropout -> probability.
+        multiplier: strength.
+        for_inference: dropouts never act.
 
     Raises:
         ValueError: the layer is of another kind, or a number is none that the formula can take.
@@ -40,12 +46,10 @@ class SingleLayer(AdaptedLayer):
     ) -> None:
         geometry = Geometry.of(module)
         if geometry is None:
-            raise ValueError(f"{name}: {type(module).__name__} is neither a Linear nor a convolution")
-        try:
+            raise ValueError(f"{name}: {type(module).__name__} is neither a Linear nor a convolution: leave it out")
+        with located(name):
             runtime = Runtime(named("multiplier", multiplier), for_inference=for_inference)
             scale = named("alpha", alpha or 0, 0)
             adapter = ALGOS[algo](geometry, int(named("lora_dim", dim, 1, whole)))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
         super().__init__(name, module, adapter, 1.0, Dropouts(**dropouts), runtime)
         self.take_alpha(scale)

@@ -1,0 +1,19 @@
+"""What all errors for users have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """A user's mistake that shows in here is told with its place: a file, a layer, a key.
+
+    Raises:
+        ValueError: `where: ` and the mistake.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
