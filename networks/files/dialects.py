@@ -239,7 +239,14 @@ class Form:
 
 
 def rs_lora_differs(flags: Flags, wanted: bool, source: str, hint: str = "") -> str:
-    """Message."""
+    """Message.
+
+    Args:
+        flags: of the file.
+        wanted: use_rslora of the network.
+        source: name of the file.
+        hint: what else speaks for RS-LoRA there; "" = nothing.
+    """
     says = "nothing of RS-LoRA" if flags.rs_lora is None else f"{flags.dialect.rs_flag} = {flags.rs_lora}"
     more = f". Hint: {hint}" if hint and flags.rs_lora is None else ""
     return (

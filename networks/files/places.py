@@ -85,6 +85,8 @@ def find_missing(
         held: prefixes of the parts that the call trains or holds.
         known: prefixes of the parts that the model can have.
         unwanted: names of layers which the call says to leave out.
+        allowance: what may be without a place.
+        source: name of the file, for messages.
 
     Raises:
         ValueError: they are too many.

@@ -403,7 +403,16 @@ class _Models:
 
     @classmethod
     def of(cls, caller: Caller, unet: nn.Module, text_encoder: TextEncoders, problems: Problems) -> _Models:
-        """Text encoders come as a model, a list with gaps, or None."""
+        """
+        Args:
+            caller: whose name may assert the architecture.
+            unet: the denoiser.
+            text_encoder: a model, a list with gaps, or None.
+            problems: takes up what does not go together.
+
+        Raises:
+            ValueError: the denoiser is of no architecture that we know.
+        """
         try:
             arch = detect(unet)
         except ValueError as error:

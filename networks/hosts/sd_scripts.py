@@ -96,7 +96,14 @@ class LoRANetwork(HostNetwork):
         shared: dict[Any, Any],
         ds_ratio: float | None = None,
     ) -> None:
-        """A batch begins; `shared` is the same dict for all networks. Sizes need no `ds_ratio`: layers tell theirs."""
+        """A batch of a picture with regions begins.
+
+        Args:
+            batch_size, ds_ratio: not looked at; layers tell their sizes themselves.
+            num_sub_prompts: number of regions.
+            width, height: of the picture, in pixels.
+            shared: the same dict for all networks of the batch.
+        """
         assert self.runtime.region is not None, "set_current_generation before set_region"
         self.runtime.region.start(batch_size, num_sub_prompts, (height, width), shared)
 

@@ -1,0 +1,482 @@
+"""Whether the tests would notice: changes one place of the code at a time and names the changes which they let pass.
+
+    python scripts/mutate.py                 all of them: each runs some files of tests, so it takes a while
+    python scripts/mutate.py dialects reader only those with these words in their names
+    python scripts/mutate.py --check         only whether each still has its place
+
+Each change is made in a copy of the checkout. A survivor wants a test; a change without its place wants a new text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("networks", "kohya_trainer", "kohya_networks", "scripts", "tests", "presets")  # as far as they are there
+FILES = ("pyproject.toml", "setup.cfg", "README.md")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A change which some test should notice.
+
+    Attributes:
+        name: what is wrong then.
+        where: a file, or a folder of which one file has the text.
+        old, new: the text, which must stand there once, and what takes its place.
+        tests: what pytest is given: files, and -k with words where few of their tests are needed.
+    """
+
+    name: str
+    where: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def place(self, root: Path) -> Path:
+        """The file.
+
+        Raises:
+            ValueError: the text stands there no more, or more than once.
+        """
+        files = [root / self.where] if self.where.endswith(".py") else sorted((root / self.where).rglob("*.py"))
+        counts = {file: file.read_text(encoding="utf-8").count(self.old) for file in files if file.is_file()}
+        if sum(counts.values()) != 1:
+            raise ValueError(
+                f"{self.name}: {self.old!r} stands in {self.where} {sum(counts.values())} times; give the text that is "
+                "there now"
+            )
+        return next(file for file, count in counts.items() if count)
+
+
+ALGOS, LAYERS, PLAN, FILES_, NETWORK, HOSTS = (
+    f"networks/{name}" for name in ("algos", "layers", "plan", "files", "network", "hosts")
+)
+MUTATIONS: tuple[Mutation, ...] = (
+    # formulas
+    Mutation(
+        "lora: dW twice as large",
+        f"{ALGOS}/lora.py",
+        "return (up_OR @ self._right(p).flatten(1)).reshape(self.geometry.weight_shape)",
+        "return (2 * up_OR @ self._right(p).flatten(1)).reshape(self.geometry.weight_shape)",
+        ("tests/test_algo_matrix.py",),
+    ),
+    Mutation(
+        "loha: sum in the place of the product",
+        f"{ALGOS}/loha.py",
+        "return ((a1 @ b1) * (a2 @ b2)).reshape(",
+        "return ((a1 @ b1) + (a2 @ b2)).reshape(",
+        ("tests/test_algo_matrix.py", "-k", "loha"),
+    ),
+    Mutation(
+        "lokr: no rank mask on the whole update",
+        f"{ALGOS}/lokr.py",
+        "w1, w2 = self._w1(p), self._w2(p, rank_mask_R)",
+        "w1, w2 = self._w1(p), self._w2(p)",
+        ("tests/test_dropout.py",),
+    ),
+    Mutation(
+        "clock: whole numbers of ranks fall below themselves",
+        f"{ALGOS}/clock.py",
+        "_ROUNDING = 1e-4",
+        "_ROUNDING = 0",
+        ("tests/test_clock.py", "tests/test_tlora.py"),
+    ),
+    Mutation(
+        "clock: the least ranks count twice",
+        f"{ALGOS}/clock.py",
+        "now.time**exponent * (dim - least)",
+        "now.time**exponent * dim",
+        ("tests/test_clock.py", "tests/test_tlora.py"),
+    ),
+    Mutation(
+        "magnitude: a row of zeros has the factor 0",
+        LAYERS,
+        "return torch.where(zero, 1.0, magnitude / torch.where(zero, 1.0, norms))",
+        "return torch.where(zero, 0.0, magnitude / torch.where(zero, 1.0, norms))",
+        ("tests/test_dora.py",),
+    ),
+    Mutation(
+        "magnitude: norm of the base alone",
+        LAYERS,
+        "norms = torch.linalg.vector_norm(whole, dim=",
+        "norms = torch.linalg.vector_norm(weight, dim=",
+        ("tests/test_dora.py",),
+    ),
+    Mutation(
+        "magnitude: the multiplier scales the difference alone",
+        LAYERS,
+        "return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)",
+        "return weight + (whole * ratio(magnitude, norms.detach()) - weight)",
+        ("tests/test_dora.py",),
+    ),
+    Mutation(
+        "magnitude: the bias is scaled, too",
+        LAYERS,
+        "geometry.on_outputs(r - 1).to(y) * (y - outside)",
+        "geometry.on_outputs(r - 1).to(y) * y",
+        ("tests/test_dora.py",),
+    ),
+    # dropouts and strength of a call
+    Mutation(
+        "rank_dropout: kept values are always scaled",
+        LAYERS,
+        "/ (1 - p if scaled else 1)",
+        "/ (1 - p)",
+        ("tests/test_dropout.py",),
+    ),
+    Mutation(
+        "module_dropout: kept updates are scaled",
+        LAYERS,
+        "return multiplier * module_mask(p, x) if p else multiplier",
+        "return multiplier * module_mask(p, x) / (1 - p) if p else multiplier",
+        ("tests/test_dropout.py",),
+    ),
+    Mutation(
+        "dropout: does nothing",
+        LAYERS,
+        "h = F.dropout(h, self.dropout)",
+        "h = F.dropout(h, self.dropout, training=False)",
+        ("tests/test_dropout.py",),
+    ),
+    Mutation(
+        "dropouts: act while the trainer draws samples",
+        LAYERS,
+        "return self.training and not self.runtime.sampling and not self.runtime.for_inference",
+        "return self.training and not self.runtime.for_inference",
+        ("tests/test_dropout.py",),
+    ),
+    Mutation(
+        "multipliers: one sample's goes to its neighbours",
+        LAYERS,
+        "scale.repeat(samples // values)",
+        "scale.repeat_interleave(samples // values)",
+        ("tests/test_dropout.py", "tests/test_algo_matrix.py", "-k", "multiplier or sample"),
+    ),
+    Mutation(
+        "max norm: nothing shrinks",
+        LAYERS,
+        "layers[i].adapter.shrink_(limit / norms[i])",
+        "layers[i].adapter.shrink_(1.0)",
+        ("tests/test_max_norm.py",),
+    ),
+    # selection and values
+    Mutation(
+        "selection: two layers under one saved name",
+        PLAN,
+        "if row.trained and row.saved_name in modules:",
+        "if False:",
+        ("tests/test_plan.py", "tests/test_saved_names.py"),
+    ),
+    Mutation(
+        "selection: a pattern matches the beginning of a name",
+        PLAN,
+        "if any(pattern.fullmatch(name) for name in candidate.names):",
+        "if any(pattern.match(name) for name in candidate.names):",
+        ("tests/test_plan.py", "tests/test_args.py"),
+    ),
+    Mutation(
+        "selection: include_patterns rescue nothing",
+        PLAN,
+        "if (excluded or by_arch) and not self.include.first(c):",
+        "if excluded or by_arch:",
+        ("tests/test_plan.py", "tests/test_arch_names.py"),
+    ),
+    Mutation(
+        "values: scale by the rank under RS-LoRA",
+        PLAN,
+        "math.sqrt(layout.rank) if a.rs_lora else layout.rank",
+        "layout.rank",
+        ("tests/test_plan.py", "tests/test_files.py"),
+    ),
+    Mutation(
+        "values: a block at the threshold of its rate is trained",
+        PLAN,
+        "value <= a.block_lr_zero_threshold",
+        "value < a.block_lr_zero_threshold",
+        ("tests/test_blocks.py",),
+    ),
+    Mutation(
+        "values: a LoRA+ ratio of 0 falls back to the general one",
+        PLAN,
+        "own if own is not None else a.loraplus_lr_ratio",
+        "own or a.loraplus_lr_ratio",
+        ("tests/test_plan.py",),
+    ),
+    Mutation(
+        "values: LoRA+ for all factors",
+        f"{NETWORK}/optim.py",
+        "(row.plus_ratio if plus else 1.0)",
+        "row.plus_ratio",
+        ("tests/test_hosts.py",),
+    ),
+    # files
+    Mutation(
+        "codec: alpha 0 is no strength",
+        f"{FILES_}/codec.py",
+        "return self.alpha / rank if rank and self.alpha else 1.0",
+        "return self.alpha / rank if rank and self.alpha is not None else 1.0",
+        ("tests/test_files.py", "tests/test_key_merge.py"),
+    ),
+    Mutation(
+        "dialects: RS-LoRA read the wrong way",
+        f"{FILES_}/codec.py",
+        "alpha *= math.sqrt(",
+        "alpha /= math.sqrt(",
+        ("tests/test_dialects.py",),
+    ),
+    Mutation(
+        "dialects: RS-LoRA written without being asked for",
+        f"{FILES_}/dialects.py",
+        "if self.dialect.rs_flag and self.rs_lora and rank",
+        "if self.dialect.rs_flag and rank",
+        ("tests/test_dialects.py",),
+    ),
+    Mutation(
+        "dialects: half of the alphas are suspicious",
+        f"{FILES_}/dialects.py",
+        "flags.suspicious[0] * 2 > flags.suspicious[1]",
+        "flags.suspicious[0] * 2 >= flags.suspicious[1]",
+        ("tests/test_dialects.py",),
+    ),
+    Mutation(
+        "dialects: a flag that says nothing is none",
+        f"{FILES_}/dialects.py",
+        "if not flags.dialect.rs_flag and (plain or not self.dialect.rs_flag):",
+        "if not flags.dialect.rs_flag:",
+        ("tests/test_dialects.py",),
+    ),
+    Mutation(
+        "strengths: an alpha of 0 disagrees with settings of the rank",
+        f"{FILES_}/strengths.py",
+        "float(alpha) / rank if float(alpha) else 1.0",
+        "float(alpha) / rank",
+        ("tests/test_adapter_file.py", "tests/test_doors.py", "-k", "strength or alpha"),
+    ),
+    Mutation(
+        "strengths: a number in the header argues with a layer's alpha",
+        f"{FILES_}/strengths.py",
+        "if title != HEADER}",
+        "}",
+        ("tests/test_adapter_file.py", "tests/test_doors.py", "-k", "strength or alpha"),
+    ),
+    Mutation(
+        "strengths: PEFT's settings count for names without dots",
+        f"{FILES_}/strengths.py",
+        "if settings is not None and dotted.has_dots(tensors):",
+        "if settings is not None:",
+        ("tests/test_adapter_file.py", "-k", "strength or alpha"),
+    ),
+    Mutation(
+        "names: alpha is lost in the second factor",
+        f"{FILES_}/dotted.py",
+        "* (float(alpha) / tensors[DOWN].shape[0])",
+        "* 1.0",
+        ("tests/test_diffusers_dialect.py",),
+    ),
+    Mutation(
+        "names: halves of rows stay as they are",
+        f"{FILES_}/dotted.py",
+        "tensors |= {s: torch.cat(tensors[s].chunk(2)[::-1])",
+        "tensors |= {s: torch.cat(tensors[s].chunk(2))",
+        ("tests/test_diffusers_layouts.py",),
+    ),
+    Mutation(
+        "names: projections share the first's factor",
+        f"{FILES_}/dotted.py",
+        "if all(torch.equal(downs[0], down) for down in downs[1:]):",
+        "if downs:",
+        ("tests/test_diffusers_layouts.py",),
+    ),
+    Mutation(
+        "names: twins are right where they are wrong",
+        f"{FILES_}/twins.py",
+        "wrong = marked == [True, False]",
+        "wrong = marked == [False, True]",
+        ("tests/test_twins.py",),
+    ),
+    Mutation(
+        "reader: a header longer than its file",
+        f"{FILES_}/reader.py",
+        "if length > min(file.stat().st_size, 1 << 30):",
+        "if length > 1 << 30:",
+        ("tests/test_files.py", "-k", "header"),
+    ),
+    Mutation(
+        "reader: a file that is cut off",
+        f"{FILES_}/reader.py",
+        "if file.stat().st_size < needed:",
+        "if False:",
+        ("tests/test_files.py", "tests/test_doors.py", "-k", "header or cut or damaged or read"),
+    ),
+    Mutation(
+        "writer: alpha in the dtype of the file",
+        f"{FILES_}/writer.py",
+        'if not own.is_floating_point or key.endswith(".alpha"):',
+        "if not own.is_floating_point:",
+        ("tests/test_files.py",),
+    ),
+    Mutation(
+        "writer: magnitudes in half precision",
+        f"{FILES_}/writer.py",
+        "torch.float32) if is_length(key) else wanted or own",
+        "torch.float32) if False else wanted or own",
+        ("tests/test_half_precision.py", "tests/test_dora.py", "-k", "save or file or fp32"),
+    ),
+    Mutation(
+        "writer: values beyond fp16 become infinite",
+        f"{FILES_}/writer.py",
+        "not torch.finfo(chosen).max < largest < math.inf",
+        "True",
+        ("tests/test_files.py",),
+    ),
+    Mutation(
+        "opening: broken values are not looked for",
+        f"{FILES_}/adapter_file.py",
+        "    _check_values(given)\n",
+        "",
+        ("tests/test_doors.py",),
+    ),
+    Mutation(
+        "opening: tensors that a host has changed are not looked at",
+        f"{FILES_}/adapter_file.py",
+        "all(tensors[key] is t for key, t in self.tensors.items())",
+        "True",
+        ("tests/test_adapter_file.py", "-k", "handed_back"),
+    ),
+    Mutation(
+        "places: a tenth is too much",
+        f"{FILES_}/places.py",
+        "if len(missing) > MOST * len(here)",
+        "if len(missing) >= MOST * len(here)",
+        ("tests/test_adapter_file.py", "-k", "tenth"),
+    ),
+    Mutation(
+        "loading: some magnitudes are missing",
+        f"{NETWORK}/loading.py",
+        "    if missing:\n",
+        "    if False:\n",
+        ("tests/test_doors.py", "-k", "dora"),
+    ),
+    Mutation(
+        "loading: magnitudes of the other side",
+        f"{NETWORK}/loading.py",
+        "if side and layer.side and side != layer.side:",
+        "if False:",
+        ("tests/test_dora.py", "tests/test_dialects.py"),
+    ),
+    Mutation(
+        "resize: the nearest update is stronger",
+        f"{FILES_}/resize.py",
+        '(after / before if way == "nearest" else 1.0)',
+        "1.0",
+        ("tests/test_resize.py",),
+    ),
+    # merging
+    Mutation(
+        "network: it is merged twice",
+        f"{NETWORK}/network.py",
+        "if any(layer.in_weight for layer in self.adapted_layers):",
+        "if False:",
+        ("tests/test_acts_once.py",),
+    ),
+    Mutation(
+        "merge: a second file starts from what the first made",
+        f"{FILES_}/merge.py",
+        "adapter.see_base(start)",
+        "adapter.see_base(weight)",
+        ("tests/test_merge_every_algorithm.py", "tests/test_merge_script.py", "tests/test_tlora.py"),
+    ),
+    Mutation(
+        "merge: every layer of that name has its halves swapped",
+        f"{FILES_}/weight_names.py",
+        "swapped=self.swapped and len(shape) > 1 and shape[0] == 2 * shape[1]",
+        "swapped=self.swapped",
+        ("tests/test_merge_layouts.py",),
+    ),
+    Mutation(
+        "merge: a scale beside plain numbers is ignored",
+        f"{FILES_}/stored.py",
+        'return form if bool((checkpoint.tensor(scale) != 1).any()) else ""',
+        'return ""',
+        ("tests/test_merge_forms.py", "tests/test_merge_script.py"),
+    ),
+    Mutation(
+        "merge: fp8 overflows",
+        f"{HOSTS}/key_merge.py",
+        "wide = wide.clamp(-limit, limit)",
+        "pass",
+        ("tests/test_key_merge.py",),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", metavar="WORD", nargs="*", help="of names; default: all")
+    parser.add_argument("--check", action="store_true", help="run no test")
+    parser.add_argument("--seconds", type=float, default=900.0, help="for the tests of each; default: %(default)g")
+    args = parser.parse_args(argv)
+    chosen = [one for one in MUTATIONS if not args.words or any(word in one.name for word in args.words)]
+    lost = [text for one in chosen if (text := _problem(one))]
+    print("\n".join(lost or [f"{len(chosen)} changes have their place"]))
+    if args.check:
+        return 1 if lost else 0
+    found = [one for one in chosen if not _problem(one)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = _copied(Path(folder))
+        for number, one in enumerate(found, start=1):
+            noticed = _noticed(one, copy, args.seconds)
+            print(f"{number}/{len(found)} {'noticed ' if noticed else 'SURVIVES'} {one.name}", flush=True)
+            survivors += [] if noticed else [one.name]
+    print(f"{len(survivors)} of {len(found)} survive" + "".join(f"\n  {name}" for name in survivors))
+    return 1 if survivors or lost else 0
+
+
+def _problem(one: Mutation) -> str:
+    try:
+        one.place(ROOT)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _copied(folder: Path) -> Path:
+    """A copy of what the tests need."""
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def _noticed(one: Mutation, copy: Path, seconds: float) -> bool:
+    """Whether a test fails with the change. One that never ends has noticed it, too."""
+    file = one.place(copy)
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace(one.old, one.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *one.tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=seconds)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{one.name}: pytest did not run:\n{done.stdout.decode()[-2000:]}")
+        return done.returncode == 1
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
