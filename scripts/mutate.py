@@ -426,20 +426,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=900.0, help="for the tests of each; default: %(default)g")
     args = parser.parse_args(argv)
     chosen = [one for one in MUTATIONS if not args.words or any(word in one.name for word in args.words)]
-    lost = [text for one in chosen if (text := _problem(one))]
-    print("\n".join(lost or [f"{len(chosen)} changes have their place"]))
-    if args.check:
-        return 1 if lost else 0
-    found = [one for one in chosen if not _problem(one)]
+    problems = [text for one in chosen if (text := _problem(one))]
+    print("\n".join(problems or [f"{len(chosen)} changes have their place"]))
+    survivors = [] if args.check else run([one for one in chosen if not _problem(one)], args.seconds)
+    return 1 if survivors or problems else 0
+
+
+def run(mutations: Sequence[Mutation], seconds: float) -> list[str]:
+    """Make the changes and say what came of each.
+
+    Args:
+        seconds: for the tests of each.
+
+    Returns:
+        The names of those that no test noticed.
+    """
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
         copy = _copied(Path(folder))
-        for number, one in enumerate(found, start=1):
-            noticed = _noticed(one, copy, args.seconds)
-            print(f"{number}/{len(found)} {'noticed ' if noticed else 'SURVIVES'} {one.name}", flush=True)
+        for number, one in enumerate(mutations, start=1):
+            noticed = _noticed(one, copy, seconds)
+            print(f"{number}/{len(mutations)} {'noticed ' if noticed else 'SURVIVES'} {one.name}", flush=True)
             survivors += [] if noticed else [one.name]
-    print(f"{len(survivors)} of {len(found)} survive" + "".join(f"\n  {name}" for name in survivors))
-    return 1 if survivors or lost else 0
+    print(f"{len(survivors)} of {len(mutations)} survive" + "".join(f"\n  {name}" for name in survivors))
+    return survivors
 
 
 def _problem(one: Mutation) -> str:

@@ -15,7 +15,7 @@ from toy_models import signal, toy
 
 import networks.loha
 import networks.lora
-from networks.files import codec
+from networks.files import codec, dialects
 from networks.files.merge import merged_weight
 
 BLISSFUL = {"save_format": "blissful"}
@@ -152,6 +152,22 @@ def test_suspicious_alphas_are_hinted_at(dtype: torch.dtype, tmp_path: Path, cap
         network(dit(), dim=200, **BLISSFUL, **RS).load_weights(path)
     network(dit(), dim=200, **RS).load_weights(path)
     assert "square root" not in caplog.text
+
+
+@pytest.mark.parametrize(("roots", "suspicious"), [(4, False), (5, False), (6, True), (10, True)])
+def test_more_than_half_of_the_alphas_make_a_file_suspicious(
+    roots: int, suspicious: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of ten layers of rank 9."""
+    tensors = {f"lora_unet_{i}.lora_down.weight": torch.zeros(9, 4) for i in range(10)}
+    tensors |= {f"lora_unet_{i}.alpha": torch.tensor(3.0 if i < roots else 9.0) for i in range(10)}
+    flags = dialects.Flags.of(tensors)
+    assert flags.suspicious == (roots, 10)
+    dialects.Form(rs_lora=True).check(flags, {}, "a file")
+    assert (f"{roots} of 10 alphas are the square root of their rank" in caplog.text) == suspicious
+    with pytest.raises(ValueError, match="RS-LoRA flag mismatch") as caught:
+        dialects.Form(dialects.BLISSFUL, rs_lora=True).check(flags, {}, "a file")
+    assert ("Hint: " in str(caught.value)) == suspicious
 
 
 def test_a_portable_file_is_at_home_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

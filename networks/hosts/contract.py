@@ -335,23 +335,30 @@ class Caller:
         problems: Problems,
         from_file: bool = False,
     ) -> Request:
-        rank, strength = DEFAULT_DIM, self.alpha
-        try:
-            rank = rank if dim is None else int(named("network_dim", dim, 1, whole))
-        except ValueError as error:
-            problems.add(str(error))
-        try:
-            strength = strength if alpha is None else named("network_alpha", alpha)
-        except ValueError as error:
-            problems.add(str(error))
-        if strength < 0:
-            problems.add(f"network_alpha={alpha} is negative; write a positive number, or 0 for the dim itself")
-        options = {"network_dim": rank, "network_alpha": strength}
-        args = parse(raw, self.algo, problems, host, options, self.style)
+        dim, alpha = self._dim(dim, problems), self._alpha(alpha, problems)
+        args = parse(raw, self.algo, problems, host, {"network_dim": dim, "network_alpha": alpha}, self.style)
         if args.style in OWN_STYLES and not from_file:
             text_encoder = None
-        models = _Models.of(self, unet, text_encoder, problems)
-        return models.request(rank, strength, args)
+        return _Models.of(self, unet, text_encoder, problems).request(dim, alpha, args)
+
+    def _dim(self, dim: int | None, problems: Problems) -> int:
+        """--network_dim, or the default."""
+        try:
+            return DEFAULT_DIM if dim is None else int(named("network_dim", dim, 1, whole))
+        except ValueError as error:
+            problems.add(str(error))
+            return DEFAULT_DIM
+
+    def _alpha(self, alpha: float | None, problems: Problems) -> float:
+        """--network_alpha, or the default."""
+        try:
+            found = self.alpha if alpha is None else named("network_alpha", alpha)
+        except ValueError as error:
+            problems.add(str(error))
+            return self.alpha
+        if found < 0:
+            problems.add(f"network_alpha={alpha} is negative; write a positive number, or 0 for the dim itself")
+        return found
 
     def _build(
         self, kind: type[Kind], request: Request, problems: Problems, multiplier: float, for_inference: bool = False
@@ -422,14 +429,11 @@ class _Models:
         if caller.archs and arch.name not in caller.archs:
             problems.add(f"this model is {arch.title}: use --network_module networks.{arch.entry}")
         encoders = list(text_encoder) if isinstance(text_encoder, Sequence) else [text_encoder]
-        if (
-            arch.text_encoders
-            and len(encoders) > len(arch.text_encoders)
-            and any(m is not None for m in encoders[len(arch.text_encoders) :])
-        ):
+        surplus = encoders[len(arch.text_encoders) :]
+        if arch.text_encoders and any(model is not None for model in surplus):
+            known = len(arch.text_encoders)
             problems.add(
-                f"{arch.title} has {len(arch.text_encoders)} text encoders, but {len(encoders)} were given: hand over "
-                "those alone"
+                f"{arch.title} has {known} text encoders, but {len(encoders)} were given: hand over those alone"
             )
         pairs = zip(arch.text_encoders, encoders, strict=False)  # hosts may hand over fewer than there are
         given = [(part, model) for part, model in pairs if model is not None]

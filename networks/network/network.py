@@ -116,6 +116,7 @@ class Network(nn.Module):
 
     @property
     def layers(self) -> list[tuple[PlanRow, AdaptedLayer]]:
+        """With the plan's row of each."""
         return list(self._layers.values())
 
     @property
@@ -247,6 +248,9 @@ class Network(nn.Module):
     def merge(self, device: torch.device | None = None) -> None:
         """Put every W' into the base model, rounded once; the forward pass adds nothing from then on.
 
+        Args:
+            device: where W' is computed; None = where each weight is.
+
         Raises:
             ValueError: the base weights have it already, or one cannot be read or written; nothing was changed.
         """
@@ -334,7 +338,16 @@ class Network(nn.Module):
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a file in the network's form, atomically."""
+        """Write a file in the network's form, and those of lower dims (`save_dims`) beside it; whole or not at all.
+
+        Args:
+            path: of the file.
+            dtype: of its tensors; None = as they are here. What half precision would spoil stays in fp32.
+            metadata: of the host; ours is added.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
         saved = [codec.saved_layer(layer, bool(self.form.dialect.fold_flag)) for layer in self.adapted_layers]
         tensors = self.form.written(codec.write(saved, self.form))
@@ -350,8 +363,17 @@ class Network(nn.Module):
     def _naming(self) -> Naming:
         return Naming(self.form.arch, self.form.dialect, self._own_class)
 
+    @property
+    def _own_class(self) -> bool:
+        """Whether the denoiser is of the trainer's class, as far as that matters for names."""
+        root = self._roots.get(self.form.arch.denoiser.name) if self.form.arch else None
+        return root is None or self.form.arch is None or is_own(self.form.arch.denoiser, root)
+
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
         """Take over a file.
+
+        Args:
+            path: of the file, or of the folder of one that PEFT wrote.
 
         Raises:
             ValueError: it is unreadable, does not fit, contradicts this network, or has too little for it.
@@ -360,6 +382,10 @@ class Network(nn.Module):
 
     def take_tensors(self, tensors: Mapping[str, Tensor], source: str = "the weights") -> LoadReport:
         """Take over the tensors of a file.
+
+        Args:
+            tensors: key -> tensor, as they stand in the file.
+            source: its name, for messages.
 
         Raises:
             ValueError: as `load`.
@@ -435,12 +461,6 @@ class Network(nn.Module):
                 f"unexpected {unexpected[:3]} ({len(unexpected)})"
             )
         return nn.modules.module._IncompatibleKeys(missing, unexpected)
-
-    @property
-    def _own_class(self) -> bool:
-        """Whether the denoiser is of the trainer's class, as far as that matters for names."""
-        root = self._roots.get(self.form.arch.denoiser.name) if self.form.arch else None
-        return root is None or self.form.arch is None or is_own(self.form.arch.denoiser, root)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
