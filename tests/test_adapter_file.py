@@ -200,6 +200,23 @@ def test_what_says_the_strength_must_be_readable_and_agree(
         assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize(
+    ("alpha", "header", "config", "wanted"),
+    [
+        (0.0, None, {**LORA, "lora_alpha": 2}, 1.0),  # 0 stands for the rank, as everywhere
+        (0.0, None, {**LORA, "lora_alpha": 0}, 1.0),
+        (4.0, {"alpha": "5"}, None, 2.0),  # a number in the header is for layers without an alpha of their own
+        (4.0, {"alpha": "5"}, {**LORA, "lora_alpha": 4}, 2.0),
+    ],
+)
+def test_a_layer_s_own_alpha_decides(
+    alpha: float, header: dict[str, str] | None, config: Any, wanted: float, tmp_path: Path
+) -> None:
+    tensors = pair(f"diffusion_model.{Q}")
+    tensors[f"diffusion_model.{Q}.alpha"] = torch.tensor(alpha)
+    assert strength(written(tmp_path, tensors, header, config)) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_an_alpha_in_low_precision_agrees_with_settings(tmp_path: Path) -> None:
     tensors = pair(f"diffusion_model.{Q}")
     tensors[f"diffusion_model.{Q}.alpha"] = torch.tensor(5.013, dtype=torch.bfloat16)

@@ -375,6 +375,18 @@ def test_a_header_longer_than_its_file_is_not_read(tmp_path: Path, length: int) 
         reader.read_header(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("missing", [1, 40])
+def test_a_file_that_is_cut_off_is_known_by_its_header(tmp_path: Path, missing: int) -> None:
+    """Before a model is loaded for it, and where weights are read one by one."""
+    file = tmp_path / "a.safetensors"
+    save_file({"a.w": torch.ones(5), "b.w": torch.ones(5)}, file)
+    size = file.stat().st_size
+    assert reader.read_header(file).shapes == {"a.w": (5,), "b.w": (5,)}
+    file.write_bytes(file.read_bytes()[:-missing])
+    with pytest.raises(ValueError, match=f"incomplete: it should have {size} bytes but has {size - missing}; copy or"):
+        reader.read_header(file)
+
+
 def test_a_header_of_more_than_a_gigabyte_is_not_read(tmp_path: Path) -> None:
     """However large the file is: this one has a hole."""
     file = tmp_path / "a.safetensors"
