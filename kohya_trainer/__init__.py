@@ -11,12 +11,17 @@
     training, sharding              network, optimizer and accelerate, as the options ask; the model over several GPUs
     state/                          interrupting, going on, and whose files are in a folder
 
-Importing any of it needs what networks needs; running it needs the libraries of the extra `train`.
+Importing any of it needs what networks needs; running it needs the libraries of the extra `train`. `networks` is ours
+in their process, wherever they are started: also inside a trainer's checkout, which has a folder of that name.
 """
 
 from __future__ import annotations
 
 import importlib.util
+
+from kohya_networks.hosts.beside import claim
+
+claim()
 
 # names of modules; the packages have the same name, or the one behind the colon
 TRAINING = ("accelerate", "diffusers", "transformers", "numpy", "PIL:pillow", "tqdm", "matplotlib")

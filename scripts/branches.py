@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("networks", "kohya_trainer", "scripts")
+FOLDERS = ("networks", "kohya_networks", "kohya_trainer", "scripts")
 MOST = 12
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.match_case, ast.comprehension)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -25,8 +25,6 @@ OLDER: dict[str, int] = {
     "networks/plan/preset_choices.py:PresetChoices.admit": 23,
     "networks/args/parse.py:parse": 18,
     "networks/plan/planner.py:_Planner._reason": 18,
-    "scripts/show.py:lines": 18,
-    "networks/cli/command_line.py:config_arguments": 17,
     "networks/plan/effects.py:_dora": 16,
     "networks/models/skeleton.py:_from_header": 15,
     "networks/args/presets.py:_options": 14,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("networks", "kohya_trainer", "scripts", "tests")
+FOLDERS = ("networks", "kohya_networks", "kohya_trainer", "scripts", "tests")
 STYLE = ("--line-length", "120", "--target-version", "py310")  # ruff does not read setup.cfg, where all else stands
 # pycodestyle, pyflakes, import order, bugbear, syntax of Python 3.10; O and I are our letters for tensor axes (E741)
 RULES = ("--select", "E,F,W,I,B,UP", "--ignore", "E741")
@@ -28,7 +28,7 @@ def build_steps(fix: bool, tests: bool, pytest_args: Sequence[str]) -> list[tupl
     steps = [
         ("format", [*python, "ruff", "format", *([] if fix else ["--check"]), *STYLE, *folders]),
         ("lint", [*python, "ruff", "check", *(["--fix"] if fix else []), *STYLE, *RULES, *folders]),
-        ("types", [*python, "mypy", "networks", "kohya_trainer", "scripts"]),
+        ("types", [*python, "mypy", "networks", "kohya_networks", "kohya_trainer", "scripts"]),
         ("branches", [sys.executable, str(ROOT / "scripts" / "branches.py")]),
     ]
     docs = ROOT / "scripts" / "docs.py"

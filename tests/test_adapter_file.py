@@ -14,8 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import resize as resize_script
-import show as show_script
 import torch
 from merge import main as merge_main
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
@@ -25,6 +23,8 @@ from torch import Tensor, nn
 from toy_models import toy
 
 import networks.lora
+from networks.cli import resize as resize_script
+from networks.cli import show as show_script
 from networks.files import places
 from networks.files.adapter_file import FileTensors, Naming
 from networks.files.places import Allowance

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import merge
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +14,7 @@ from tiny_parts import randomise, sd_unet
 from torch import Tensor
 
 import networks.lora
+from networks.cli import merge
 from networks.files import codec
 from networks.files.merge import merged_weight
 

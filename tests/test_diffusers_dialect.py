@@ -8,7 +8,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import merge
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 import networks.loha
 import networks.lora
 from networks.archs.diffusers_names import places
+from networks.cli import merge
 from networks.models.skeleton import skeleton
 
 FORM = {"save_format": "diffusers"}

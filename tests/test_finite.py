@@ -11,8 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import merge
-import plan as plan_script
 import pytest
 import torch
 from tiny_parts import sd_unet, text_encoder
@@ -27,6 +25,8 @@ from kohya_trainer.drawing.requests import ImageRequest, parse_prompt_line
 from networks.args import presets
 from networks.args.parse import Problems, parse
 from networks.args.table import TABLE
+from networks.cli import merge
+from networks.cli import plan as plan_script
 from networks.cli.command_line import finite_number, parse_arguments
 from networks.hosts.key_merge import merge_weights_to_tensor
 from networks.hosts.sd_compat import LoRAInfModule, LoRAModule

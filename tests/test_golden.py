@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import merge as merge_script
 import pytest
 import torch
 from golden import replay
@@ -26,6 +25,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from kohya_trainer import train as trainer
+from networks.cli import merge as merge_script
 
 GOLDEN = Path(__file__).parent / "golden"
 ROOT = Path(__file__).resolve().parents[1]

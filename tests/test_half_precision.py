@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import show
 import torch
 import torch.nn.functional as F
 from helpers_numeric import ADDITIVE, FACTORED, assert_close, options_for, randomise
@@ -23,6 +22,7 @@ import networks.lora
 import networks.lora_wan
 from networks.algos import ALGOS
 from networks.algos.additive import AdditiveParts
+from networks.cli import show
 from networks.files import codec
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -379,18 +380,56 @@ def test_creation_says_what_runs(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_another_name_for_the_package(tmp_path: Path) -> None:
-    """kohya_networks.lora is the same folder under a name that no host owns."""
+    """kohya_networks.lora is the same folder under a name that no host owns; `networks` is not touched for it."""
     code = (
-        "import importlib.util, sys\n"
-        "spec = importlib.util.spec_from_file_location('kohya_networks', sys.argv[1] + '/__init__.py', "
-        "submodule_search_locations=[sys.argv[1]])\n"
-        "package = importlib.util.module_from_spec(spec); sys.modules['kohya_networks'] = package\n"
-        "spec.loader.exec_module(package)\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import kohya_networks.lora as lora\n"
         "assert 'networks' not in sys.modules\n"
         "print(lora.create_network.__self__.name)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "networks")], check=True, capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code, str(ROOT)], check=True, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stdout.strip() == "kohya_networks.lora"
+
+
+@pytest.mark.parametrize("names", [("networks", "kohya_networks"), ("kohya_networks", "networks")])
+def test_a_network_of_each_name_on_one_model(names: tuple[str, str], tmp_path: Path) -> None:
+    """In a process of their own, where either name comes first: one set of classes; both act, and detached in either
+    order they leave the model as it was, bit for bit."""
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_NAMES, *names], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{names[0]}.network.network"
+
+
+TWO_NAMES = """
+import importlib, itertools, pickle, sys
+import torch
+from tiny_parts import randomise, sd_unet
+entries = [importlib.import_module(f"{name}.lokr") for name in sys.argv[1:]]
+network_class = importlib.import_module(f"{sys.argv[2]}.network.network").Network
+unet = sd_unet()
+layer = unet.get_submodule("mid_block.attentions.0.proj_in")
+x = torch.randn(1, layer.weight.shape[1], *[3] * (layer.weight.dim() - 2))
+before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}, layer(x)
+for order in ((0, 1), (1, 0)):
+    networks = [entry.create_network(1.0, 2, 1, None, None, unet) for entry in entries]
+    assert all(isinstance(network, network_class) for network in networks)
+    assert type(networks[0]) is type(networks[1])
+    outputs = [layer(x)]
+    for network in networks:
+        network.apply_to(None, unet, False, True)
+        randomise(network)
+        outputs.append(layer(x))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(outputs, 2))
+    for i in order:
+        networks[i].detach()
+    assert torch.equal(layer(x), before[1]) and "forward" not in vars(layer)
+    assert all(torch.equal(tensor, before[0][name]) for name, tensor in unet.state_dict().items())
+kept = pickle.loads(pickle.dumps(networks[0].plan))
+assert type(kept) is type(networks[1].plan)
+print(network_class.__module__)
+"""

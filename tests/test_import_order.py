@@ -85,7 +85,7 @@ class Environments:
     def __init__(self, folder: Path, hosts: Path) -> None:
         self.folder, self.hosts = folder, hosts
         self.source = folder / "source"
-        for name in ("networks", "presets", "kohya_trainer"):
+        for name in ("networks", "kohya_networks", "presets", "kohya_trainer"):
             shutil.copytree(ROOT / name, self.source / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("setup.cfg", "pyproject.toml", "README.md"):
             shutil.copyfile(ROOT / name, self.source / name)
@@ -100,7 +100,7 @@ class Environments:
         write(site / "musubi.pth", str(self.hosts / "musubi-tuner" / "src"))
         if install == "copy":
             for name in ("networks", "kohya_networks"):
-                shutil.copytree(self.source / "networks", site / name)
+                shutil.copytree(self.source / name, site / name)
         elif install.startswith("editable"):
             wheel = self._editable_wheel(install.split()[1], home)
             with zipfile.ZipFile(wheel) as archive:
@@ -121,7 +121,17 @@ class Environments:
 
     def run(self, install: str, layout: str, *names: str) -> dict[str, str]:
         """name -> "ours", "host" or "-" (not found)."""
-        script = self.hosts / SCRIPTS[layout]
+        found = self._json(install, self.hosts / SCRIPTS[layout], *names)
+        return {name: self._owner(origin) for name, origin in found.items()}
+
+    def twins(self, install: str, layout: str, *arguments: str) -> dict[str, str]:
+        """What TWINS finds, started where the layout's own script is."""
+        script = (self.hosts / SCRIPTS[layout]).with_name("twins.py")
+        write(script, f"MUSUBI = {layout == 'musubi inside'}\n" + TWINS)
+        return self._json(install, script, *arguments)
+
+    def _json(self, install: str, script: Path, *arguments: str) -> dict[str, str]:
+        """What a script prints."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         command, cwd = [str(script)], script.parent
         if install == "PYTHONPATH":
@@ -129,9 +139,10 @@ class Environments:
         if install.endswith("launcher"):
             command = [str(LAUNCH), script.name]
         python = self.python("editable lenient" if install == "lenient + launcher" else install)
-        done = subprocess.run([python, *command, *names], cwd=cwd, env=environment, capture_output=True, text=True)
+        done = subprocess.run([python, *command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return {name: self._owner(origin) for name, origin in json.loads(done.stdout).items()}
+        found: dict[str, str] = json.loads(done.stdout)
+        return found
 
     def _owner(self, origin: str | None) -> str:
         if origin is None:
@@ -146,10 +157,10 @@ TABLE = {
     # install: (sd-scripts, musubi root, musubi inside), each the owners of NAMES
     "nothing": ("host - host -", "host - host -", "host - host -"),
     "copy": (OURS_WINS, OURS_WINS, "host - host ours"),
-    "PYTHONPATH": ("ours ours host -", "ours ours host -", "host - host -"),
+    "PYTHONPATH": (OURS_WINS, OURS_WINS, "host - host ours"),
     "editable lenient": ("host ours host ours", "host ours host ours", "host ours host ours"),
     "editable strict": (OURS_WINS, OURS_WINS, "host - host ours"),
-    "editable compat": ("ours ours host -", "ours ours host -", "host - host -"),
+    "editable compat": (OURS_WINS, OURS_WINS, "host - host ours"),
     "launcher": (OURS_WINS, OURS_WINS, OURS_WINS),
     "lenient + launcher": (OURS_WINS, OURS_WINS, OURS_WINS),
 }
@@ -160,6 +171,48 @@ TABLE = {
 def test_whose_module_it_is(environments: Environments, install: str, layout: str) -> None:
     expected = dict(zip(NAMES, TABLE[install][list(SCRIPTS).index(layout)].split(), strict=True))
     assert environments.run(install, layout, *NAMES) == expected
+
+
+TWINS = """
+import importlib, json, logging, os, pickle, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.dirname(here) if MUSUBI else here)
+order, inner = sys.argv[1].split(","), sys.argv[2:]
+for package in order:
+    for name in inner:
+        try:
+            importlib.import_module(f"{package}.{name}")
+        except ModuleNotFoundError:
+            pass
+found = {}
+for name in inner:
+    host, ours = (sys.modules.get(f"{package}.{name}") for package in ("networks", "kohya_networks"))
+    found[name] = "none" if ours is None else "alone" if host is None else "one" if host is ours else "two"
+    if ours is not None:
+        parent, _, last = f"kohya_networks.{name}".rpartition(".")
+        assert getattr(sys.modules[parent], last) is ours
+        assert importlib.util.find_spec(f"kohya_networks.{name}").origin == ours.__file__ == ours.__spec__.origin
+        kind = vars(ours).get("Arg")
+        assert kind is None or pickle.loads(pickle.dumps(kind)) is kind
+print(json.dumps(found))
+"""
+INNER = ("args.spec", "_version", "hosts.beside", "host_only")
+
+
+@pytest.mark.parametrize("order", ("networks,kohya_networks", "kohya_networks,networks", "kohya_networks"))
+@pytest.mark.parametrize("layout", SCRIPTS)
+@pytest.mark.parametrize("install", ("copy", "PYTHONPATH", "editable lenient", "editable strict", "launcher"))
+def test_one_module_under_two_names(environments: Environments, install: str, layout: str, order: str) -> None:
+    """Whichever name comes first. What only the trainer's folder has is never there under our own name, and where that
+    folder is the whole of `networks`, both stay as they are."""
+    found = environments.twins(install, layout, order, *INNER)
+    assert found.pop("host_only") == "none"
+    lokr_is_hosts = TABLE[install][list(SCRIPTS).index(layout)].split()[1] != "ours"
+    if order == "kohya_networks":  # the launcher itself has imported some under the other name
+        assert set(found.values()) <= {"alone", "one"}
+    else:
+        assert set(found.values()) == {"alone" if lokr_is_hosts else "one"}
 
 
 OBSERVED = """

@@ -128,4 +128,4 @@ def test_mistakes(checkout: Path, arguments: list[str], message: str) -> None:
 def test_without_a_script_it_explains_itself(tmp_path: Path) -> None:
     assert launch(cwd=tmp_path).returncode == 2
     done = launch("--help", cwd=tmp_path)
-    assert done.returncode == 0 and "accelerate launch scripts/launch.py" in done.stdout
+    assert done.returncode == 0 and "scripts/launch.py train_network.py" in done.stdout

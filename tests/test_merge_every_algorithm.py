@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import merge as script
 import pytest
 import torch
 from helpers_numeric import assert_close
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 import networks.lora
 import networks.oft
 from networks.algos import ALGOS
+from networks.cli import merge as script
 
 MORE: dict[str, tuple[Any, dict[str, str]]] = {
     "oft entry": (networks.oft, {"enable_all_linear": "True"}),

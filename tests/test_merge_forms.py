@@ -9,7 +9,6 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-import merge as script
 import pytest
 import torch
 from helpers_numeric import assert_close, options_for, randomise
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from networks.algos import ALGOS
+from networks.cli import merge as script
 from networks.files import codec
 from networks.files.checkpoint import Checkpoint
 from networks.files.merge import merged_weight

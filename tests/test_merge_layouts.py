@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import merge as script
 import pytest
 import torch
 from helpers_numeric import assert_close, dense_glora, dense_loha, dense_lokr, dense_lora
@@ -18,6 +17,7 @@ from tiny_parts import randomise, sd_unet, sdxl_unet, text_encoder
 from torch import Tensor, nn
 
 import networks.lora
+from networks.cli import merge as script
 from networks.files import weight_names
 
 D, M, ALPHA = 8, 0.7, 3.0

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import merge as script
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from networks.archs.sd import SD
+from networks.cli import merge as script
 from networks.files import weight_names
 from networks.files.checkpoint import Checkpoint
 from networks.files.merge import CheckpointMerge, MergeInput

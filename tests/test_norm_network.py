@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import lycoris.kohya
-import merge as merge_script
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from toy_models import toy
 
 import networks.lora
 import networks.lycoris
+from networks.cli import merge as merge_script
 from networks.files.places import Allowance
 from networks.hosts import key_merge
 from networks.layers.max_norm import update_norm

@@ -440,7 +440,7 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
 
 MERGE = """
 import sys, time
-import merge
+from networks.cli import merge
 
 def slow(total):
     def step(key, size):
@@ -456,9 +456,10 @@ sys.exit(merge.main(sys.argv[1:]))
 @pytest.mark.skipif(not POSIX, reason="Windows has no such signals between processes")
 def test_the_end_of_a_merge_leaves_nothing_and_its_death_a_part_that_the_next_removes(tmp_path: Path) -> None:
     """A checkpoint of 100 MB, of which a tenth is written when the signal comes."""
-    import merge
     import torch
     from safetensors.torch import save_file
+
+    from networks.cli import merge
 
     save_file({f"b.{i}.weight": torch.zeros(2500, 1000) for i in range(10)}, tmp_path / "m.safetensors")
     factors = {"lora_up.weight": torch.ones(2500, 1), "lora_down.weight": torch.ones(1, 1000)}

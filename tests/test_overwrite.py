@@ -13,10 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import demo
-import merge
 import numpy as np
 import pytest
-import resize
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from kohya_trainer import generate
 from kohya_trainer.data.caption_folder import PICTURES
 from kohya_trainer.drawing.requests import save_png
+from networks.cli import merge, resize
 from networks.files.outputs import check_outputs
 
 EMOJI = Path(__file__).resolve().parents[1] / "scripts" / "emoji"

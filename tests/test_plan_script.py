@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import plan as script
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +18,7 @@ from tiny_models import make_sd, make_sdxl
 
 import networks.lora
 from networks.archs import ARCHS
+from networks.cli import plan as script
 from networks.models import skeleton as releases
 from networks.models.releases import RELEASES
 from networks.models.skeleton import skeleton

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-import show as script
 import torch
 from safetensors.torch import save_file
 from tiny_parts import randomise, sd_unet
 
 import networks.lora
 from networks.algos import ALGOS
+from networks.cli import show as script
 from networks.files import readers
 
 

@@ -151,22 +151,32 @@ def config_arguments(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     options = {action.dest: action for action in parser._actions if action.option_strings}
     arguments: list[str] = []
     for key, value in flat.items():
-        action = options.get(key)
-        if action is None or key in ("help", "config_file"):
+        if key not in options or key in ("help", "config_file"):
             raise ValueError(f'--config_file {path}: unknown key "{key}".{nearest(key, options)} Rename or remove it.')
-        option = action.option_strings[-1]
-        if action.nargs == 0:
-            if not isinstance(value, bool):
-                raise ValueError(f"--config_file {path}: {key} takes true or false, not {value!r}.")
-            off = [action.option_strings[0]] if isinstance(action, OnOff) else []
-            arguments += [option] if value else off
-        elif isinstance(value, (bool, dict)) or (isinstance(value, list) and action.nargs is None):
-            raise ValueError(f"--config_file {path}: {key} takes a single value, not {value!r}.")
-        elif action.nargs is None:
-            arguments.append(f"{option}={value}")
-        else:
-            arguments += [option, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+        try:
+            arguments += _as_written(options[key], value)
+        except ValueError as error:
+            raise ValueError(f"--config_file {path}: {key} {error}") from None
     return arguments
+
+
+def _as_written(action: argparse.Action, value: Any) -> list[str]:
+    """A TOML value as it stands on a command line.
+
+    Raises:
+        ValueError: the option takes another kind of value.
+    """
+    option = action.option_strings[-1]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"takes true or false, not {value!r}.")
+        return [option] if value else [action.option_strings[0]] if isinstance(action, OnOff) else []
+    several = action.nargs is not None
+    if isinstance(value, (bool, dict)) or (isinstance(value, list) and not several):
+        raise ValueError(f"takes a single value, not {value!r}.")
+    if not several:
+        return [f"{option}={value}"]
+    return [option, *map(str, value if isinstance(value, list) else [value])]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -261,7 +271,7 @@ def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.Argu
     `--debug` (every program of ours has it) shows the traceback instead.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("networks").setLevel(logging.INFO)
+    set_log_level(logging.INFO)
     try:
         with ending_cleanly():
             return body(parse_arguments(parser, argv))
@@ -275,12 +285,20 @@ def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.Argu
     except (ValueError, OSError, ImportError) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {_told(error)}", file=sys.stderr)
+        print(f"error: {error_text(error)}", file=sys.stderr)
         return USER_ERROR
 
 
-def _told(error: Exception) -> str:
-    """An error for people: without the system's number, and with what to do about a full disk."""
+def set_log_level(level: int) -> None:
+    """Of all our modules; each logs under the name by which it was imported first."""
+    for name in ("networks", "kohya_networks"):
+        logging.getLogger(name).setLevel(level)
+
+
+def error_text(error: Exception) -> str:
+    """An error for people: without the system's number, and with what to do about a full disk or a missing library."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}. Install what the trainer needs: pip install 'kohya-networks[train]'"
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     where = f"{error.filename}: " if error.filename and str(error.filename) not in error.strerror else ""

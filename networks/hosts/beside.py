@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
 from types import ModuleType
 
 from .._version import __version__
@@ -44,6 +45,28 @@ def watch(package: str, path: list[str]) -> list[str]:
     """Start to observe; returns the package's search path with the folders that sys.path has now."""
     sys.meta_path.insert(0, Observer(package, path[0]))
     return pkgutil.extend_path(path, package)
+
+
+def claim() -> None:
+    """Make `networks` this package for the rest of the process: for our own programs.
+
+    Raises:
+        ImportError: a trainer's folder has the name already.
+    """
+    init = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "__init__.py")
+    loaded = sys.modules.get("networks")
+    if loaded is not None:
+        file = getattr(loaded, "__file__", None)
+        if file is None or not os.path.samefile(file, init):
+            raise ImportError(
+                f"networks is a trainer's folder here ({file or [*loaded.__path__][0]}), and this program needs ours: "
+                "start it in a process of its own, with kohya-networks or python -m kohya_networks.cli"
+            )
+        return
+    spec = spec_from_file_location("networks", init)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["networks"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
 
 
 def origin(module: str) -> str:

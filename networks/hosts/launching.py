@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -70,7 +69,7 @@ def run(script: Path, arguments: Sequence[str], ours: Path, allow_missing: Seque
     Args:
         script: the trainer's.
         arguments: behind its name.
-        ours: the folder that holds our package.
+        ours: the folder that holds our packages.
         allow_missing: parts of adapter files that may be without a place, "" for all.
     """
     arrange_path(script, ours)
@@ -79,7 +78,6 @@ def run(script: Path, arguments: Sequence[str], ours: Path, allow_missing: Seque
         [f"{READERS}.{e}" for e in entries], _lend_reader
     )
     sys.meta_path.insert(0, _AfterImport(acts))
-    sys.meta_path.append(_SecondName(ours / "networks"))
     sys.argv[:] = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
@@ -95,21 +93,6 @@ def _lend_reader(module: ModuleType) -> None:
     from .key_merge import lend
 
     lend(module, importlib.import_module(f"..{module.__name__.rpartition('.')[2]}", __package__))
-
-
-class _SecondName(MetaPathFinder):
-    """`kohya_networks` for a checkout that is not installed: the same folder once more, as an installation has it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "kohya_networks":
-            return None
-        init = self.folder / "__init__.py"
-        return spec_from_file_location(fullname, init, submodule_search_locations=[str(self.folder)])
 
 
 class _AfterImport(MetaPathFinder):
