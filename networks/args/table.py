@@ -43,7 +43,12 @@ TABLE: tuple[Arg, ...] = (
         "alpha of those convolutions",
         _RANK,
         minimum=0,
-        per_host=(("sd_scripts", 1.0), ("musubi", "network_alpha"), ("preset", "network_alpha")),
+        per_host=(
+            ("sd_scripts", 1.0),
+            ("musubi", "network_alpha"),
+            ("api", "network_alpha"),
+            ("preset", "network_alpha"),
+        ),  # fmt: skip
     ),
     Arg(
         "rs_lora",

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import importlib
 import logging
+import os
 import pkgutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from ..files.outputs import write_atomically as write_atomically
 
 USER_ERROR = 2  # exit code of every mistake that the user can mend
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
+CUT_OFF = 141  # 128 + SIGPIPE
 
 
 class OnOff(argparse.Action):
@@ -60,6 +62,13 @@ def add_allow_missing(parser: argparse.ArgumentParser) -> None:
         help="go on although a whole part, a whole kind of layers or more than a tenth of a file's layers have no "
         "place; with a part (lora_te2) for that part alone, may be repeated",
     )  # fmt: skip
+
+
+def program(description: str | None) -> argparse.ArgumentParser:
+    """The parser of a program whose module is described so; with --debug, see `run_program`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
 
 def finite_number(text: str) -> float:
@@ -282,6 +291,9 @@ def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.Argu
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
     except (ValueError, OSError, ImportError) as error:
         if "--debug" in argv:
             traceback.print_exc()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..args.coerce import finite
-from .command_line import add_allow_missing, add_overwrite, check_outputs, run_program
+from .command_line import add_allow_missing, add_overwrite, check_outputs, program, run_program
 
 if TYPE_CHECKING:
     from ..files.merge import CheckpointMerge, MergeInput
@@ -26,7 +26,7 @@ SHOWN = 10  # names of layers that found no weight
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     parser.add_argument("adapters", metavar="FILE[=MULTIPLIER]", nargs="+", help="merged in this order; multiplier 1")
     parser.add_argument("--out", metavar="PATH", type=Path, required=True, help="a .safetensors file, or a new folder")
@@ -35,7 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="where it is computed; default: %(default)s")
     add_allow_missing(parser)
     parser.add_argument("--strict", action="store_true", help="a layer without a weight is an error")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

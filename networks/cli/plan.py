@@ -18,13 +18,13 @@ import sys
 from collections.abc import Sequence
 
 from ..models.releases import RELEASES
-from .command_line import finite_number, import_network_module, parse_network_args, run_program, set_log_level
+from .command_line import finite_number, import_network_module, parse_network_args, program, run_program, set_log_level
 
 HOSTS = {"sd-scripts": "sd_scripts", "musubi": "musubi"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(RELEASES)}; a diffusers folder; a checkpoint")
     parser.add_argument("--host", choices=HOSTS, default="sd-scripts", help="the trainer; default: %(default)s")
     parser.add_argument("--network_module", default="networks.lora", help="default: %(default)s")
@@ -38,7 +38,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--network_train_text_encoder_only", action="store_true")
     parser.add_argument("--trained", action="store_true", help="leave out the rows of layers that are not trained")
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import add_overwrite, check_outputs, run_program
+from .command_line import add_overwrite, check_outputs, program, run_program
 
 WAYS = ("first", "nearest")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--dims", required=True, type=whole_numbers, help="4,8,16: a file for each of them")
     parser.add_argument(
@@ -31,7 +31,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out_dir", metavar="FOLDER", type=Path, help="default: beside FILE")
     add_overwrite(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

@@ -16,16 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .command_line import run_program
+from .command_line import program, run_program
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program(__doc__)
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--layers", action="store_true", help="one line per layer, too")
     parser.add_argument("--metadata", action="store_true", help="all metadata, too")
     parser.add_argument("--json", action="store_true", help="machine-readable, everything")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
