@@ -1,9 +1,8 @@
-"""start.py without an install: commands, marker, messages; and the packaging files that it installs from."""
+"""start.py without an install: commands, marker, messages; and check.py."""
 
 from __future__ import annotations
 
 import ast
-import configparser
 import json
 import os
 import re
@@ -166,63 +165,6 @@ def test_only_the_standard_library_is_imported():
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in found} <= sys.stdlib_module_names
-
-
-# ---- packaging ----
-
-
-def read_setup() -> configparser.ConfigParser:
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg", encoding="utf-8")
-    return parser
-
-
-def test_every_folder_is_packed_under_both_names():
-    folders = {path.parent for path in (ROOT / "networks").rglob("*.py")}
-    inner = {".".join(("", *folder.relative_to(ROOT / "networks").parts)).rstrip(".") for folder in folders} | {
-        ".presets"
-    }
-    trainer = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "kohya_trainer").rglob("*.py")}
-    listed = read_setup()["options"]["packages"].split()
-    both = [f"{name}{part}" for name in ("networks", "kohya_networks") for part in inner]
-    assert sorted(listed) == sorted([*both, *trainer])
-
-
-def test_every_requirement_is_pinned():
-    pinned = {}
-    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.startswith("#"):
-            match = re.fullmatch(r"([a-z0-9-]+)==([\w.]+)( ; .+)?", line)
-            assert match, line
-            pinned[match[1]] = match[2]
-    setup = read_setup()
-    wanted = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    for line in "\n".join(wanted).split("\n"):
-        name = re.split(r"[<>=;! ]", line.strip())[0].lower()
-        assert not name or name in pinned
-
-
-def test_both_names_import_from_a_normal_install(tmp_path):
-    code = tmp_path / "code"
-    keep = shutil.ignore_patterns("__pycache__")
-    for name in ("networks", "presets", "kohya_trainer"):
-        shutil.copytree(ROOT / name, code / name, ignore=keep)
-    for name in ("setup.cfg", "pyproject.toml"):
-        shutil.copyfile(ROOT / name, code / name)
-    (code / "README.md").write_text("x")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(code)], check=True, capture_output=True)
-    script = (
-        "import networks.cli.command_line as a, kohya_networks.cli.command_line as b; print(a.__file__, b.__file__)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-    )
-    site = tmp_path / "site"
-    assert done.stdout.split() == [
-        str(site / name / "cli" / "command_line.py") for name in ("networks", "kohya_networks")
-    ]
 
 
 def test_check_runs_every_step(monkeypatch, capsys):

@@ -310,7 +310,7 @@ def set_log_level(level: int) -> None:
 def error_text(error: Exception) -> str:
     """An error for people: without the system's number, and with what to do about a full disk or a missing library."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error}. Install what the trainer needs: pip install 'kohya-networks[train]'"
+        return f'{error}. Install what the trainer needs: pip install "kohya-networks[train]"'
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     where = f"{error.filename}: " if error.filename and str(error.filename) not in error.strerror else ""
