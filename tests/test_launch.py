@@ -65,9 +65,9 @@ def checkout(tmp_path: Path) -> Path:
     return home
 
 
-def launch(*arguments: str, cwd: Path, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, *before, str(LAUNCH), *arguments]
+    command = [sys.executable, str(LAUNCH), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -98,10 +98,14 @@ def test_spawned_workers_find_ours(checkout: Path) -> None:
     assert done.stdout.split() == [str(ROOT / "networks" / "lora.py")] * 2
 
 
-def test_under_accelerate(checkout: Path) -> None:
+@pytest.mark.parametrize("start", ([str(LAUNCH)], ["-m", "kohya_networks.cli", "launch"]))
+def test_under_accelerate(checkout: Path, start: list[str]) -> None:
+    """By the checkout's script, and as an installation is started."""
     before = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1")
     (checkout / "done.py").write_text("import sys, networks.lora\nprint(sys.argv[1:], networks.lora.__file__)\n")
-    done = launch("done.py", "--x", "1", cwd=checkout, before=before)
+    command = [sys.executable, *before, *start, "done.py", "--x", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"['--x', '1'] {ROOT / 'networks' / 'lora.py'}" in done.stdout
 
