@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,21 @@ def test_a_loop_of_ones_own_in_five_lines(tmp_path: Path) -> None:
     assert torch.allclose(draw(unet), trained, atol=1e-6)
     loaded.set_multiplier(0)
     assert torch.equal(draw(unet), base)
+
+
+@pytest.mark.parametrize("where", ("README.md", "api.py"))
+def test_the_examples_run(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    if where == "README.md":
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    else:
+        code = textwrap.dedent((api.__doc__ or "").partition("\n")[2])
+    monkeypatch.chdir(tmp_path)
+    pipe = pipeline()
+    exec(code, {"torch": torch, "unet": sd_unet(), "pipe": pipe})
+    assert (tmp_path / "my-lokr.safetensors").is_file() and "forward" in vars(
+        pipe.unet.get_submodule("mid_block.attentions.0.proj_in")
+    )
 
 
 @pytest.mark.parametrize("algo", ALGOS)

@@ -18,6 +18,7 @@ from torch import nn
 import networks.loha
 import networks.lokr
 import networks.lora
+from networks.hosts.contract import Caller
 from networks.layers.max_norm import update_norm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,6 +392,13 @@ def test_another_name_for_the_package(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(ROOT)], check=True, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stdout.strip() == "kohya_networks.lora"
+
+
+@pytest.mark.parametrize("package", ("networks", "kohya_networks"))
+def test_the_right_entry_is_named_under_the_name_that_was_typed(package: str) -> None:
+    """Where a trainer owns `networks`, the other name alone is of use."""
+    with pytest.raises(ValueError, match=f"use --network_module {package}.lora$"):
+        Caller(f"{package}.lora_flux", "lora", ("flux",)).plan(4, 1, None, sd_unet())
 
 
 @pytest.mark.parametrize("names", [("networks", "kohya_networks"), ("kohya_networks", "networks")])

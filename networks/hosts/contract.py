@@ -427,7 +427,8 @@ class _Models:
             problems.stop()
             raise
         if caller.archs and arch.name not in caller.archs:
-            problems.add(f"this model is {arch.title}: use --network_module networks.{arch.entry}")
+            package = caller.name.rpartition(".")[0]
+            problems.add(f"this model is {arch.title}: use --network_module {package}.{arch.entry}")
         encoders = list(text_encoder) if isinstance(text_encoder, Sequence) else [text_encoder]
         surplus = encoders[len(arch.text_encoders) :]
         if arch.text_encoders and any(model is not None for model in surplus):
