@@ -1,14 +1,16 @@
 """Adapters from Python: on a diffusers pipeline, or on a model in a training loop of your own.
 
-from networks import api  # kohya_networks where a trainer's folder owns that name
+    from networks import api  # kohya_networks where a trainer's folder owns that name
 
-network = api.apply(unet.requires_grad_(False), algo="lokr", dim=8, factor=8)
-optimizer = torch.optim.AdamW(network.optimizer_groups(1e-4))
-...  # call the unet as ever; loss.backward(); optimizer.step()
-network.save("my-lokr.safetensors")
-network.detach()
+    network = api.apply(unet.requires_grad_(False), algo="lokr", dim=8, factor=8)
+    optimizer = torch.optim.AdamW(network.optimizer_groups(1e-4))
+    ...  # call the unet as ever; loss.backward(); optimizer.step()
+    network.save("my-lokr.safetensors")
+    network.detach()
 
-api.load(pipe, "my-lokr.safetensors", strength=0.8)  # for pictures; api.merge puts it into the weights
+    api.load(pipe, "my-lokr.safetensors", strength=0.8)  # for pictures; api.merge puts it into the weights
+
+`plan` says what `apply` would build. Keywords are the trainers' network arguments; mistakes are ValueErrors, as there.
 """
 
 from __future__ import annotations
@@ -112,7 +114,29 @@ class AppliedNetwork(HostNetwork):
         finally:
             self.set_enabled(former)
 
-    def form_for(self, save_format: str) -> file_form.Form:
+    def save(
+        self,
+        path: File,
+        dtype: torch.dtype | None = None,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        save_format: str | None = None,
+    ) -> None:
+        """As the function of this name."""
+        call, former = self.call, self.form
+        own = {
+            "ss_network_module": f"networks.{self.arch.entry}",
+            "ss_network_dim": str(call.dim),
+            "ss_network_alpha": str(call.alpha),
+            "ss_network_args": json.dumps(call.options, default=str),
+        }
+        self.form = former if save_format is None else self._form_for(save_format)
+        try:
+            super().save(path, dtype, {**(own if call.dim else {}), **(metadata or {})})
+        finally:
+            self.form = former
+
+    def _form_for(self, save_format: str) -> file_form.Form:
         """The form of its files with another `save_format`.
 
         Raises:
@@ -124,7 +148,7 @@ class AppliedNetwork(HostNetwork):
         args = parse(raw, _CALLER.algo, problems, HOST, limits)
         parts = {part.name: part for part in self.arch.parts}
         roots = tuple((parts[name], root) for name, root in self._roots.items())
-        request = Request(self.arch, roots, call.dim or DEFAULT_DIM, call.alpha, args)
+        request = Request(self.arch, roots, call.dim or DEFAULT_DIM, call.alpha, args, rs_lora=self.form.rs_lora)
         problems.stop()
         file_form.check(self.plan.trained, request, problems)
         problems.stop()
@@ -269,18 +293,7 @@ def save(
     Raises:
         ValueError: a value is not finite, or the form has no place for something of this network.
     """
-    call, former = network.call, network.form
-    own = {
-        "ss_network_module": f"networks.{network.arch.entry}",
-        "ss_network_dim": str(call.dim),
-        "ss_network_alpha": str(call.alpha),
-        "ss_network_args": json.dumps(call.options, default=str),
-    }
-    network.form = former if save_format is None else network.form_for(save_format)
-    try:
-        network.save(path, dtype, {**(own if call.dim else {}), **(metadata or {})})
-    finally:
-        network.form = former
+    network.save(path, dtype, metadata, save_format=save_format)
 
 
 def _call(algo: str, dim: int, alpha: float | None, options: Mapping[str, Any]) -> _Call:
