@@ -20,6 +20,9 @@ from toy_models import toy
 from networks import api
 from networks.algos import ALGOS
 from networks.archs.flux import CHROMA
+from networks.args import render
+from networks.args.options import Options
+from networks.args.table import TABLE
 
 
 def pipeline() -> Any:
@@ -250,3 +253,10 @@ def test_an_encoder_takes_the_place_that_fits(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.WARNING):
         api.plan(Bag(unet=sd_unet(), transformer_2=nn.Linear(1, 1)), dim=2)
     assert "give transformer_2 itself" in caplog.text
+
+
+def test_the_types_of_keywords_are_those_of_the_table() -> None:
+    """Every argument has its keyword, and the written file is the one that the table makes."""
+    file = Path(api.__file__).parent / "args" / "options.py"
+    assert file.read_text(encoding="utf-8") == render.typed(), "run python scripts/docs.py"
+    assert {*Options.__annotations__, "algo"} == {arg.name for arg in TABLE}
