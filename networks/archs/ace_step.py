@@ -5,7 +5,9 @@ Files of its trainers (ACE-Step, Side-Step; LyCORIS on the decoder) have the pre
 
 from __future__ import annotations
 
-from .spec import DENOISER_ROOTS, ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below
+from .releases import Release
+from .spec import DENOISER_ROOTS, ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spellings import Rename, below
 
 ACE_STEP = ArchSpec(
     name="ace_step",
@@ -36,4 +38,5 @@ ACE_STEP = ArchSpec(
     axes=(BlockAxis("layers."),),
     switches=(Switch("train_mlp", r".*\.mlp\..*", trained_if=True),),
     usual=frozenset({192, 256}),
+    releases=(Release("ace_step", "ACE-Step 1.5", "AceStepTransformer1DModel"),),
 )

@@ -5,7 +5,9 @@ The adapter between the two is trained on request; in diffusers it is a model of
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below
+from .releases import Encoder, Module, Release
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spellings import Rename, below
 
 QWEN3 = ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2")
 
@@ -37,6 +39,31 @@ DIFFUSERS = below(
     Rename("attn2.norm_k", "cross_attn.k_norm"),
 )
 
+QWEN3_06B = Encoder(
+    "qwen3_06b",
+    "Qwen3Model",
+    "Qwen3Config",
+    {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
+    | {"num_key_value_heads": 8, "head_dim": 128},
+)
+
+
+def _llm_adapter(blocks: int = 6, width: int = 1024, head: int = 64) -> dict[str, Module]:
+    """Between the text encoder and the denoiser; in diffusers a model of its own."""
+    attention: dict[str, Module] = {f"{name}_proj": ("Linear", (width, width)) for name in "qkvo"}
+    attention |= {f"{name}_norm": ("RMSNorm", (head,)) for name in "qk"}
+    block: dict[str, Module] = {
+        f"{kind}_attn.{name}": module for kind in ("self", "cross") for name, module in attention.items()
+    }
+    block |= {"mlp.0": ("Linear", (width, 4 * width)), "mlp.2": ("Linear", (4 * width, width))}
+    block |= {f"norm_{name}": ("RMSNorm", (width,)) for name in ("self_attn", "cross_attn", "mlp")}
+    modules: dict[str, Module] = {}
+    for i in range(blocks):
+        modules[f"blocks.{i}"] = "LLMAdapterTransformerBlock", ()
+        modules |= {f"blocks.{i}.{name}": module for name, module in block.items()}
+    modules |= {"out_proj": ("Linear", (width, width)), "norm": ("RMSNorm", (width,))}
+    return {f"llm_adapter.{name}": module for name, module in modules.items()}
+
 ANIMA = ArchSpec(
     name="anima",
     title="Anima",
@@ -63,4 +90,15 @@ ANIMA = ArchSpec(
     exclude=(r".*(_norm|_embedder|final_layer).*",),
     switches=(Switch("exclude_mod", r".*_modulation.*", trained_if=False),),
     usual=frozenset({280}),
+    releases=(
+        Release(
+            "anima",
+            "Anima",
+            "CosmosTransformer3DModel",
+            {"in_channels": 16, "num_attention_heads": 16, "num_layers": 28, "text_embed_dim": 1024}
+            | {"extra_pos_embed_type": None},
+            (QWEN3_06B,),
+            _llm_adapter(),
+        ),
+    ),
 )

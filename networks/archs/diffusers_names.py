@@ -6,7 +6,8 @@ import functools
 import re
 from dataclasses import dataclass, replace
 
-from .spec import ArchSpec, Part, Rename
+from .spec import ArchSpec, Part
+from .spellings import Rename
 
 _GROUP = re.compile(r"\(([^()]*)\)")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
+from .sd import CLIP_L, clip
+from .releases import Encoder, Release
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spellings import Rename, below, fused
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
 DOUBLE_BLOCKS = 19
@@ -84,6 +86,12 @@ def t5(argument: str = "train_t5xxl") -> Part:
     roots = ("text_encoders.t5xxl.transformer.", "")
     return Part("text_encoder3", "lora_te3", T5, roots=roots, argument=argument, diffusers="")
 
+T5_XXL = Encoder(
+    "t5_xxl",
+    "T5EncoderModel",
+    "T5Config",
+    {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"},
+)
 
 FLUX = ArchSpec(
     name="flux",
@@ -123,6 +131,10 @@ FLUX = ArchSpec(
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
     fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({304, 228}),
+    releases=(
+        Release("flux", "FLUX.1 dev", "FluxTransformer2DModel", {"guidance_embeds": True}, (CLIP_L, T5_XXL)),
+        Release("flux_schnell", "FLUX.1 schnell", "FluxTransformer2DModel", {}, (CLIP_L, T5_XXL)),
+    ),
 )
 
 CHROMA = replace(
@@ -142,4 +154,5 @@ CHROMA = replace(
     switches=(NO_ATTENTION,),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),
+    releases=(Release("chroma", "Chroma", "ChromaTransformer2DModel", {}, (None, T5_XXL)),),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV, QK_NORMS, SINGLE_QK_NORMS, TEXT_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Timestep, below, fused
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep
+from .spellings import Rename, below, fused
 
 DIFFUSERS = (
     *below(
@@ -48,4 +50,21 @@ FLUX_2 = ArchSpec(
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", None)),
     fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({80, 112, 160}),
+    releases=(
+        Release("flux_2", "FLUX.2 dev", "Flux2Transformer2DModel"),
+        Release(
+            "flux_2_klein_4b",
+            "FLUX.2 klein 4B",
+            "Flux2Transformer2DModel",
+            {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+            | {"guidance_embeds": False},
+        ),
+        Release(
+            "flux_2_klein_9b",
+            "FLUX.2 klein 9B",
+            "Flux2Transformer2DModel",
+            {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+            | {"guidance_embeds": False},
+        ),
+    ),
 )

@@ -5,7 +5,8 @@ ComfyUI's names begin below `model`.
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep, subtrees
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep
+from .spellings import subtrees
 
 VISION = ("Qwen3VLVisionPatchEmbed", "Qwen3VLVisionBlock", "Qwen3VLVisionPatchMerger")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV, NORMS, SINGLE_QKV_MLP, TEXT_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spellings import Rename, below, fused
 
 DOUBLE_BLOCKS = 20
 
@@ -117,4 +119,9 @@ HUNYUAN_IMAGE = ArchSpec(
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
     fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({320}),
+    releases=(
+        Release(
+            "hunyuan_image", "HunyuanImage 2.1", "HunyuanImageTransformer2DModel", {"guidance_embeds": True}
+        ),
+    ),
 )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .flux import NORMS
 from .hunyuan_image import COMFYUI, COMFYUI_DOUBLE, COMFYUI_REST, DIFFUSERS, QK_NORMS
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, divided
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spellings import Rename, below, divided
 
 DOUBLE_BLOCKS = 20
 # FramePack's trainer has diffusers' classes; those of the second line stand in diffusers' image-to-video models.
@@ -26,6 +28,15 @@ HUNYUAN_VIDEO = ArchSpec(
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),
     fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({240}),
+    releases=(
+        Release("hunyuan_video", "HunyuanVideo", "HunyuanVideoTransformer3DModel"),
+        Release(
+            "hunyuan_video_i2v",
+            "HunyuanVideo image to video",
+            "HunyuanVideoTransformer3DModel",
+            {"image_condition_type": "token_replace"},
+        ),
+    ),
 )
 
 # The projections are fused under two names: in ComfyUI's classes, and in the files that it loads.
@@ -77,6 +88,7 @@ HV_1_5 = ArchSpec(
     # The trainer's default pattern, .*(_in).*, matches no layer of a block: it trains the modulation, too.
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod)\..*", trained_if=False, default=True),),
     usual=frozenset({756}),
+    releases=(Release("hv_1_5", "HunyuanVideo 1.5", "HunyuanVideo15Transformer3DModel"),),
 )
 
 FRAMEPACK = ArchSpec(
@@ -92,4 +104,5 @@ FRAMEPACK = ArchSpec(
     axes=(BlockAxis("transformer_blocks."), BlockAxis("single_transformer_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(norm|norm1|norm1_context)\.linear", trained_if=False),),
     usual=frozenset({440}),
+    releases=(Release("framepack", "FramePack", "HunyuanVideoFramepackTransformer3DModel"),),
 )

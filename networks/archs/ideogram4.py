@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spellings import Rename, below, fused
 
 IDEOGRAM4 = ArchSpec(
     name="ideogram4",
@@ -25,4 +27,5 @@ IDEOGRAM4 = ArchSpec(
     switches=(Switch("exclude_mod", r".*\.adaln_modulation", trained_if=False),),
     fused_rows=(FusedRows(r"layers\..*\.qkv", 1, 2),),
     usual=frozenset({170}),
+    releases=(Release("ideogram4", "Ideogram 4", "Ideogram4Transformer2DModel"),),
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from .releases import Release
 from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+
+_LATENTS = {"in_visual_dim": 16, "out_visual_dim": 16}
 
 KANDINSKY = ArchSpec(
     name="kandinsky",
@@ -23,4 +26,25 @@ KANDINSKY = ArchSpec(
     axes=(BlockAxis("text_transformer_blocks."), BlockAxis("visual_transformer_blocks.", None)),
     switches=(Switch("exclude_mod", r".*\.(text|visual)_modulation\..*", trained_if=False),),
     usual=frozenset({332, 512, 624}),
+    releases=(
+        Release(
+            "kandinsky",
+            "Kandinsky 5 Pro",
+            "Kandinsky5Transformer3DModel",
+            {**_LATENTS, "model_dim": 4096, "ff_dim": 16384, "time_dim": 1024, "visual_cond": True}
+            | {"num_text_blocks": 4, "num_visual_blocks": 60},
+        ),
+        Release(
+            "kandinsky_lite",
+            "Kandinsky 5 Lite, video",
+            "Kandinsky5Transformer3DModel",
+            {**_LATENTS, "model_dim": 1792, "ff_dim": 7168, "visual_cond": True},
+        ),
+        Release(
+            "kandinsky_lite_image",
+            "Kandinsky 5 Lite, image",
+            "Kandinsky5Transformer3DModel",
+            {**_LATENTS, "model_dim": 2560, "ff_dim": 10240, "num_visual_blocks": 50},
+        ),
+    ),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Timestep, below
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
+from .spellings import Rename, below
 
 BLOCK = (
     Rename("attn.to_q", "attn.wq"),
@@ -46,4 +48,5 @@ KREA2 = ArchSpec(
     denoiser=Part("dit", "lora_unet", ("SingleStreamDiT", "Krea2Transformer2DModel"), layouts=DIFFUSERS),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({264}),
+    releases=(Release("krea2", "Krea 2", "Krea2Transformer2DModel"),),
 )

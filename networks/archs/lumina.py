@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
+from .releases import Encoder, Release
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spellings import Rename, below, fused
 
 GEMMA2 = ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")
 
@@ -33,6 +35,14 @@ DIFFUSERS = (
         Rename("norm_out.linear_2", "final_layer.linear"),
         Rename("norm_out.norm", "final_layer.norm_final"),
     ),
+)
+
+GEMMA2_2B = Encoder(
+    "gemma2_2b",
+    "Gemma2Model",
+    "Gemma2Config",
+    {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8}
+    | {"num_key_value_heads": 4, "head_dim": 256},
 )
 
 LUMINA = ArchSpec(
@@ -74,4 +84,7 @@ LUMINA = ArchSpec(
     ),
     fused_rows=(FusedRows(r".*\.attention\.qkv", 1, 2),),
     usual=frozenset({180}),
+    releases=(
+        Release("lumina", "Lumina Image 2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, (GEMMA2_2B,)),
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .releases import Release
 from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
 
 QWEN_IMAGE = ArchSpec(
@@ -16,4 +17,5 @@ QWEN_IMAGE = ArchSpec(
     # have these layers; they load whole, since a file decides its layers.
     switches=(Switch("exclude_mod", r".*\.(img|txt)_mod\..*", trained_if=False),),
     usual=frozenset({720}),
+    releases=(Release("qwen_image", "Qwen-Image", "QwenImageTransformer2DModel"),),
 )

@@ -6,19 +6,9 @@ Saved names are the trainers': for SD the diffusers names of the layers, for SDX
 
 from __future__ import annotations
 
-from .spec import (  # fmt: skip
-    ArchSpec,
-    BlockLevels,
-    Pairs,
-    Part,
-    Rename,
-    Signature,
-    Switch,
-    Timestep,
-    below,
-    divided,
-    subtrees,
-)
+from .releases import Encoder, Release
+from .spec import ArchSpec, BlockLevels, Part, Signature, Switch, Timestep
+from .spellings import Pairs, Rename, below, divided, subtrees
 
 TRANSFORMER = ("Transformer2DModel",)
 CONVOLUTIONAL = ("ResnetBlock2D", "Downsample2D", "Upsample2D")
@@ -138,6 +128,29 @@ def _sdxl_blocks() -> tuple[tuple[str, int], ...]:
     table += [(f"output_blocks.{i}.", 13 + i) for i in range(9)]
     return tuple(table)
 
+def _clip_sizes(name: str, width: int, layers: int, heads: int, cls: str = "CLIPTextModel") -> Encoder:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    return Encoder(name, cls, "CLIPTextConfig", sizes | {"num_hidden_layers": layers, "num_attention_heads": heads})
+
+
+CLIP_L = _clip_sizes("clip_l", 768, 12, 12)
+CLIP_L_PROJECTED = _clip_sizes("clip_l_projected", 768, 12, 12, "CLIPTextModelWithProjection")
+CLIP_G = _clip_sizes("clip_g", 1280, 32, 20, "CLIPTextModelWithProjection")
+_CLIP_H = _clip_sizes("clip_h", 1024, 23, 16)
+_UNET = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
+_UNET_XL = {
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 SD = ArchSpec(
     name="sd",
@@ -159,6 +172,22 @@ SD = ArchSpec(
     switches=(NO_ATTENTION,),
     levels=BlockLevels(first=0, down=12, mid=1, up=12),
     usual=frozenset({192}),
+    releases=(
+        Release(
+            "sd15",
+            "Stable Diffusion 1.5",
+            "UNet2DConditionModel",
+            {**_UNET, "cross_attention_dim": 768, "attention_head_dim": 8},
+            (CLIP_L,),
+        ),
+        Release(
+            "sd21",
+            "Stable Diffusion 2.1",
+            "UNet2DConditionModel",
+            {**_UNET, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+            (_CLIP_H,),
+        ),
+    ),
     regions=REGIONS,
 )
 
@@ -177,5 +206,6 @@ SDXL = ArchSpec(
     switches=(NO_ATTENTION,),
     levels=BlockLevels(first=1, down=9, mid=3, up=9),
     usual=frozenset({722}),
+    releases=(Release("sdxl", "Stable Diffusion XL", "UNet2DConditionModel", _UNET_XL, (CLIP_L, CLIP_G)),),
     regions=REGIONS,
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from .flux import IMAGE_QKV, TEXT_QKV, t5
-from .sd import clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Rename, Signature, Switch, Timestep, below, fused
+from .flux import IMAGE_QKV, T5_XXL, TEXT_QKV, t5
+from .sd import CLIP_G, CLIP_L_PROJECTED, clip
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spellings import Rename, below, fused
 
 DIFFUSERS = (
     *below(
@@ -46,6 +48,9 @@ DIFFUSERS = (
     ),
 )
 
+_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+_ENCODERS = (CLIP_L_PROJECTED, CLIP_G, T5_XXL)
+
 SD3 = ArchSpec(
     name="sd3",
     title="Stable Diffusion 3 / 3.5",
@@ -79,4 +84,28 @@ SD3 = ArchSpec(
     ),
     fused_rows=(FusedRows(r"joint_blocks\..*\.qkv", 1, 2),),
     usual=frozenset({237, 263, 377}),
+    releases=(
+        Release(
+            "sd3",
+            "Stable Diffusion 3.5 medium",
+            "SD3Transformer2DModel",
+            {**_MEDIUM, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
+            _ENCODERS,
+        ),
+        Release(
+            "sd3_medium",
+            "Stable Diffusion 3 medium",
+            "SD3Transformer2DModel",
+            {**_MEDIUM, "pos_embed_max_size": 192},
+            _ENCODERS,
+        ),
+        Release(
+            "sd35_large",
+            "Stable Diffusion 3.5 large",
+            "SD3Transformer2DModel",
+            {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
+            | {"qk_norm": "rms_norm"},
+            _ENCODERS,
+        ),
+    ),
 )

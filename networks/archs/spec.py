@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-Pairs = tuple[tuple[str, str], ...]
-
-_GROUP = re.compile(r"\(([^()]*)\)")
-
+from .releases import Release
+from .spellings import Pairs, Rename, Spelling, Twins, subtrees
 
 @dataclass(frozen=True)
 class Signature:
@@ -20,131 +18,6 @@ class Signature:
     cls: str
     has: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Rename:
-    """Another library's name of a layer -> the trainer's.
-
-    Attributes:
-        own: the dotted name in this model or file; a regular expression once it is `below` a prefix.
-        trainer: the trainer's dotted name, with groups as in `re.Match.expand`.
-        position, count: where the trainer has one fused layer for `count` of this model's: the place, from 0, of this
-            one in the order of the output rows; count 1 = one to one.
-        swapped: a layer with twice as many rows as columns has its halves in the other order (shift and scale).
-        piece, pieces: where this model has one fused layer for `pieces` of the trainer's, each with as many output
-            rows: the place, from 0, of the trainer's in the order of the rows; pieces 1 = all rows.
-        bare: `own` names the tensor itself, not a layer whose tensors are called weight (or scale) and bias.
-        transposed: the tensor is [I, O].
-    """
-
-    own: str
-    trainer: str
-    position: int = 0
-    count: int = 1
-    swapped: bool = False
-    piece: int = 0
-    pieces: int = 1
-    bare: bool = False
-    transposed: bool = False
-
-    @property
-    def trainer_pattern(self) -> str:
-        """A regular expression on the trainer's name, whose groups g1, g2 ... are those of `own`."""
-        groups = _GROUP.findall(self.own)
-        parts = re.findall(r"([^\\]*)(?:\\(\d))?", self.trainer)
-        return "".join(re.escape(text) + (f"(?P<g{n}>{groups[int(n) - 1]})" if n else "") for text, n in parts)
-
-    @property
-    def template(self) -> str:
-        """`own` as `trainer` is written: its groups as numbers."""
-        first, *rest = (re.sub(r"\\(.)", r"\1", piece) for piece in re.split(r"\([^()]*\)", self.own))
-        return first + "".join(f"\\{number}{piece}" for number, piece in enumerate(rest, start=1))
-
-
-@dataclass(frozen=True)
-class Twins:
-    """Two layers of the trainer's class that may have each other's names in files.
-
-    Attributes:
-        stem: regular expression of their saved names up to where they differ.
-        first, second: the ends of the two.
-        tensor, mark: an adapter of either has the one tensor; that of the second, which no other program trains, is
-            saved with the other, by which one sees that the names are right.
-    """
-
-    stem: str
-    first: str
-    second: str
-    tensor: str
-    mark: str
-
-
-def below(own: str, trainer: str, *renames: Rename) -> tuple[Rename, ...]:
-    """Layers below a prefix.
-
-    Args:
-        own: regular expression of the prefix in this model.
-        trainer: the trainer's prefix, with groups as in `re.Match.expand`.
-    """
-    return tuple(replace(r, own=own + re.escape(r.own), trainer=trainer + r.trainer) for r in renames)
-
-
-def fused(own: tuple[str, ...], trainer: str) -> tuple[Rename, ...]:
-    """Layers of this model, in row order, that are one layer of the trainer's."""
-    return tuple(Rename(name, trainer, i, len(own)) for i, name in enumerate(own))
-
-
-def divided(own: str, trainer: tuple[str, ...], bare: bool = False) -> tuple[Rename, ...]:
-    """The reverse: one layer of this model whose output rows are several layers of the trainer's, in this order."""
-    return tuple(Rename(own, name, piece=i, pieces=len(trainer), bare=bare) for i, name in enumerate(trainer))
-
-
-def subtrees(pairs: Pairs) -> tuple[Rename, ...]:
-    """All layers whose name begins with the first of a pair, which the second replaces."""
-    return tuple(Rename(f"{re.escape(own)}(.*)", rf"{trainer}\1") for own, trainer in pairs)
-
-
-@dataclass(frozen=True)
-class Spelling:
-    """What another library's classes, or the files of a program, call the layers of a part.
-
-    Attributes:
-        renames: the first that speaks of a layer holds; those of a divided layer stand together.
-    """
-
-    renames: tuple[Rename, ...]
-
-    @cached_property
-    def _any(self) -> re.Pattern[str]:
-        return re.compile("|".join(f"(?:{one.own})" for one in self.renames))
-
-    @cached_property
-    def _compiled(self) -> tuple[tuple[re.Pattern[str], re.Pattern[str], str], ...]:
-        """Of each: expressions on its own name and on the trainer's; the trainer's for `str.format` with the match."""
-        templates = (re.sub(r"\\(\d)", r"{\1}", one.trainer) for one in self.renames)
-        return tuple(
-            (re.compile(one.own), re.compile(one.trainer_pattern), template)
-            for one, template in zip(self.renames, templates, strict=True)
-        )
-
-    def of(self, name: str, bare: bool = False) -> tuple[Rename, ...]:
-        """The trainer's layers behind a name, in the order of their rows, names filled in; () = not known here."""
-        if not self._any.fullmatch(name):
-            return ()
-        for i, (one, (own, _, _)) in enumerate(zip(self.renames, self._compiled, strict=True)):
-            match = own.fullmatch(name)
-            if match and one.bare == bare:
-                groups, stop = (match[0], *match.groups()), i + one.pieces
-                names = [template.format(*groups) for _, _, template in self._compiled[i:stop]]
-                return tuple(replace(r, trainer=n) for r, n in zip(self.renames[i:stop], names, strict=True))
-        return ()
-
-    def marks(self, name: str, bare: bool = False) -> bool:
-        """Whether a name shows that names are spelt like this: it is one here, and not one of the trainer's, too."""
-        if not self._any.fullmatch(name) or not self.of(name, bare):
-            return False
-        return not any(trainer.fullmatch(name) for _, trainer, _ in self._compiled)
 
 
 # What stands before the names of a denoiser's layers in checkpoints; "" = nothing.
@@ -379,6 +252,7 @@ class ArchSpec:
         usual: numbers of denoiser layers that are trained by default, over the released models.
         regions: (role in regional prompts, regular expression on the trainer's dotted name) of denoiser layers, see
             layers.region; none = the architecture has no regional prompts.
+        releases: released models of every size, in diffusers' classes.
     """
 
     name: str
@@ -399,6 +273,7 @@ class ArchSpec:
     fused_rows: tuple[FusedRows, ...] = ()
     usual: frozenset[int] = frozenset()
     regions: Pairs = ()
+    releases: tuple[Release, ...] = field(default=(), hash=False)
 
     @property
     def arguments(self) -> frozenset[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Timestep, Twins, below
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
+from .spellings import Rename, Twins, below
 
 DIFFUSERS = below(
     r"blocks\.(\d+)\.",
@@ -45,4 +47,26 @@ WAN = ArchSpec(
     ),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({300, 400, 480}),
+    releases=(
+        Release(
+            "wan",
+            "Wan 2.1 image to video, 14B",
+            "WanTransformer3DModel",
+            {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        ),
+        Release("wan_t2v_14b", "Wan 2.1 / 2.2 text to video, 14B", "WanTransformer3DModel"),
+        Release(
+            "wan_t2v_1_3b",
+            "Wan 2.1 text to video, 1.3B",
+            "WanTransformer3DModel",
+            {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+        ),
+        Release("wan22_i2v_14b", "Wan 2.2 image to video, 14B", "WanTransformer3DModel", {"in_channels": 36}),
+        Release(
+            "wan22_ti2v_5b",
+            "Wan 2.2 text and image to video, 5B",
+            "WanTransformer3DModel",
+            {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
+        ),
+    ),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, Part, Rename, Signature, Switch, Timestep, below, divided
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spellings import Rename, below, divided
 
 COMFYUI = (
     *below(
@@ -35,4 +37,5 @@ ZIMAGE = ArchSpec(
         Switch("include_refiner", r"(noise|context)_refiner\..*", trained_if=True),
     ),
     usual=frozenset({210}),
+    releases=(Release("zimage", "Z-Image", "ZImageTransformer2DModel"),),
 )

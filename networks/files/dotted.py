@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..algos import ALGOS
 from ..archs.diffusers_names import Place
-from ..archs.spec import ArchSpec, Part, Rename
+from ..archs.spec import ArchSpec, Part
+from ..archs.spellings import Rename
 
 PEFT = "base_model.model."  # before the names of layers in its files
 DOWN, UP, MAGNITUDE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"

@@ -1,4 +1,4 @@
-"""Layers that have each other's names in a file, see archs.spec.Twins: told by what they hold, not by who wrote it."""
+"""Layers that have each other's names in a file, see archs.spellings.Twins: told by what they hold, not by who wrote it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from ..archs import ARCHS
-from ..archs.spec import Twins
+from ..archs.spellings import Twins
 
 T = TypeVar("T", bound=Collection[str])
 log = logging.getLogger(__name__)

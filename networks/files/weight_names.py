@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..archs import ARCHS
-from ..archs.spec import Part, Rename, Spelling
+from ..archs.spec import Part
+from ..archs.spellings import Rename, Spelling
 
 _PARTS: tuple[Part, ...] = tuple(dict.fromkeys(part for arch in ARCHS for part in arch.parts))
 PREFIXES = tuple(dict.fromkeys(part.prefix for part in _PARTS))

@@ -1,9 +1,16 @@
-"""The libraries that hold the model classes, kept from remarks of their own."""
+"""Models of the real classes, without weights. The libraries that hold them are kept from remarks of their own."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..archs.releases import Encoder, Release
 
 
 def quiet_libraries() -> None:
@@ -20,3 +27,63 @@ def quiet_libraries() -> None:
     diffusers_logging.disable_progress_bar()
     # the older name of `dtype`, which every version understands
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+
+
+def library_class(library: str, name: str) -> Any:
+    """A class of diffusers or transformers.
+
+    Raises:
+        ValueError: the installed version has no such class.
+    """
+    try:
+        return getattr(importlib.import_module(library), name)
+    except (ImportError, AttributeError):
+        raise ValueError(
+            f"{name} is not in the installed {library}: run this in an environment with a newer one (scripts/start.py "
+            "makes one); leave the trainer's as it is"
+        ) from None
+
+
+def on_meta() -> torch.device:
+    """A context in which models are built without weights."""
+    quiet_libraries()
+    return torch.device("meta")
+
+
+def denoiser_of(release: Release) -> nn.Module:
+    """Its model in diffusers' class, with what only the trainer's has.
+
+    Raises:
+        ValueError: the installed library lacks its class.
+    """
+    with on_meta():
+        denoiser: nn.Module = library_class("diffusers", release.denoiser)(**release.sizes)
+        for name, (cls, sizes) in release.added.items():
+            _add(denoiser, name, getattr(nn, cls)(*sizes) if sizes else type(cls, (nn.Module,), {})())
+    return denoiser
+
+
+def encoder_of(encoder: Encoder) -> nn.Module:
+    """A text encoder in transformers' class.
+
+    Raises:
+        ValueError: the installed library lacks its class.
+    """
+    with on_meta():
+        config = library_class("transformers", encoder.config)(**encoder.sizes)
+        return from_config(library_class("transformers", encoder.cls), config)
+
+
+def from_config(cls: Any, config: Any) -> nn.Module:
+    """A transformers model; its own constructor would need no more, but not all classes take a bare configuration."""
+    built: nn.Module = cls._from_config(config) if hasattr(cls, "_from_config") else cls(config)
+    return built
+
+
+def _add(model: nn.Module, dotted_name: str, module: nn.Module) -> None:
+    *parents, last = dotted_name.split(".")
+    for name in parents:
+        if name not in dict(model.named_children()):
+            model.add_module(name, nn.Module())
+        model = model.get_submodule(name)
+    model.add_module(last, module)
