@@ -8,62 +8,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from names import NAMES, names_of
 from torch import nn
+from registry_archs import SPECS, data_of, is_unet, release_of
 from toy_models import CONVOLUTIONS, Recorded, recorded
 
 import networks.lora
 from networks.archs import ARCHS
-from networks.archs.detect import detect, unwrap
+from networks.archs.detect import detect, is_of, unwrap
 from networks.models.skeleton import skeleton
 from networks.plan.plan import Plan
 
-BUILT_IN = {"sd": "sd15", "sdxl": "sdxl"}
-# Denoiser layers trained by default, and under the arguments of WIDEST; text encoder layers under
-# those: the counts that users of the trainers know.
-COUNTS = {
-    "sd": (192, 278, 72),
-    "sdxl": (722, 788, 264),
-    "flux": (304, 312, 72 + 168),
-    "chroma": (228, 230, 168),
-    "sd3": (263, 271, 72 + 192 + 168),
-    "lumina": (180, 184, 182),
-    "hunyuan_image": (320, 320, 0),
-    "anima": (280, 514, 196),
-    "wan": (480, 480, 0),
-    "qwen_image": (720, 840, 0),
-    "hunyuan_video": (240, 320, 0),
-    "hv_1_5": (756, 756, 0),
-    "framepack": (440, 520, 0),
-    "flux_2": (160, 160, 0),
-    "zimage": (210, 270, 0),
-    "kandinsky": (624, 688, 0),
-    "krea2": (264, 264, 0),
-    "ideogram4": (170, 204, 0),
-    "hidream_o1": (255, 372, 0),
-    "ace_step": (192, 264, 0),
-}
-WIDEST = {
-    "sd": {"conv_dim": "2"},
-    "sdxl": {"conv_dim": "2"},
-    "flux": {"in_dims": "[2,2,2,2,2]", "train_t5xxl": "True"},
-    "chroma": {"in_dims": "[2,0,0,0,2]", "train_t5xxl": "true"},
-    "sd3": {"emb_dims": "2,2,2,2,2,2", "train_t5xxl": "1"},
-    "lumina": {"embedder_dims": "[2, 2, 2]"},
-    "hunyuan_image": {},
-    "anima": {"train_llm_adapter": "True", "include_patterns": "['.*']"},
-    "wan": {},
-    "qwen_image": {"exclude_mod": "False"},
-    "hunyuan_video": {"exclude_mod": "False"},
-    "hv_1_5": {},
-    "framepack": {"exclude_mod": "False"},
-    "flux_2": {},
-    "zimage": {"exclude_mod": "False", "include_refiner": "True"},
-    "kandinsky": {"exclude_mod": "False"},
-    "krea2": {},
-    "ideogram4": {"exclude_mod": "False"},
-    "hidream_o1": {"conv_dim": "2"},
-    "ace_step": {"train_mlp": "True"},
-}
+UNETS = [arch for arch in SPECS if is_unet(arch)]
 
 
 def trainer_models(arch: str, drop: str = "") -> dict[str, nn.Module]:
@@ -96,7 +52,7 @@ def leaf(entry: Recorded) -> nn.Module:
 def trainer_plan(arch: str, drop: str = "", tasks: bool = False, **kwargs: str) -> Plan:
     """`tasks`: with the trainer's mark on the model that adds layers, where there is one."""
     roots = trainer_models(arch, drop)
-    spec = next(spec for spec in ARCHS if spec.name == arch)
+    spec = SPECS[arch]
     for name, value, _ in spec.denoiser.tasks if tasks else ():
         setattr(roots[spec.denoiser.name], name, value)
     encoders = [roots.get(part.name) for part in spec.text_encoders]
@@ -107,18 +63,18 @@ def saved_names(plan: Plan) -> list[str]:
     return [row.saved_name for row in plan.trained]
 
 
-@pytest.mark.parametrize("arch", COUNTS)
+@pytest.mark.parametrize("arch", SPECS)
 def test_trainer_model(arch: str) -> None:
     wanted = {entry.saved: entry for entry in recorded(arch) if entry.saved != "-"}
-    plan = trainer_plan(arch, tasks=True, **WIDEST[arch])
+    plan = trainer_plan(arch, tasks=True, **data_of(arch).widest)
     assert sorted(saved_names(plan)) == sorted(wanted)
-    spec = next(spec for spec in ARCHS if spec.name == arch)
+    spec = SPECS[arch]
     for row in plan.trained:
         entry = wanted[row.saved_name]
         assert (row.part, row.dotted_name, row.shape) == (entry.part, entry.dotted, entry.shape)
         if entry.block != "-":
             assert row.block == int(entry.block), row.dotted_name
-    default, widest, text = COUNTS[arch]
+    default, widest, text = data_of(arch).counts
     assert len(wanted) == widest + text
     plain = trainer_plan(arch)
     assert sum(row.part == spec.denoiser.name for row in plain.trained) == default
@@ -126,25 +82,25 @@ def test_trainer_model(arch: str) -> None:
     assert not any(row.geometry.has_kernel for row in plain.trained)
 
 
-@pytest.mark.parametrize("arch", BUILT_IN)
+@pytest.mark.parametrize("arch", UNETS)
 def test_diffusers_model_is_saved_under_the_same_names(arch: str) -> None:
     wanted = {entry.saved: entry.shape for entry in recorded(arch) if entry.saved != "-"}
-    model = skeleton(BUILT_IN[arch])
+    model = skeleton(release_of(arch))
     plan = networks.lora.plan(4, 1, model.text_encoders, model.unet, conv_dim="2")
     assert sorted(saved_names(plan)) == sorted(wanted)
     for row in plan.trained:
         assert row.shape == wanted[row.saved_name], row.dotted_name
 
 
-@pytest.mark.parametrize("arch", COUNTS)
+@pytest.mark.parametrize("arch", SPECS)
 def test_names_survive_transformers_5(arch: str) -> None:
     """CLIPTextModel without its text_model level."""
     assert saved_names(trainer_plan(arch, drop="text_model.")) == saved_names(trainer_plan(arch))
 
 
-@pytest.mark.parametrize("arch", BUILT_IN)
+@pytest.mark.parametrize("arch", UNETS)
 def test_block_selection_is_the_same_for_both_classes(arch: str) -> None:
-    model = skeleton(BUILT_IN[arch])
+    model = skeleton(release_of(arch))
     for blocks in ("1-8", "11,12", "13-24" if arch == "sd" else "13-22"):
         ours = networks.lora.plan(4, 1, None, model.unet, blocks=blocks, conv_dim="1")
         theirs = networks.lora.plan(4, 1, None, trainer_models(arch)["unet"], blocks=blocks, conv_dim="1")
@@ -182,14 +138,25 @@ def test_wrappers_do_not_reach_names_or_detection() -> None:
     assert saved_names(networks.lora.plan(4, 1, None, unet)) == wanted
 
 
-def test_every_architecture_is_recorded_and_told_apart() -> None:
-    assert {arch.name for arch in ARCHS} == set(COUNTS)
-    for arch in ARCHS:
-        assert detect(trainer_models(arch.name)[arch.denoiser.name]) is arch
-        if arch.name in BUILT_IN:
-            assert detect(skeleton(BUILT_IN[arch.name]).unet) is arch
+@pytest.mark.parametrize("arch", SPECS)
+def test_an_architecture_is_told_from_all_others(arch: str) -> None:
+    """In whatever order they are asked."""
+    spec = SPECS[arch]
+    models = [trainer_models(arch)[spec.denoiser.name], *(skeleton(release.name).unet for release in spec.releases)]
+    for model in models:
+        assert detect(model) is spec and [other for other in ARCHS if is_of(other, model)] == [spec]
+
+
+def test_a_model_of_no_architecture() -> None:
     with pytest.raises(ValueError, match="class Linear; known: .*UNet2DConditionModel"):
         detect(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("arch", SPECS)
+def test_names_are_recorded_as_they_were(arch: str) -> None:
+    """scripts/names.py, given the model that the file describes, writes the same file."""
+    path = NAMES / f"{arch}.txt"
+    assert names_of(SPECS[arch], data_of(arch), trainer_models(arch)) == path.read_text(encoding="utf-8")
 
 
 def test_renaming_is_unambiguous() -> None:

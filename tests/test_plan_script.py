@@ -196,7 +196,7 @@ VALUES = {
     "train_llm_adapter": "True", "split_qkv": "True",
 }  # fmt: skip
 BESIDE = {"block_lr_zero_threshold": {"up_lr_weight": "linear"}}
-OWN = {name: next(a for a in ARCHS if a.name == {"sd15": "sd", "sd21": "sd"}.get(name, name)) for name in RELEASES}
+OWN = {release.name: arch for arch in ARCHS for release in arch.releases}
 
 
 def value_of(arch: Any, argument: str) -> str:

@@ -15,14 +15,22 @@ def detect(denoiser: Any) -> ArchSpec:
         ValueError: no architecture has these classes.
     """
     model = unwrap(denoiser)
-    name = type(model).__name__
     for arch in ARCHS:
-        for signature in arch.signatures:
-            if name == signature.cls and all(_has(model, path) for path in signature.has):
-                if not any(_has(model, path) for path in signature.lacks):
-                    return arch
+        if is_of(arch, model):
+            return arch
+    name = type(model).__name__
     known = ", ".join(f"{s.cls} ({a.title})" for a in ARCHS for s in a.signatures)
     raise ValueError(f"no architecture of ours has a denoiser of class {name}; known: {known}")
+
+
+def is_of(arch: ArchSpec, model: Any) -> bool:
+    """Whether an unwrapped model has the marks of an architecture."""
+    return any(
+        type(model).__name__ == signature.cls
+        and all(_has(model, path) for path in signature.has)
+        and not any(_has(model, path) for path in signature.lacks)
+        for signature in arch.signatures
+    )
 
 
 def unwrap(model: Any) -> Any:

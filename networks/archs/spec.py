@@ -87,6 +87,12 @@ class Part:
     diffusers: str = "transformer"
     twins: tuple[Twins, ...] = ()
 
+    @property
+    def every_container(self) -> frozenset[str]:
+        """Class names of all containers, whatever lets them join."""
+        joining = (more for _, more in self.optional), (more for *_, more in self.tasks)
+        return frozenset(self.containers + self.conv_containers).union(*(one for kind in joining for one in kind))
+
     @cached_property
     def swaps(self) -> frozenset[str]:
         """`own` of those layouts whose source is the trainer's name of another layer."""
