@@ -26,7 +26,6 @@ OLDER: dict[str, int] = {
     "networks/args/parse.py:parse": 18,
     "networks/plan/planner.py:_Planner._reason": 18,
     "networks/plan/effects.py:_dora": 16,
-    "networks/models/skeleton.py:_from_header": 15,
     "networks/args/presets.py:_options": 14,
     "networks/args/coerce.py:_regex_map": 13,
     "networks/plan/blocks.py:BlockChoices._lengths": 13,

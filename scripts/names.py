@@ -28,6 +28,7 @@ from torch import nn  # noqa: E402
 
 import networks.lora  # noqa: E402
 from networks.archs import ArchSpec  # noqa: E402
+from networks.args.coerce import nearest  # noqa: E402
 from networks.cli.command_line import run_program  # noqa: E402
 from networks.models import outline  # noqa: E402
 from networks.models.libraries import denoiser_of, encoder_of, on_meta  # noqa: E402
@@ -52,21 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def record(args: argparse.Namespace) -> int:
+    _check(args)
+    different = []
+    for arch in [SPECS[name] for name in args.archs] or SPECS.values():
+        for path, text in recordings(arch, args.factory, only_skeletons=args.skeletons):
+            if path.is_file() and path.read_text(encoding="utf-8") == text:
+                continue
+            different.append(path)
+            print(f"{path.relative_to(ROOT)}: {'differs from its class' if args.check else 'recorded'}")
+            if not args.check:
+                path.write_text(text, encoding="utf-8", newline="\n")
+    return int(args.check and bool(different))
+
+
+def _check(args: argparse.Namespace) -> None:
     unknown = [name for name in args.archs if name not in SPECS]
     if unknown:
-        raise ValueError(f"{unknown[0]} is no architecture; there are {', '.join(SPECS)}")
+        raise ValueError(f"{unknown[0]} is no architecture; there are {', '.join(SPECS)}{nearest(unknown[0], SPECS)}")
     if args.factory and len(args.archs) != 1:
-        raise ValueError("--factory builds the class of one architecture: name that, as in `names.py wan --factory ...`")
-    different = [
-        path.relative_to(ROOT)
-        for arch in (SPECS[name] for name in args.archs or SPECS)
-        for path, text in recordings(arch, args.factory, only_skeletons=args.skeletons)
-        if _differs(path, text)
-        if args.check or _write(path, text)
-    ]
-    for path in different:
-        print(f"{path}: differs from its class" if args.check else f"{path}: recorded")
-    return int(args.check and bool(different))
+        raise ValueError(
+            "--factory builds the class of one architecture: name that, as in `names.py wan --factory ...`"
+        )
 
 
 def recordings(arch: ArchSpec, factory: str | None = None, only_skeletons: bool = False) -> Iterator[tuple[Path, str]]:
@@ -135,15 +142,6 @@ def _parts(arch: ArchSpec, factory: str | None) -> dict[str, nn.Module]:
     encoders = zip(arch.text_encoders, release.text_encoders, strict=False)
     built = {part.name: encoder_of(encoder) for part, encoder in encoders if encoder}
     return built | {arch.denoiser.name: denoiser_of(release)}
-
-
-def _differs(path: Path, text: str) -> bool:
-    return not path.is_file() or path.read_text(encoding="utf-8") != text
-
-
-def _write(path: Path, text: str) -> bool:
-    path.write_text(text, encoding="utf-8", newline="\n")
-    return True
 
 
 if __name__ == "__main__":

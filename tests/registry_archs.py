@@ -242,7 +242,12 @@ DATA: dict[str, ArchData] = {
         source="the trainer's own model, with conv_dim",
         counts=(192, 278, 72),
         widest={"conv_dim": "2"},
-        anchor=Anchor("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k", "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 320, 768),
+        anchor=Anchor(
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
+            "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k",
+            320,
+            768,
+        ),
         forward="sample timestep",
         shrink=32,
         norms="""
@@ -269,7 +274,12 @@ up_blocks.3.attentions.2.norm
         source="the trainer's own model, with conv_dim",
         counts=(722, 788, 264),
         widest={"conv_dim": "2"},
-        anchor=Anchor("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640, 640),
+        anchor=Anchor(
+            "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+            640,
+            640,
+        ),
         forward="x timesteps",
         norms="""
 input_blocks.1.0.in_layers.0
@@ -408,6 +418,12 @@ norm1.norm = x_block.norm1
 norm1_context.norm = context_block.norm1
 norm2 = x_block.norm2
 norm2_context = context_block.norm2
+attn.norm_q = x_block.attn.ln_q
+attn.norm_k = x_block.attn.ln_k
+attn.norm_added_q = context_block.attn.ln_q
+attn.norm_added_k = context_block.attn.ln_k
+attn2.norm_q = x_block.attn2.ln_q
+attn2.norm_k = x_block.attn2.ln_k
 []
 pos_embed.proj = x_embedder.proj
 context_embedder
@@ -752,7 +768,12 @@ context_refiner.0.ffn_norm2
         host="musubi",
         counts=(624, 688, 0),
         widest={"exclude_mod": "False"},
-        anchor=Anchor("visual_transformer_blocks.0.cross_attention.to_key", "lora_unet_visual_transformer_blocks_0_cross_attention_to_key", 4096, 4096),
+        anchor=Anchor(
+            "visual_transformer_blocks.0.cross_attention.to_key",
+            "lora_unet_visual_transformer_blocks_0_cross_attention_to_key",
+            4096,
+            4096,
+        ),
         forward="x text_embed pooled_text_embed time",
         norms="""
 text_transformer_blocks.0.self_attention_norm -
@@ -884,7 +905,12 @@ adaln_modulation
         host="musubi",
         counts=(255, 372, 0),
         widest={"conv_dim": "2"},
-        anchor=Anchor("model.language_model.layers.0.self_attn.q_proj", "lora_unet_model_language_model_layers_0_self_attn_q_proj", 4096, 4096),
+        anchor=Anchor(
+            "model.language_model.layers.0.self_attn.q_proj",
+            "lora_unet_model_language_model_layers_0_self_attn_q_proj",
+            4096,
+            4096,
+        ),
         forward="input_ids vinputs timestep",
         times=(0.0, 0.75, 1.0),
         bystanders=frozenset({"TimestepEmbedder"}),
@@ -898,7 +924,8 @@ model.visual.blocks.0.norm2
 """,
     ),
     "ace_step": ArchData(
-        source="the original decoder, with the names which LyCORIS gives it there (its wrapped layers outside the blocks apart)",
+        source="the original decoder, with the names which LyCORIS gives it there "
+        "(its wrapped layers outside the blocks apart)",
         counts=(192, 264, 0),
         widest={"train_mlp": "True"},
         anchor=Anchor("layers.0.self_attn.k_proj", "lycoris_layers_0_self_attn_k_proj", 1024, 2048),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from names import NAMES, names_of
-from torch import nn
 from registry_archs import SPECS, data_of, is_unet, release_of
+from torch import nn
 from toy_models import CONVOLUTIONS, Recorded, recorded
 
 import networks.lora

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from registry_archs import RELEASED, SPECS
 from safetensors.torch import load_file, save_file
-from test_diffusers_layouts import CASES, SPECS, found, meta_model
+from test_diffusers_layouts import found, meta_model
 from test_every_architecture import create, from_file, model_of
 from tiny_parts import randomise, sd_unet, text_encoder
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ import networks.loha
 import networks.lora
 from networks.archs.diffusers_names import places
 from networks.cli import merge
-from networks.models.skeleton import skeleton
 
 FORM = {"save_format": "diffusers"}
 DORA = {"use_dora": "True"}
@@ -29,10 +29,10 @@ DORA = {"use_dora": "True"}
 @functools.cache
 def whole_model(arch: str) -> nn.Module:
     """diffusers' full-size model, on the meta device."""
-    return skeleton("sd15").unet if arch == "sd" else meta_model(arch)
+    return meta_model(arch)
 
 
-@pytest.mark.parametrize("arch", [*CASES, "sd", "sdxl"])
+@pytest.mark.parametrize("arch", RELEASED)
 def test_every_layer_is_found_where_diffusers_has_it(arch: str) -> None:
     """All layers of diffusers' full-size models, each with the rows that the attached adapter gives it."""
     model, spec = whole_model(arch), SPECS[arch]
@@ -60,7 +60,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("arch", sorted(CASES) + ["sd", "sdxl"])
+@pytest.mark.parametrize("arch", RELEASED)
 def test_from_the_trainers_classes_and_back(arch: str, tmp_path: Path) -> None:
     """Saved from the trainer's own classes: diffusers' names, alpha nowhere; the same weights when it is loaded."""
     splits = [{"split_qkv": "True"}] if SPECS[arch].fused_rows else []

@@ -14,33 +14,18 @@ import diffusers
 import pytest
 import torch
 from diffusers.loaders import lora_conversion_utils, single_file_utils
+from registry_archs import RELEASED, SPECS, data_of, is_unet, release_of
 from test_arch_names import trainer_plan
 from tiny_parts import randomise
 from torch import Tensor, nn
 from toy_models import Recorded, recorded
 
 import networks.lora
-from networks.archs import ARCHS
-from networks.models.releases import RELEASES
 from networks.models.skeleton import skeleton
 from networks.plan.select import candidates
 
-SPECS = {spec.name: spec for spec in ARCHS}
-# architecture -> diffusers' conversion of a checkpoint, if it has one
-CONVERSIONS: dict[str, str] = {
-    "flux": "convert_flux_transformer_checkpoint_to_diffusers",
-    "chroma": "convert_chroma_transformer_checkpoint_to_diffusers",
-    "sd3": "convert_sd3_transformer_checkpoint_to_diffusers",
-    "lumina": "convert_lumina2_to_diffusers",
-    "anima": "convert_cosmos_transformer_checkpoint_to_diffusers",
-    "wan": "convert_wan_transformer_to_diffusers",
-    "hunyuan_video": "convert_hunyuan_video_transformer_to_diffusers",
-    "flux_2": "convert_flux2_transformer_checkpoint_to_diffusers",
-    "krea2": "convert_krea2_transformer_checkpoint_to_diffusers",
-    "ace_step": "_convert_non_diffusers_ace_step_lora_to_diffusers",
-    "ideogram4": "_convert_non_diffusers_ideogram4_lora_to_diffusers",
-}
-CASES = [name for name in RELEASES if name in SPECS and name != "sdxl"]  # the UNets are in test_arch_names.py
+CASES = [arch for arch in RELEASED if not is_unet(arch)]  # the UNets are in test_arch_names.py
+CONVERTED = [arch for arch in CASES if data_of(arch).conversion]
 
 
 def linears(arch: str) -> list[Recorded]:
@@ -50,7 +35,7 @@ def linears(arch: str) -> list[Recorded]:
 
 
 def meta_model(arch: str) -> nn.Module:
-    return skeleton(arch).unet
+    return skeleton(release_of(arch)).unet
 
 
 def found(arch: str, model: nn.Module) -> dict[str, Any]:
@@ -79,9 +64,9 @@ def test_layers_outside_the_blocks_have_the_trainers_names(arch: str) -> None:
         assert expressions and wanted <= names.keys()
 
 
-@pytest.mark.parametrize("arch", CONVERSIONS)
+@pytest.mark.parametrize("arch", CONVERTED)
 def test_rows_are_where_diffusers_conversion_puts_them(arch: str) -> None:
-    convert, start, tagged = CONVERSIONS[arch], 0, {}
+    convert, start, tagged = data_of(arch).conversion, 0, {}
     of_adapter = convert.startswith("_")  # diffusers converts only adapters of this model: their trained layers
     for entry in linears(arch):
         if of_adapter and entry.saved == "-":
@@ -178,18 +163,18 @@ def test_a_file_trained_on_diffusers_classes_is_the_trainers(algo: str, tmp_path
         torch.testing.assert_close(model.get_parameter(name) - weights[name], rows, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arch", [name for name, conversion in CONVERSIONS.items() if conversion[0] != "_"])
+@pytest.mark.parametrize("arch", [arch for arch in CONVERTED if not data_of(arch).conversion.startswith("_")])
 def test_normalisation_layers_are_where_diffusers_conversion_puts_them(arch: str) -> None:
     model = meta_model(arch)
     layers = [c for c in candidates(SPECS[arch].denoiser, model, False, norms=True) if c.geometry.family == "norm"]
     trained = {c.trainer_name: c for c in layers if c.geometry.affine and not c.reason}
-    assert len(trained) > 20 or arch == "sd3"  # SD3 medium has none with a weight
-    last = "scale" if arch in ("flux", "chroma", "flux_2", "krea2") else "weight"
+    assert len(trained) > 20
+    last = data_of(arch).norm_tensor
     tagged = {f"{entry.dotted}.weight": torch.zeros(entry.shape[0], 1) for entry in linears(arch)}
     tagged |= {
         f"{name}.{last}": torch.full(c.geometry.weight_shape, float(i)) for i, (name, c) in enumerate(trained.items())
     }
-    converted = getattr(single_file_utils, CONVERSIONS[arch])(_Lenient(dict(tagged)))
+    converted = getattr(single_file_utils, data_of(arch).conversion)(_Lenient(dict(tagged)))
     for name, c in trained.items():
         assert torch.equal(converted[f"{c.dotted_name}.weight"], tagged[f"{name}.{last}"]), name
     if arch == "wan":  # one of its three has a weight, under another number

@@ -9,29 +9,24 @@ from typing import Any
 import pytest
 import torch
 from helpers_numeric import FOR_LINEARS
+from registry_archs import SPECS, data_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from toy_models import SHRINK, recorded, signal, toy
+from toy_models import signal, toy
 
 import networks.lora
-from networks.archs import ARCHS
 
-RECORDED = Path(__file__).parent / "names"
-MODELS = [arch.name for arch in ARCHS if (RECORDED / f"{arch.name}.txt").exists()]
-MUSUBI = "flux flux_2 framepack hidream_o1 hunyuan_video hv_1_5 ideogram4 kandinsky krea2 qwen_image wan zimage".split()
 FORMS = {**{algo: {"algo": algo} for algo in FOR_LINEARS}, "dora": {"use_dora": "True"}}
 FORMS["lokr dora"] = {"algo": "lokr", "use_dora": "True"}
 
 
 def model_of(arch: str) -> nn.Module:
-    spec = next(spec for spec in ARCHS if spec.name == arch)
-    shrink = 32 if arch == "sd" else SHRINK  # even widths
-    return toy(arch, shrink=shrink)[spec.denoiser.name].eval().requires_grad_(False)
+    return toy(arch, shrink=data_of(arch).shrink)[SPECS[arch].denoiser.name].eval().requires_grad_(False)
 
 
 def create(arch: str, model: nn.Module, **kwargs: str) -> Any:
     dim = 98 if kwargs.get("algo") == "boft" else 2  # its blocks must divide every width
-    if arch in MUSUBI:
+    if data_of(arch).host == "musubi":
         network = networks.lora.create_arch_network(1.0, dim, 1, None, None, model, neuron_dropout=None, **kwargs)
         network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
         return network
@@ -41,18 +36,20 @@ def create(arch: str, model: nn.Module, **kwargs: str) -> Any:
 
 
 def from_file(arch: str, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
-    if arch in MUSUBI:
+    if data_of(arch).host == "musubi":
         return networks.lora.create_arch_network_from_weights(1.0, tensors, unet=model, for_inference=True)
     return networks.lora.create_network_from_weights(1.0, None, None, None, model, tensors, for_inference=True)[0]
 
 
-@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("arch", SPECS)
 def test_created_trained_saved_loaded(arch: str, tmp_path: Path) -> None:
     for name, kwargs in FORMS.items():
         model = model_of(arch)
         base = model(signal())
         network = create(arch, model, **kwargs)
-        rates: dict[str, Any] = {"unet_lr": 1e-2} | ({} if arch in MUSUBI else {"text_encoder_lr": None})
+        rates: dict[str, Any] = {"unet_lr": 1e-2} | (
+            {} if data_of(arch).host == "musubi" else {"text_encoder_lr": None}
+        )
         groups, _ = network.prepare_optimizer_params(**rates)
         network.train()
         optimizer = torch.optim.AdamW(groups)
@@ -81,8 +78,3 @@ def test_created_trained_saved_loaded(arch: str, tmp_path: Path) -> None:
         torch.testing.assert_close(
             model(signal()), wanted, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}, merged: {m}"
         )
-
-
-def test_every_architecture_is_here() -> None:
-    assert {arch.name for arch in ARCHS} == set(MODELS) and set(MUSUBI) <= set(MODELS)
-    assert all(recorded(arch) for arch in MODELS)

@@ -228,7 +228,7 @@ WAN_KEYS = {
     "lora_unet_blocks_0_self_attn_q.lora_up.weight",
     "lora_unet_blocks_0_self_attn_q.alpha",
 }
-# The alpha marks the norm without a weight, whose name old files have for the one with a weight (archs.spellings.Twins).
+# The alpha marks the norm without a weight, whose name old files have for the one with a weight (see Twins).
 WAN_BARE_KEYS = {f"lora_unet_blocks_0_norm{n}.{kind}_norm" for n in (1, 2) for kind in "wb"} | {
     "lora_unet_blocks_0_norm2.alpha"
 }

@@ -6,48 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from registry_archs import SPECS, data_of
 from toy_models import toy
 
 import networks.lora
-from networks.archs import ARCHS
 from networks.files import codec
 
-SPECS = {spec.name: spec for spec in ARCHS}
-# architecture -> (dotted name, saved name, O, I)
-LAYERS = {
-    "sd": (
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
-        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 320, 768,
-    ),
-    "sdxl": (
-        "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
-        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 640, 640,
-    ),
-    "flux": ("double_blocks.0.img_attn.qkv", "lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072),
-    "chroma": ("double_blocks.0.txt_mlp.0", "lora_unet_double_blocks_0_txt_mlp_0", 12288, 3072),
-    "sd3": ("joint_blocks.0.x_block.attn.qkv", "lora_unet_joint_blocks_0_x_block_attn_qkv", 4608, 1536),
-    "lumina": ("layers.0.attention.qkv", "lora_unet_layers_0_attention_qkv", 3840, 2304),
-    "hunyuan_image": ("single_blocks.0.linear1", "lora_unet_single_blocks_0_linear1", 25088, 3584),
-    "wan": ("blocks.0.ffn.0", "lora_unet_blocks_0_ffn_0", 13824, 5120),
-    "qwen_image": ("transformer_blocks.0.attn.to_q", "lora_unet_transformer_blocks_0_attn_to_q", 3072, 3072),
-    "hunyuan_video": ("double_blocks.0.img_attn_qkv", "lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072),
-    "hv_1_5": ("double_blocks.0.img_attn_q", "lora_unet_double_blocks_0_img_attn_q", 2048, 2048),
-    "framepack": ("transformer_blocks.0.ff.net.2", "lora_unet_transformer_blocks_0_ff_net_2", 3072, 12288),
-    "flux_2": ("double_blocks.0.img_attn.qkv", "lora_unet_double_blocks_0_img_attn_qkv", 18432, 6144),
-    "zimage": ("layers.0.feed_forward.w1", "lora_unet_layers_0_feed_forward_w1", 10240, 3840),
-    "kandinsky": (
-        "visual_transformer_blocks.0.cross_attention.to_key",
-        "lora_unet_visual_transformer_blocks_0_cross_attention_to_key", 4096, 4096,
-    ),
-    "krea2": ("blocks.0.attn.wk", "lora_unet_blocks_0_attn_wk", 1536, 6144),
-    "ideogram4": ("layers.0.attention.qkv", "lora_unet_layers_0_attention_qkv", 13824, 4608),
-    "hidream_o1": (
-        "model.language_model.layers.0.self_attn.q_proj",
-        "lora_unet_model_language_model_layers_0_self_attn_q_proj", 4096, 4096,
-    ),
-    "ace_step": ("layers.0.self_attn.k_proj", "lycoris_layers_0_self_attn_k_proj", 1024, 2048),
-    "anima": ("blocks.0.cross_attn.k_proj", "lora_unet_blocks_0_cross_attn_k_proj", 2048, 1024),
-}  # fmt: skip
 # arguments -> suffix -> shape, with every layer's O and I; dim 4, LoKr with factor 8
 FORMS: dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]] = {
     "lora": ({}, {"lora_down.weight": (4, "I"), "lora_up.weight": ("O", 4)}),
@@ -87,9 +51,10 @@ FORMS: dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("arch", [name for name in LAYERS if name in SPECS])
+@pytest.mark.parametrize("arch", SPECS)
 def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
-    (dotted, saved, O, I), (kwargs, wanted) = LAYERS[arch], FORMS[form]
+    anchor, (kwargs, wanted) = data_of(arch).anchor, FORMS[form]
+    dotted, saved, O, I = anchor.dotted_name, anchor.saved_name, anchor.O, anchor.I
     spec = SPECS[arch]
     with torch.device("meta"):
         model = toy(arch, blocks=7 if arch == "sdxl" else 1, shrink=1)[spec.denoiser.name]
@@ -106,10 +71,6 @@ def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
     alphas = {"lokr, full": 4, "ia3": 4, "ia3 on the input side": 4, "tlora": 6}
     alpha = tensors[f"{saved}.alpha"]
     assert float(alpha) == (0 if "oft" in form else alphas.get(form, 3)) and alpha.dtype == torch.float32
-
-
-def test_every_architecture_with_a_list_has_an_anchor() -> None:
-    assert {spec.name for spec in ARCHS} <= LAYERS.keys(), "write the keys of one of its layers by hand"
 
 
 SPLIT = {

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
-import time
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from registry_archs import SPECS, data_of, is_unet, release_of
 from safetensors.torch import save_file
-from test_arch_names import COUNTS, WIDEST, recorded
 from tiny_flow_models import make_flux
 from tiny_models import make_sd, make_sdxl
+from torch import nn
+from toy_models import recorded
 
 import networks.lora
 from networks.archs import ARCHS
 from networks.cli import plan as script
-from networks.models import skeleton as releases
-from networks.models.releases import RELEASES
+from networks.models import libraries
+from networks.models.releases import ENCODERS, RELEASES
+from networks.models.skeleton import recorded as recorded_model
 from networks.models.skeleton import skeleton
+from networks.tensors.norms import layer_geometry
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -33,10 +37,11 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 def checkpoint(path: Path, arch: str, prefix: str, more: dict[str, tuple[int, ...]] | None = None) -> Path:
     """A file with the header of a full-size checkpoint and no content: only the header may be read."""
     shapes = {f"{prefix}{e.dotted}.weight": e.shape for e in recorded(arch) if e.part in ("unet", "dit") and e.shape}
-    entries = {
-        key: {"dtype": "F16", "shape": list(shape), "data_offsets": [0, 0]}
-        for key, shape in {**shapes, **(more or {})}.items()
-    }
+    return header(path, {**shapes, **(more or {})})
+
+
+def header(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    entries = {key: {"dtype": "F16", "shape": list(shape), "data_offsets": [0, 0]} for key, shape in shapes.items()}
     text = json.dumps(entries).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     return path
@@ -45,35 +50,71 @@ def checkpoint(path: Path, arch: str, prefix: str, more: dict[str, tuple[int, ..
 @pytest.mark.parametrize("arch,text", [("sd", "cond_stage_model.x.weight"), ("sdxl", "conditioner.x.weight")])
 def test_checkpoints_are_read_by_their_header(tmp_path: Path, arch: str, text: str) -> None:
     whole = skeleton(str(checkpoint(tmp_path / "a.safetensors", arch, "model.diffusion_model.", {text: (1,)})))
-    default, _, encoders = COUNTS[arch]
+    default, _, encoders = data_of(arch).counts
     found = networks.lora.plan(4, 1, whole.text_encoders, whole.unet)
     assert len(found.trained) == default + encoders
     alone = skeleton(str(checkpoint(tmp_path / "b.safetensors", arch, "")))
     assert len(networks.lora.plan(4, 1, alone.text_encoders, alone.unet).trained) == default
 
 
-OTHERS = [name for name in RELEASES if name not in ("sd15", "sd21", "sdxl")]
-
-
-@pytest.mark.parametrize("arch", OTHERS)
+@pytest.mark.parametrize("arch", [name for name, spec in SPECS.items() if spec.releases and not is_unet(name)])
 def test_headers_of_every_trainers_checkpoint(arch: str, tmp_path: Path) -> None:
     """The recorded layers of the trainer's own full-size model, under its names."""
     prefix = "" if arch == "ace_step" else "model.diffusion_model."
     found = skeleton(str(checkpoint(tmp_path / "a.safetensors", arch, prefix)))
-    assert RELEASES[arch].title in found.title
-    assert len(networks.lora.plan(4, 1, None, found.unet).trained) == COUNTS[arch][0]
+    assert RELEASES[release_of(arch)].title in found.title
+    assert len(networks.lora.plan(4, 1, None, found.unet).trained) == data_of(arch).counts[0]
 
 
-def test_an_older_diffusers_finds_the_models_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in the trainers' environments."""
-    files = {arch: str(checkpoint(tmp_path / f"{arch}.safetensors", arch, "")) for arch in ("flux", "krea2")}
-    monkeypatch.setattr(releases, "_layers_of", functools.cache(releases._layers_of.__wrapped__))
-    for name in ("ChromaTransformer2DModel", "Krea2Transformer2DModel"):
-        monkeypatch.setitem(RELEASES, name, replace(RELEASES["flux"], denoiser=f"No{name}"))
-        monkeypatch.delitem(RELEASES, "krea2", raising=False)
-    assert "FLUX.1" in skeleton(files["flux"]).title
-    with pytest.raises(ValueError, match="lacks ChromaTransformer2DModel, Krea2Transformer2DModel: a newer one may"):
-        skeleton(files["krea2"])
+TWINS = {"hunyuan_video_i2v": "hunyuan_video"}  # of the same layers
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_headers_of_every_release_in_diffusers_names(name: str, tmp_path: Path) -> None:
+    """Sizes of one architecture are told apart."""
+    shapes = {key: tuple(p.shape) for key, p in skeleton(name).unet.named_parameters()}
+    found = skeleton(str(header(tmp_path / "a.safetensors", shapes)))
+    assert f"({RELEASES[TWINS.get(name, name)].title})" in found.title
+
+
+@pytest.mark.parametrize("arch", SPECS)
+def test_released_sizes_have_the_usual_numbers_of_layers(arch: str) -> None:
+    counts = {len(networks.lora.plan(4, 1, None, skeleton(one.name).unet).trained) for one in SPECS[arch].releases}
+    assert counts <= SPECS[arch].usual
+
+
+@pytest.mark.parametrize("name", [*RELEASES, *ENCODERS])
+def test_outlines_are_those_of_the_real_classes(name: str) -> None:
+    """Names, classes and shapes of every module, in the libraries that are installed."""
+    if name in RELEASES:
+        real = libraries.denoiser_of(RELEASES[name])
+    else:
+        real = libraries.encoder_of(ENCODERS[name])
+    ours = recorded_model(name)
+    assert modules(ours) == modules(real), "run: python scripts/names.py --skeletons, and look at what has changed"
+    assert [layer_geometry(m) for m in ours.modules()] == [layer_geometry(m) for m in real.modules()]
+    assert all(p.is_meta for p in ours.parameters())
+
+
+def modules(model: nn.Module) -> list[tuple[str, str, dict[str, tuple[int, ...]]]]:
+    return [
+        (path, type(module).__name__, {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)})
+        for path, module in model.named_modules()
+    ]
+
+
+def test_built_in_models_and_checkpoints_need_no_library_of_models(tmp_path: Path) -> None:
+    """And all that is no import of torch takes less than a second: CPU time, since test machines are shared."""
+    file = checkpoint(tmp_path / "a.safetensors", "wan", "")
+    code = (
+        "import sys, time\n"
+        "for name in 'diffusers transformers accelerate peft'.split():\n    sys.modules[name] = None\n"
+        "import torch\nstart = time.process_time()\nsys.path.insert(0, sys.argv[1])\nimport plan\n"
+        "assert plan.main(['sdxl']) == 0\nspent = time.process_time() - start\n"
+        "assert plan.main([sys.argv[2]]) == 0\nassert spent < 1, spent\n"
+    )
+    scripts = str(Path(script.__file__).parent)
+    subprocess.run([sys.executable, "-c", code, scripts, str(file)], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_more_blocks_than_the_release_are_a_variant(tmp_path: Path) -> None:
@@ -82,12 +123,12 @@ def test_more_blocks_than_the_release_are_a_variant(tmp_path: Path) -> None:
         skeleton(str(checkpoint(tmp_path / "a.safetensors", "flux", "", more)))
 
 
-@pytest.mark.parametrize("arch", [n for n, release in RELEASES.items() if release.text_encoders and n != "sd21"])
+@pytest.mark.parametrize("arch", [name for name, spec in SPECS.items() if spec.text_encoders])
 def test_text_encoders_of_the_releases_are_the_trainers(arch: str) -> None:
-    model, name = skeleton(arch), {"sd15": "sd"}.get(arch, arch)
-    rows = networks.lora.plan(4, 1, model.text_encoders, model.unet, **WIDEST[name]).trained
+    model = skeleton(release_of(arch))
+    rows = networks.lora.plan(4, 1, model.text_encoders, model.unet, **data_of(arch).widest).trained
     ours = {row.saved_name: row.shape for row in rows if row.part.startswith("text_encoder")}
-    theirs = {e.saved: e.shape for e in recorded(name) if e.part.startswith("text_encoder") and e.saved != "-"}
+    theirs = {e.saved: e.shape for e in recorded(arch) if e.part.startswith("text_encoder") and e.saved != "-"}
     assert ours == theirs and ours
 
 
@@ -102,7 +143,9 @@ def test_folders_of_other_families(kind: str, tmp_path: Path) -> None:
 
 
 def test_variants_adapters_and_other_models_are_refused(tmp_path: Path) -> None:
-    pruned = checkpoint(tmp_path / "v.safetensors", "sdxl", "", {"more.attn2.to_k.weight": (640, 2048)})
+    pruned = checkpoint(
+        tmp_path / "v.safetensors", "sdxl", "", {"input_blocks.4.1.transformer_blocks.2.attn2.to_k.weight": (640, 2048)}
+    )
     with pytest.raises(ValueError, match="has not the layers of.*diffusers folder"):
         skeleton(str(pruned))
     save_file({"double_blocks.0.weight": torch.ones(1)}, tmp_path / "flux.safetensors")
@@ -123,17 +166,6 @@ def test_diffusers_folders(tmp_path: Path, make: Any, encoders: int) -> None:
     assert len(model.text_encoders) == encoders
     assert all(p.is_meta for m in (model.unet, *model.text_encoders) for p in m.parameters())
     assert networks.lora.plan(4, 1, model.text_encoders, model.unet).trained
-
-
-def test_sdxl_at_full_size_takes_less_than_two_seconds() -> None:
-    """After the imports; CPU time, since test machines are shared."""
-    skeleton("sd15")
-    start = time.process_time()
-    model = skeleton("sdxl")
-    found = networks.lora.plan(16, 8, model.text_encoders, model.unet, conv_dim="8")
-    text = found.to_text()
-    assert time.process_time() - start < 2
-    assert len(found.trained) == 788 + 264 and text.count("\n") > 1052
 
 
 def test_output(capsys: pytest.CaptureFixture[str]) -> None:

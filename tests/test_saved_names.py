@@ -9,22 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from saved_names import DIFFUSERS, TRAINERS_NORMS, UNETS_NORMS, norms, pairs
-from test_arch_names import BUILT_IN, WIDEST, trainer_models
+from registry_archs import RELEASED, SPECS, data_of, is_unet, release_of
+from test_arch_names import trainer_models
 from torch import nn
 
 import networks.lora
-from networks.archs import ARCHS
 from networks.files import dotted, weight_names
-from networks.models.releases import RELEASES
 from networks.models.skeleton import skeleton
 from networks.plan.select import candidates
 
-SPECS = {spec.name: spec for spec in ARCHS}
-OF_DIFFUSERS = [name for name in SPECS if BUILT_IN.get(name, name) in RELEASES]
 BLOCK = re.compile(r"((?:^|\.)\w*(?:blocks|layers|refiner))\.(\d+)\.")
-# Names that stand in both libraries' models for different layers.
-SWAPS = {"wan": {"norm2", "norm3"}}
 
 
 def trainers_model(arch: str) -> nn.Module:
@@ -33,7 +27,7 @@ def trainers_model(arch: str) -> nn.Module:
     root = trainer_models(arch)[spec.denoiser.name]
     for name, value, _ in spec.denoiser.tasks:
         setattr(root, name, value)
-    for dotted_name, affine in norms(arch).items():
+    for dotted_name, affine in data_of(arch).trainers_norms.items():
         at, (*parents, last) = root, dotted_name.split(".")
         for name in parents:
             if name not in dict(at.named_children()):
@@ -44,7 +38,7 @@ def trainers_model(arch: str) -> nn.Module:
 
 
 def diffusers_model(arch: str) -> nn.Module:
-    return skeleton(BUILT_IN.get(arch, arch)).unet
+    return skeleton(release_of(arch)).unet
 
 
 def every_layer(arch: str, model: nn.Module) -> list[Any]:
@@ -54,28 +48,34 @@ def every_layer(arch: str, model: nn.Module) -> list[Any]:
 @pytest.mark.parametrize("arch", SPECS)
 def test_the_trainers_class_keeps_its_names(arch: str) -> None:
     model, spec = trainers_model(arch), SPECS[arch]
-    arguments = {key: text for key, text in WIDEST[arch].items() if key != "train_t5xxl"}
+    arguments = {key: text for key, text in data_of(arch).widest.items() if key != "train_t5xxl"}
     arguments |= {"conv_dim": "2"} if arch in ("sd", "sdxl") else {}
     plan = networks.lora.plan(4, 1, None, model, train_norm="True", **arguments)
     for row in plan.rows:
         assert row.saved_name == f"{spec.denoiser.prefix}_{row.dotted_name}".replace(".", "_")
     trained = {row.saved_name for row in plan.trained if row.algo == "norm"}
-    assert trained == {f"{spec.denoiser.prefix}_{name}".replace(".", "_") for name in norms(arch)}
-    assert {row.geometry.affine for row in plan.trained if row.algo == "norm"} == set(norms(arch).values())
+    assert trained == {f"{spec.denoiser.prefix}_{name}".replace(".", "_") for name in data_of(arch).trainers_norms}
+    assert {row.geometry.affine for row in plan.trained if row.algo == "norm"} == set(
+        data_of(arch).trainers_norms.values()
+    )
 
 
-@pytest.mark.parametrize("arch", [name for name in OF_DIFFUSERS if name not in BUILT_IN])
+@pytest.mark.parametrize("arch", [arch for arch in RELEASED if not is_unet(arch)])
 def test_diffusers_class_has_the_trainers_names(arch: str) -> None:
     """All of them: other blocks are as the first."""
     spec, model = SPECS[arch], diffusers_model(arch)
     arguments = {switch.argument: str(switch.trained_if) for switch in spec.switches}
-    arguments |= {name: WIDEST[arch][name] for name, _ in spec.extra_dims}
+    arguments |= {name: data_of(arch).widest[name] for name, _ in spec.extra_dims}
     plan = importlib.import_module(f"networks.{spec.entry}").plan(4, 1, None, model, train_norm="True", **arguments)
     own = {c.saved_name: c.own_names or (c.dotted_name,) for c in every_layer(arch, model)}
-    wanted, seen = pairs(DIFFUSERS[arch]), set()
+    wanted, seen = data_of(arch).pairs, set()
+    if not wanted and not spec.denoiser.layouts and not spec.denoiser.rename:
+        assert all(row.saved_name.endswith("_".join(own[row.saved_name]).replace(".", "_")) for row in plan.trained)
+        return
     for row in plan.trained:
         block = BLOCK.search(own[row.saved_name][0])
         first = tuple(BLOCK.sub(r"\1.0.", name) for name in own[row.saved_name])
+        assert first in wanted, f"write `{' + '.join(first)} = its name in the trainer's class` in its `diffusers`"
         trainer = wanted[first]
         if block:
             trainer = BLOCK.sub(rf"\g<1>.{block[2]}.", trainer)
@@ -84,23 +84,18 @@ def test_diffusers_class_has_the_trainers_names(arch: str) -> None:
     assert seen == wanted.keys(), "every line is of a layer"
 
 
-@pytest.mark.parametrize("arch", UNETS_NORMS)
+@pytest.mark.parametrize("arch", [arch for arch in RELEASED if is_unet(arch)])
 def test_normalisation_layers_of_unets(arch: str) -> None:
     found = {(c.dotted_name,): c.trainer_name for c in every_layer(arch, diffusers_model(arch))}
-    for own, trainer in pairs(UNETS_NORMS[arch]).items():
+    for own, trainer in data_of(arch).pairs.items():
         assert found[own] == trainer
-
-
-def test_every_architecture_has_its_lists() -> None:
-    assert TRAINERS_NORMS.keys() == SPECS.keys()
-    assert {*DIFFUSERS, *UNETS_NORMS} == set(OF_DIFFUSERS)
 
 
 @pytest.mark.parametrize("arch", SPECS)
 def test_no_name_is_translated_into_that_of_another_layer(arch: str) -> None:
     """By brute force over all layers of both classes. A swap, of the other library's class alone, is written down."""
     models = {"trainer": trainers_model(arch)}
-    if arch in OF_DIFFUSERS:
+    if arch in RELEASED:
         models["diffusers"] = diffusers_model(arch)
     for whose, model in models.items():
         layers = every_layer(arch, model)
@@ -108,7 +103,7 @@ def test_no_name_is_translated_into_that_of_another_layer(arch: str) -> None:
         names = {name for name, _ in model.named_modules()}
         moved = {c.dotted_name for c in layers if c.trainer_name != c.dotted_name and c.trainer_name in names}
         ends = {name.rpartition(".")[2] for name in moved}
-        assert ends == (SWAPS.get(arch, set()) if whose == "diffusers" else set())
+        assert ends == (data_of(arch).swaps if whose == "diffusers" else set())
         part = SPECS[arch].denoiser.among(names)
         assert whose == "diffusers" or all(part.trainer_name(name) == name for name in names)
 

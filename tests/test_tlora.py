@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_numeric import KINDS, assert_close, learn_lengths, make_input, make_layer
+from registry_archs import data_of
 from safetensors.torch import load_file, save_file
 from tiny_parts import draw, inputs, randomise, sd_unet, text_encoder
 from torch import Tensor, nn
@@ -396,45 +397,15 @@ def test_a_mask_for_each_sample_by_hand() -> None:
 
 # -- how models are told the time
 
-# The arguments of the trainers' own classes, up to the time.
-TRAINERS = {
-    "sd": "sample timestep",
-    "sdxl": "x timesteps",
-    "flux": "img img_ids txt txt_ids timesteps",
-    "chroma": "img img_ids txt txt_ids timesteps",
-    "flux_2": "x x_ids timesteps",
-    "sd3": "x t",
-    "lumina": "x t",
-    "hunyuan_image": "hidden_states timestep",
-    "hunyuan_video": "x t",
-    "hv_1_5": "hidden_states timestep",
-    "framepack": "hidden_states timestep",
-    "qwen_image": "hidden_states timestep",
-    "anima": "x timesteps",
-    "wan": "x t",
-    "zimage": "x t",
-    "kandinsky": "x text_embed pooled_text_embed time",
-    "krea2": "img context t",
-    "hidream_o1": "input_ids vinputs timestep",
-    "ideogram4": "llm_features x t",
-    "ace_step": "hidden_states timestep",
-}
-REVERSED = {"lumina", "zimage", "hidream_o1", "ideogram4"}  # 1 - t / 1000
-UNIT = {"flux", "chroma", "flux_2", "qwen_image", "anima", "krea2", "ace_step"}  # t / 1000
-
 
 @pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.name)
 def test_every_architecture_tells_the_time(arch: Any) -> None:
-    names = TRAINERS[arch.name].split()
+    names = data_of(arch.name).forward.split()
     function = f"def forward(self, {', '.join(names)}, more=None): pass"
     space: dict[str, Any] = {}
     exec(function, space)
     read = time_reader(type("Model", (nn.Module,), {"forward": space["forward"]})(), arch.timestep)
-    noisy, middle, clean = (1000.0, 250.0, 0.0)
-    if arch.name in REVERSED:
-        noisy, middle, clean = 0.0, 0.75, 1.0
-    elif arch.name in UNIT:
-        noisy, middle, clean = 1.0, 0.25, 0.0
+    noisy, middle, clean = data_of(arch.name).times
     values = torch.tensor([noisy, middle, clean])
     for call in (([None] * (len(names) - 1) + [values], {}), ([], {names[-1]: values})):
         torch.testing.assert_close(read(*call), torch.tensor([0.0, 0.75, 1.0]))
@@ -453,7 +424,7 @@ def test_diffusers_classes_have_the_argument(arch: Any) -> None:
     for cls in filter(None, found):
         names = list(inspect.signature(cls.forward).parameters)
         assert next(name for name in arch.timestep.arguments if name in names) in ("timestep", "t")
-    assert any(found) or arch.name in ("hidream_o1",)
+    assert any(found) or not arch.releases
 
 
 def test_a_model_that_is_told_no_time_is_refused() -> None:

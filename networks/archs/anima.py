@@ -64,6 +64,7 @@ def _llm_adapter(blocks: int = 6, width: int = 1024, head: int = 64) -> dict[str
     modules |= {"out_proj": ("Linear", (width, width)), "norm": ("RMSNorm", (width,))}
     return {f"llm_adapter.{name}": module for name, module in modules.items()}
 
+
 ANIMA = ArchSpec(
     name="anima",
     title="Anima",

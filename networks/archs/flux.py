@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .sd import CLIP_L, clip
 from .releases import Encoder, Release
+from .sd import CLIP_L, clip
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
 from .spellings import Rename, below, fused
 
@@ -85,6 +85,7 @@ def t5(argument: str = "train_t5xxl") -> Part:
     """The T5 text encoder: large, so it is trained only on request."""
     roots = ("text_encoders.t5xxl.transformer.", "")
     return Part("text_encoder3", "lora_te3", T5, roots=roots, argument=argument, diffusers="")
+
 
 T5_XXL = Encoder(
     "t5_xxl",

@@ -120,8 +120,6 @@ HUNYUAN_IMAGE = ArchSpec(
     fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({320}),
     releases=(
-        Release(
-            "hunyuan_image", "HunyuanImage 2.1", "HunyuanImageTransformer2DModel", {"guidance_embeds": True}
-        ),
+        Release("hunyuan_image", "HunyuanImage 2.1", "HunyuanImageTransformer2DModel", {"guidance_embeds": True}),
     ),
 )

@@ -104,5 +104,12 @@ FRAMEPACK = ArchSpec(
     axes=(BlockAxis("transformer_blocks."), BlockAxis("single_transformer_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(norm|norm1|norm1_context)\.linear", trained_if=False),),
     usual=frozenset({440}),
-    releases=(Release("framepack", "FramePack", "HunyuanVideoFramepackTransformer3DModel"),),
+    releases=(
+        Release(
+            "framepack",
+            "FramePack",
+            "HunyuanVideoFramepackTransformer3DModel",
+            {"has_image_proj": True, "image_proj_dim": 1152, "has_clean_x_embedder": True},
+        ),
+    ),
 )

@@ -128,6 +128,7 @@ def _sdxl_blocks() -> tuple[tuple[str, int], ...]:
     table += [(f"output_blocks.{i}.", 13 + i) for i in range(9)]
     return tuple(table)
 
+
 def _clip_sizes(name: str, width: int, layers: int, heads: int, cls: str = "CLIPTextModel") -> Encoder:
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
     return Encoder(name, cls, "CLIPTextConfig", sizes | {"num_hidden_layers": layers, "num_attention_heads": heads})
@@ -184,7 +185,12 @@ SD = ArchSpec(
             "sd21",
             "Stable Diffusion 2.1",
             "UNet2DConditionModel",
-            {**_UNET, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
+            {
+                **_UNET,
+                "cross_attention_dim": 1024,
+                "attention_head_dim": (5, 10, 20, 20),
+                "use_linear_projection": True,
+            },
             (_CLIP_H,),
         ),
     ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .flux import IMAGE_QKV, T5_XXL, TEXT_QKV, t5
-from .sd import CLIP_G, CLIP_L_PROJECTED, clip
 from .releases import Release
+from .sd import CLIP_G, CLIP_L_PROJECTED, clip
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
 from .spellings import Rename, below, fused
 

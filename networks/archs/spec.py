@@ -11,6 +11,7 @@ from typing import Any
 from .releases import Release
 from .spellings import Pairs, Rename, Spelling, Twins, subtrees
 
+
 @dataclass(frozen=True)
 class Signature:
     """A denoiser class by its name, told apart from its namesakes by the sub-modules it has and lacks."""

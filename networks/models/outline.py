@@ -109,25 +109,26 @@ def _is_next(before: list[str], child: list[str]) -> bool:
 def _described(module: nn.Module) -> Iterator[str]:
     name = type(module).__name__
     base = next((key for key, torchs in _TORCH.items() if isinstance(module, torchs.cls)), "")
-    yield name if name == base or (not base and name not in _TORCH) else f"{name}({base})"
-    if base:
-        yield from map(_text, (getattr(module, key) for key in _TORCH[base].needed))
-        for key, default in _TORCH[base].defaults.items():
-            value = getattr(module, key) if key != "bias" else module.bias is not None or _bare(module)
-            if value != default:
-                yield f"{key}={_text(value)}"
-        return
+    said = name if name in _TORCH else ""  # a reader takes torch's names for torch's classes
+    yield name if said == base else f"{name}({base})"
+    yield from _arguments(module, _TORCH[base]) if base else _contents(module)
+
+
+def _arguments(module: nn.Module, torchs: _Torch) -> Iterator[str]:
+    yield from (_text(getattr(module, key)) for key in torchs.needed)
+    bare = getattr(module, "weight", None) is None  # then nothing is to be said of its bias
+    for key, default in torchs.defaults.items():
+        value = getattr(module, key) if key != "bias" else bare or module.bias is not None
+        if value != default:
+            yield f"{key}={_text(value)}"
+
+
+def _contents(module: nn.Module) -> Iterator[str]:
     for key, parameter in module.named_parameters(recurse=False):
-        yield f"{key}:{_text(tuple(parameter.shape))}"
-    if "norm" in name.lower():
-        for key in _ATTRIBUTES:
-            if hasattr(module, key):
-                yield f"{key}={_text(getattr(module, key))}"
-
-
-def _bare(module: nn.Module) -> bool:
-    """Without a weight, so that nothing is to be said of its bias."""
-    return getattr(module, "weight", None) is None
+        yield f"{key}:{_text(parameter.shape)}"
+    for key in _ATTRIBUTES if "norm" in type(module).__name__.lower() else ():
+        if hasattr(module, key):
+            yield f"{key}={_text(getattr(module, key))}"
 
 
 def _text(value: Any) -> str:

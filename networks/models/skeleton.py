@@ -130,7 +130,7 @@ def _from_header(path: Path) -> Skeleton:
     present = weight_names.all_names(shapes)
     found = {name: _layers_in(name, shapes, present) for name in RELEASES}
     best = max(found, key=lambda name: found[name])
-    if not found[best]:
+    if not any(found[best]):
         raise ValueError(
             f"{path} has not the layers of a release that we know ({', '.join(RELEASES)}): for another model or a "
             "variant, give its diffusers folder"
@@ -151,24 +151,26 @@ def _layers_of(name: str) -> tuple[str, dict[str, tuple[tuple[int, ...], bool]]]
     """Prefix of the saved names of a release's denoiser; saved name -> shape, and whether it is trained by default."""
     denoiser = recorded(name)
     part = detect(denoiser).denoiser
-    found = candidates(part, denoiser, False)
-    return part.prefix, {c.saved_name: (c.geometry.weight_shape, c.default) for c in found}
+    found = candidates(part, denoiser, False, norms=True)
+    held = (c for c in found if next(c.bases[0][0].parameters(), None) is not None)  # norms may have no weight
+    return part.prefix, {c.saved_name: (c.geometry.weight_shape, c.default) for c in held}
 
 
-def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[str]) -> float:
-    """What share of a release's layers a checkpoint has; 0 unless all that are trained by default, and no more of a kind.
+def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[str]) -> tuple[int, float]:
+    """How many of a checkpoint's weights are layers of a release, and what share of the release they are; 0 unless all
+    layers that are trained by default are there, and no more of a kind.
 
     Args:
         present: every saved name that the checkpoint's keys may have.
     """
     prefix, own = _layers_of(name)
-    default = {saved: shape for saved, (shape, trained) in own.items() if trained}
-    if not default.keys() <= present:
-        return 0
-    found = weight_names.find(shapes, own, prefix)
-    for saved, shape in default.items():
-        if saved not in found or found[saved].shape(shapes) != shape:
-            return 0
+    default = {saved for saved, (_, trained) in own.items() if trained}
+    if not default <= present:
+        return 0, 0.0
+    targets = weight_names.find(shapes, own, prefix)
+    found = {saved: one.keys for saved, one in targets.items() if one.shape(shapes) == own[saved][0]}
     kinds = {_NUMBER.sub("#", saved) for saved in default}
-    extra = any(_NUMBER.sub("#", saved) in kinds for saved in present - own.keys())
-    return 0 if extra else len(found) / len(own)
+    more = any(_NUMBER.sub("#", saved) in kinds for saved in present - own.keys())
+    if more or not default <= found.keys():
+        return 0, 0.0
+    return len({key for keys in found.values() for key in keys}), len(found) / len(own)
