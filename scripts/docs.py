@@ -18,10 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
 from networks.archs.render import markdown as architectures  # noqa: E402
+from networks.archs.render import owners  # noqa: E402
 from networks.args.presets import markdown as presets  # noqa: E402
 from networks.args.render import algorithms, markdown, typed  # noqa: E402
 
-PARTS = {"presets": presets, "arguments": markdown, "architectures": architectures, "algorithms": algorithms}
+PARTS = {
+    "presets": presets,
+    "arguments": lambda: markdown(owners()),
+    "architectures": architectures,
+    "algorithms": algorithms,
+}
 README = ROOT / "README.md"
 TYPES = ROOT / "networks" / "args" / "options.py"
 

@@ -92,8 +92,8 @@ def data_of(arch: str) -> ArchData:
     """The entry of an architecture; without one the test fails and says what to write."""
     if arch not in DATA:
         raise LookupError(
-            f"{arch} has no test data: write DATA[{arch!r}] in tests/registry_archs.py (ArchData says what of), then run "
-            f"`python scripts/names.py {arch}`"
+            f"{arch} has no test data: write DATA[{arch!r}] in tests/registry_archs.py (ArchData says what of), then "
+            f"run `python scripts/names.py {arch}`"
         )
     return DATA[arch]
 

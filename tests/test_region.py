@@ -268,5 +268,8 @@ def test_two_networks_share_a_batch_by_the_hosts_dict() -> None:
 def test_other_architectures_say_so() -> None:
     roots = toy("flux")
     network = networks.lora_flux.create_network(1.0, 2, 2, None, [None, None], roots["dit"])
-    with pytest.raises(ValueError, match="regional prompts are for Stable Diffusion and SDXL, this model is FLUX"):
+    with pytest.raises(
+        ValueError,
+        match="regional prompts are for Stable Diffusion 1.x / 2.x and Stable Diffusion XL, this model is FLUX",
+    ):
         network.set_region(0, True, torch.ones(8, 8))

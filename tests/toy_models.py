@@ -32,8 +32,9 @@ class Recorded:
 
 def recorded(arch: str) -> list[Recorded]:
     """The lines of tests/names/<arch>.txt."""
-    found = []
-    for line in (NAMES / f"{arch}.txt").read_text(encoding="utf-8").splitlines():
+    found, path = [], NAMES / f"{arch}.txt"
+    assert path.is_file(), f"the names of {arch} are not recorded: run `python scripts/names.py {arch}`"
+    for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             part, dotted, cls, shape, saved, block = line.split("\t")
             sizes = tuple(map(int, shape.split("x"))) if shape != "-" else ()

@@ -1,9 +1,14 @@
-"""The records as a Markdown table, for the README."""
+"""The records in words, for the README."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from . import ARCHS
 from .spec import ArchSpec
+
+_LEVELS = {"down_lr_weight": "down", "mid_lr_weight": "mid", "up_lr_weight": "up"}
+_TRAINED = {True: "trained", False: "left out"}
 
 
 def markdown() -> str:
@@ -18,6 +23,31 @@ def markdown() -> str:
         cells = f"{arch.title} ({_classes(arch)})", f"`{arch.entry}`", usual, _encoders(arch), _blocks(arch), own
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def owners() -> dict[str, str]:
+    """Argument -> the models that have it, and what it means there where that differs."""
+    names = sorted({name for arch in ARCHS for name in arch.arguments})
+    return {name: _owners(name, [arch for arch in ARCHS if name in arch.arguments]) for name in names}
+
+
+def _owners(argument: str, archs: Sequence[ArchSpec]) -> str:
+    meanings: dict[str, list[str]] = {}
+    for arch in archs:
+        meanings.setdefault(_meaning(argument, arch), []).append(arch.title)
+    return "; ".join(", ".join(titles) + meaning for meaning, titles in meanings.items())
+
+
+def _meaning(argument: str, arch: ArchSpec) -> str:
+    if argument == "train_blocks":
+        return f": {', '.join(name for name, _ in arch.block_sets)}"
+    if argument in _LEVELS and arch.levels:
+        return f": {getattr(arch.levels, _LEVELS[argument])}"
+    switch = next((one for one in arch.switches if one.argument == argument), None)
+    if switch is None:
+        return ""
+    hosts = "".join(f", under {host} {_TRAINED[trained]}" for host, trained in switch.per_host)
+    return f": {_TRAINED[switch.default]} if not given{hosts}"
 
 
 def _classes(arch: ArchSpec) -> str:

@@ -45,8 +45,7 @@ FORMS: tuple[Arg, ...] = (
         "bool",
         False,
         "an adapter of its own for each projection of a fused layer (query, key, value, MLP); saved as one with a "
-        "block-diagonal factor, at full strength in every reader; OFT as numbered tensors, for sd-scripts' oft_flux "
-        "(FLUX.1, Chroma, SD3, Lumina, HunyuanImage)",
+        "block-diagonal factor, at full strength in every reader; OFT as numbered tensors, for sd-scripts' oft_flux",
         FORM,
         algos=("lora", "loha", "dylora", "lora_fa", "diag-oft"),
         per_host=(("oft_flux", True),),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from .spec import Arg
@@ -47,15 +48,20 @@ _HOSTS = {
 }
 
 
-def markdown() -> str:
-    """One table, grouped; generated text, so edit the rows in table.py instead."""
+def markdown(owners: Mapping[str, str]) -> str:
+    """One table, grouped; generated text, so edit the rows in table.py instead.
+
+    Args:
+        owners: argument -> the models that have it, where not all of them do.
+    """
     lines = ["| argument | value | default | effect |", "| --- | --- | --- | --- |"]
     group = None
     for arg in sorted(TABLE, key=lambda arg: list(dict.fromkeys(a.group for a in TABLE)).index(arg.group)):
         if arg.group != group:
             group = arg.group
             lines.append(f"| **{group}** | | | |")
-        lines.append(f"| {_names(arg)} | {_type(arg)} | {_default(arg)} | {arg.help}{_only(arg)} |")
+        owner = f" ({owners[arg.name]})" if arg.name in owners else ""
+        lines.append(f"| {_names(arg)} | {_type(arg)} | {_default(arg)} | {arg.help}{owner}{_only(arg)} |")
     return "\n".join(lines) + "\n"
 
 

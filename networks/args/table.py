@@ -144,8 +144,7 @@ TABLE: tuple[Arg, ...] = (
         "exclude_mod",
         "bool",
         None,
-        "whether the modulation layers are left out; not given, it is as in the trainer: left out on Qwen-Image, "
-        "HunyuanVideo, FramePack, Z-Image, Kandinsky 5, Ideogram 4 and Anima, on FLUX.1 under musubi-tuner alone",
+        "whether the modulation layers are left out; not given, it is as in the trainer",
         _WHERE,
         neutral=(True,),
     ),
@@ -153,7 +152,7 @@ TABLE: tuple[Arg, ...] = (
         "train_mlp",
         "bool",
         None,
-        "whether the MLPs are trained beside the attention (ACE-Step)",
+        "whether the MLPs are trained beside the attention",
         _WHERE,
         neutral=(False,),
     ),
@@ -161,8 +160,8 @@ TABLE: tuple[Arg, ...] = (
         "enable_all_linear",
         "bool",
         None,
-        "False: only the attention of the transformer blocks is trained (of FLUX.1 and Chroma, of the double blocks); "
-        "True: all that any entry trains",
+        "False: only the attention of the transformer blocks is trained (where there are double and single ones, of the "
+        "double ones); True: all that any entry trains",
         _WHERE,
         neutral=(True,),
         per_host=(("oft", False), ("oft_flux", False)),
@@ -179,7 +178,7 @@ TABLE: tuple[Arg, ...] = (
         "include_refiner",
         "bool",
         None,
-        "whether the two refiners are trained, too (Z-Image)",
+        "whether the two refiners are trained, too",
         _WHERE,
         neutral=(False,),
     ),
@@ -187,8 +186,7 @@ TABLE: tuple[Arg, ...] = (
         "blocks",
         "blocks",
         None,
-        "train only these blocks of the denoiser, `0-7,20-24`; SD has 25 and SDXL 23 of them, the single blocks of "
-        "FLUX.1 come after its 19 double blocks",
+        "train only these blocks of the denoiser, `0-7,20-24`, with the numbers that the table of models has",
         _WHERE,
     ),
     Arg(
@@ -235,8 +233,8 @@ TABLE: tuple[Arg, ...] = (
         "block_dims",
         "ints",
         (),
-        "dim of each block of the denoiser in place of network_dim, one number for every block (25 for SD, 23 for "
-        "SDXL, counted as `blocks` does); 0 leaves a block out",
+        "dim of each block of the denoiser in place of network_dim, one number for every block, counted as `blocks` "
+        "does; 0 leaves a block out",
         _RANK,
         minimum=0,
     ),
@@ -276,26 +274,25 @@ TABLE: tuple[Arg, ...] = (
         "train_blocks",
         "word",
         "all",
-        "which kind of blocks to train: all, double, single (FLUX.1, Chroma, HunyuanImage); all, transformer, "
-        "refiners, noise_refiner, context_refiner (Lumina)",
+        "which kind of blocks to train; `all` is one everywhere",
         _KIND,
     ),
     *(
         Arg(name, "blocks", None, f"train only these {what}; `all` or `none` are words, too", _KIND)
         for name, what in BLOCK_INDICES.items()
     ),
-    Arg("train_t5xxl", "bool", False, "train the T5 text encoder too (FLUX.1, SD3)", _KIND),
-    Arg("train_llm_adapter", "bool", False, "train the adapter behind the text encoder too (Anima)", _KIND),
+    Arg("train_t5xxl", "bool", False, "train the T5 text encoder too", _KIND),
+    Arg("train_llm_adapter", "bool", False, "train the adapter behind the text encoder too", _KIND),
     Arg(
         "down_lr_weight",
         "rates",
         Rates(),
-        "factor on the learning rate of each block on the way down, shallow to deep (12 for SD, 9 for SDXL); or a "
+        "factor on the learning rate of each block on the way down, shallow to deep; or a "
         "curve: sine, cosine, linear, reverse_linear, zeros, with +x added; 0 leaves a block out",
         _LR,
         minimum=0,
     ),
-    Arg("mid_lr_weight", "rates", Rates(), "the same for the middle (1 for SD, 3 for SDXL)", _LR, minimum=0),
+    Arg("mid_lr_weight", "rates", Rates(), "the same for the middle", _LR, minimum=0),
     Arg("up_lr_weight", "rates", Rates(), "the same on the way up, deep to shallow", _LR, minimum=0),
     Arg(
         "block_lr_zero_threshold",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..archs import ARCHS
 from ..archs.detect import unwrap
 from ..files.adapter_file import FileTensors
 from ..network.changes import times_changed
@@ -74,9 +75,8 @@ class LoRANetwork(HostNetwork):
             ValueError: the architecture has no regional prompts.
         """
         if not self.arch.regions:
-            raise ValueError(
-                f"regional prompts are for Stable Diffusion and SDXL, this model is {self.arch.title}: leave them out"
-            )
+            known = " and ".join(arch.title for arch in ARCHS if arch.regions)
+            raise ValueError(f"regional prompts are for {known}, this model is {self.arch.title}: leave them out")
         denoiser = self.arch.denoiser
         roles = {
             row.saved_name: self.arch.region_role(row.trainer_name) if row.part == denoiser.name
