@@ -7,9 +7,9 @@
     python scripts/names.py wan --factory my_module:build    # names from a class that only its trainer has
 
 Names (tests/names/ARCH.txt) come from the class that trainers load. Where that is diffusers' own, it is built here; for
-another, give a function that returns its parts by name, {"dit": model, ...}, of full size; the meta device is the default
-while it runs. Outlines come from the classes of diffusers and transformers, by the sizes in the architecture's record.
-What cannot be built here stays as it was recorded, and one line says why.
+another, give a function that returns its parts by name, {"dit": model, ...}, of full size; the meta device is the
+default while it runs. Outlines come from the classes of diffusers and transformers, by the sizes in the record of the
+architecture. What cannot be built here stays as it was recorded, and one line says why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Test data of every architecture, written by hand: what its trainer's class is like and what its files hold.
 
-A new architecture needs an entry here. Only `counts`, `anchor`, `forward` and `norms` must be given; the messages of the
-tests say what is missing. tests/names/ARCH.txt, which `python scripts/names.py ARCH` writes, has the rest.
+A new architecture needs an entry here. Only `counts`, `anchor`, `forward` and `norms` must be given; the messages of
+the tests say what is missing. tests/names/ARCH.txt, which `python scripts/names.py ARCH` writes, has the rest.
 """
 
 from __future__ import annotations

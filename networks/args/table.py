@@ -160,8 +160,8 @@ TABLE: tuple[Arg, ...] = (
         "enable_all_linear",
         "bool",
         None,
-        "False: only the attention of the transformer blocks is trained (where there are double and single ones, of the "
-        "double ones); True: all that any entry trains",
+        "False: only the attention of the transformer blocks is trained (where there are double and single ones, of "
+        "the double ones); True: all that any entry trains",
         _WHERE,
         neutral=(True,),
         per_host=(("oft", False), ("oft_flux", False)),

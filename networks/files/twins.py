@@ -1,4 +1,5 @@
-"""Layers that have each other's names in a file, see archs.spellings.Twins: told by what they hold, not by who wrote it."""
+"""Layers that have each other's names in a file, see Twins of archs.spellings: told by what they hold, not by who wrote
+it."""
 
 from __future__ import annotations
 

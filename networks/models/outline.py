@@ -6,10 +6,10 @@
        linear Linear 3072 18432
        norm LayerNorm 3072 eps=1e-06 elementwise_affine=False
 
-A line is a name (a range stands for siblings that are all alike), the name of the class, with the class of torch below it
-in brackets where that is another, and what decides about shapes: arguments of torch's class, or else `parameter:shape`
-and the attributes which say what a normalisation does. Everything else of a model, its forward pass above all, is left
-out: this is enough to plan a network for it.
+A line is a name (a range stands for siblings that are all alike), the name of the class, with the class of torch below
+it in brackets where that is another, and what decides about shapes: arguments of torch's class, or else
+`parameter:shape` and the attributes which say what a normalisation does. Everything else of a model, its forward pass
+above all, is left out: this is enough to plan a network for it.
 """
 
 from __future__ import annotations
