@@ -79,5 +79,5 @@ def test_what_is_recorded_belongs_to_something() -> None:
     """No file is left of an architecture, a release or an encoder that is no more."""
     known = [one for spec in SPECS.values() for one in spec.releases]
     wanted = {one.name for one in known} | {encoder.name for one in known for encoder in one.text_encoders if encoder}
-    assert {path.stem for path in skeleton.OUTLINES.glob("*.txt")} == wanted
-    assert {path.stem for path in names.NAMES.glob("*.txt")} == SPECS.keys()
+    assert {path.stem for path in skeleton.OUTLINES.glob("*.txt")} == wanted, "run `python scripts/names.py`"
+    assert {path.stem for path in names.NAMES.glob("*.txt")} == SPECS.keys(), "run `python scripts/names.py`"

@@ -60,8 +60,15 @@ def skeleton(model: str) -> Skeleton:
 
 
 def recorded(name: str) -> nn.Module:
-    """The denoiser of a release or a text encoder, from its outline in `skeletons/`."""
-    return outline.build((OUTLINES / f"{name}.txt").read_text(encoding="utf-8"))
+    """The denoiser of a release or a text encoder, from its outline in `skeletons/`.
+
+    Raises:
+        ValueError: the outline is not there.
+    """
+    path = OUTLINES / f"{name}.txt"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: `python scripts/names.py --skeletons` writes it from the model's class")
+    return outline.build(path.read_text(encoding="utf-8"))
 
 
 def _from_release(release: Release, with_text_encoders: bool = True, whole: bool = True) -> Skeleton:
