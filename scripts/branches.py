@@ -23,11 +23,8 @@ OLDER: dict[str, int] = {
     "networks/plan/planner.py:_Planner.row": 29,
     "networks/plan/effects.py:_forms": 25,
     "networks/plan/preset_choices.py:PresetChoices.admit": 23,
-    "networks/args/parse.py:parse": 18,
     "networks/plan/planner.py:_Planner._reason": 18,
     "networks/plan/effects.py:_dora": 16,
-    "networks/args/presets.py:_options": 14,
-    "networks/args/coerce.py:_regex_map": 13,
     "networks/plan/blocks.py:BlockChoices._lengths": 13,
     "networks/plan/effects.py:_starts": 13,
 }

@@ -25,7 +25,7 @@ LAYERS = {
     "norm": (lambda: nn.LayerNorm(24), (2, 5, 24)),
 }
 OPTIONS = [(algo, {}) for algo in ALGOS]
-OPTIONS += [(algo, {"train_on_input": True}) for algo, cls in ALGOS.items() if "train_on_input" in cls.options]
+OPTIONS += [(algo, {"train_on_input": True}) for algo, cls in ALGOS.items() if "train_on_input" in cls.spec.options]
 
 
 class Whole(OfWeight):
@@ -51,7 +51,7 @@ def made(algo: str, options: dict[str, bool], kind: str) -> tuple[Adapter, nn.Mo
     make, shape = LAYERS[kind]
     base = make().double().requires_grad_(False)
     geometry = layer_geometry(base)
-    if geometry.family != ALGOS[algo].family:
+    if geometry.family != ALGOS[algo].spec.family:
         return None
     adapter = ALGOS[algo](geometry, 4, options).double()
     randomise(adapter)
@@ -102,7 +102,7 @@ def test_what_is_left_to_be_defined_is_defined() -> None:
     left = {name for cls in families for name, member in vars(cls).items() if _is_left(member)}
     assert {"layout", "describe", "delta", "change", "output_change", "weight_change", "stack"} <= left
     for cls in ALGOS.values():
-        wanted = left if "split_qkv" in cls.features else left - {"stack", "unstack"}
+        wanted = left if "split_qkv" in cls.spec.features else left - {"stack", "unstack"}
         missing = [name for name in wanted if hasattr(cls, name) and _is_left(_of(cls, name))]
         assert not missing, f"{cls.algo} lacks {', '.join(missing)}"
 

@@ -15,7 +15,7 @@ import networks.lora
 import networks.lycoris
 import networks.oft
 from networks.archs import ARCHS
-from networks.args.forms import ALGOS
+from networks.records import ALGORITHMS
 
 VALUES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("use_dora", "use_tucker", "use_scalar", "rs_lora", "split_qkv", "decompose_both"), ("True",)),
@@ -51,7 +51,7 @@ OF_FILES = (
 
 def trained_and_loaded(draw: random.Random, folder: Path) -> bool:
     """Whether the drawn arguments make a network; if so, its file gives the same output."""
-    arch, algo = draw.choice(ARCHS), draw.choice(ALGOS)
+    arch, algo = draw.choice(ARCHS), draw.choice(list(ALGORITHMS))
     arguments = {name: draw.choice(VALUES[name]) for name in draw.sample(list(VALUES), draw.randint(0, 4))}
     arguments["algo"] = algo
     entry, musubi = draw.choice((networks.lora, networks.lycoris, networks.oft)), draw.random() < 0.5

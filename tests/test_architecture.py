@@ -12,33 +12,31 @@ import branches
 import imports as drawing
 import pytest
 
-from networks.args.table import ALGOS as ALGO_NAMES
-from networks.args.table import BY_NAME, TABLE
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "networks"
 API = PACKAGE / "api.py"
 
 # folder -> folders of ours that it may import
 ARROWS = {
-    "args": set(),
+    "records": set(),
+    "args": {"records"},
     "archs": set(),
     "tensors": set(),
-    "algos": {"tensors"},
+    "algos": {"records", "tensors"},
     "layers": {"algos", "tensors"},
-    "files": {"layers", "algos", "tensors", "archs"},
+    "files": {"layers", "algos", "records", "tensors", "archs"},
     "plan": {"files", "layers", "algos", "tensors", "archs", "args"},
     "network": {"plan", "files", "layers", "algos", "tensors", "archs", "args"},
     "hosts": {"network", "plan", "files", "args", "archs"},
     "models": {"plan", "files", "args", "archs"},
-    "cli": {"models", "hosts", "files", "args", "archs"},
+    "cli": {"models", "hosts", "files", "args", "archs", "records"},
     "": {"hosts"},
     "api": {"hosts", "network", "plan", "files", "archs", "args"},
 }
 TRAINER = ROOT / "kohya_trainer"
 TRAINER_ARROWS = {"data": set(), "drawing": set(), "families": {"data", "drawing"}}
 CORE_LIBRARIES = {"torch", "safetensors", "toml"}
-TORCHLESS = {"args", "archs"}
+TORCHLESS = {"records", "args", "archs"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -177,24 +175,6 @@ def test_a_circle_of_imports_is_found() -> None:
 def test_no_script_hides_a_standard_module() -> None:
     for file in (ROOT / "scripts").glob("*.py"):
         assert file.stem not in sys.stdlib_module_names
-
-
-def test_the_argument_table_knows_the_algorithms() -> None:
-    """args may not import algos, so the names stand twice; here they are held together."""
-    from networks.algos import ALGOS
-
-    assert tuple(ALGOS) == ALGO_NAMES
-    for algo, cls in ALGOS.items():
-        for option in cls.options | cls.features:
-            arg = BY_NAME[option]
-            assert arg.algos is None or algo in arg.algos, f"{option} is taken by {algo} but refused by the parser"
-    for arg in TABLE:
-        for algo in arg.algos or ():
-            assert arg.name in ALGOS[algo].options | ALGOS[algo].features, (
-                f"{arg.name} is promised for {algo}, which does not take it"
-            )
-    names = [name for arg in TABLE for name in arg.names]
-    assert len(names) == len(set(names))
 
 
 def test_a_host_module_of_the_same_package_still_imports(tmp_path: Path) -> None:

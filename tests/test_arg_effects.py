@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from registry import ALGORITHMS
 from tiny_parts import draw, randomise, sd_unet, text_encoder
 from toy_models import signal, toy
 
@@ -17,8 +18,6 @@ from networks.args.table import TABLE
 FLUX_KINDS = [name for name, _ in next(arch for arch in ARCHS if arch.name == "flux").layer_dims]
 SD3_KINDS = [name for name, _ in next(arch for arch in ARCHS if arch.name == "sd3").layer_dims]
 CONV = {"conv_dim": "2"}
-TLORA = {"algo": "tlora"}
-LOKR = {"algo": "lokr", "factor": "2"}
 # argument -> (arguments on both sides, the argument's value)
 EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "algo": ({}, "loha"),
@@ -31,15 +30,6 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
     "use_scalar": ({}, "True"),
     "init": ({}, "orthogonal"),
     "init_seed": ({}, "7"),
-    "factor": ({"algo": "lokr"}, "2"),
-    "decompose_both": ({"algo": "lokr", "network_reg_dims": ".*=1"}, "True"),
-    "full_matrix": ({**LOKR, "network_reg_dims": ".*=2"}, "True"),
-    "unbalanced_factorization": (LOKR, "True"),
-    "block_size": ({"algo": "dylora"}, "2"),
-    "sig_type": (TLORA, "last"),
-    "use_data_init": (TLORA, "False"),
-    "min_rank": (TLORA, "4"),
-    "alpha_rank_scale": (TLORA, "8"),
     "dropout": ({}, "0.5"),
     "rank_dropout": ({}, "0.5"),
     "rank_dropout_scale": ({"rank_dropout": "0.5"}, "False"),
@@ -57,14 +47,15 @@ EFFECTS: dict[str, tuple[dict[str, str], str]] = {
 }
 EFFECTS |= {
     "use_dora": ({}, "True"),
-    "constraint": ({"algo": "diag-oft"}, "0.001"),
-    "rescaled": ({"algo": "boft"}, "True"),
-    "dim_is_count": ({"algo": "diag-oft", "network_reg_dims": ".*=2"}, "True"),
-    "train_on_input": ({"algo": "ia3"}, "True"),
     "enable_conv": ({}, "True"),
     "train_norm": ({}, "True"),
     "enable_all_linear": ({}, "False"),
     "wd_on_output": ({"use_dora": "True"}, "False"),
+}
+EFFECTS |= {
+    name: ({"algo": algo, **others}, value)
+    for algo, data in ALGORITHMS.items()
+    for name, (others, value) in data.effects.items()
 }
 DIMS = {"block_dims": ",".join(["4"] * 25)}
 CONV_DIMS = {**DIMS, "conv_block_dims": ",".join(["2"] * 25)}
@@ -168,7 +159,12 @@ def test_effect(name: str) -> None:
 
 def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
     others = AFTER_A_STEP | AFTER_A_CAST | WATCHING | IN_FILES | IN_LOADING | IN_THE_FORM | BETWEEN_NETWORKS
-    assert EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others == {arg.name for arg in TABLE}
+    tried, rows = EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others, {arg.name for arg in TABLE}
+    assert not rows - tried, (
+        f"{sorted(rows - tried)}: say with which value something changes, in EFFECTS or as effects of its algorithm "
+        "in tests/registry.py"
+    )
+    assert not tried - rows, f"{sorted(tried - rows)} are no rows of the table"
     with caplog.at_level(logging.INFO, logger="networks"):
         networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")
     assert "attn1.to_q" in caplog.text and "unknown argument foo" in caplog.text

@@ -10,6 +10,7 @@ import pytest
 
 from networks.archs import ARCHS
 from networks.archs.render import owners
+from networks.args.coerce import coerce
 from networks.args.parse import NetArgs, Problems, parse
 from networks.args.render import markdown
 from networks.args.table import TABLE
@@ -136,7 +137,7 @@ def test_none_is_an_empty_list_or_mapping() -> None:
 def test_every_argument_accepts_its_own_default() -> None:
     for arg in TABLE:
         if arg.default is not None:
-            assert arg.coerce(arg.default) == arg.default
+            assert coerce(arg, arg.default) == arg.default
             assert arg.is_neutral(arg.default)
 
 

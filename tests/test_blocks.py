@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_numeric import FOR_LINEARS
+from registry import data_of
 from tiny_parts import sd_unet, sdxl_unet, text_encoder
 from toy_models import signal, toy
 
@@ -169,10 +170,10 @@ def test_train_save_load(arch: str, algo: str, tmp_path: Path) -> None:
     entry = importlib.import_module(f"networks.{SPECS[arch].entry}")
     encoders, denoiser = models(arch, blocks=1)
     network = entry.create_network(
-        1.0, 98 if algo == "boft" else 4, 2, None, encoders, denoiser, neuron_dropout=None, algo=algo
+        1.0, max(4, data_of(algo).least_dim), 2, None, encoders, denoiser, neuron_dropout=None, algo=algo
     )
     network.apply_to(encoders, denoiser, True, True)
-    rate = 1e-6 if algo == "boft" else 1e-5  # its toy blocks are as wide as the layers
+    rate = 1e-5 * data_of(algo).rate
     groups, texts = network.prepare_optimizer_params_with_multiple_te_lrs([rate], 2 * rate, rate)
     assert len(groups) == len(texts)
     optimizer = torch.optim.AdamW(groups)

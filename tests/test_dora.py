@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers_numeric import (
-    DENSE,
     KINDS,
     MULTIPLIER,
-    STEADY,
     assert_close,
+    delta_of,
     learn_lengths,
     make_input,
     make_layer,
@@ -23,6 +22,7 @@ from helpers_numeric import (
     with_weight,
 )
 from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
+from registry import data_of
 from tiny_parts import draw, sd_unet
 from tiny_parts import randomise as randomise_network
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from networks.layers.site import Site
 from networks.tensors.geometry import Geometry
 
 SIDES = ("output", "input")
-DORA = [algo for algo, cls in ALGOS.items() if "use_dora" in cls.features]
+DORA = [algo for algo, cls in ALGOS.items() if "use_dora" in cls.spec.features]
 OPTIONS: list[dict[str, Any]] = [{}, {"use_tucker": True}, {"use_scalar": True}]
 
 
@@ -61,7 +61,7 @@ def definition(layer: AdaptedLayer, W: Tensor, m: float) -> Tensor:
     """W + m ((W + s dW) g / n - W), from the file's tensors, n by torch's own norm."""
     adapter = layer.adapter
     scalar = 1.0 if adapter.scalar is None else adapter.scalar
-    whole = W + DENSE[adapter.algo](named_tensors(adapter, W), tuple(W.shape)) * scalar * layer.scale
+    whole = W + delta_of(adapter)(named_tensors(adapter, W), tuple(W.shape)) * scalar * layer.scale
     rows = whole.flatten(1) if layer.on_output else whole.transpose(0, 1).flatten(1)
     norms = torch.stack([row.norm() for row in rows]).detach()
     ratio = (layer.magnitude.flatten() / norms).reshape(layer.magnitude.shape)
@@ -74,7 +74,7 @@ CASES = [(kind, {}) for kind in KINDS] + [("conv_3x3", options) for options in O
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(
     ("kind", "options", "algo"),
-    [(*case, algo) for case in CASES for algo in DORA if case[1].keys() <= ALGOS[algo].options],
+    [(*case, algo) for case in CASES for algo in DORA if case[1].keys() <= ALGOS[algo].spec.options],
     ids=str,
 )
 def test_forward_merge_and_file_are_the_definition(kind: str, options: dict[str, Any], algo: str, side: str) -> None:
@@ -308,7 +308,7 @@ def network(**kwargs: str) -> tuple[Any, nn.Module]:
 @pytest.mark.parametrize("algo", DORA)
 @pytest.mark.parametrize("side", ["True", "False"])
 def test_files_load_with_and_without_the_arguments(algo: str, side: str, tmp_path: Path) -> None:
-    steady = {name: str(value) for name, value in STEADY.get(algo, {}).items()}
+    steady = {name: str(value) for name, value in data_of(algo).steady.items()}
     made, unet = network(algo=algo, use_dora="True", wd_on_output=side, conv_dim="2", **steady)
     randomise_network(made)
     wanted = draw(unet).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 from helpers_numeric import (
     ALPHA,
-    DENSE,
     FACTORED,
     FORMS,
     KINDS,
@@ -18,6 +18,7 @@ from helpers_numeric import (
     Case,
     Zoo,
     assert_close,
+    delta_of,
     forced,
     layers_of,
     make_input,
@@ -27,6 +28,7 @@ from helpers_numeric import (
     options_for,
     randomise,
 )
+from registry import data_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,13 +43,6 @@ from networks.tensors.geometry import Geometry
 every_algo = pytest.mark.parametrize("algo", list(FACTORED))
 every_dropout = pytest.mark.parametrize("dropout", ("dropout", "rank_dropout", "module_dropout"))
 P = 0.3
-# The axis of the rank index that a rank mask weighs, in one tensor of a product: (keys, axis flat, axis Tucker).
-RANK_INDEX = dict.fromkeys(("lora", "dylora", "lora_fa"), (("lora_up.weight",), 1, 1)) | {
-    "loha": (("hada_w1_a",), 1, 0),
-    "lokr": (("lokr_w2_a",), 1, 0),
-    "tlora": (("lambda_layer", "lam0"), 1, 1),
-}
-TWO_RANKS = {"glora": (("a2.weight", 0), ("b1.weight", 1))}  # (key, axis) for each half of the mask
 
 
 @pytest.fixture(autouse=True)
@@ -90,16 +85,14 @@ def test_a_rank_mask_weighs_the_rank_indices(algo: str, options: dict[str, bool]
     adapter = layer.acting
     tensors = {key: t.detach() for key, t in named_tensors(adapter, layer.base.weight).items()}
     mask = torch.tensor([0.0, 1.5, 0.0, 2.0, 0.5, 0.0, 1.0, 0.0], dtype=torch.float64)[: adapter.mask_size]
-    if algo in TWO_RANKS:
-        places = [(*place, part) for place, part in zip(TWO_RANKS[algo], mask.chunk(2), strict=True)]
-    else:
-        keys, flat, tucker = RANK_INDEX[algo]
-        places = [(key, tucker if adapter.chosen.get("use_tucker") else flat, mask) for key in keys]
-    for key, axis, part in places:
+    data, parts = data_of(algo), mask.chunk(adapter.mask_size // adapter.dim)
+    axes = data.rank_axes | (data.tucker_axes if adapter.chosen.get("use_tucker") else {})
+    assert axes, f"tests/registry.py: write rank_axes of {algo}"
+    for (key, axis), part in zip(axes.items(), itertools.cycle(parts), strict=False):
         shape = [1] * tensors[key].dim()
         shape[axis] = 4
         tensors[key] = tensors[key] * part.reshape(shape)
-    assert_close(adapter.delta(mask), DENSE[algo](tensors, adapter.geometry.weight_shape), algo)
+    assert_close(adapter.delta(mask), delta_of(adapter)(tensors, adapter.geometry.weight_shape), algo)
 
 
 @pytest.mark.parametrize(

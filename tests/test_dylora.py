@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import KINDS, assert_close, dense_lora, make_input, make_layer, randomise
+from helpers_numeric import KINDS, assert_close, make_input, make_layer, randomise
+from registry import dense_lora
 from tiny_parts import draw, sd_unet
 from tiny_parts import randomise as randomise_network
 from torch import Tensor

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_numeric import FOR_LINEARS
+from registry import data_of as algorithm_data
 from registry_archs import SPECS, data_of
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def model_of(arch: str) -> nn.Module:
 
 
 def create(arch: str, model: nn.Module, **kwargs: str) -> Any:
-    dim = 98 if kwargs.get("algo") == "boft" else 2  # its blocks must divide every width
+    dim = max(2, algorithm_data(kwargs.get("algo", "lora")).least_dim)
     if data_of(arch).host == "musubi":
         network = networks.lora.create_arch_network(1.0, dim, 1, None, None, model, neuron_dropout=None, **kwargs)
         network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
@@ -68,8 +69,8 @@ def test_created_trained_saved_loaded(arch: str, tmp_path: Path) -> None:
         again = create(arch, model, **kwargs)
         assert not again.load_weights(file).missing
         again.eval()
-        # T-LoRA divides its factors anew into directions and lengths, so fp32 rounds again (float64: test_reparam).
-        near = {"rtol": 1e-4, "atol": 1e-4} if name == "tlora" else {}
+        error = algorithm_data(kwargs.get("algo", "lora")).reloaded
+        near = {"rtol": error, "atol": error} if error else {}
         torch.testing.assert_close(model(signal()), wanted, **near, msg=lambda m, n=name: f"{n}, loaded: {m}")
         again.detach()
         tensors = load_file(file)

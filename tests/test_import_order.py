@@ -197,7 +197,7 @@ for name in inner:
         assert kind is None or pickle.loads(pickle.dumps(kind)) is kind
 print(json.dumps(found))
 """
-INNER = ("args.spec", "_version", "hosts.beside", "host_only")
+INNER = ("args.table", "_version", "hosts.beside", "host_only")
 
 
 @pytest.mark.parametrize("order", ("networks,kohya_networks", "kohya_networks,networks", "kohya_networks"))
@@ -220,7 +220,7 @@ import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 import networks
 sys.path.append(sys.argv[1])  # late, as musubi-tuner does
-import networks.host_only, networks.args.spec, networks.cli.command_line, kohya_networks.args.spec
+import networks.host_only, networks.records.spec, networks.cli.command_line, kohya_networks.records.spec
 import importlib
 for name in ("networks.host_only", "networks.missing"):
     try:

@@ -31,7 +31,9 @@ from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
 from networks.tensors.seeding import seed_of, seeded
 
-ORTHOGONAL = ("lora", "lokr", "dylora", "lora_fa", "glora")
+ORTHOGONAL = [
+    algo for algo, cls in ALGOS.items() if "init" in cls.spec.features and "orthogonal" not in cls.spec.no_starts
+]
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +182,7 @@ def pissa_layer(
     layer.attach()
     with torch.no_grad():
         for name, p in layer.named_parameters():
-            if moved and name.rpartition(".")[2] not in adapter.frozen:
+            if moved and name.rpartition(".")[2] not in adapter.spec.frozen:
                 p.add_(torch.randn_like(p) * moved)
     return layer
 

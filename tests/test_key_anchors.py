@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from registry import ALGORITHMS
 from registry_archs import SPECS, data_of
 from toy_models import toy
 
 import networks.lora
 from networks.files import codec
 
-# arguments -> suffix -> shape, with every layer's O and I; dim 4, LoKr with factor 8
-FORMS: dict[str, tuple[dict[str, str], dict[str, tuple[Any, ...]]]] = {
-    "lora": ({}, {"lora_down.weight": (4, "I"), "lora_up.weight": ("O", 4)}),
-    "tlora": ({"algo": "tlora"}, {"lora_down.weight": (8, "I"), "lora_up.weight": ("O", 8)}),
-    "loha": (
-        {"algo": "loha"},
-        {"hada_w1_a": ("O", 4), "hada_w1_b": (4, "I"), "hada_w2_a": ("O", 4), "hada_w2_b": (4, "I")},
-    ),
-    "lokr": (
-        {"algo": "lokr", "factor": "8"},
-        {"lokr_w1": (8, 8), "lokr_w2_a": ("O/8", 4), "lokr_w2_b": (4, "I/8")},
-    ),
-    "lokr, full": (
-        {"algo": "lokr", "factor": "8", "full_matrix": "True"},
-        {"lokr_w1": (8, 8), "lokr_w2": ("O/8", "I/8")},
-    ),
-    "glora": (
-        {"algo": "glora"}, {"a1.weight": ("I", 4), "a2.weight": (4, "I"), "b1.weight": ("O", 4), "b2.weight": (4, "I")}
-    ),
-    "diag-oft": ({"algo": "diag-oft"}, {"oft_blocks": ("O/4", 4, 4)}),
-    "oft with a number of blocks": ({"algo": "diag-oft", "dim_is_count": "True"}, {"oft_blocks": (4, "O/4", "O/4")}),
-    "ia3": ({"algo": "ia3"}, {"weight": ("O",), "on_input": ()}),
-    "oft on the input side": (
-        {"algo": "diag-oft", "dim_is_count": "True", "train_on_input": "True"},
-        {"oft_R.weight": (4, "above the diagonal")},
-    ),
-    "ia3 on the input side": ({"algo": "ia3", "train_on_input": "True"}, {"weight": ("I",), "on_input": ()}),
-    "lora, DoRA": (
-        {"use_dora": "True"},
-        {"lora_down.weight": (4, "I"), "lora_up.weight": ("O", 4), "dora_scale": ("O", 1)},
-    ),
-    "lokr, DoRA on the input side": (
-        {"algo": "lokr", "factor": "8", "use_dora": "True", "wd_on_output": "False"},
-        {"lokr_w1": (8, 8), "lokr_w2_a": ("O/8", 4), "lokr_w2_b": (4, "I/8"), "dora_scale": (1, "I")},
-    ),
-}  # fmt: skip
+# name -> arguments, suffix -> shape with every layer's O and I, alpha; dim 4
+FORMS = {
+    " ".join([algo, *(f"{name}={value}" for name, value in arguments.items())]): ({"algo": algo, **arguments}, *rest)
+    for algo, data in ALGORITHMS.items()
+    for arguments, *rest in data.files
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("arch", SPECS)
 def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
-    anchor, (kwargs, wanted) = data_of(arch).anchor, FORMS[form]
+    anchor, (kwargs, wanted, alpha) = data_of(arch).anchor, FORMS[form]
     dotted, saved, O, I = anchor.dotted_name, anchor.saved_name, anchor.O, anchor.I
     spec = SPECS[arch]
     with torch.device("meta"):
@@ -64,13 +33,10 @@ def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
     sizes["above the diagonal"] = (I // 4) * (I // 4 - 1) // 2
     expected = {f"{saved}.{k}": tuple(sizes.get(n, n) for n in shape) for k, shape in wanted.items()}
     tensors = codec.encode(network.adapted_layers)
-    if form == "oft on the input side":  # sd-scripts' networks.oft_v2 has no alpha
-        assert {key: tuple(t.shape) for key, t in tensors.items()} == expected
-        return
-    assert {key: tuple(t.shape) for key, t in tensors.items()} == {**expected, f"{saved}.alpha": ()}
-    alphas = {"lokr, full": 4, "ia3": 4, "ia3 on the input side": 4, "tlora": 6}
-    alpha = tensors[f"{saved}.alpha"]
-    assert float(alpha) == (0 if "oft" in form else alphas.get(form, 3)) and alpha.dtype == torch.float32
+    if alpha is not None:
+        assert float(tensors[f"{saved}.alpha"]) == alpha and tensors[f"{saved}.alpha"].dtype == torch.float32
+        expected[f"{saved}.alpha"] = ()
+    assert {key: tuple(t.shape) for key, t in tensors.items()} == expected
 
 
 SPLIT = {

@@ -138,7 +138,7 @@ def test_same_numbers_as_lycoris(arguments: dict[str, str], preset: str) -> None
             own = dict(modules[name].named_parameters())
             assert len(own) == len(list(layer.adapter.named_parameters()))
             for short, p in layer.adapter.named_parameters():
-                own["scalar" if short == "scalar" else layer.adapter.keys[short]].copy_(p)
+                own["scalar" if short == "scalar" else layer.adapter.spec.keys[short]].copy_(p)
         expected = draw(their_unet)
         torch.testing.assert_close(draw(ours_unet), expected)
         assert not torch.allclose(draw(sd_unet()), expected, atol=1e-3)
@@ -305,7 +305,7 @@ def test_a_file_decides_over_the_preset(tmp_path: Path) -> None:
 @pytest.mark.parametrize("algo", ALGOS)
 def test_loraplus_has_a_factor_to_act_on_or_says_so(algo: str) -> None:
     arguments = {"algo": algo, "preset": "attn-mlp", "loraplus_lr_ratio": "4"}
-    if not ALGOS[algo].plus:
+    if not ALGOS[algo].spec.plus:
         with pytest.raises(ValueError, match=f"loraplus_lr_ratio has no effect with {algo}: such layers have no pair"):
             networks.lycoris.create_network(1.0, 16, 1, None, None, sd_unet(), **arguments)
         return
@@ -313,7 +313,7 @@ def test_loraplus_has_a_factor_to_act_on_or_says_so(algo: str) -> None:
     network.apply_to(None, sd_unet(), False, True)
     groups, _ = network.prepare_optimizer_params(None, 1e-3)
     names = {name for layer in network.adapted_layers for name in layer.adapter.record.shapes}
-    only_plus = names <= ALGOS[algo].plus | ALGOS[algo].frozen  # of lora_fa the up factor
+    only_plus = names <= ALGOS[algo].spec.plus | ALGOS[algo].spec.frozen  # of lora_fa the up factor
     assert {group["lr"] for group in groups} == ({4e-3} if only_plus else {4e-3, 1e-3})
 
 

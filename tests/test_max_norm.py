@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import Case, cases, dense_update, learn_lengths, make_input, make_layer, randomise
+from helpers_numeric import FOR_LINEARS, Case, cases, dense_update, learn_lengths, make_input, make_layer, randomise
+from registry import data_of
 from torch import Tensor, nn
 
 from networks.algos import ALGOS, make_adapter
@@ -82,7 +83,7 @@ def test_a_start_from_the_base_weight(sizes: tuple[int, ...], moved: float) -> N
 
 
 @pytest.mark.parametrize("plus", (1.0, 8.0))
-@pytest.mark.parametrize("algo", ("lora", "loha", "lokr", "glora", "tlora", "lora_fa", "dylora"))
+@pytest.mark.parametrize("algo", [algo for algo, cls in ALGOS.items() if "use_dora" in cls.spec.features])
 def test_with_a_unit_and_magnitudes_of_its_own(algo: str, plus: float) -> None:
     """LoRA+ in the parametrisation; lengths are no part of the norm, and stay."""
     base = make_layer("linear")
@@ -101,9 +102,9 @@ def test_with_a_unit_and_magnitudes_of_its_own(algo: str, plus: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-@pytest.mark.parametrize("algo", ("lora", "lokr", "full", "tlora", "diag-oft", "boft", "ia3"))
+@pytest.mark.parametrize("algo", FOR_LINEARS)
 def test_other_dtypes_never_stay_above(algo: str, dtype: torch.dtype) -> None:
-    layer = adapted(Case(algo, dim=110 if algo == "boft" else 4), "linear", torch.float32)
+    layer = adapted(Case(algo, dim=max(4, data_of(algo).least_dim)), "linear", torch.float32)
     layer.to(dtype)
     limit = true_norm(layer) * 0.3
     _, _, largest = limit_norms([layer], limit)
@@ -133,7 +134,7 @@ def test_one_wait_for_the_device_where_the_ratio_is_exact(dtype: torch.dtype, mo
     layers = [adapted(Case(algo), kind, dtype) for algo in algos for kind in ("linear", "conv_3x3")]
     seen = []
     monkeypatch.setattr(
-        "networks.layers.max_norm.update_norm", lambda layer: seen.append(layer.adapter.algo) or update_norm(layer)
+        "networks.layers.max_norm.update_norm", lambda layer: seen.append(layer.adapter.spec.name) or update_norm(layer)
     )
     assert limit_norms(layers, min(map(true_norm, layers)) / 2)[0] == len(layers)
     assert len(seen) == 2 * len(layers)

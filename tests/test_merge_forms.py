@@ -346,7 +346,9 @@ def test_tensors_are_read_without_parsing_the_header_again(tmp_path: Path, monke
     assert torch.equal(checkpoint.tensor("1"), tensors["1"])
 
 
-ALIVE = [(algo, dora) for algo in ALGOS for dora in (False, True) if not dora or "use_dora" in ALGOS[algo].features]
+ALIVE = [
+    (algo, dora) for algo in ALGOS for dora in (False, True) if not dora or "use_dora" in ALGOS[algo].spec.features
+]
 
 
 @pytest.mark.parametrize(("algo", "dora"), ALIVE)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import assert_close, dense_glora, dense_loha, dense_lokr, dense_lora
+from helpers_numeric import assert_close
+from registry import dense_glora, dense_loha, dense_lokr, dense_lora
 from safetensors.torch import load_file, save_file
 from test_oft_entries import rotated
 from tiny_parts import randomise, sd_unet, sdxl_unet, text_encoder

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_numeric import assert_close
+from helpers_numeric import assert_close, definition
 from quantised_layers import FORMS, IN, OUT, bits, quantised
-from test_reweight import definition
+from registry import data_of
 from torch import Tensor, nn
 
-from networks.algos import ALGOS
+from networks.algos import ALGOS, Multiplicative
 from networks.files import codec
 from networks.files.merge import merged_weight
 from networks.layers.adapted import AdaptedLayer
@@ -30,6 +30,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3_input": ("ia3", {"train_on_input": True}),
     "full": ("full", {}),
 }
+_HERE = {algo for algo, _ in CASES.values()}
+CASES |= {algo: (algo, {}) for algo, cls in ALGOS.items() if issubclass(cls, Multiplicative) and algo not in _HERE}
 every_form = pytest.mark.parametrize("form", FORMS)
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -52,8 +54,7 @@ def adapted(base: nn.Module, case: str, std: float = 0.1) -> AdaptedLayer:
 def changed(layer: AdaptedLayer, W: Tensor) -> Tensor:
     """W' in float64 by the definition."""
     adapter = copy.deepcopy(layer.adapter).double()
-    twin = AdaptedLayer("x", nn.Identity(), adapter, 1.0)
-    new = W + adapter.diff if adapter.algo == "full" else definition(twin, W)
+    new = definition(adapter, W)
     return (W + 0.7 * (new - W)).detach()
 
 
@@ -80,11 +81,11 @@ def test_training_on_it_is_training_on_the_dequantised_weight(
     wide = copy.deepcopy(layer)
     wide.double()
     bias = base.bias.to(torch.float32).double()
-    if case == "full":
-        bias = bias + 0.7 * wide.adapter.diff_b
+    if (change := wide.adapter.bias_change()) is not None:
+        bias = bias + 0.7 * change
     own = x.double().requires_grad_()
     values = list(wide.adapter.parameters())
-    new = W + wide.adapter.diff if case == "full" else definition(wide, W)
+    new = definition(wide.adapter, W)
     wanted = own @ (W + 0.7 * (new - W)).T + bias
     gradients = torch.autograd.grad((wanted * probe.double()).sum(), (own, *values))
     monkeypatch.setattr(base_weight, "read", lambda *args: pytest.fail("the weight was decoded"))
@@ -96,10 +97,10 @@ def test_training_on_it_is_training_on_the_dequantised_weight(
     (y * probe.to(y.dtype)).sum().backward()
     assert_close(y.double().detach(), wanted.detach(), "output", tolerances(form))
     assert_close(inputs.grad.double(), gradients[0], "gradient of the input", tolerances(form))
-    stages = 2 if case == "boft" else 1  # five of them in a row, each rounded to the dtype of the activations
+    rounding = data_of(layer.adapter.spec.name).rounding
     for p, theirs in zip(layer.adapter.parameters(), gradients[1:], strict=True):
         assert p.grad is not None
-        assert_close(p.grad.double(), theirs, "gradient of the adapter", stages * tolerances(form))
+        assert_close(p.grad.double(), theirs, "gradient of the adapter", rounding * tolerances(form))
     assert bits(base) == before and all(p.grad is None for p in base.parameters())
 
 

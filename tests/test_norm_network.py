@@ -340,7 +340,7 @@ def test_same_numbers_as_lycoris(tmp_path: Path) -> None:
         for _, layer in ours.layers:
             own = dict(modules[layer.lora_name].named_parameters())
             for short, p in layer.adapter.named_parameters():
-                own[layer.adapter.keys[short]].copy_(p)
+                own[layer.adapter.spec.keys[short]].copy_(p)
     torch.testing.assert_close(draw(ours_unet), draw(their_unet))
     ours.save_weights(str(tmp_path / "ours.safetensors"), None, {})
     theirs.save_weights(str(tmp_path / "theirs.safetensors"), None, {})

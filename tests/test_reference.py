@@ -7,6 +7,7 @@ with `test_known_wrong`, asserted to be wrong in just that way: it fails when th
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch
 from helpers_numeric import (
     ALPHA,
     DIM,
-    FACTORED,
     KINDS,
     MULTIPLIER,
     Case,
@@ -30,10 +30,9 @@ from helpers_numeric import (
 )
 from lycoris.functional.general import factorization as lycoris_factorization
 from lycoris.modules.glora import GLoRAModule
-from lycoris.modules.locon import LoConModule
-from lycoris.modules.loha import LohaModule
-from lycoris.modules.lokr import LokrModule
+from lycoris.wrapper import network_module_dict
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from registry import ALGORITHMS, data_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,7 +44,13 @@ from networks.tensors.factor import factorization
 
 pytestmark = pytest.mark.reference
 
-LYCORIS = {"lora": LoConModule, "loha": LohaModule, "lokr": LokrModule, "glora": GLoRAModule}
+
+def _class(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+LYCORIS = {algo: _class(data.lycoris) for algo, data in ALGORITHMS.items() if data.lycoris}
 LYCORIS_CASES = [case for case in cases() if case.algo in LYCORIS]
 # LyCORIS and PEFT pad with zeros whatever the padding_mode says: test_known_wrong_padding_mode.
 PADDED = ("conv_reflect", "conv_same_circular")
@@ -66,7 +71,7 @@ def lycoris_twin(case: Case, base: nn.Module, layer: AdaptedLayer, bypass: bool 
         "twin", base, MULTIPLIER, case.dim, ALPHA, bypass_mode=bypass, rs_lora=case.rs_lora, **case.options
     ).double()
     theirs, ours = dict(module.named_parameters()), layer.adapter
-    names = {name: "scalar" if name == "scalar" else ours.keys[name] for name, _ in ours.named_parameters()}
+    names = {name: "scalar" if name == "scalar" else ours.spec.keys[name] for name, _ in ours.named_parameters()}
     assert theirs.keys() == set(names.values()), "the same parameters under the same names"
     with torch.no_grad():
         for name, p in ours.named_parameters():
@@ -107,7 +112,9 @@ def test_lycoris_forward_and_gradients(case: Case) -> None:
         module = lycoris_twin(case, twin.get_submodule(kind), layer)
         module.apply_to()
         named = dict(module.named_parameters())
-        theirs = {n: named["scalar" if n == "scalar" else layer.adapter.keys[n]] for n in layer.adapter.record.shapes}
+        theirs = {
+            n: named["scalar" if n == "scalar" else layer.adapter.spec.keys[n]] for n in layer.adapter.record.shapes
+        }
         if layer.adapter.record.rank is None:
             assert module.scale == 1.0
         compare(model.get_submodule(kind), twin.get_submodule(kind), make_input(kind), layer, theirs)
@@ -119,7 +126,7 @@ def test_lycoris_forward_and_gradients(case: Case) -> None:
         (algo, {name: True for name in names})
         for algo in LYCORIS
         for names in ((), ("use_scalar",), ("use_tucker",))
-        if ALGOS[algo].options.issuperset(names)
+        if ALGOS[algo].spec.options.issuperset(names)
     ],
     ids=str,
 )
@@ -274,9 +281,11 @@ PEFT_CASES = [
 
 def peft_parameters(layer: nn.Module, adapter: Any) -> dict[str, Tensor]:
     """Our parameter name -> PEFT's parameter."""
-    if adapter.algo == "lora":
+    if adapter.spec.name == "lora":
         return {"down": layer.lora_A["default"].weight, "up": layer.lora_B["default"].weight}
-    return {name: getattr(layer, key)["default"] for name, key in adapter.keys.items() if name in adapter.record.shapes}
+    return {
+        name: getattr(layer, key)["default"] for name, key in adapter.spec.keys.items() if name in adapter.record.shapes
+    }
 
 
 def peft_twin(config: Any, model: nn.Module, network: Any) -> dict[str, dict[str, Tensor]]:
@@ -446,8 +455,7 @@ def test_known_wrong_peft_lora_on_a_dilated_convolution() -> None:
         twin.conv_strided_dilated(make_input("conv_strided_dilated"))
 
 
-def test_every_registered_algorithm_is_compared() -> None:
-    """A new algorithm which LyCORIS has too belongs into the table LYCORIS; one that it lacks, into `absent`."""
-    # Its DyLoRA scales by the block, not by the rank; it has no LoRA-FA; for T-LoRA see test_tlora.py.
-    absent = {"dylora", "lora_fa", "tlora"}
-    assert FACTORED.keys() - LYCORIS.keys() - absent == set()
+def test_what_lycoris_has_too_is_compared() -> None:
+    both = ALGOS.keys() & network_module_dict.keys()
+    missing = {algo for algo in both if not (data_of(algo).lycoris or data_of(algo).unlike_lycoris)}
+    assert not missing, f"tests/registry.py: name the class of LyCORIS for {missing}, or why it is unlike"

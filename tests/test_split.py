@@ -28,7 +28,7 @@ from networks.layers.site import Site
 from networks.tensors.geometry import Geometry
 
 SPECS = {spec.name: spec for spec in ARCHS}
-SPLIT = [algo for algo, cls in ALGOS.items() if "split_qkv" in cls.features and algo in FACTORED]
+SPLIT = [algo for algo, cls in ALGOS.items() if "split_qkv" in cls.spec.features and algo in FACTORED]
 SIZES = (48, 24, 24)
 # The fused layer's rows in modules of their own, one of them with its halves swapped.
 PIECES: tuple[tuple[tuple[int, int], ...], ...] = (((0, 48),), ((60, 72), (48, 60)), ((72, 96),))

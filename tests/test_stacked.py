@@ -12,7 +12,7 @@ import torch
 from helpers_numeric import FOR_LINEARS, assert_close, learn_lengths, options_for, randomise
 from torch import Tensor, nn
 
-from networks.algos import ALGOS, Additive
+from networks.algos import ALGOS, Additive, Multiplicative
 from networks.layers.adapted import AdaptedLayer
 from networks.layers.runtime import Runtime
 from networks.layers.site import Site
@@ -158,7 +158,7 @@ def test_a_network_that_is_switched_off_hides_none_below_it(top: Member) -> None
             assert_close(applied - before, base(x) - before, f"full < off < {top}")
 
 
-@pytest.mark.parametrize("top", [m for m in MEMBERS if m.algo in ("diag-oft", "boft", "ia3")], ids=str)
+@pytest.mark.parametrize("top", [m for m in MEMBERS if issubclass(ALGOS[m.algo], Multiplicative)], ids=str)
 def test_one_multiplier_per_sample_below(top: Member) -> None:
     base, x = frozen(nn.Linear(IN, OUT)), torch.randn(2, 3, IN, dtype=torch.float64)
     values = torch.tensor([0.5, -1.0], dtype=torch.float64)

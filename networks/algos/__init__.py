@@ -1,38 +1,49 @@
-"""The algorithms: one file of mathematics each, in two families. Order = order of detection in a file."""
+"""The algorithms: one file of mathematics each, in two families, with its record (`records`) as `spec`.
+
+A file here with a class that has a `spec` of its own is all that it takes: the registry is the folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 
+from ..records import ALGORITHMS, AlgoSpec
 from .additive import Additive
 from .base import Adapter
-from .boft import BOFT
-from .dylora import DyLoRA
-from .full import Full
-from .glora import GLoRA
-from .ia3 import IA3
-from .loha import LoHa
-from .lokr import LoKr
-from .lora import LoRA
-from .lora_fa import LoRAFA
 from .multiplicative import Multiplicative
-from .norm import Norm
-from .oft import DiagOFT
 from .parts import layout_of, make_adapter
 from .saved import Layout
-from .tlora import TLoRA
 
-ALGOS: dict[str, type[Adapter]] = {
-    cls.algo: cls for cls in (LoRA, LoHa, LoKr, DyLoRA, LoRAFA, GLoRA, TLoRA, Full, Norm, DiagOFT, BOFT, IA3)
-}
+
+def _classes() -> Iterator[type[Adapter]]:
+    for module in sorted(info.name for info in iter_modules(__path__)):
+        for value in vars(import_module(f".{module}", __name__)).values():
+            if isinstance(value, type) and issubclass(value, Adapter) and "spec" in vars(value):
+                yield value
+
+
+def _of(spec: AlgoSpec) -> type[Adapter]:
+    own = [cls for cls in _CLASSES if cls.spec is spec]
+    names = " and ".join(cls.__name__ for cls in own) or "none yet"
+    assert len(own) == 1, (
+        f"networks/records has an algorithm {spec.name}, which wants one class in a file of networks/algos with this "
+        f"record as its `spec`; it has {names}"
+    )
+    return own[0]
+
+
+_CLASSES = tuple(dict.fromkeys(_classes()))
+ALGOS: dict[str, type[Adapter]] = {name: _of(spec) for name, spec in ALGORITHMS.items()}
 
 
 def suited(algo: str, family: str) -> type[Adapter] | None:
     """The algorithm itself if it is for such layers, else the one that there is for them alone; None = no other."""
     own = ALGOS[algo]
-    if own.family == family:
+    if own.spec.family == family:
         return own
-    return next((cls for cls in ALGOS.values() if cls.family == family != Adapter.family), None)
+    return next((cls for cls in ALGOS.values() if cls.spec.family == family != AlgoSpec.family), None)
 
 
 def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:
@@ -42,7 +53,7 @@ def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:
         suffixes: names alone, or with their tensors, which tell apart what has the same names.
     """
     present = set(suffixes)
-    named = [cls for cls in ALGOS.values() if cls.recognises(present)]
+    named = [cls for cls in ALGOS.values() if cls.spec.recognises(present)]
     if isinstance(suffixes, Mapping):
         named = [cls for cls in named if cls.accepts(suffixes)]
     return named[0] if named else None

@@ -118,7 +118,7 @@ class Additive(Adapter):
 
     def rescale_(self, ratio: float | Tensor) -> None:
         """Multiply dW by `ratio`, in place and evenly over its factors."""
-        factors = [p for name, p in self.named_parameters() if name != "scalar" and name not in self.frozen]
+        factors = [p for name, p in self.named_parameters() if name != "scalar" and name not in self.spec.frozen]
         with torch.no_grad():
             for p in factors:
                 p.mul_(ratio ** (1 / len(factors)))

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..records import AlgoSpec
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import PassGate
 from ..tensors.products import Products
@@ -58,37 +59,7 @@ class Adapter(nn.Module):
         ValueError: the layer, the dim and the options do not go together.
     """
 
-    algo: ClassVar[str]
-    plus: ClassVar[frozenset[str]]  # parameters which LoRA+ (2402.12354) trains faster
-    keys: ClassVar[dict[str, str]]  # parameter -> suffix in a file
-    more_keys: ClassVar[frozenset[str]] = frozenset()  # suffixes of what else its files can have
-    required: ClassVar[tuple[frozenset[str], ...]]  # one of these sets of suffixes marks the algorithm
-    fold: ClassVar[tuple[str, ...]]  # the first of these that exists takes up the learnt scalar at save
-    saved_as: ClassVar[str] = ""  # the algorithm whose files these are, if it is not this one
-    bias_key: ClassVar[str] = ""  # suffix of the change of the layer's bias, where a file can have one
-    saves_alpha: ClassVar[bool] = True  # whether readers expect one
-    rank_shows: ClassVar[tuple[tuple[str, int], ...]] = ()  # (suffix, axis): the first that a file has is the rank
-    near_one: ClassVar[frozenset[str]] = frozenset()  # parameters that a file holds as factors near 1
-    peft_type: ClassVar[str] = ""  # in PEFT's adapter_config.json, where its files cannot be read alike without
-    peft_keys: ClassVar[Mapping[str, str]] = {}  # suffix in a file of PEFT -> what stands for it in that of any program
-
-    family: ClassVar[str] = Geometry.family  # of the layers that it is for
-    options: ClassVar[frozenset[str]]  # names of the keyword options that `layout` takes
-    # Arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv: adapters of the
-    # parts of a layer, stacked, are one of the same kind (`stack`).
-    features: ClassVar[frozenset[str]] = frozenset(
-        {"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"}
-    )
-    # Ways to start (`init`) which it has not, and why.
-    no_starts: ClassVar[Mapping[str, str]] = dict.fromkeys(("orthogonal", "pissa"), "it has start values of its own")
-    frozen: ClassVar[frozenset[str]] = frozenset()  # parameters without gradient and optimizer state
-    unsaved: ClassVar[frozenset[str]] = frozenset({"use_scalar"})  # options that do not show in a file
-    alpha_option: ClassVar[str] = ""  # the option which a file holds as alpha, where alpha is no strength
-    keeps_start: ClassVar[bool] = False  # beside values that come from the base weight, to subtract what they amount to
-    stepwise: ClassVar[bool] = False  # a training step uses other values than the rest: `begin` and `end`
-    timed: ClassVar[bool] = False  # it acts by the time of the denoising pass: its attribute `clock`
-    relative: ClassVar[bool] = False  # dW is a function of the base weight, which its norm needs
-
+    spec: AlgoSpec
     magnitudes: ClassVar[bool] = True  # whether magnitudes of DoRA can stand beside it in a file
 
     scalar: nn.Parameter | None
@@ -103,7 +74,7 @@ class Adapter(nn.Module):
         self.record = self.layout(geometry, dim, **self.chosen)
         self.register_parameter("scalar", None)
         for name, shape in self.record.shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in self.frozen))
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in self.spec.frozen))
         with torch.no_grad():
             self.reset_parameters()
 
@@ -138,7 +109,7 @@ class Adapter(nn.Module):
     @classmethod
     def splits(cls, options: Mapping[str, Any]) -> bool:
         """Whether adapters of the parts of a layer, each with these options, can stand for one on the whole."""
-        return "split_qkv" in cls.features
+        return "split_qkv" in cls.spec.features
 
     def members(self) -> list[Adapter]:
         """This adapter, and those that it is made of."""
@@ -164,14 +135,14 @@ class Adapter(nn.Module):
         as much. The layer's strength makes up for it."""
         with torch.no_grad():
             for name, p in self.named_parameters():
-                if name in self.plus:
+                if name in self.spec.plus:
                     p.mul_(self.plus_unit / unit)
         self.plus_unit = unit
 
     @property
     def plus_gain(self) -> float:
         """What the change of the weight lacks because of `plus_unit`, a factor."""
-        return float(self.plus_unit ** sum(name in self.plus for name in self.record.shapes))
+        return float(self.plus_unit ** sum(name in self.spec.plus for name in self.record.shapes))
 
     # -- the start
 
@@ -182,7 +153,7 @@ class Adapter(nn.Module):
     @classmethod
     def no_start(cls, init: str, options: Mapping[str, Any]) -> str:
         """Why this algorithm, with these options, has no such start values; "" if it has."""
-        return cls.no_starts.get(init, "")
+        return cls.spec.no_starts.get(init, "")
 
     def orthogonal_(self) -> None:
         """Every random factor of `reset_parameters` with orthonormal rows instead, or columns where they are fewer."""
@@ -197,7 +168,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: the algorithm has no such start, see `no_start`.
         """
-        raise ValueError(f"{self.algo} has no start of PiSSA: {self.no_start('pissa', self.chosen)}")
+        raise ValueError(f"{self.spec.name} has no start of PiSSA: {self.no_start('pissa', self.chosen)}")
 
     @property
     def wants_base(self) -> bool:
@@ -298,28 +269,9 @@ class Adapter(nn.Module):
     # -- files
 
     @classmethod
-    def form(cls) -> str:
-        """The algorithm whose saved keys it has."""
-        return cls.saved_as or cls.algo
-
-    @classmethod
-    def recognises(cls, suffixes: set[str]) -> bool:
-        return any(marks <= suffixes for marks in cls.required)
-
-    @classmethod
     def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
         """Whether tensors under its suffixes are its own, where several algorithms share the names."""
         return True
-
-    @classmethod
-    def knows(cls, suffix: str) -> bool:
-        """Whether its files have such tensors."""
-        return suffix in cls.keys.values() or suffix in cls.more_keys
-
-    @classmethod
-    def readers(cls, options: Mapping[str, Any]) -> str:
-        """What a user should know of the programs that read its files; "" where all of them do, and alike."""
-        return ""
 
     @classmethod
     def rows_of_parts(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
@@ -328,17 +280,12 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
-    def shown_rank(cls, tensors: Mapping[str, Tensor]) -> int | None:
-        """The rank that readers of these saved tensors divide alpha by; None if there is none."""
-        return next((tensors[suffix].shape[axis] for suffix, axis in cls.rank_shows if suffix in tensors), None)
-
-    @classmethod
     def with_scale(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """Saved tensors with the alpha for this scale; without a rank it goes into a factor, if there is one."""
-        rank = cls.shown_rank(tensors)
+        rank = cls.spec.shown_rank(tensors)
         if rank is not None:
             return {**tensors, "alpha": torch.tensor(scale * rank)}
-        factors = [cls.keys[name] for name in cls.fold if cls.keys[name] in tensors][:1]
+        factors = [cls.spec.keys[name] for name in cls.spec.fold if cls.spec.keys[name] in tensors][:1]
         return {**tensors, **{key: tensors[key].to(wide_dtype(tensors[key])) * scale for key in factors}}
 
     @classmethod
@@ -360,15 +307,20 @@ class Adapter(nn.Module):
         """What is taken for granted of a layer that programs write in several ways, for the log; "" if nothing is."""
         return ""
 
+    @property
+    def saves_alpha(self) -> bool:
+        """Whether its files have an alpha."""
+        return self.spec.saves_alpha
+
     def pack(self) -> dict[str, Tensor]:
         """Saved suffix -> tensor. The scalar goes into one factor: no reader knows it."""
         tensors = {name: p.detach() for name, p in self.named_parameters() if name != "scalar"}
         if self.plus_unit != 1:
-            tensors = {name: t * self.plus_unit if name in self.plus else t for name, t in tensors.items()}
+            tensors = {name: t * self.plus_unit if name in self.spec.plus else t for name, t in tensors.items()}
         if self.scalar is not None:
-            name = next(name for name in self.fold if name in tensors)
+            name = next(name for name in self.spec.fold if name in tensors)
             tensors[name] = tensors[name] * self.scalar.detach()
-        return {self.keys[name]: tensor for name, tensor in tensors.items()}
+        return {self.spec.keys[name]: tensor for name, tensor in tensors.items()}
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
@@ -410,7 +362,7 @@ class Adapter(nn.Module):
                 self.scalar.fill_(1.0)
 
     def _by_suffix(self) -> dict[str, nn.Parameter]:
-        return {self.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
+        return {self.spec.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -434,7 +386,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: no ranks of this form stand alone.
         """
-        raise ValueError(f"{cls.algo} has no ranks that could stand alone")
+        raise ValueError(f"{cls.spec.name} has no ranks that could stand alone")
 
     @classmethod
     def nearest(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
@@ -443,7 +395,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: it has not this algorithm's form.
         """
-        raise ValueError(f"the nearest update of a lower rank is no {cls.algo}")
+        raise ValueError(f"the nearest update of a lower rank is no {cls.spec.name}")
 
 
 def kaiming_(p: Tensor) -> None:

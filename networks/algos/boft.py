@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..records.boft import BOFT as SPEC
+from ..records.oft import CHANGE, RESCALE
 from ..tensors.geometry import Geometry
 from ..tensors.rotation import butterfly, butterfly_chain, rotation_less_identity
-from .oft import CHANGE, RESCALE, Rotation
+from .oft import Rotation
 from .saved import Layout
 
 
 class BOFT(Rotation):
-    algo = "boft"
-    options = frozenset({"constraint", "rescaled"})
-    proportional = False
+    spec = SPEC
 
     @classmethod
     def layout(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..records.dylora import DYLORA
 from ..tensors.geometry import Geometry
 from ..tensors.per_thread import PerThread
 from .lora import LoRA
@@ -31,14 +32,7 @@ class _Step:
 
 
 class DyLoRA(LoRA):
-    algo = "dylora"
-    saved_as = "lora"
-    options = frozenset({"block_size"})
-    unsaved = frozenset({"block_size"})
-    features = LoRA.features | {"save_dims"}
-    keeps_start = False
-    no_starts = {"pissa": "what has changed since the start has no nested ranks: its files could not be cut"}
-    stepwise = True
+    spec = DYLORA
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(geometry, dim, options)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..records.full import FULL
 from ..tensors.geometry import Geometry
 from ..tensors.low_rank import Gate
 from .additive import Additive
@@ -22,14 +23,7 @@ from .saved import Layout
 
 
 class Full(Additive):
-    algo = "full"
-    options = frozenset()
-    plus = frozenset()  # one factor is no pair
-    keys = {"diff": "diff", "diff_b": "diff_b"}
-    required = (frozenset({"diff"}),)
-    fold = ()
-    bias_key = "diff_b"
-    features = frozenset()  # lengths of its own would say nothing that diff cannot
+    spec = FULL
 
     diff: nn.Parameter
 

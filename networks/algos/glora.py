@@ -11,8 +11,6 @@ tokens. With it both terms are low-rank chains of the input, (W a1)(a2 x) + b1 (
 output as any other update: the base runs once, on its own input, and its bias counts once. W is read in whatever form
 it is stored and not kept (layers.site); its own dtype is good enough for W a1 in half precision.
 
-LoRA+: the plus factors are a1 and b1, which lead out of the rank, as up does.
-
 Parameters (saved as a1.weight, a2.weight, b1.weight, b2.weight; LyCORIS' layout since 2024)
     a1  [I, R, 1...]                                start: uniform 1 / sqrt(fan in)
     a2  [R, I, 1...]                                start: 0 (with a scalar: as a1)
@@ -30,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..records.glora import GLORA
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
 from ..tensors.per_thread import PerThread
@@ -37,8 +36,6 @@ from ..tensors.products import OfWeight, Products, weight_times
 from .additive import Additive
 from .base import kaiming_
 from .saved import Layout
-
-_NAMES = ("a1", "a2", "b1", "b2")
 
 
 class _On:
@@ -49,15 +46,7 @@ class _On:
 
 
 class GLoRA(Additive):
-    algo = "glora"
-    options = frozenset({"use_scalar"})
-    plus = frozenset({"a1", "b1"})
-    keys = {name: f"{name}.weight" for name in _NAMES}
-    required = (frozenset(keys.values()),)
-    fold = ("b2",)
-    rank_shows = (("a2.weight", 0),)
-    relative = True
-    no_starts = {"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"}
+    spec = GLORA
 
     a1: nn.Parameter
     a2: nn.Parameter
@@ -77,7 +66,7 @@ class GLoRA(Additive):
         return Layout(shapes, rank=dim, rank_axis=True)
 
     def reset_parameters(self) -> None:
-        for name in _NAMES:
+        for name in self.spec.keys:
             kaiming_(self.get_parameter(name))
         for p in (self.a2, self.b2) if self.scalar is None else (self.scalar,):
             nn.init.zeros_(p)
@@ -161,12 +150,8 @@ class GLoRA(Additive):
 
     def rescale_(self, ratio: float | Tensor) -> None:
         with torch.no_grad():
-            for name in _NAMES:
+            for name in self.spec.keys:
                 self.get_parameter(name).mul_(ratio**0.5)
-
-    @classmethod
-    def readers(cls, options: Mapping[str, Any]) -> str:
-        return "glora files: LyCORIS, ComfyUI and Forge read them; A1111, InvokeAI, PEFT and diffusers do not"
 
     def pack(self) -> dict[str, Tensor]:
         packed = super().pack()
@@ -176,7 +161,7 @@ class GLoRA(Additive):
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
-        shapes = {name: tuple(tensors[suffix].shape) for name, suffix in cls.keys.items()}
+        shapes = {name: tuple(tensors[suffix].shape) for name, suffix in cls.spec.keys.items()}
         dim = shapes["a2"][0]
         wanted = {name: shape[:2] for name, shape in cls.layout(geometry, dim).shapes.items()}
         if any(shape[:2] != wanted[name] for name, shape in shapes.items()):

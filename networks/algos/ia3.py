@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..records.ia3 import IA3 as SPEC
 from ..tensors.geometry import Geometry, Pieces
 from .multiplicative import Multiplicative
 from .saved import Layout
 
 
 class IA3(Multiplicative):
-    algo = "ia3"
-    options = frozenset({"train_on_input"})
-    keys = {"weight": "weight", "on_input": "on_input"}
-    required = (frozenset({"weight", "on_input"}),)
+    spec = SPEC
     weight: nn.Parameter
 
     @classmethod
@@ -45,10 +43,6 @@ class IA3(Multiplicative):
         w = self.weight.to(t.dtype)
         groups = t.shape[axis] // w.numel()  # of a grouped convolution: each group has its own I channels
         return t * w.repeat(groups).reshape(shape)
-
-    @classmethod
-    def readers(cls, options: Mapping[str, Any]) -> str:
-        return "ia3 files: LyCORIS, A1111 and InvokeAI read them; ComfyUI, Forge and diffusers do not"
 
     def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor:
         shape = [1] * t.dim()

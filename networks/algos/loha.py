@@ -21,34 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..records.loha import LOHA
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right
 from .additive import Additive
-from .base import Adapter
 from .saved import Layout, unstack_diagonal
 
 
 class LoHa(Additive):
-    algo = "loha"
-    options = frozenset({"use_tucker", "use_scalar"})
-    plus = frozenset({"w2_a"})
-    keys = {
-        "w1_a": "hada_w1_a",
-        "w1_b": "hada_w1_b",
-        "w2_a": "hada_w2_a",
-        "w2_b": "hada_w2_b",
-        "t1": "hada_t1",
-        "t2": "hada_t2",
-    }
-    required = (frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),)
-    fold = ("w1_a",)
-    rank_shows = (("hada_w1_b", 0),)
-    features = Adapter.features | {"split_qkv"}
-    no_starts = {
-        "orthogonal": "a Hadamard product has no orthogonal rows, whatever its factors have",
-        "pissa": "the difference of two Hadamard products is none, so no file could hold it",
-    }
+    spec = LOHA
 
     w2_a: nn.Parameter
 

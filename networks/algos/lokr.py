@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..records.lokr import LOKR
 from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, Pieces, cast_to_input
 from ..tensors.low_rank import NO_GATE, Gate
@@ -38,20 +39,7 @@ Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
 
 
 class LoKr(Additive):
-    algo = "lokr"
-    options = frozenset(
-        {"use_tucker", "use_scalar", "factor", "decompose_both", "full_matrix", "unbalanced_factorization"}
-    )
-    plus = frozenset({"w1", "w1_a", "w1_b"})
-    keys = {name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
-    required = tuple(
-        frozenset(one | two)
-        for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
-        for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
-    )
-    fold = ("w1", "w1_a")
-    rank_shows = (("lokr_w1_b", 0), ("lokr_w2_b", 0))
-    no_starts = {"pissa": "the difference of two Kronecker products is none, so no file could hold it"}
+    spec = LOKR
 
     w2: nn.Parameter
     w2_b: nn.Parameter
@@ -84,10 +72,9 @@ class LoKr(Additive):
             whole: whether w1 and w2 are whole in a file; None = by the options above.
         """
         (A, B), (C, D) = split or cls._split(geometry, factor, unbalanced_factorization)
-        whole = whole or (
-            full_matrix or not decompose_both or dim >= max(A, C) / 2,
-            full_matrix or dim > LARGE or dim >= max(B, D) / 2,
-        )
+        if whole is None:
+            low = decompose_both and dim < max(A, C) / 2, dim < max(B, D) / 2 and dim <= LARGE
+            whole = (True, True) if full_matrix else (not low[0], not low[1])
         shapes: dict[str, tuple[int, ...]] = {"w1": (A, C)} if whole[0] else {"w1_a": (A, dim), "w1_b": (dim, C)}
         shapes |= {"w2": (B, D, *geometry.kernel)} if whole[1] else cls._low_rank_w2(geometry, (B, D), dim, use_tucker)
         if use_scalar:
@@ -249,7 +236,7 @@ class LoKr(Additive):
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         """The file does not state the factor; the shapes of w1 and w2 do."""
-        t = {name: tensors[suffix].shape for name, suffix in cls.keys.items() if suffix in tensors}
+        t = {name: tensors[suffix].shape for name, suffix in cls.spec.keys.items() if suffix in tensors}
         tucker, whole = "t2" in t, ("w1" in t, "w2" in t)
         A, C = t["w1"] if whole[0] else (t["w1_a"][0], t["w1_b"][1])
         if whole[1]:

@@ -22,31 +22,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..records.lora import LORA
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, low_rank, product_error, product_norm_sq, refactor, singular, sum_norm_sq
 from ..tensors.tucker import core_times_right
 from .additive import Additive
-from .base import Adapter, kaiming_
+from .base import kaiming_
 from .saved import Layout, Resized, unstack_diagonal
 
 
 class LoRA(Additive):
-    algo = "lora"
-    options = frozenset({"use_tucker", "use_scalar"})
-    plus = frozenset({"up"})
-    keys = {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"}
-    required = (frozenset({"lora_up.weight", "lora_down.weight"}),)
-    fold = ("up",)
-    rank_shows: ClassVar[tuple[tuple[str, int], ...]] = (("lora_down.weight", 0),)
-    features = Adapter.features | {"split_qkv"}
-    no_starts: ClassVar[Mapping[str, str]] = {}
-    keeps_start: ClassVar[bool] = True
+    spec = LORA
 
     down: nn.Parameter
     mid: nn.Parameter
@@ -94,7 +86,7 @@ class LoRA(Additive):
 
     def await_base_(self, scale: float) -> None:
         self.start_scale = scale
-        if self.keeps_start:
+        if self.spec.keeps_start:
             self.down0, self.up0 = torch.zeros_like(self.down), torch.zeros_like(self.up)
 
     @property
@@ -258,7 +250,7 @@ class LoRA(Additive):
 
     @classmethod
     def nearest(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
-        wide = {name: tensors[key].double() for name, key in cls.keys.items() if key in tensors}
+        wide = {name: tensors[key].double() for name, key in cls.spec.keys.items() if key in tensors}
         right, up = cls._right(wide), wide["up"]
         left_OR, right_RJ, s = refactor(up.flatten(1), right.flatten(1), dim)
         pair = {

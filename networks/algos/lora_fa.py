@@ -13,16 +13,14 @@ import math
 
 from torch import Tensor, nn
 
+from ..records.lora_fa import LORA_FA
 from ..tensors.geometry import Geometry
 from .lora import LoRA
 from .saved import Layout
 
 
 class LoRAFA(LoRA):
-    algo = "lora_fa"
-    saved_as = "lora"
-    frozen = frozenset({"down"})
-    keeps_start = False  # (up - up0) . down is of its own form: with up from 0 it is the same, of rank R
+    spec = LORA_FA
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:

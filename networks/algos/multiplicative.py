@@ -10,7 +10,7 @@ with T - 1 given by `change`, so that the first two need no base weight: bases o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,6 @@ from .parts import Parts
 class Multiplicative(Adapter):
     """Base of all multiplicative algorithms. They have no rank, no scale and nothing that dropouts could act on."""
 
-    features: ClassVar[frozenset[str]] = frozenset()
-    plus: ClassVar[frozenset[str]] = frozenset()
-    required: ClassVar[tuple[frozenset[str], ...]]
-    fold: ClassVar[tuple[str, ...]] = ()
-    relative = True
     magnitudes = False
     side = "output"  # or "input", or "columns"
 

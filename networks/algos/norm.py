@@ -17,24 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..records.norm import NORM
 from ..tensors.geometry import Geometry
 from ..tensors.low_rank import Gate
-from ..tensors.norms import NormGeometry
 from .additive import Additive
 from .saved import Layout
 
 
 class Norm(Additive):
-    algo = "norm"
-    family = NormGeometry.family
-    options = frozenset()
-    plus = frozenset()
-    keys = {"w_norm": "w_norm", "b_norm": "b_norm"}
-    required = (frozenset({"w_norm"}),)
-    fold = ()
-    features = frozenset()
-    bias_key = "b_norm"
-    saves_alpha = False
+    spec = NORM
 
     w_norm: nn.Parameter
 

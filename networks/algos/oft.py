@@ -18,13 +18,13 @@ Parameters (saved as oft_blocks, rescale = r; those of the input side as `oft_in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..records.oft import BLOCKS, CHANGE, DIAG_OFT, RESCALE
 from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.rotation import apply_blocks, generator, rotation_less_identity
@@ -33,17 +33,11 @@ from .multiplicative import Multiplicative
 from .saved import Layout
 
 TERMS = "terms"  # in a live state of the input side: of the series, 0 = the whole transform
-RESCALE, CHANGE = "rescale", "rescale_change"
 
 
 class Rotation(Multiplicative):
     """What both kinds of orthogonal fine-tuning share: blocks, a constraint, factors by row."""
 
-    keys = {"blocks": "oft_blocks", CHANGE: RESCALE}
-    required: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"oft_blocks"}),)
-    alpha_option = "constraint"
-    near_one = frozenset({CHANGE})
-    proportional: ClassVar[bool] = True  # to the strength, in LyCORIS
     blocks: nn.Parameter
     rescale_change: nn.Parameter  # from 1: half precision holds no small change of the 1 itself
 
@@ -68,13 +62,6 @@ class Rotation(Multiplicative):
             return less_NBB
         c = (self.rescale_change.flatten() if rows is None else rows).reshape(*less_NBB.shape[:2], 1)
         return less_NBB + c * less_NBB + torch.diag_embed(c[..., 0])
-
-    @classmethod
-    def readers(cls, options: Mapping[str, Any]) -> str:
-        own = [name for name in ("constraint", "rescaled") if options.get(name)]
-        comfy = f"ComfyUI ignores its {' and '.join(own)}" if own else "ComfyUI does at strength 1"
-        lycoris = "" if cls.proportional and not options.get("rescaled") else ", LyCORIS at strength 1 alone"
-        return f"{cls.algo} files: LyCORIS and A1111 read them exactly{lycoris}; {comfy}; Forge and diffusers read none"
 
     @staticmethod
     def _with_rescale(shapes: dict[str, tuple[int, ...]], geometry: Geometry, rescaled: bool) -> Layout:
@@ -101,13 +88,7 @@ class Rotation(Multiplicative):
 
 
 class DiagOFT(Rotation):
-    algo = "diag-oft"
-    options = frozenset({"constraint", "rescaled", "dim_is_count", "train_on_input"})
-    features = frozenset({"split_qkv"})
-    required = tuple(frozenset({suffix}) for suffix in ("oft_blocks", "oft_blocks.0", *oft_input.FORMS))
-    more_keys = oft_input.SUFFIXES
-    peft_type = "OFT"
-    peft_keys = {"oft_R.weight": oft_input.PEFT, "oft_R.default.weight": oft_input.PEFT}
+    spec = DIAG_OFT
 
     @classmethod
     def layout(
@@ -177,32 +158,12 @@ class DiagOFT(Rotation):
     # -- files
 
     @classmethod
-    def readers(cls, options: Mapping[str, Any]) -> str:
-        if options.get("split_qkv"):
-            return "OFT of split projections: sd-scripts' oft_flux alone reads it, from files of save_format=oft_flux"
-        if not options.get("train_on_input"):
-            return super().readers(options)
-        if options.get("kernel"):
-            return (
-                "OFT on the input side of convolutions with a kernel: other programs turn it alike where dim is small; "
-                "where their form would take more room than the weight it is saved for this package alone (oft_R.turn)"
-            )
-        return (
-            "OFT on the input side: sd-scripts' networks.oft_v2 (SD 1.x, 2.x, SDXL) and OneTrainer turn its files "
-            "(oft_R.weight) alike; ComfyUI, A1111, Forge and diffusers read none: merge it into the base model for them"
-        )
-
-    @classmethod
     def splits(cls, options: Mapping[str, Any]) -> bool:
         return super().splits(options) and not options.get("train_on_input")
 
     @classmethod
     def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
-        return "oft_blocks" not in tensors or tensors["oft_blocks"].dim() == 3
-
-    @classmethod
-    def knows(cls, suffix: str) -> bool:
-        return super().knows(suffix) or re.fullmatch(r"oft_blocks\.\d+", suffix) is not None
+        return BLOCKS not in tensors or tensors[BLOCKS].dim() == 3
 
     @classmethod
     def portable(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
@@ -217,7 +178,7 @@ class DiagOFT(Rotation):
         return oft_input.assumed(tensors)
 
     @property
-    def saves_alpha(self) -> bool:  # type: ignore[override]
+    def saves_alpha(self) -> bool:
         """Of the input side no other program has one, and an alpha marks files of earlier versions."""
         return not self.on_input or bool(self.limit)
 
@@ -237,7 +198,7 @@ class DiagOFT(Rotation):
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """oft_blocks.0, oft_blocks.1, ..., as sd-scripts' oft_flux has them."""
-        tensors = {f"oft_blocks.{i}": pack["oft_blocks"] for i, pack in enumerate(packs)}
+        tensors = {f"{BLOCKS}.{i}": pack[BLOCKS] for i, pack in enumerate(packs)}
         if RESCALE in packs[0]:
             tensors[RESCALE] = torch.cat([pack[RESCALE] for pack in packs])
         return tensors
@@ -249,7 +210,7 @@ class DiagOFT(Rotation):
             raise ValueError(
                 f"oft_blocks of {cls.rows_of_parts(tensors)} rows do not fit projections of {tuple(sizes)}"
             )
-        packs = [{"oft_blocks": one} for one in blocks]
+        packs = [{BLOCKS: one} for one in blocks]
         if RESCALE in tensors:
             for pack, rows in zip(packs, tensors[RESCALE].split(list(sizes)), strict=True):
                 pack[RESCALE] = rows
@@ -263,12 +224,12 @@ class DiagOFT(Rotation):
             found = found.by_channels(geometry.kernel_size) or found
             form = {"terms": found.terms, "shared": found.shared, "columns": found.columns}
             return found.size, {"size": found.size, "train_on_input": True, **form, **rescaled}
-        blocks = _numbered(tensors) or [tensors["oft_blocks"]]
+        blocks = _numbered(tensors) or [tensors[BLOCKS]]
         if any(b.dim() != 3 for b in blocks) or sum(b.shape[0] * b.shape[1] for b in blocks) != geometry.out_features:
             shapes = [tuple(b.shape) for b in blocks]
             raise ValueError(f"oft_blocks {shapes} do not fit a weight of {geometry.weight_shape}")
         sizes = tuple(b.shape[1] for b in blocks)
-        return sizes[0], {"size": sizes if "oft_blocks" not in tensors else sizes[0], **rescaled}
+        return sizes[0], {"size": sizes if BLOCKS not in tensors else sizes[0], **rescaled}
 
     def _blocks_of(self, tensors: Mapping[str, Tensor]) -> oft_input.Blocks:
         """The rotation of a file as this one has it on the input side.
@@ -340,7 +301,7 @@ def _apply(less_NBB: Tensor, t: Tensor, axis: int) -> Tensor:
 def _numbered(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """oft_blocks.0, oft_blocks.1, ... of a layer whose projections have rotations of their own."""
     found: list[Tensor] = []
-    while (key := f"oft_blocks.{len(found)}") in tensors:
+    while (key := f"{BLOCKS}.{len(found)}") in tensors:
         found.append(tensors[key])
     return found
 

@@ -25,18 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..records.oft import BUFFERS, FIELD, FORMS, LIMIT, LIMITED, OWN, PEFT, SCALED, TERMS
 from ..tensors.geometry import Geometry
 
-FIELD, OWN = "oft_R.weight", "oft_R.turn"
-PEFT = "oft_R.peft"  # FIELD in a file of PEFT, once it is known to be one
-TERMS = "oft_R.terms"  # k, 0 = C; also beside FIELD where alpha is a constraint, which no other program has there
-FORMS = (FIELD, PEFT, OWN)
 SERIES = 5
-SCALED = "oft_R.scaled_oft"  # G is divided by 2 sqrt(B - 1)
-# Of the LTX-2 fork of musubi-tuner, whose alpha is the size of its blocks.
-LIMITED, LIMIT = "oft_coft_metadata", "coft_eps_metadata"
-BUFFERS = frozenset({LIMITED, LIMIT, "oft_block_size_metadata", "oft_block_share_metadata", "scaled_oft_metadata"})
-SUFFIXES = frozenset({*FORMS, TERMS, SCALED}) | BUFFERS
 
 
 @dataclass(frozen=True)

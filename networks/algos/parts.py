@@ -87,8 +87,7 @@ class Parts(Adapter):
     ) -> None:
         nn.Module.__init__(self)
         assert algorithm.splits(options) and not geometry.is_conv and sum(sizes) == geometry.out_features
-        for name in ("algo", "plus", "frozen", "saved_as", "alpha_option", "stepwise"):
-            setattr(self, name, getattr(algorithm, name))
+        self.spec = algorithm.spec
         self.algorithm, self.sizes = algorithm, tuple(sizes)
         self.geometry, self.dim, self.chosen = geometry, dim, dict(options)
         self.record = _together(algorithm, geometry, dim, options, sizes)
@@ -166,9 +165,6 @@ class Parts(Adapter):
             part.end()
 
     # -- files
-
-    def shown_rank(self, tensors: Mapping[str, Tensor]) -> int | None:  # type: ignore[override]
-        return self.algorithm.shown_rank(tensors)
 
     def pack(self) -> dict[str, Tensor]:
         packs = [part.pack() for part in self._each()]

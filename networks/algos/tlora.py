@@ -26,30 +26,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..records.tlora import TLORA
 from ..tensors.geometry import Geometry, Pieces
 from ..tensors.low_rank import Gate, singular
 from .additive import Additive
-from .base import Adapter
 from .lora import LoRA
 from .saved import Layout, check_tensors
 
-FOREIGN = "lambda_layer"  # marks the keys without a start
+FOREIGN = TLORA.keys["lam"]  # marks the keys without a start
 NEAR = 0.5  # of their length, the least that such factors must have in the space of the start
 
 
 class TLoRA(LoRA):
-    algo = "tlora"
-    saved_as = "lora"
-    options = frozenset({"sig_type", "use_data_init", "mask_group_id", "min_rank", "alpha_rank_scale"})
-    unsaved = options
-    no_starts = Adapter.no_starts
-    plus = frozenset({"p"})
-    rank_shows = (*LoRA.rank_shows, ("q_layer.weight", 0))
-    keys = {"q": "q_layer.weight", "p": "p_layer.weight", "lam": FOREIGN}
-    # A whole weight change has one mask, samples have many; in a stack of parts the ranks that belong together, and
-    # those which a timestep masks, could not be told from the file.
-    features = LoRA.features - {"bypass_mode", "split_qkv"}
-    timed = True
+    spec = TLORA
 
     q: nn.Parameter
     p: nn.Parameter
@@ -210,11 +199,7 @@ class TLoRA(LoRA):
     # -- files
 
     def pack(self) -> dict[str, Tensor]:
-        return {LoRA.keys[name]: tensor.detach() for name, tensor in self.values().items()}
-
-    @classmethod
-    def recognises(cls, suffixes: set[str]) -> bool:
-        return set(cls.keys.values()) <= suffixes or super().recognises(suffixes)
+        return {LoRA.spec.keys[name]: tensor.detach() for name, tensor in self.values().items()}
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
@@ -236,14 +221,14 @@ class TLoRA(LoRA):
                 f"{FOREIGN} without a start: it can be known only for sig_type=principal and use_data_init=True, where "
                 "it is that of the base weight; files of this program hold theirs"
             )
-        check_tensors({self.keys[name]: p for name, p in self.named_parameters()}, tensors)
+        check_tensors({self.spec.keys[name]: p for name, p in self.named_parameters()}, tensors)
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
         self.fits(tensors)
         with torch.no_grad():
             if FOREIGN in tensors:
                 for name, p in self.named_parameters():
-                    p.copy_(tensors[self.keys[name]].reshape(p.shape))
+                    p.copy_(tensors[self.spec.keys[name]].reshape(p.shape))
                 self._waiting = True
                 return
             up, down = (tensors[key].to(self.q) for key in ("lora_up.weight", "lora_down.weight"))

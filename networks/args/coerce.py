@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .spec import Arg
+    from ..records import Arg
 
 NOT_GIVEN = ("", "none", "null", "undefined")
 LAST_BLOCK = 9999  # far above every model; a range is listed number by number
@@ -202,20 +202,25 @@ def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
     return tuple(_regex(item) for item in found)
 
 
+_MAP = "write {'.*attn.*': 8} or .*attn.*=8,.*mlp.*=4, or @file.toml"
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """`regex=8,another=4`."""
+    pairs = [] if text.lower() in NOT_GIVEN else [part.rsplit("=", 1) for part in split_top(text)]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"is not a list of regex=value; {_MAP}")
+    return {key: value for key, value in pairs}
+
+
 def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
     found = _structure(raw)
     if isinstance(found, list) and all(isinstance(line, str) for line in found):
         found = ",".join(found)  # a file with one regex=value per line
-    if isinstance(found, str) and found.lower() in NOT_GIVEN:
-        return {}
-    form = "write {'.*attn.*': 8} or .*attn.*=8,.*mlp.*=4, or @file.toml"
     if isinstance(found, str):
-        pairs = [part.rsplit("=", 1) for part in split_top(found)]
-        if any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"is not a list of regex=value; {form}")
-        found = dict(pairs)
+        found = _pairs(found)
     if not isinstance(found, dict):
-        raise ValueError(f"is not a mapping of regular expressions to numbers; {form}")
+        raise ValueError(f"is not a mapping of regular expressions to numbers; {_MAP}")
     read = _integer if arg.kind == "regex_int" else _number
     result = {}
     for key, value in found.items():
@@ -332,3 +337,12 @@ KINDS: dict[str, Callable[[Arg, Any], Any]] = {
     "floats": _numbers,
     "rates": _rates,
 }
+
+
+def coerce(arg: Arg, raw: Any) -> Any:
+    """Text or typed value of an argument -> value.
+
+    Raises:
+        ValueError: with the reason and an example of what to write.
+    """
+    return KINDS[arg.kind](arg, raw)

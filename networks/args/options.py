@@ -40,10 +40,6 @@ class Options(TypedDict, total=False):
     decompose_both: bool
     full_matrix: bool
     unbalanced_factorization: bool
-    constraint: float
-    rescaled: bool
-    dim_is_count: bool
-    train_on_input: bool
     block_size: int
     save_dims: str | int | Sequence[int | None]
     sig_type: Literal["principal", "last", "middle"]
@@ -51,6 +47,10 @@ class Options(TypedDict, total=False):
     min_rank: int
     alpha_rank_scale: float
     mask_group_id: int
+    constraint: float
+    rescaled: bool
+    dim_is_count: bool
+    train_on_input: bool
     dropout: float
     rank_dropout: float
     rank_dropout_scale: bool

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..records import Arg
+from ..records.arg import NUMBERS
 from . import presets
-from .coerce import NOT_GIVEN, nearest
-from .forms import OWN_STYLES
-from .spec import NUMBERS, Arg
-from .table import BY_NAME, TABLE
+from .coerce import NOT_GIVEN, coerce, nearest
+from .table import BY_NAME, OWN_STYLES, TABLE
 
 log = logging.getLogger(__name__)
 
@@ -92,50 +92,55 @@ def parse(
     if style in OWN_STYLES and _early(raw, "algo") not in (None, default_algo):
         style = ""
     preset = _preset(raw, BY_NAME["preset"].default_at((style,), {}), problems)
-    convolutions = _early(raw, "enable_conv")
-    if convolutions is None:
-        convolutions = preset is not None and preset.enable_conv
-    hosts = (style, "preset" if convolutions else "", host)
+    hosts = (style, "preset" if _convolutions(raw, preset) else "", host)
     values = {arg.name: arg.default_at(hosts, options or {}) for arg in TABLE}
     spelled: dict[str, str] = {}
     unknown: list[str] = []
     for key, text in ((key.strip(), text) for key, text in raw.items()):  # hosts cut at "=" and ";", blanks stay
-        if text is None:
-            continue
-        arg = BY_NAME.get(key)
-        if arg is None:
+        if text is not None and key in BY_NAME:
+            _read(BY_NAME[key], key, text, values, spelled, problems)
+        elif text is not None:
             unknown.append(key)
-            continue
-        if arg.kind in NUMBERS and isinstance(text, str) and text.strip().lower() in NOT_GIVEN:
-            log.warning("%s=%s: taken as not given", key, text)
-            continue
-        try:
-            value = arg.coerce(text)
-        except ValueError as error:
-            problems.add(f"{key}={text} {error}")
-            continue
-        if arg.name in spelled and values[arg.name] != value:
-            problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
-            continue
-        values[arg.name], spelled[arg.name] = value, key
     values["algo"], values["preset"] = values["algo"] or default_algo, preset
     _unknown(unknown, values["allow_unknown"], problems)
     _inapplicable(values, spelled, problems)
     return NetArgs(values, frozenset(spelled), host, style)
 
 
+def _read(arg: Arg, key: str, text: Any, values: dict[str, Any], spelled: dict[str, str], problems: Problems) -> None:
+    """Put the value of one argument into `values`, and how it was spelt into `spelled`."""
+    if arg.kind in NUMBERS and isinstance(text, str) and text.strip().lower() in NOT_GIVEN:
+        log.warning("%s=%s: taken as not given", key, text)
+        return
+    try:
+        value = coerce(arg, text)
+    except ValueError as error:
+        problems.add(f"{key}={text} {error}")
+        return
+    if arg.name in spelled and values[arg.name] != value:
+        problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
+        return
+    values[arg.name], spelled[arg.name] = value, key
+
+
+def _convolutions(raw: Mapping[str, Any], preset: presets.Preset | None) -> bool:
+    """Whether kernels above 1x1 are trained without a conv_dim."""
+    asked = _early(raw, "enable_conv")
+    return bool(preset and preset.enable_conv) if asked is None else asked
+
+
 def _early(raw: Mapping[str, Any], name: str) -> Any:
     """An argument on which defaults of others depend; None if it is not given, or wrong, which is told later."""
     text = next((text for key, text in raw.items() if key.strip() == name), None)
     try:
-        return None if text is None else BY_NAME[name].coerce(text)
+        return None if text is None else coerce(BY_NAME[name], text)
     except ValueError:
         return None
 
 
 def _preset(raw: Mapping[str, Any], default: str, problems: Problems) -> presets.Preset | None:
     given = next((text for key, text in raw.items() if key.strip() == "preset" and text is not None), default)
-    text = BY_NAME["preset"].coerce(given) or default
+    text = coerce(BY_NAME["preset"], given) or default
     try:
         return presets.load(text) if text else None
     except ValueError as error:
@@ -156,10 +161,9 @@ def _inapplicable(values: Mapping[str, Any], spelled: Mapping[str, str], problem
     algos = {values["algo"], *(values["preset"].algos if values["preset"] else ())}
     for name, key in spelled.items():
         arg: Arg = BY_NAME[name]
-        if arg.algos is not None and algos.isdisjoint(arg.algos) and not arg.is_neutral(values[name]):
-            problems.add(
-                f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {', '.join(arg.algos)}"
-            )
+        if not arg.acts(values[name], algos):
+            takers = ", ".join(arg.algos or ())
+            problems.add(f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {takers}")
     if values["enable_conv"] is False and values["conv_dim"]:
         problems.add(f"enable_conv=False contradicts conv_dim={values['conv_dim']}: leave one of the two out")
     if "conv_alpha" in spelled and values["conv_alpha"] not in (0.0, 1.0) and not values["conv_dim"]:

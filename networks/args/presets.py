@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .coerce import nearest, read_toml
-from .forms import ALGOS, FORM
+from ..records.arg import FORM
+from .coerce import coerce, nearest, read_toml
 from .table import BY_NAME
 
 OWN = "*"  # among target modules: those that the architecture trains anyway
@@ -206,13 +206,12 @@ def _options(where: str, entry: Mapping[str, Any]) -> Options:
             raise ValueError(f"has {where}.{key}, which is no option of a single layer{hint}")
         row = BY_NAME[{"dim": "conv_dim", "alpha": "conv_alpha"}.get(key, key)]
         try:
-            found[key if key in _RANKS else row.name] = row.coerce(raw)
+            found[key if key in _RANKS else row.name] = coerce(row, raw)
         except ValueError as error:
             raise ValueError(f"has {where}.{key} = {raw!r}, which {error}") from None
-    for key, value in found.items():
-        algos = None if key in _RANKS else BY_NAME[key].algos
-        algo = found.get("algo")
-        if algo and algos is not None and algo not in algos and not BY_NAME[key].is_neutral(value):
+    algo = str(found.get("algo", ""))
+    for key, value in found.items() if algo else ():
+        if key not in _RANKS and not BY_NAME[key].acts(value, [algo]):
             raise ValueError(f"has {where}.{key}, which has no effect with algo = {algo}")
     return found
 
@@ -243,6 +242,3 @@ def markdown() -> str:
     for preset in map(load, names()):
         lines.append(f"| `{preset.title}` | {', '.join(preset.architectures) or 'all'} | {preset.description} |")
     return "\n".join(lines) + "\n"
-
-
-__all__ = ["ALGOS", "OWN", "Preset", "Targets", "load", "markdown", "names", "read"]

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from .spec import Arg
-from .table import ALGOS, TABLE
+from ..records import ALGORITHMS, Arg
+from .table import TABLE
 
 _TYPES = {
     "bool": "True / False",
@@ -67,10 +67,10 @@ def markdown(owners: Mapping[str, str]) -> str:
 
 def algorithms() -> str:
     """Which algorithm takes which argument, for those that not all of them take."""
-    rows = [arg for arg in TABLE if arg.algos and set(arg.algos) != set(ALGOS)]
-    lines = [f"| argument | {' | '.join(ALGOS)} |", f"| --- | {' | '.join('---' for _ in ALGOS)} |"]
+    rows = [arg for arg in TABLE if arg.algos and set(arg.algos) != set(ALGORITHMS)]
+    lines = [f"| argument | {' | '.join(ALGORITHMS)} |", f"| --- | {' | '.join('---' for _ in ALGORITHMS)} |"]
     for arg in rows:
-        cells = ["yes" if arg.algos and algo in arg.algos else "-" for algo in ALGOS]
+        cells = ["yes" if arg.algos and algo in arg.algos else "-" for algo in ALGORITHMS]
         lines.append(f"| `{arg.name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,28 +1,74 @@
-"""Every network argument: one row each. Parser, errors, documentation and tests derive from this table."""
+"""Every network argument: one row each. Parser, errors, documentation and tests derive from this table.
+
+Rows of an argument which one algorithm brought stand in its record (`records`); which algorithms take an argument,
+their records say, too.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from ..records import ALGORITHMS, Arg
+from ..records.arg import FORM
 from .coerce import Rates
-from .forms import ADDITIVE, ALGOS, FORM, FORMS
-from .kinds import BLOCK_INDICES, EXTRA_DIMS, LAYER_DIMS
-from .saving import OTHER, SAVE_FORMAT
-from .spec import Arg
 
 _RANK = "rank and strength"
 _DROP = "dropout"
 _WHERE = "which layers"
 _LR = "learning rates"
 _KIND = "layers by kind, where an architecture has them"
-_OTHER = OTHER
+_OTHER = "other"
+_PLUS = ", ".join(dict.fromkeys(key.removesuffix(".weight") for spec in ALGORITHMS.values() for key in spec.plus_keys))
+_STARTS = [spec for spec in ALGORITHMS.values() if "init" in spec.features]
+_NOT_ORTHOGONAL = " and ".join(spec.name for spec in _STARTS if "orthogonal" in spec.no_starts)
+_NO_PLUS = ", ".join(spec.name for spec in ALGORITHMS.values() if not spec.plus)
 
-TABLE: tuple[Arg, ...] = (
+
+def _pissa(keeps_start: bool) -> str:
+    able = [spec for spec in _STARTS if "pissa" not in spec.no_starts]
+    return ", ".join(spec.name for spec in able if spec.keeps_start == keeps_start)
+
+
+# Arguments that speak of one kind of layer, with what it is; rows of the table are made of them.
+LAYER_DIMS = {
+    "img_attn_dim": "the image attention in double blocks",
+    "txt_attn_dim": "the text attention in double blocks",
+    "img_mlp_dim": "the image MLP in double blocks",
+    "txt_mlp_dim": "the text MLP in double blocks",
+    "img_mod_dim": "the image modulation in double blocks",
+    "txt_mod_dim": "the text modulation in double blocks",
+    "single_dim": "linear1 and linear2 in single blocks",
+    "single_mod_dim": "the modulation in single blocks",
+    "context_attn_dim": "the context attention",
+    "context_mlp_dim": "the context MLP",
+    "context_mod_dim": "the context modulation",
+    "x_attn_dim": "the image attention, both of them",
+    "x_mlp_dim": "the image MLP",
+    "x_mod_dim": "the image modulation",
+    "refiner_dim": "the two refiners",
+    "attn_dim": "the attention",
+    "mlp_dim": "the feed-forward layers",
+    "mod_dim": "the modulation",
+}
+EXTRA_DIMS = {
+    "in_dims": "img_in, time_in, vector_in, guidance_in, txt_in",
+    "emb_dims": "context, t, x and y embedder, modulation and linear of the final layer",
+    "embedder_dims": "x, t and caption embedder",
+}
+BLOCK_INDICES = {
+    "train_double_block_indices": "double blocks",
+    "train_single_block_indices": "single blocks, counted from 0",
+    "train_block_indices": "joint blocks",
+}
+
+_ROWS: tuple[Arg, ...] = (
     Arg(
         "algo",
         "choice",
         None,
         "the algorithm; every entry takes every algorithm, its own name is only the default",
         FORM,
-        choices=ALGOS,
+        choices=tuple(ALGORITHMS),
         words=(("locon", "lora"),),
     ),
     Arg(
@@ -68,7 +114,69 @@ TABLE: tuple[Arg, ...] = (
         minimum=0,
     ),
     Arg("network_reg_alphas", "regex_float", {}, "alpha by regular expression; the first match wins", _RANK, minimum=0),
-    *FORMS,
+    Arg(
+        "use_tucker",
+        "bool",
+        False,
+        "Tucker form of convolutions with a kernel above 1x1: far fewer parameters",
+        FORM,
+        aliases=("use_cp", "use_conv_cp"),
+    ),
+    Arg(
+        "use_dora",
+        "bool",
+        False,
+        "DoRA (2402.09353): a learnt length for every row of the changed weight beside its direction; layers with "
+        "dropout, rank_dropout or split_qkv stay plain",
+        FORM,
+        aliases=("dora", "dora_wd", "weight_decompose"),
+    ),
+    Arg(
+        "wd_on_output",
+        "bool",
+        True,
+        "with use_dora: lengths of the output rows (exact in LyCORIS and PEFT); False: of the input columns (exact in "
+        "ComfyUI, Forge, A1111, InvokeAI and LyCORIS)",
+        FORM,
+    ),
+    Arg(
+        "split_qkv",
+        "bool",
+        False,
+        "an adapter of its own for each projection of a fused layer (query, key, value, MLP); saved as one with a "
+        "block-diagonal factor, at full strength in every reader; OFT as numbered tensors, for sd-scripts' oft_flux",
+        FORM,
+        per_host=(("oft_flux", True),),
+    ),
+    Arg(
+        "use_scalar",
+        "bool",
+        False,
+        "a learnt factor in front of each update, from 0; the other factors then all start random",
+        FORM,
+    ),
+    Arg(
+        "init",
+        "choice",
+        "default",
+        "start values: `default`; `orthogonal`: the random factors have orthonormal rows or columns, so that no two "
+        f"ranks start alike (not for {_NOT_ORTHOGONAL}); `pissa` (2404.02948): the principal part of each base "
+        "weight, quantised ones too, which stays as it is: the start is subtracted, and files hold the difference with "
+        f"twice the dim ({_pissa(keeps_start=True)}; {_pissa(keeps_start=False)} at its dim). The update starts at 0 "
+        "in each",
+        FORM,
+        choices=("default", "orthogonal", "pissa"),
+    ),
+    Arg(
+        "init_seed",
+        "int",
+        None,
+        "start values by this number and each layer's name alone, whichever and however many layers are trained; not "
+        "given, the trainer's seed decides",
+        FORM,
+        minimum=0,
+    ),
+    *(arg for spec in ALGORITHMS.values() for arg in spec.arguments),
     Arg(
         "dropout",
         "float",
@@ -201,9 +309,8 @@ TABLE: tuple[Arg, ...] = (
         "loraplus_lr_ratio",
         "float",
         None,
-        "LoRA+ (2402.12354): learning rate of the plus factors (up, hada_w2_a, lokr_w1, glora's a1 and "
-        "b1, P of tlora) over that of the others; full, norm, diag-oft, boft and ia3 have no such pair and refuse it, "
-        "beside others they are counted and stay at the one rate",
+        f"LoRA+ (2402.12354): learning rate of the plus factors ({_PLUS}) over that of the others; {_NO_PLUS} have no "
+        "such pair and refuse it, beside others they are counted and stay at the one rate",
         _LR,
         neutral=(1,),
         minimum=0,
@@ -308,7 +415,6 @@ TABLE: tuple[Arg, ...] = (
         None,
         "GGPO: noise on the weight in training, in proportion to the rows of the changed weight; with ggpo_beta",
         _OTHER,
-        algos=ADDITIVE,
         minimum=0,
     ),
     Arg(
@@ -317,10 +423,24 @@ TABLE: tuple[Arg, ...] = (
         None,
         "GGPO: the same in proportion to the square of the update's gradient; with ggpo_sigma",
         _OTHER,
-        algos=ADDITIVE,
         minimum=0,
     ),
-    SAVE_FORMAT,
+    Arg(
+        "save_format",
+        "choice",
+        "portable",
+        "how files are written: `portable` for every reader of alpha / rank; `blissful` as DustyL's blissful-tuner "
+        "does, for LoRA: alpha as given under RS-LoRA, `use_rslora_flag`, `use_dora_flag`, `dora_layer.weight`, and "
+        "its errors and warnings when a file contradicts the arguments; `diffusers` for its `load_lora_weights`, for "
+        "LoRA: the names of PEFT and of diffusers' models, the scale in the second factor, with DoRA "
+        "`lora_magnitude_vector`; `comfyui` with the magnitudes of use_dora multiplied by the norm of the base weight "
+        "over that of the changed one, so that its formula gives what was trained; "
+        "`oft` and `oft_flux` as those modules of sd-scripts do (`oft_unet_...`). Each is read "
+        "back, whatever this says",
+        _OTHER,
+        choices=("portable", "blissful", "comfyui", "diffusers", "oft", "oft_flux"),
+        per_host=(("oft", "oft"), ("oft_flux", "oft_flux")),
+    ),
     Arg(
         "diagnose_steps",
         "int",
@@ -339,7 +459,6 @@ TABLE: tuple[Arg, ...] = (
         "change; not given: whichever is cheaper. The same numbers either way, also with use_dora and on "
         "quantised layers",
         _OTHER,
-        algos=("lora", "loha", "lokr", "dylora", "lora_fa", "glora"),
     ),
     Arg(
         "allow_missing",
@@ -363,4 +482,11 @@ TABLE: tuple[Arg, ...] = (
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),
 )
 
+
+def _takers(name: str) -> tuple[str, ...] | None:
+    return tuple(spec.name for spec in ALGORITHMS.values() if name in spec.takes) or None
+
+
+TABLE = tuple(replace(arg, algos=_takers(arg.name)) for arg in _ROWS)
 BY_NAME: dict[str, Arg] = {name: arg for arg in TABLE for name in arg.names}
+OWN_STYLES = tuple(entry for spec in ALGORITHMS.values() for entry in spec.own_entries)  # see AlgoSpec

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from ..archs import ARCHS
 from ..args.render import as_json, plain
-from ..args.spec import Arg
 from ..args.table import BY_NAME, TABLE
+from ..records import Arg
 from .command_line import nearest, program, run_program
 
 ENTRIES = Path(__file__).parents[1]

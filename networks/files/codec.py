@@ -19,7 +19,7 @@ from ..algos import ALGOS, Adapter, make_adapter, recognise
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
-from . import dialects, twins
+from . import dialects, dotted, twins
 
 _PORTABLE = dialects.Form()
 
@@ -65,25 +65,25 @@ class SavedLayer:
 
     def describe(self, geometry: Geometry) -> tuple[int, dict[str, Any]]:
         """(dim, options) for this layer's own shape; a form without rank takes its dim from alpha."""
-        if self.algorithm.family != geometry.family:
+        if self.algorithm.spec.family != geometry.family:
             raise ValueError(
-                f"the file has {self.algorithm.algo}, which is not for a layer of this kind ({geometry.kind}): "
+                f"the file has {self.algorithm.spec.name}, which is not for a layer of this kind ({geometry.kind}): "
                 "choose the model that it was trained for"
             )
         if self.magnitude is not None and not self.algorithm.magnitudes:
             raise ValueError(
-                f"the file has DoRA magnitudes of a layer of {self.algorithm.algo}, which has none here: merge it into "
-                "the base model in the program that trained it"
+                f"the file has DoRA magnitudes of a layer of {self.algorithm.spec.name}, which has none here: merge it "
+                "into the base model in the program that trained it"
             )
         dim, options = self.algorithm.describe(geometry, self.tensors)
-        if self.algorithm.alpha_option:
-            options[self.algorithm.alpha_option] = self.alpha or 0.0
+        if self.algorithm.spec.alpha_option:
+            options[self.algorithm.spec.alpha_option] = self.alpha or 0.0
         return dim or (max(1, round(self.alpha)) if self.alpha and math.isfinite(self.alpha) else 1), options
 
     @property
     def bias_change(self) -> Tensor | None:
         """[O], what it adds to the layer's bias; None if that is nothing."""
-        change = self.tensors.get(self.algorithm.bias_key)
+        change = self.tensors.get(self.algorithm.spec.bias_key)
         return change if change is not None and bool(change.any()) else None
 
     @property
@@ -105,7 +105,7 @@ class SavedLayer:
     @property
     def scale(self) -> float:
         """alpha / rank; 1 without alpha, with alpha 0, and for a form without rank."""
-        rank = self.algorithm.shown_rank(self.tensors)
+        rank = self.algorithm.spec.shown_rank(self.tensors)
         return self.alpha / rank if rank and self.alpha else 1.0
 
     def _wide(self) -> bool:
@@ -128,7 +128,7 @@ def unknown_form(source: str, name: str, suffix: str) -> str:
 def is_adapter(keys: Iterable[str]) -> bool:
     """Whether these are the keys of an adapter file (any program's), not of a model."""
     endings = {key.partition(".")[2] for key in keys}
-    return recognise(endings) is not None or any(key.endswith((".lora_A.weight", ".lora_down.weight")) for key in keys)
+    return recognise(endings) is not None or any(key.endswith((".lora_A.weight", f".{dotted.DOWN}")) for key in keys)
 
 
 def decode(
@@ -152,7 +152,7 @@ def decode(
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
         magnitude = None if algorithm is None else group.pop(flags.dialect.magnitude, None)
-        strange = [suffix for suffix in group if algorithm is None or not algorithm.knows(suffix)]
+        strange = [suffix for suffix in group if algorithm is None or not algorithm.spec.knows(suffix)]
         if algorithm is None or strange:
             unknown += [f"{name}.{suffix}" for suffix in strange]
             continue
@@ -197,8 +197,8 @@ def saved_layer(layer: AdaptedLayer, folds: bool = False) -> SavedLayer:
         magnitude = layer.folded(layer.magnitude.detach()) if folds else layer.magnitude.detach()
     alpha = None
     if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, values):
-        alpha = layer.alpha_at(layer.adapter.shown_rank(values) or layer.adapter.record.saved_rank)
-    algorithm = ALGOS[layer.adapter.algo]
+        alpha = layer.alpha_at(layer.adapter.spec.shown_rank(values) or layer.adapter.record.saved_rank)
+    algorithm = ALGOS[layer.adapter.spec.name]
     return SavedLayer(layer.lora_name, algorithm, values, alpha, magnitude, magnitude is not None and folds)
 
 
@@ -214,7 +214,7 @@ def write(layers: Iterable[SavedLayer], form: dialects.Form = _PORTABLE) -> dict
             magnitudes = True
             tensors[f"{name}.{dialect.magnitude}"] = layer.magnitude.flatten() if dialect.flat else layer.magnitude
         if layer.alpha is not None:
-            alpha = form.alpha(layer.alpha, layer.algorithm.shown_rank(layer.tensors))
+            alpha = form.alpha(layer.alpha, layer.algorithm.spec.shown_rank(layer.tensors))
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors | form.network_keys(magnitudes)
 

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..algos import ALGOS
 from ..archs.diffusers_names import Place
 from ..archs.spec import ArchSpec
+from ..records import ALGORITHMS
+from ..records.lora import LORA
+from ..records.oft import BLOCKS, DIAG_OFT
 from . import dotted
 
 log = logging.getLogger(__name__)
@@ -101,19 +103,21 @@ BLISSFUL = Dialect(
     flat=True,
     rs_flag="use_rslora_flag",
     dora_flag="use_dora_flag",
-    rank=("lora_down.weight", 0),
-    algos=("lora",),
+    rank=LORA.rank_shows[0],
+    algos=(LORA.name,),
     dora_kinds=("Linear",),
     dora_sides=("output",),
     whole=("lokr_factor", "lokr_w1", "lokr_w2"),
 )
 COMFYUI = Dialect("comfyui", "dora_scale", fold_flag="use_folded_dora_flag")
-DIFFUSERS = Dialect("diffusers", "dora_scale", algos=("lora",), dora_sides=("output",), flat_only=True, components=True)
+DIFFUSERS = Dialect(
+    "diffusers", "dora_scale", algos=(LORA.name,), dora_sides=("output",), flat_only=True, components=True
+)
 # What the modules networks.oft and networks.oft_flux of sd-scripts read and write.
 OFT = Dialect(
     "oft",
     PORTABLE.magnitude,
-    algos=("diag-oft",),
+    algos=(DIAG_OFT.name,),
     prefixes=(("lora_unet_", "oft_unet_"),),
     archs=("sd", "sdxl"),
     lacks=("rescaled", "train_on_input", "split_qkv"),
@@ -121,7 +125,7 @@ OFT = Dialect(
 OFT_FLUX = replace(
     OFT,
     name="oft_flux",
-    suffixes=(("oft_blocks", "oft_blocks.0"),),
+    suffixes=((BLOCKS, f"{BLOCKS}.0"),),
     archs=("flux", "chroma"),
     lacks=("rescaled", "train_on_input"),
 )
@@ -131,7 +135,7 @@ DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, COMFYUI, D
 LENGTHS = frozenset(
     {dialect.magnitude for dialect in DIALECTS.values()}
     | {written for written, own in dotted.SUFFIXES.items() if own == dotted.MAGNITUDE}
-    | {algorithm.keys[name] for algorithm in ALGOS.values() for name in algorithm.near_one}
+    | {spec.keys[name] for spec in ALGORITHMS.values() for name in spec.near_one}
 )
 
 
@@ -259,7 +263,7 @@ def _alphas_of_roots(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """(alphas that are sqrt(rank), all alphas). Files in bf16 round them, by up to 0.4 %."""
     found = total = 0
     for key, alpha in tensors.items():
-        down = tensors.get(f"{key.removesuffix('.alpha')}.lora_down.weight")
+        down = tensors.get(f"{key.removesuffix('.alpha')}.{dotted.DOWN}")
         if key.endswith(".alpha") and down is not None:
             total += 1
             found += math.isclose(float(alpha), math.sqrt(down.shape[0]), rel_tol=4e-3, abs_tol=0.01)

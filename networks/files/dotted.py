@@ -18,13 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algos import ALGOS
+from ..algos import recognise
 from ..archs.diffusers_names import Place
 from ..archs.spec import ArchSpec, Part
 from ..archs.spellings import Rename
+from ..records import ALGORITHMS
+from ..records.lora import LORA
 
 PEFT = "base_model.model."  # before the names of layers in its files
-DOWN, UP, MAGNITUDE, ALPHA = "lora_down.weight", "lora_up.weight", "dora_scale", "alpha"
+DOWN, UP, MAGNITUDE, ALPHA = LORA.keys["down"], LORA.keys["up"], "dora_scale", "alpha"
 VECTOR = "lora_magnitude_vector"
 SUFFIXES = {  # as others write them -> ours
     "lora_A.weight": DOWN,
@@ -36,14 +38,14 @@ SUFFIXES = {  # as others write them -> ours
     VECTOR: MAGNITUDE,
     f"{VECTOR}.weight": MAGNITUDE,
     f"{VECTOR}.default.weight": MAGNITUDE,
-    **{suffix: suffix for algorithm in ALGOS.values() for suffix in algorithm.keys.values() if suffix != "weight"},
+    **{suffix: suffix for spec in ALGORITHMS.values() for suffix in spec.keys.values() if suffix != "weight"},
     "magnitude": MAGNITUDE,  # ai-toolkit's
-    **{suffix: own for algorithm in ALGOS.values() for suffix, own in algorithm.peft_keys.items()},
-    **{suffix: suffix for algorithm in ALGOS.values() for suffix in algorithm.more_keys},
+    **{suffix: own for spec in ALGORITHMS.values() for suffix, own in spec.peft_keys.items()},
+    **{suffix: suffix for spec in ALGORITHMS.values() for suffix in spec.more_keys},
     MAGNITUDE: MAGNITUDE,
     ALPHA: ALPHA,
 }
-OF_PEFT = {suffix: own for algorithm in ALGOS.values() for suffix, own in algorithm.peft_keys.items()}
+OF_PEFT = {suffix: own for spec in ALGORITHMS.values() for suffix, own in spec.peft_keys.items()}
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 _ENDING = re.compile(rf"\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
 DENOISER = ("transformer.", "unet.", "diffusion_model.", "model.diffusion_model.")
@@ -64,8 +66,10 @@ def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) 
     for name, layer in layers.items():
         where, up = places[name], _scaled_up(layer)
         pair = {DOWN: layer[DOWN], UP: up}
+        own = recognise(pair)
+        assert own is not None
         try:  # an adapter of its own for each projection, or one for all
-            pairs = ALGOS["lora"].unstack(pair, [place.stop - place.start for place in where])
+            pairs = own.unstack(pair, [place.stop - place.start for place in where])
         except ValueError:
             pairs = [{DOWN: layer[DOWN], UP: up[place.start : place.stop]} for place in where]
         for place, one in zip(where, pairs, strict=True):

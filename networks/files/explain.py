@@ -83,7 +83,7 @@ def _row(saved: SavedLayer) -> dict[str, Any]:
         "name": saved.name.replace("/", "."),
         "part": part_of(saved.name),
         "kind": readers.kind_of(saved).title,
-        "dim": saved.algorithm.shown_rank(saved.tensors),
+        "dim": saved.algorithm.spec.shown_rank(saved.tensors),
         "alpha": saved.alpha,
         "scale": saved.scale,
         "dora": readers.side_of(saved),

@@ -41,8 +41,9 @@ def merged_weight(
     """
     if saved.bias_change is not None and not bias_too:
         raise ValueError(
-            f"{saved.name} changes a bias ({saved.algorithm.bias_key}), which cannot be merged from the weight alone: "
-            "apply the network to its model and merge there, or merge the file into the checkpoint (scripts/merge.py)"
+            f"{saved.name} changes a bias ({saved.algorithm.spec.bias_key}), which cannot be merged from the weight "
+            "alone: apply the network to its model and merge there, or merge the file into the checkpoint "
+            "(scripts/merge.py)"
         )
     geometry = weight_geometry(weight.shape)
     adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
@@ -73,7 +74,7 @@ def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Ten
         return bias
     if change.shape != bias.shape:
         raise ValueError(
-            f"{saved.algorithm.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}: choose the "
+            f"{saved.algorithm.spec.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}: choose the "
             "model that it was trained for"
         )
     return bias + multiplier * change.to(bias)
@@ -198,7 +199,7 @@ class CheckpointMerge:
         Raises:
             ValueError: that is too much.
         """
-        families = {name: saved.algorithm.family for name, saved in adapter.layers.items()}
+        families = {name: saved.algorithm.spec.family for name, saved in adapter.layers.items()}
         placed = self.matched(adapter)
         held = weight_names.held(self.checkpoint.shapes) | {part_of(name) for name in placed}
         if self.prefix:

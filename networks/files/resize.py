@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._errors import located
 from ..algos.saved import Resized
+from ..records import ALGORITHMS
 from . import dialects, dotted
 from .adapter_file import AdapterFile
 from .codec import SavedLayer
@@ -21,13 +22,14 @@ WAYS = ("first", "nearest")
 
 
 def is_nested(metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata say that it was trained by DyLoRA."""
+    """Whether a file's metadata say that it was trained so that its first ranks stand alone."""
     try:
         arguments = json.loads(metadata.get("ss_network_args", "{}"))
     except ValueError:
         arguments = None
     algo = arguments.get("algo") if isinstance(arguments, dict) else None
-    return str(algo or metadata.get("ss_network_module", "").rpartition(".")[2]).lower() == "dylora"
+    trained_by = str(algo or metadata.get("ss_network_module", "").rpartition(".")[2]).lower()
+    return trained_by in ALGORITHMS and ALGORITHMS[trained_by].nested
 
 
 def cut(saved: SavedLayer, dim: int, way: str) -> tuple[SavedLayer, Resized]:

@@ -111,7 +111,7 @@ def with_strengths(
     found, deciding = dict(tensors), Counter[str]()
     for name, layer in layers.items():
         algorithm = recognise(layer)
-        if algorithm is not None and algorithm.saves_alpha and not algorithm.alpha_option:
+        if algorithm is not None and algorithm.spec.saves_alpha and not algorithm.spec.alpha_option:
             title, filled = _filled(name, layer, algorithm, asked, source)
             deciding[title] += 1
             found |= {keys.get((name, suffix), f"{name}.{suffix}"): tensor for suffix, tensor in filled.items()}
@@ -123,14 +123,14 @@ def with_strengths(
 def _without_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The tensors of a file of PEFT as any program has them, where only its settings say how they are meant."""
     kind = settings.get("peft_type")
-    algorithm = next((one for one in ALGOS.values() if one.peft_type and one.peft_type == kind), None)
+    algorithm = next((cls for cls in ALGOS.values() if cls.spec.peft_type and cls.spec.peft_type == kind), None)
     if algorithm is None:
         return tensors
     found: dict[str, Tensor] = {}
     layers: dict[str, dict[str, Tensor]] = {}
     for key, name, suffix in dotted.divided(tensors):
-        if suffix in algorithm.peft_keys:
-            layers.setdefault(name, {})[algorithm.peft_keys[suffix]] = tensors[key]
+        if suffix in algorithm.spec.peft_keys:
+            layers.setdefault(name, {})[algorithm.spec.peft_keys[suffix]] = tensors[key]
         else:
             found[key] = tensors[key]
     try:
@@ -153,7 +153,7 @@ def _filled(
     Raises:
         ValueError: two sources disagree, or one is of another rank.
     """
-    rank = algorithm.shown_rank(layer)
+    rank = algorithm.spec.shown_rank(layer)
     said = {title: one for title, ask in asked.items() if (one := ask(name)) is not None}
     for title, one in said.items():
         if one.rank and rank and one.rank != rank:

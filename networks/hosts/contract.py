@@ -18,8 +18,8 @@ from .._version import __version__
 from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
 from ..args.coerce import named, whole
-from ..args.forms import OWN_STYLES
 from ..args.parse import NetArgs, Problems, parse
+from ..args.table import OWN_STYLES
 from ..files.adapter_file import Naming, open_adapter
 from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance

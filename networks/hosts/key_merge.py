@@ -140,7 +140,7 @@ class _File:
                 f"{self.source}: no weight of this model belongs to its {len(self.layers)} layers, e.g. {missed[0]}; "
                 "choose a file that was trained on this model"
             )
-        families = {name: saved.algorithm.family for name, saved in self.layers.items()}
+        families = {name: saved.algorithm.spec.family for name, saved in self.layers.items()}
         parts = {part_of(name) for name in self.used}
         missing = find_missing(families, self.used, parts, PARTS, (), self.allowance, self.source)
         for line in filter(None, (missing.told(), missing.counted())):
@@ -152,7 +152,7 @@ class _File:
                 "choose a file that was trained on this model"
             )
         if self.used:
-            kinds = sorted({self.layers[name].algorithm.algo for name in self.used})
+            kinds = sorted({self.layers[name].algorithm.spec.name for name in self.used})
             log.info(
                 "%s: %d layers (%s) merged at %g by kohya-networks %s",
                 self.source, len(self.used), ", ".join(kinds), self.multiplier, __version__,

@@ -180,7 +180,7 @@ class AdaptedLayer(nn.Module):
         runtime = self.runtime
         if not site.acts or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
             return site.below(x, *args, **kwargs)
-        if not (self.adapter.stepwise and self._trains):
+        if not (self.adapter.spec.stepwise and self._trains):
             return self._changed(site, x, *args, **kwargs)
         self.adapter.begin(x)
         try:
@@ -386,14 +386,14 @@ class AdaptedLayer(nn.Module):
 
     def alpha_at(self, rank: int | None) -> float:
         """The same in a file that holds the adapter with this rank."""
-        option = self.adapter.alpha_option
+        option = self.adapter.spec.alpha_option
         if option:
             return float(self.adapter.chosen.get(option) or 0.0)
         return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
 
     def take_alpha(self, alpha: float | None, file_rank: int | None = None) -> None:
         """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""
-        rank, option = file_rank or self.adapter.record.saved_rank, self.adapter.alpha_option
+        rank, option = file_rank or self.adapter.record.saved_rank, self.adapter.spec.alpha_option
         if option:
             self.adapter.chosen[option] = alpha or 0.0
         if rank is not None:

@@ -118,7 +118,7 @@ class Diagnosis:
         for layer in layers:
             for path, parameter in layer.named_parameters():
                 kind = path.rpartition(".")[2]
-                if parameter.requires_grad and kind not in layer.adapter.frozen:
+                if parameter.requires_grad and kind not in layer.adapter.spec.frozen:
                     self._owners.append(layer.lora_name)
                     self._kinds.append(kind)
                     self._parameters.append(parameter)

@@ -57,7 +57,7 @@ def match(file: AdapterFile, places: Places) -> tuple[dict[str, SavedLayer], Mis
     _check_fit(file, found, places)
     if not found:
         raise ValueError(_nothing(file, places))
-    families = {name: saved.algorithm.family for name, saved in file.layers.items()}
+    families = {name: saved.algorithm.spec.family for name, saved in file.layers.items()}
     families |= {name: "unknown" for name in file.unread}
     placed = {name for name in families if places.own(name) in places.layers}
     away = (places.held, places.known, places.unwanted)
@@ -80,8 +80,8 @@ def _check_fit(file: AdapterFile, found: Mapping[str, SavedLayer], places: Place
 
 
 def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
-    if (layer.adapter.saved_as or layer.adapter.algo) != saved.algorithm.form():
-        raise ValueError(f"the file has {saved.algorithm.algo}, this network has {layer.adapter.algo}")
+    if layer.adapter.spec.form != saved.algorithm.spec.form:
+        raise ValueError(f"the file has {saved.algorithm.spec.name}, this network has {layer.adapter.spec.name}")
     side = saved.side(layer.adapter.geometry)
     if side and layer.side and side != layer.side:
         raise ValueError(

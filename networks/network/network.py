@@ -102,7 +102,9 @@ class Network(nn.Module):
             bases = modules[name]
             pairs: Bases = ((bases, None),) if isinstance(bases, nn.Module) else bases
             sites = [Site(module, pieces) for module, pieces in pairs]
-            noise = Perturbation(*perturbation) if perturbation and "ggpo_sigma" in ALGOS[row.algo].features else None
+            noise = (
+                Perturbation(*perturbation) if perturbation and "ggpo_sigma" in ALGOS[row.algo].spec.features else None
+            )
             layer = AdaptedLayer(
                 name, sites, row.make_adapter(), row.scale, chosen, self.runtime, row.dora, perturbation=noise
             )
@@ -164,7 +166,9 @@ class Network(nn.Module):
     def _hook(self) -> None:
         """Watch the models' own forwards, where a layer acts otherwise in sampling, or by the time."""
         clocks, layers = self._set_clocks(), self.adapted_layers
-        if not clocks and not any(layer.dropouts or layer.perturbation or layer.adapter.stepwise for layer in layers):
+        if not clocks and not any(
+            layer.dropouts or layer.perturbation or layer.adapter.spec.stepwise for layer in layers
+        ):
             return
         used = {row.part for row, _ in self.layers}
         for part in [part for part in self._roots if part in used]:
@@ -185,7 +189,7 @@ class Network(nn.Module):
         clocks: dict[int | None, Clock] = {}
         for row, layer in self.layers:
             for adapter in layer.adapter.members() if row.part in self.timesteps else ():
-                if adapter.timed:
+                if adapter.spec.timed:
                     group = adapter.chosen.get("mask_group_id")
                     adapter.clock = clocks.setdefault(group, self.clock if group is None else clock_of(group))
         return list(clocks.values())
@@ -408,7 +412,7 @@ class Network(nn.Module):
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
             adapted.see_base()
-            adapted.take_alpha(layer.alpha, layer.algorithm.shown_rank(layer.tensors))
+            adapted.take_alpha(layer.alpha, layer.algorithm.spec.shown_rank(layer.tensors))
             adapted.take_magnitude(layer.magnitude, layer.folded)
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)

@@ -62,8 +62,8 @@ def _trained(row: PlanRow, layer: AdaptedLayer) -> Iterator[tuple[nn.Parameter, 
     """A layer's parameters but those that are never trained, and whether LoRA+ is for each."""
     for path, parameter in layer.named_parameters():
         name = path.rpartition(".")[2]
-        if name not in layer.adapter.frozen:
-            yield parameter, row.plus_ratio != 1 and name in layer.adapter.plus
+        if name not in layer.adapter.spec.frozen:
+            yield parameter, row.plus_ratio != 1 and name in layer.adapter.spec.plus
 
 
 def _rate(row: PlanRow, rates: Mapping[str, float | None]) -> float:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..algos import ALGOS
-from ..args.forms import OWN_STYLES
 from ..args.parse import Problems
-from ..args.table import BY_NAME
+from ..args.table import BY_NAME, OWN_STYLES
 from ..files.dialects import DIALECTS
 from ..tensors.norms import NormGeometry
 
@@ -99,7 +98,7 @@ def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems, 
     parts = {row.part == denoiser for row in trained}
     ratios = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
     given = [name for name in ratios if getattr(args, name) not in (None, 1.0)]
-    alone = [row.algo for row in trained if not ALGOS[row.algo].plus]
+    alone = [row.algo for row in trained if not ALGOS[row.algo].spec.plus]
     algos, words = ", ".join(sorted(set(alone))), "such layers have no pair of factors, so one learning rate"
     if given and len(alone) == len(trained):
         problems.add(f"{given[0]} has no effect with {algos}: {words}")
@@ -166,7 +165,7 @@ def _starts(trained: Sequence[PlanRow], problems: Problems, notes: list[str]) ->
     for (init, algo), reason in reasons.items():
         if reason:
             problems.add(f"init={init} does not go with algo={algo}: {reason}")
-    kept = [row for row in trained if row.init == "pissa" and ALGOS[row.algo].keeps_start]
+    kept = [row for row in trained if row.init == "pissa" and ALGOS[row.algo].spec.keeps_start]
     if kept:
         size = 4 * sum(row.layout.parameters for row in kept) / 2**20
         notes.append(
@@ -178,15 +177,17 @@ def _starts(trained: Sequence[PlanRow], problems: Problems, notes: list[str]) ->
         size = 4 * sum(row.layout.parameters for row in own) / 2**20
         notes.append(
             f"{own[0].algo} on {len(own)} layers: the start is kept beside the parameters ({size:.1f} MiB), files are "
-            f"{ALGOS[own[0].algo].form()} with {own[0].layout.stacked} times the dim"
+            f"{ALGOS[own[0].algo].spec.form} with {own[0].layout.stacked} times the dim"
         )
 
 
 def _times(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
     """Ranks follow the timestep in the denoiser alone."""
-    timed = {name for row in trained if ALGOS[row.algo].timed for name in row.options} & _OF_TIME & request.args.given
+    timed = (
+        {name for row in trained if ALGOS[row.algo].spec.timed for name in row.options} & _OF_TIME & request.args.given
+    )
     denoiser = request.arch.denoiser.name
-    if timed and not any(ALGOS[row.algo].timed and row.part == denoiser for row in trained):
+    if timed and not any(ALGOS[row.algo].spec.timed and row.part == denoiser for row in trained):
         problems.add(f"{', '.join(sorted(timed))}: no effect, text encoders are told no timestep")
 
 

@@ -56,7 +56,7 @@ def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> l
         notes.append(f"files name these layers {written}... instead of {own}..., {why}")
     else:
         told = [{**row.options, "split_qkv": row.split, "kernel": row.geometry.has_kernel} for row in trained]
-        notes += sorted({ALGOS[row.algo].readers(o) for row, o in zip(trained, told, strict=True)} - {""})
+        notes += sorted({ALGOS[row.algo].spec.note(o) for row, o in zip(trained, told, strict=True)} - {""})
     if dialect.archs and request.arch.name not in dialect.archs:
         notes.append(f"save_format={dialect.name}: no other program reads such files of {request.arch.title}")
     return notes
@@ -92,7 +92,7 @@ def _misfits(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> 
         reasons.append(f"{name}: its magnitudes hold for the whole dim alone; leave out save_dims")
     if dialect.flat_only and any(_TUCKER & row.layout.shapes.keys() for row in trained):
         reasons.append(f"{name} holds no Tucker form: leave out use_tucker")
-    algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].form() not in dialect.algos}
+    algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].spec.form not in dialect.algos}
     if algos:
         reasons.append(
             f"{name} holds {', '.join(dialect.algos)} only, not {', '.join(sorted(algos))}: that program reads the "
@@ -116,7 +116,7 @@ def _misfits(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> 
 
 def _save_dims(trained: Sequence[PlanRow], args: Any, problems: Problems) -> None:
     """A cut file must differ from the whole one, and its layers must have ranks."""
-    others = sorted({row.algo for row in trained if "save_dims" not in ALGOS[row.algo].features})
+    others = sorted({row.algo for row in trained if not ALGOS[row.algo].spec.nested})
     if args.save_dims and 0 < len(others) < len({row.algo for row in trained}):
         problems.add(f"save_dims: the ranks of {', '.join(others)} do not stand alone; leave it out")
     largest = max(row.dim for row in trained)

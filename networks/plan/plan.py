@@ -77,7 +77,7 @@ class PlanRow:
     @property
     def relative(self) -> bool:
         """Whether the update of a trained layer is a function of the base weight, which its norm needs."""
-        return ALGOS[self.algo].relative
+        return ALGOS[self.algo].spec.relative
 
     @property
     def layout(self) -> Layout:

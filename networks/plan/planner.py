@@ -118,7 +118,7 @@ class _Planner:
         split = self._split(c, algorithm, a) if shown is None else shown
         if saved is not None:
             wanted = ALGOS[self.args.algo]
-            same = wanted.form() == saved.algorithm.form() and wanted.recognises(set(saved.tensors))
+            same = wanted.spec.form == saved.algorithm.spec.form and wanted.spec.recognises(saved.tensors)
             if same:  # several ways to train make files of one form
                 saved = replace(saved, algorithm=wanted)
             try:
@@ -132,20 +132,20 @@ class _Planner:
             algorithm, alpha = saved.algorithm, saved.alpha or 0.0
             dim //= 1 if shown is not None else max(1, len(split))
             # The file decides the form; some options do not show in one.
-            options |= self.args.pick(algorithm.unsaved & algorithm.options & self.args.given)
+            options |= self.args.pick(algorithm.spec.unsaved & algorithm.spec.options & self.args.given)
         else:
             dim, alpha, side = self._dim(c), self._alpha(c), ""
             if dim == 0 or self.blocks.rate(c.trainer_name) == 0 and self._of_denoiser(c):
                 self._note(c, scaled=False)
                 return replace(row, reason=_OFF[dim == 0], unwanted=True)
-            options = a.pick(algorithm.options)
+            options = a.pick(algorithm.spec.options)
         side, plain = self._dora(side, split, a, algorithm)
         try:
             layout = layout_of(algorithm, g, dim, options, split)
         except ValueError as error:
             self.problems.add(f"{c.dotted_name}: {error}")
             return replace(row, reason="the algorithm has no form for it")
-        self._note(c, layout.rank is not None, algorithm.family == Geometry.family)
+        self._note(c, layout.rank is not None, algorithm.spec.family == Geometry.family)
         scale = 1.0
         if layout.rank is not None and saved is not None:
             scale, alpha = saved.scale, saved.scale * layout.rank
@@ -155,7 +155,7 @@ class _Planner:
         plus = self._plus(denoiser, algorithm)
         return replace(
             row,
-            algo=algorithm.algo,
+            algo=algorithm.spec.name,
             dim=dim,
             alpha=alpha or float(dim),
             options=options,
@@ -170,20 +170,20 @@ class _Planner:
             dora=side,
             plain=plain,
             split=split,
-            **({} if saved is not None or "init" not in algorithm.features else a.pick(("init", "init_seed"))),
+            **({} if saved is not None or "init" not in algorithm.spec.features else a.pick(("init", "init_seed"))),
         )
 
     def _split(self, c: Candidate, algorithm: type[Adapter], a: NetArgs) -> tuple[int, ...]:
         """Output rows of the parts that get an adapter each."""
-        if not a.split_qkv or not self._of_denoiser(c) or not algorithm.splits(a.pick(algorithm.options)):
+        if not a.split_qkv or not self._of_denoiser(c) or not algorithm.splits(a.pick(algorithm.spec.options)):
             return ()
         return self.request.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
 
     def _dora(self, side: str, split: tuple[int, ...], a: NetArgs, algorithm: type[Adapter]) -> tuple[str, str]:
         """(side, why there is none although it was asked for); the file's side comes first."""
         wanted = side or ("output" if a.wd_on_output else "input") if a.use_dora or side else ""
-        never = "use_dora" not in algorithm.features
-        reasons = {algorithm.algo: never, "dropout": a.dropout, "rank_dropout": a.rank_dropout, "split_qkv": split}
+        never = "use_dora" not in algorithm.spec.features
+        reasons = {algorithm.spec.name: never, "dropout": a.dropout, "rank_dropout": a.rank_dropout, "split_qkv": split}
         plain = next((name for name, on in reasons.items() if on), "") if wanted else ""
         if plain and side:
             self.problems.add(f"{plain} does not go with the DoRA magnitudes of {self.request.source}: leave it out")
@@ -208,16 +208,16 @@ class _Planner:
     def _norms(self) -> bool:
         """Whether normalisation layers are spoken of."""
         if self.request.saved is not None:
-            return any(saved.algorithm.family == NormGeometry.family for saved in self.request.saved.values())
+            return any(saved.algorithm.spec.family == NormGeometry.family for saved in self.request.saved.values())
         algos = {self.args.algo, *(self.args.preset.algos if self.args.preset else ())}
-        return self.args.train_norm != "false" or any(ALGOS[algo].family == NormGeometry.family for algo in algos)
+        return self.args.train_norm != "false" or any(ALGOS[algo].spec.family == NormGeometry.family for algo in algos)
 
     def _suit(self, c: Candidate) -> Candidate:
         """A layer for whose kind the call has no algorithm is left out."""
         reason, g = c.reason, c.geometry
         if self.request.saved is None and not reason:
             own = ALGOS[self.preset.args(c).algo]
-            if own.family != g.family:
+            if own.spec.family != g.family:
                 wanted = g.family == NormGeometry.family and self.args.train_norm != "false"
                 reason = "" if wanted else _UNASKED.get(g.family, "")
         if isinstance(g, NormGeometry):
@@ -338,7 +338,7 @@ class _Planner:
         a = self.args
         own = a.loraplus_unet_lr_ratio if denoiser else a.loraplus_text_encoder_lr_ratio
         ratio = own if own is not None else a.loraplus_lr_ratio
-        return 1.0 if ratio is None or not algorithm.plus else float(ratio)
+        return 1.0 if ratio is None or not algorithm.spec.plus else float(ratio)
 
     # -- checks
 

@@ -29,6 +29,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 from demo import EMOJI, NAME, SEED, draw_arguments, read_images, run, train_arguments, true_images  # noqa: E402
 
 from networks.cli.command_line import add_overwrite, check_outputs, run_program, write_atomically  # noqa: E402
+from networks.records import ALGORITHMS  # noqa: E402
 
 OUTPUT = HERE.parents[1] / "output" / "compare"
 CHART = HERE / "algorithms.png"
@@ -52,7 +53,8 @@ class Entry:
         return rank | dict(argument.split("=") for argument in self.more)
 
 
-ENTRIES = (
+# As many values and rates as suit each; an algorithm that is not here is tried like LoRA.
+TUNED = (
     Entry("lora", 4, 3e-3),
     Entry("loha", 2, 8e-3),
     Entry("lokr", 14, 3e-3, ("factor=4",)),
@@ -66,6 +68,7 @@ ENTRIES = (
     Entry("norm", 1, 1e-2),
     Entry("full", 1, 1e-3),
 )
+ENTRIES = (*TUNED, *(Entry(name, 4, 3e-3) for name in ALGORITHMS if name not in {entry.algo for entry in TUNED}))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .coerce import KINDS
-
 NUMBERS = ("int", "float")
 LISTS = ("patterns", "regex_int", "regex_float", "ints", "floats", "rates")
+FORM = "form of the factors"  # the group of arguments that choose the form of an algorithm
 
 
 @dataclass(frozen=True)
@@ -17,12 +16,12 @@ class Arg:
     """One network argument.
 
     Attributes:
-        kind: name of its coercer in KINDS.
+        kind: name of its coercer in args.coerce.KINDS.
         default: the value when it is not given; also its neutral value unless `neutral` says more.
         help: one sentence for people; the generated documentation prints it.
         group: heading in the documentation.
         aliases: other spellings, of the trainers and of LyCORIS.
-        algos: algorithms on which it has an effect; None = all.
+        algos: algorithms on which it has an effect, filled in by the table from their records; None = all.
         neutral: further values that ask for nothing, accepted where the argument cannot apply.
         minimum, below: bounds of a number: minimum <= value < below.
         choices: of an enumeration.
@@ -49,19 +48,15 @@ class Arg:
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
 
-    def coerce(self, raw: Any) -> Any:
-        """Text or typed value -> value.
-
-        Raises:
-            ValueError: with the reason and an example of what to write.
-        """
-        return KINDS[self.kind](self, raw)
-
     def default_at(self, hosts: Iterable[str], options: Mapping[str, Any]) -> Any:
         """The default under the first of these hosts that has its own, with the values of the trainer's options."""
         own = dict(self.per_host)
         value = next((own[host] for host in hosts if host in own), self.default)
         return options.get(value, self.default) if isinstance(value, str) and self.kind in NUMBERS else value
+
+    def acts(self, value: Any, algos: Iterable[str]) -> bool:
+        """Whether the value asks for nothing, or for something that one of these algorithms has."""
+        return self.algos is None or self.is_neutral(value) or not set(algos).isdisjoint(self.algos)
 
     def is_neutral(self, value: Any) -> bool:
         return value == self.default or value in self.neutral or (self.kind in LISTS and not value)

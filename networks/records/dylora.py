@@ -1,0 +1,42 @@
+"""DyLoRA: LoRA whose first b ranks are a good LoRA, too, for every b (2210.07558)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .arg import FORM, Arg
+from .lora import LORA
+
+DYLORA = replace(
+    LORA,
+    name="dylora",
+    order=40,
+    saved_as=LORA.name,
+    options=frozenset({"block_size"}),
+    unsaved=frozenset({"block_size"}),
+    arguments=(
+        Arg(
+            "block_size",
+            "int",
+            1,
+            "ranks that learn together; a file cut after any number of blocks, with the same alpha, is a good LoRA",
+            FORM,
+            aliases=("unit", "dyloRA"),
+            minimum=1,
+            per_host=(("lycoris", 4),),
+        ),
+        Arg(
+            "save_dims",
+            "ints",
+            (),
+            "each save also writes files cut to these dims, `4,8`: name-0004.safetensors beside name.safetensors. "
+            "scripts/resize.py cuts later. Trainers that remove old files do not know of these",
+            FORM,
+            minimum=1,
+        ),
+    ),
+    features=LORA.features | {"save_dims"},
+    keeps_start=False,
+    no_starts={"pissa": "what has changed since the start has no nested ranks: its files could not be cut"},
+    stepwise=True,
+)

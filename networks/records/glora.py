@@ -1,0 +1,27 @@
+"""GLoRA: a low-rank change of what goes into the layer, beside one of its weight (2306.07967)."""
+
+from __future__ import annotations
+
+from .spec import AlgoSpec, FileKind, Reads
+
+GLORA = AlgoSpec(
+    "glora",
+    keys={name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
+    kinds=(
+        FileKind(
+            "GLoRA",
+            frozenset({"a1.weight"}),
+            Reads(comfyui="yes", a1111="skipped", forge="yes", diffusers="refused", peft="no", invokeai="refused"),
+        ),
+    ),
+    order=60,
+    options=frozenset({"use_scalar"}),
+    no_starts={"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"},
+    plus=frozenset({"a1", "b1"}),  # which lead out of the rank, as up does
+    fold=("b2",),
+    rank_shows=(("a2.weight", 0),),
+    relative=True,
+    note=lambda options: (
+        "glora files: LyCORIS, ComfyUI and Forge read them; A1111, InvokeAI, PEFT and diffusers do not"
+    ),
+)

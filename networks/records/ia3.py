@@ -1,0 +1,22 @@
+"""IA3: a learnt factor for every feature that comes out of a layer, or goes in (2205.05638)."""
+
+from __future__ import annotations
+
+from .spec import AlgoSpec, FileKind, Reads
+
+IA3 = AlgoSpec(
+    "ia3",
+    keys={"weight": "weight", "on_input": "on_input"},
+    kinds=(
+        FileKind(
+            "IA3",
+            frozenset({"on_input"}),
+            Reads(comfyui="skipped", a1111="yes", forge="no", diffusers="refused", peft="no", invokeai="yes"),
+        ),
+    ),
+    order=120,
+    options=frozenset({"train_on_input"}),
+    features=frozenset(),
+    note=lambda options: "ia3 files: LyCORIS, A1111 and InvokeAI read them; ComfyUI, Forge and diffusers do not",
+    relative=True,
+)

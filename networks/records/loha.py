@@ -1,0 +1,28 @@
+"""LoHa: the Hadamard product of two low-rank matrices (2108.06098, 2309.14859)."""
+
+from __future__ import annotations
+
+from .spec import ADDITIVE, AlgoSpec, FileKind, Reads
+
+LOHA = AlgoSpec(
+    "loha",
+    keys={name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    kinds=(
+        FileKind(
+            "LoHa",
+            frozenset({"hada_w1_a"}),
+            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="refused", peft="yes", invokeai="yes"),
+        ),
+    ),
+    order=20,
+    options=frozenset({"use_tucker", "use_scalar"}),
+    features=ADDITIVE | {"split_qkv"},
+    no_starts={
+        "orthogonal": "a Hadamard product has no orthogonal rows, whatever its factors have",
+        "pissa": "the difference of two Hadamard products is none, so no file could hold it",
+    },
+    plus=frozenset({"w2_a"}),
+    required=(frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
+    fold=("w1_a",),
+    rank_shows=(("hada_w1_b", 0),),
+)

@@ -1,0 +1,54 @@
+"""LoKr: the Kronecker product of a small and a larger matrix (2309.14859)."""
+
+from __future__ import annotations
+
+from .arg import FORM, Arg
+from .spec import AlgoSpec, FileKind, Reads
+
+_READS = Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="some", peft="yes", invokeai="yes")
+
+LOKR = AlgoSpec(
+    "lokr",
+    keys={name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    kinds=(
+        FileKind(
+            "LoKr in Tucker form",
+            frozenset({"lokr_t2"}),
+            Reads(comfyui="skipped", a1111="yes", forge="refused", diffusers="refused", peft="no", invokeai="yes"),
+        ),
+        FileKind("LoKr", frozenset({"lokr_w1"}), _READS),
+        FileKind("LoKr", frozenset({"lokr_w1_a"}), _READS),
+    ),
+    order=30,
+    options=frozenset(
+        {"use_tucker", "use_scalar", "factor", "decompose_both", "full_matrix", "unbalanced_factorization"}
+    ),
+    arguments=(
+        Arg(
+            "factor",
+            "int",
+            -1,
+            "upper bound of the smaller Kronecker factor; -1 splits next to the square root",
+            FORM,
+            minimum=-1,
+        ),
+        Arg("decompose_both", "bool", False, "low rank for the smaller factor too", FORM),
+        Arg(
+            "full_matrix",
+            "bool",
+            False,
+            "both factors whole, whatever the dim; the scale is then 1 and alpha has no effect",
+            FORM,
+        ),
+        Arg("unbalanced_factorization", "bool", False, "swap the two factors of the output side", FORM),
+    ),
+    no_starts={"pissa": "the difference of two Kronecker products is none, so no file could hold it"},
+    plus=frozenset({"w1", "w1_a", "w1_b"}),
+    required=tuple(
+        frozenset(one | two)
+        for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
+        for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
+    ),
+    fold=("w1", "w1_a"),
+    rank_shows=(("lokr_w1_b", 0), ("lokr_w2_b", 0)),
+)

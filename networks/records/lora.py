@@ -1,0 +1,37 @@
+"""LoRA and its convolutional form LoCon (2106.09685, 2309.14859)."""
+
+from __future__ import annotations
+
+from .spec import ADDITIVE, AlgoSpec, FileKind, Reads
+
+LORA = AlgoSpec(
+    "lora",
+    keys={"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"},
+    kinds=(
+        FileKind(
+            "LoRA in Tucker form",
+            frozenset({"lora_mid.weight"}),
+            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="refused", peft="no", invokeai="yes"),
+        ),
+        FileKind(
+            "LoRA",
+            frozenset({"lora_up.weight"}),
+            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="yes", peft="yes", invokeai="yes"),
+        ),
+    ),
+    order=10,
+    options=frozenset({"use_tucker", "use_scalar"}),
+    features=ADDITIVE | {"split_qkv"},
+    no_starts={},
+    keeps_start=True,
+    plus=frozenset({"up"}),
+    required=(frozenset({"lora_up.weight", "lora_down.weight"}),),
+    fold=("up",),
+    rank_shows=(("lora_down.weight", 0),),
+    dora={
+        "input": Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="wrong", peft="no", invokeai="yes"),
+        "output": Reads(
+            comfyui="nearly", a1111="wrong", forge="nearly", diffusers="wrong", peft="yes", invokeai="wrong"
+        ),
+    },
+)

@@ -1,0 +1,28 @@
+"""Normalisation layers: the whole difference of weight and bias."""
+
+from __future__ import annotations
+
+from .spec import AlgoSpec, FileKind, Reads
+
+NORM = AlgoSpec(
+    "norm",
+    keys={"w_norm": "w_norm", "b_norm": "b_norm"},
+    kinds=(
+        FileKind(
+            "norm",
+            frozenset({"w_norm", "b_norm"}),
+            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="refused", peft="no", invokeai="yes"),
+        ),
+        FileKind(
+            "norm without bias",
+            frozenset({"w_norm"}),
+            Reads(comfyui="yes", a1111="refused", forge="yes", diffusers="refused", peft="no", invokeai="yes"),
+        ),
+    ),
+    order=90,
+    family="norm",
+    features=frozenset(),
+    required=(frozenset({"w_norm"}),),
+    bias_key="b_norm",
+    saves_alpha=False,
+)

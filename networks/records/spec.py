@@ -1,0 +1,167 @@
+"""The record of one algorithm: what all the rest must know of it without its mathematics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .arg import Arg
+
+# Arguments that the layer around an adapter obeys for every additive algorithm, unless its mathematics forbids one.
+ADDITIVE = frozenset({"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"})
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What each program makes of a kind of layer: words of files.readers.VERDICTS."""
+
+    comfyui: str
+    a1111: str
+    forge: str
+    diffusers: str
+    peft: str
+    invokeai: str
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of layer in a file.
+
+    Attributes:
+        title: for people.
+        marks: suffixes that a layer must have to be of this kind; none = the form that no other program knows.
+        reads: who reads it, and how.
+        constrained: only where alpha stands for a limit of the form and is not 0.
+    """
+
+    title: str
+    marks: frozenset[str]
+    reads: Reads
+    constrained: bool = False
+
+
+UNREAD = FileKind("form of this package alone", frozenset(), Reads("no", "no", "no", "no", "no", "no"))
+# Side of a DoRA magnitude -> how it is read, beside factors other than LoRA's.
+DORA = {
+    "input": Reads("yes", "yes", "yes", "refused", "no", "refused"),
+    "output": Reads("nearly", "wrong", "nearly", "refused", "no", "wrong"),
+}
+
+
+def _nothing(options: Mapping[str, Any]) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class AlgoSpec:
+    """An algorithm. Its class in `algos` takes this record as `spec`.
+
+    Attributes:
+        name: of `algo=`.
+        keys: parameter -> suffix in a file.
+        kinds: of layers in its files, the first whose marks a layer has; () = no other program reads them.
+        order: its place in lists, and in the search for the algorithm of a file; those without one come last.
+        family: of the layers that it is for, "matrix" (Linear, convolution) or "norm".
+        options: names of the keyword options that the `layout` of its class takes.
+        arguments: rows of the argument table for what no other algorithm had before: of `options` or of `features`.
+        features: arguments which the layer around an adapter obeys where the mathematics allows it; split_qkv:
+            adapters of the parts of a layer, stacked, are one of the same kind (`stack`).
+        no_starts: ways to start (`init`) which it has not, and why.
+        start_error: how far a layer may be from its base layer before the first step, relative to the largest value,
+            in units of the rounding of its dtype; 0 = it is the base layer exactly.
+        plus: parameters which LoRA+ (2402.12354) trains faster; none = it has no such pair.
+        frozen: parameters without gradient and optimizer state.
+        required: one of these sets of suffixes marks its files; () = all of `keys` together.
+        more_keys: suffixes of what else its files can have.
+        numbered: suffixes which stand with a number behind them for the parts of a layer.
+        saved_as: the algorithm whose files these are, if it is not this one.
+        fold: the first of these parameters that exists takes up the learnt scalar, or a scale without rank, at save.
+        rank_shows: (suffix, axis): the first that a file has is the rank that alpha is divided by.
+        bias_key: suffix of the change of the layer's bias, where a file can have one.
+        saves_alpha: whether readers expect one.
+        alpha_option: the option which a file holds as alpha, where alpha is no strength.
+        near_one: parameters that a file holds as factors near 1.
+        unsaved: options that do not show in a file.
+        peft_type: in PEFT's adapter_config.json, where its files cannot be read alike without.
+        peft_keys: suffix in a file of PEFT -> what stands for it in that of any program.
+        dora: side of a DoRA magnitude -> how programs read it beside these factors.
+        note: options of a layer -> what a user should know of the programs that read its files; "" where all of them
+            do, and alike. The options of a layer come with `split_qkv` and `kernel` (a convolution above 1x1).
+        keeps_start: beside values that come from the base weight, it keeps what they amount to, to subtract it.
+        stepwise: a training step uses other values than the rest: `begin` and `end` of its class.
+        timed: it acts by the time of the denoising pass: the attribute `clock` of its class.
+        relative: the change of the weight is a function of the base weight, which its norm needs.
+        own_entries: entries whose defaults are for this algorithm alone: with another `algo=` they are as any entry.
+            Their networks leave the text encoders alone.
+    """
+
+    name: str
+    keys: Mapping[str, str]
+    kinds: tuple[FileKind, ...]
+    order: int = 1000
+    family: str = "matrix"
+    options: frozenset[str] = frozenset()
+    arguments: tuple[Arg, ...] = ()
+    features: frozenset[str] = ADDITIVE
+    no_starts: Mapping[str, str] = field(
+        default_factory=lambda: dict.fromkeys(("orthogonal", "pissa"), "it has start values of its own")
+    )
+    start_error: float = 0.0
+    plus: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
+    required: tuple[frozenset[str], ...] = ()
+    more_keys: frozenset[str] = frozenset()
+    numbered: frozenset[str] = frozenset()
+    saved_as: str = ""
+    fold: tuple[str, ...] = ()
+    rank_shows: tuple[tuple[str, int], ...] = ()
+    bias_key: str = ""
+    saves_alpha: bool = True
+    alpha_option: str = ""
+    near_one: frozenset[str] = frozenset()
+    unsaved: frozenset[str] = frozenset({"use_scalar"})
+    peft_type: str = ""
+    peft_keys: Mapping[str, str] = field(default_factory=dict)
+    dora: Mapping[str, Reads] = field(default_factory=lambda: DORA)
+    note: Callable[[Mapping[str, Any]], str] = _nothing
+    keeps_start: bool = False
+    stepwise: bool = False
+    timed: bool = False
+    relative: bool = False
+    own_entries: tuple[str, ...] = ()
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Arguments that have an effect on it and not on every algorithm."""
+        return self.options | self.features
+
+    @property
+    def plus_keys(self) -> tuple[str, ...]:
+        """Suffixes in a file of the plus parameters."""
+        return tuple(key for name, key in self.keys.items() if name in self.plus)
+
+    @property
+    def nested(self) -> bool:
+        """Whether its first ranks stand alone, so that files can be cut to them."""
+        return "save_dims" in self.features
+
+    @property
+    def form(self) -> str:
+        """The algorithm whose saved keys it has."""
+        return self.saved_as or self.name
+
+    def recognises(self, suffixes: Iterable[str]) -> bool:
+        """Whether saved tensors under these suffixes can be a layer of its files."""
+        present = set(suffixes)
+        return any(marks <= present for marks in self.required or (frozenset(self.keys.values()),))
+
+    def knows(self, suffix: str) -> bool:
+        """Whether its files have such tensors."""
+        whole, _, number = suffix.rpartition(".")
+        numbered = whole in self.numbered and number.isdecimal()
+        return numbered or suffix in self.keys.values() or suffix in self.more_keys
+
+    def shown_rank(self, tensors: Mapping[str, Any]) -> int | None:
+        """The rank that readers of these saved tensors divide alpha by; None if there is none."""
+        return next((tensors[suffix].shape[axis] for suffix, axis in self.rank_shows if suffix in tensors), None)

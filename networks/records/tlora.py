@@ -1,0 +1,73 @@
+"""T-LoRA: from an orthogonal start, with fewer ranks the noisier the sample (2507.05964)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .arg import FORM, Arg
+from .lora import LORA
+from .spec import DORA
+
+_OWN = dict.fromkeys(("orthogonal", "pissa"), "it has start values of its own")
+_OPTIONS = frozenset({"sig_type", "use_data_init", "mask_group_id", "min_rank", "alpha_rank_scale"})
+# Another program's, which lack the start.
+_KEYS = {"q": "q_layer.weight", "p": "p_layer.weight", "lam": "lambda_layer"}
+
+TLORA = replace(
+    LORA,
+    name="tlora",
+    order=70,
+    saved_as=LORA.name,
+    keys=_KEYS,
+    required=(*LORA.required, frozenset(_KEYS.values())),
+    kinds=(),  # of those keys; in its own files a layer is a LoRA
+    dora=DORA,
+    rank_shows=(*LORA.rank_shows, ("q_layer.weight", 0)),
+    options=_OPTIONS,
+    unsaved=_OPTIONS,
+    arguments=(
+        Arg(
+            "sig_type",
+            "choice",
+            "principal",
+            "T-LoRA starts from the first (`principal`), the `middle` or the `last` singular vectors",
+            FORM,
+            choices=("principal", "last", "middle"),
+        ),
+        Arg("use_data_init", "bool", True, "of the base weight; False: of a random matrix", FORM),
+        Arg(
+            "min_rank",
+            "int",
+            1,
+            "T-LoRA (2507.05964): ranks that act at the noisiest timestep; all of them act at the last one",
+            FORM,
+            aliases=("tlora_min_rank",),
+            minimum=1,
+        ),
+        Arg(
+            "alpha_rank_scale",
+            "float",
+            1.0,
+            "exponent of its schedule: ((T - t) / T)^x of the ranks above min_rank act at timestep t of T; 0: all "
+            "ranks, always",
+            FORM,
+            aliases=("tlora_alpha", "tlora_alpha_rank_scale"),
+            minimum=0,
+        ),
+        Arg(
+            "mask_group_id",
+            "int",
+            None,
+            "networks of one number share the timestep, or the mask that `set_timestep_mask` sets; not given: each has "
+            "its own",
+            FORM,
+            neutral=(0,),
+        ),
+    ),
+    # A whole weight change has one mask, samples have many; in a stack of parts the ranks that belong together, and
+    # those which a timestep masks, could not be told from the file.
+    features=LORA.features - {"bypass_mode", "split_qkv"},
+    no_starts=_OWN,
+    plus=frozenset({"p"}),
+    timed=True,
+)
