@@ -88,7 +88,7 @@ def test_what_goes_in_and_comes_out_more_is_the_change_of_the_weight(
 
 def test_neither_family_has_methods_of_the_other() -> None:
     for cls in ALGOS.values():
-        assert issubclass(cls, Additive) != issubclass(cls, Multiplicative), cls.algo
+        assert issubclass(cls, Additive) != issubclass(cls, Multiplicative), cls.spec.name
     for name in ("delta", "apply_delta", "rows", "flops", "norm_sq", "update"):
         assert hasattr(Additive, name) and not hasattr(Multiplicative, name), name
     for name in ("change", "change_rows", "side"):
@@ -104,7 +104,7 @@ def test_what_is_left_to_be_defined_is_defined() -> None:
     for cls in ALGOS.values():
         wanted = left if "split_qkv" in cls.spec.features else left - {"stack", "unstack"}
         missing = [name for name in wanted if hasattr(cls, name) and _is_left(_of(cls, name))]
-        assert not missing, f"{cls.algo} lacks {', '.join(missing)}"
+        assert not missing, f"{cls.spec.name} lacks {', '.join(missing)}"
 
 
 def _of(cls: type, name: str) -> object:

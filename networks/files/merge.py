@@ -74,8 +74,8 @@ def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Ten
         return bias
     if change.shape != bias.shape:
         raise ValueError(
-            f"{saved.algorithm.spec.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}: choose the "
-            "model that it was trained for"
+            f"{saved.algorithm.spec.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}: choose "
+            "the model that it was trained for"
         )
     return bias + multiplier * change.to(bias)
 
