@@ -193,13 +193,12 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "plan": plan_script.build_parser,
     "train_network": train_options.build_parser,
 }
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+PROGRAMS = [Path(__file__).parents[1] / name for name in ("scripts", "networks/cli", "kohya_trainer")]
 
 
 def test_every_option_with_a_number_has_the_one_type() -> None:
-    lines = {file.name: line for file in SCRIPTS.rglob("*.py") for line in file.read_text("utf-8").splitlines()
-             if "type=float" in line}  # fmt: skip
-    assert not lines
+    files = [file for folder in PROGRAMS for file in folder.rglob("*.py")]
+    assert not [file.name for file in files if "type=float" in file.read_text("utf-8")]
 
 
 @pytest.mark.parametrize("program", PARSERS)
