@@ -70,9 +70,7 @@ def set_sampler(family: Family, name: str | None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """sd-scripts' names wherever its gen_img has the option."""
-    parser = argparse.ArgumentParser(
-        prog="gen_img.py", description="Draw images with network modules applied.", allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description="Draw images with network modules applied.", allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", metavar="FOLDER", help="model in diffusers' layout")
     add("--outdir", metavar="FOLDER", default="outputs", help="default: outputs")

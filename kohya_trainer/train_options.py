@@ -27,7 +27,6 @@ SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constan
 def build_parser() -> argparse.ArgumentParser:
     """All options; flags default to False, so that a config file can set them."""
     parser = argparse.ArgumentParser(
-        prog="train_network.py",
         description="Train a network module (LoRA, LoHa, LoKr, ...) on a diffusers folder: "
         + ", ".join(family.title for family in FAMILIES)
         + ".",

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from networks import __version__
-from networks.cli.commands import COMMANDS
+from networks.cli.commands import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kohya_networks", "kohya_trainer", "networks")
@@ -180,6 +180,14 @@ def test_the_program_itself(site: Path, tmp_path: Path) -> None:
     done = run(site, console(site), "mereg", cwd=tmp_path)
     assert done.returncode == 2 and "there is no command mereg. Did you mean merge?" in done.stderr
     assert run(site, console(site), cwd=tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("command", OF_THE_TRAINER)
+def test_help_of_the_trainer_and_the_generator(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the name by which they were called."""
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: kohya-networks {command} [-h]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", OF_THE_TRAINER)
