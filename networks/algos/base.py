@@ -231,14 +231,13 @@ class Adapter(nn.Module):
     def output_change(
         self, x: Tensor, y: Tensor, base: Base, gate: PassGate, factored: bool | None = None
     ) -> Tensor | None:
-        """What the output of a base module has to get added, of the same operation as `weight_change`. Both families
-        define it.
+        """What the output of a base module has to get added to be that of W'. Both families define it.
 
         Args:
             x: the layer's input, with the change of `input_change`.
             y: the base module's output, bias included.
             base: the module.
-            gate: strength, multiplier and dropouts of the pass.
+            gate: the strength of `strength`, and dropouts.
             factored: whether to build no weight change, or to build it; None = the cheaper one.
 
         Returns:
