@@ -6,6 +6,7 @@ Not covered: magnitudes, dropouts, regions (their own files); gradients (test_al
 from __future__ import annotations
 
 import ast
+import copy
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_what_goes_in_and_comes_out_more_is_the_change_of_the_weight(
         out = adapter.output_change(x, y, Whole(base, g.on_outputs), CallGate(strength))
         assert_close(y if out is None else y + out, expected, "output")
         assert more is not None or out is not None
-        norm = adapter.change_norm(lambda: W, strength)
+        norm = copy.deepcopy(adapter).change_norm(lambda: W, strength)  # without what was asked before
         assert_close(norm, torch.linalg.vector_norm(change), "norm")
         adapter.shrink_(0.0)
         assert not bool(adapter.weight_change(W, strength).any()), "nothing is left at 0"
