@@ -42,6 +42,14 @@ def test_two_layers_of_one_saved_name_are_refused() -> None:
     assert name in {row.saved_name for row in one.trained}
 
 
+@pytest.mark.parametrize("argument", ["exclude_patterns", "only_patterns", "include_patterns"])
+@pytest.mark.parametrize("part", [slice(None, -2), slice(2, None), slice(2, -2)], ids=["begins", "ends", "inside"])
+def test_a_pattern_is_of_the_whole_name(argument: str, part: slice, models: Any) -> None:
+    """One that fits a part of a name alone matches nothing, wherever in the name that part is."""
+    with pytest.raises(ValueError, match=f"{argument}: .* matches no layer; it must match the whole name"):
+        networks.lora.plan(4, 1, *models, **{argument: TO_Q[part]})
+
+
 def test_a_ratio_of_0_for_the_denoiser_is_no_ratio_for_all(models: Any) -> None:
     encoder, unet = models
     plan = networks.lora.plan(4, 1, encoder, unet, loraplus_lr_ratio="4", loraplus_unet_lr_ratio="0")
