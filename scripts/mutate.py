@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", metavar="WORD", nargs="*", help="of names; default: all")
     parser.add_argument("--check", action="store_true", help="run no test")
-    parser.add_argument("--seconds", type=float, default=900.0, help="for the tests of each; default: %(default)g")
+    parser.add_argument("--seconds", type=int, default=900, help="for the tests of each; default: %(default)g")
     args = parser.parse_args(argv)
     chosen = [one for one in MUTATIONS if not args.words or any(word in one.name for word in args.words)]
     problems = [text for one in chosen if (text := _problem(one))]
