@@ -26,7 +26,7 @@ class Draws:
     def __init__(self, layers: Iterable[AdaptedLayer]) -> None:
         self.takers: list[Adapter | Perturbation] = []
         for layer in layers:
-            self.takers += [member for member in layer.adapter.members() if member.stepwise]
+            self.takers += [member for member in layer.adapter.members() if member.spec.stepwise]
             self.takers += [layer.perturbation] if layer.perturbation is not None else []
         self._numbers = torch.zeros(len(self.takers), dtype=torch.int64, device="cpu")
 
