@@ -224,7 +224,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{FILES_}/codec.py",
         "return self.alpha / rank if rank and self.alpha else 1.0",
         "return self.alpha / rank if rank and self.alpha is not None else 1.0",
-        ("tests/test_files.py", "tests/test_key_merge.py"),
+        ("tests/test_dialects.py",),
     ),
     Mutation(
         "dialects: RS-LoRA read the wrong way",

@@ -154,6 +154,17 @@ def test_suspicious_alphas_are_hinted_at(dtype: torch.dtype, tmp_path: Path, cap
     assert "square root" not in caplog.text
 
 
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (0.0, 1.0), (1.0, 0.5), (5.0, 2.5)])
+def test_the_strength_of_a_layer_without_a_model(alpha: float | None, scale: float) -> None:
+    """alpha / rank; an alpha of 0, or none, stands for the rank."""
+    down, up = torch.randn(2, 6), torch.randn(4, 2)
+    tensors = {"lora_unet_x.lora_down.weight": down, "lora_unet_x.lora_up.weight": up}
+    tensors |= {} if alpha is None else {"lora_unet_x.alpha": torch.tensor(alpha)}
+    saved = codec.decode(tensors)[0]["lora_unet_x"]
+    assert saved.scale == scale
+    torch.testing.assert_close(merged_weight(saved, torch.zeros(4, 6)), scale * up @ down)
+
+
 @pytest.mark.parametrize(("roots", "suspicious"), [(4, False), (5, False), (6, True), (10, True)])
 def test_more_than_half_of_the_alphas_make_a_file_suspicious(
     roots: int, suspicious: bool, caplog: pytest.LogCaptureFixture
