@@ -324,6 +324,7 @@ ALGORITHMS: dict[str, AlgoData] = {
         delta=lambda t, shape: t["diff"],
         flops=lambda a, T: 6 * T * a.geometry.out_features * a.geometry.columns,
         kept=lambda a, T: 0,
+        unlike_lycoris="the difference itself, with nothing to compute: test_full.py",
     ),
     "norm": AlgoData(delta=lambda t, shape: t["w_norm"]),
     "diag-oft": AlgoData(
