@@ -21,12 +21,14 @@ from networks.archs.render import markdown as architectures  # noqa: E402
 from networks.archs.render import owners  # noqa: E402
 from networks.args.presets import markdown as presets  # noqa: E402
 from networks.args.render import algorithms, markdown, typed  # noqa: E402
+from networks.plan.render import markdown as selection  # noqa: E402
 
 PARTS = {
     "presets": presets,
     "arguments": lambda: markdown(owners()),
     "architectures": architectures,
     "algorithms": algorithms,
+    "selection": selection,
 }
 README = ROOT / "README.md"
 TYPES = ROOT / "networks" / "args" / "options.py"

@@ -22,7 +22,7 @@ from toy_models import Recorded, recorded
 
 import networks.lora
 from networks.models.skeleton import skeleton
-from networks.plan.select import candidates
+from networks.plan.walk import candidates
 
 CASES = [arch for arch in RELEASED if not is_unet(arch)]  # the UNets are in test_arch_names.py
 CONVERTED = [arch for arch in CASES if data_of(arch).conversion]
@@ -39,7 +39,7 @@ def meta_model(arch: str) -> nn.Module:
 
 
 def found(arch: str, model: nn.Module) -> dict[str, Any]:
-    return {c.trainer_name: c for c in candidates(SPECS[arch].denoiser, model, False)}
+    return {c.trainer_name: c for c in candidates(SPECS[arch].denoiser, model)}
 
 
 @pytest.mark.parametrize("arch", CASES)
@@ -166,8 +166,8 @@ def test_a_file_trained_on_diffusers_classes_is_the_trainers(algo: str, tmp_path
 @pytest.mark.parametrize("arch", [arch for arch in CONVERTED if not data_of(arch).conversion.startswith("_")])
 def test_normalisation_layers_are_where_diffusers_conversion_puts_them(arch: str) -> None:
     model = meta_model(arch)
-    layers = [c for c in candidates(SPECS[arch].denoiser, model, False, norms=True) if c.geometry.family == "norm"]
-    trained = {c.trainer_name: c for c in layers if c.geometry.affine and not c.reason}
+    layers = [c for c in candidates(SPECS[arch].denoiser, model, norms=True) if c.geometry.family == "norm"]
+    trained = {c.trainer_name: c for c in layers if c.geometry.affine and c.inside}
     assert len(trained) > 20
     last = data_of(arch).norm_tensor
     tagged = {f"{entry.dotted}.weight": torch.zeros(entry.shape[0], 1) for entry in linears(arch)}

@@ -291,3 +291,22 @@ def test_a_checkpoint_has_what_is_in_it(tmp_path: Path) -> None:
         ValueError, match="train_llm_adapter=True has no effect: this model has no LLMAdapterTransformer"
     ):
         networks.lora.plan(4, 1, None, unet, train_llm_adapter="True")
+
+
+def test_why_explains_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    """A part of a name means every layer that has it; an unknown one is a mistake with the nearest name."""
+    arguments = ("--network_args", "exclude_patterns=.*attn1.*", "network_reg_dims=.*mid_block.*=2")
+    code, out, _ = run(capsys, "sd15", "--network_train_unet_only", "--why", "mid_block.*to_q", *arguments)
+    assert code == 0
+    first, second = out.strip().split("\n\n")
+    assert "attn1.to_q" in first and "left out: excluded by '.*attn1.*'" in first
+    assert "attn2.to_q" in second and "dim: 2 by network_reg_dims '.*mid_block.*' > 4 by network_dim" in second
+    code, out, _ = run(capsys, "sd15", "--network_train_unet_only", "--why", "mid_block.*to_q", "--json", *arguments)
+    data = json.loads(out)
+    assert [entry["trained"] for entry in data] == [False, True]
+    said = {entry["rule"]: entry["word"] for entry in data[0]["rules"]}
+    assert said["exclude_patterns, include_patterns"] == "leaves it out: excluded by '.*attn1.*'"
+    dims = {entry["source"]: entry["value"] for entry in data[1]["values"]["dim"]}
+    assert (dims["network_reg_dims"], dims["network_dim"], dims["file"]) == (2, 4, None)
+    code, _, err = run(capsys, "sd15", "--why", "mid_block.attentions.0.proj_inn")
+    assert code == 2 and "did you mean mid_block.attentions.0.proj_in" in err

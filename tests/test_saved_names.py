@@ -16,7 +16,7 @@ from torch import nn
 import networks.lora
 from networks.files import dotted, weight_names
 from networks.models.skeleton import skeleton
-from networks.plan.select import candidates
+from networks.plan.walk import candidates
 
 BLOCK = re.compile(r"((?:^|\.)\w*(?:blocks|layers|refiner))\.(\d+)\.")
 
@@ -42,7 +42,7 @@ def diffusers_model(arch: str) -> nn.Module:
 
 
 def every_layer(arch: str, model: nn.Module) -> list[Any]:
-    return list(candidates(SPECS[arch].denoiser, model, True, SPECS[arch].arguments, norms=True))
+    return list(candidates(SPECS[arch].denoiser, model, norms=True))
 
 
 @pytest.mark.parametrize("arch", SPECS)

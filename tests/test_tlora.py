@@ -527,7 +527,7 @@ def test_refusals() -> None:
         networks.lora.plan(4, 1, None, toy("flux")["dit"], algo="tlora", split_qkv="True")
     with pytest.raises(ValueError, match="sig_type=first .*principal"):
         networks.lora.plan(4, 1, None, unet, **arguments, sig_type="first")
-    with pytest.raises(ValueError, match="min_rank: no effect, text encoders are told no timestep"):
+    with pytest.raises(ValueError, match="min_rank has no effect: text encoders are told no timestep"):
         networks.lora.plan(4, 1, text_encoder(), unet, algo="tlora", min_rank="2", exclude_patterns=".*blocks?.*")
     odd = networks.lora.create_network(1.0, 3, 1, None, None, unet)
     with pytest.raises(ValueError, match="its rank 3 is odd: files of T-LoRA have twice its dim"):

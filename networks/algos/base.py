@@ -111,6 +111,17 @@ class Adapter(nn.Module):
         """Whether adapters of the parts of a layer, each with these options, can stand for one on the whole."""
         return "split_qkv" in cls.spec.features
 
+    @classmethod
+    def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
+        """What a user should know of layers like this, to follow "so many layers have"; "" = nothing.
+
+        Args:
+            layout: of the layer.
+            dim: which it was given.
+            options: of the algorithm.
+        """
+        return ""
+
     def members(self) -> list[Adapter]:
         """This adapter, and those that it is made of."""
         return [self]

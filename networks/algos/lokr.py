@@ -89,6 +89,15 @@ class LoKr(Additive):
             return {"t2": (dim, dim, *geometry.kernel), "w2_a": (dim, B), "w2_b": (dim, D)}
         return {"w2_a": (B, dim), "w2_b": (dim, D * geometry.kernel_size)}
 
+    @classmethod
+    def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
+        if layout.rank is not None:
+            return ""
+        more = (
+            "" if options.get("full_matrix") else "; the dim reaches half of the larger one, full_matrix=True says so"
+        )
+        return f"whole factors, so scale 1 whatever alpha and rs_lora say{more}"
+
     @staticmethod
     def _split(geometry: Geometry, factor: int, unbalanced: bool) -> Split:
         A, B = factorization(geometry.out_features, factor)

@@ -121,6 +121,16 @@ class DiagOFT(Rotation):
             raise ValueError("rescaled gives factors to output rows: leave it out, or train_on_input")
         return cls._with_rescale({"blocks": (1 if shared else features // size, size, size)}, geometry, rescaled)
 
+    @classmethod
+    def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
+        blocks = [shape[0] for shape in layout.shapes.values() if len(shape) == 3]
+        if not options.get("dim_is_count") or min(blocks) >= dim:
+            return super().remark(layout, dim, options)
+        return (
+            "fewer blocks than network_dim, which does not divide their width; sd-scripts' own modules refuse such a "
+            "model, and such a file"
+        )
+
     @property
     def on_input(self) -> bool:
         return bool(self.chosen.get("train_on_input"))

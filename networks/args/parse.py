@@ -47,29 +47,37 @@ class Problems:
 
 @dataclass(frozen=True)
 class NetArgs:
-    """Typed arguments, one attribute per row of the table.
+    """Typed arguments, one attribute per row of the table. It notes which of them were read.
 
     Attributes:
-        values: name -> value, defaults filled in.
+        values: name -> value, defaults filled in; looking here is no reading.
         given: names that the user wrote (and that did not mean "not given").
         host: whose defaults apply where they are not the table's but an architecture's.
         style: the entry whose defaults went before; "" = nobody's.
+        read: names that some code asked for; shared by what `dataclasses.replace` makes.
     """
 
     values: Mapping[str, Any]
     given: frozenset[str] = frozenset()
     host: str = "sd_scripts"
     style: str = ""
+    read: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __getattr__(self, name: str) -> Any:
         try:
-            return self.__dict__["values"][name]
+            value = self.__dict__["values"][name]
         except KeyError:
             raise AttributeError(name) from None
+        self.__dict__["read"].add(name)
+        return value
 
     def pick(self, names: Iterable[str]) -> dict[str, Any]:
         """The chosen arguments as keywords."""
-        return {name: self.values[name] for name in names}
+        return {name: getattr(self, name) for name in names}
+
+    def asks(self, name: str) -> bool:
+        """Whether the user wrote this argument, and with a value that wants something."""
+        return name in self.given and not BY_NAME[name].is_neutral(self.values[name])
 
 
 def parse(
@@ -85,48 +93,51 @@ def parse(
     Args:
         raw: spelling -> text or typed value; None = not given (trainers pass options through that way).
         default_algo: the algorithm if no `algo` is given.
+        problems: takes the mistakes.
         host: whose defaults apply.
-        style: an entry whose defaults go before the host's, `lycoris`; those of OWN_STYLES for default_algo alone.
         options: network_dim and network_alpha of the call, which some defaults follow.
+        style: an entry whose defaults go before the host's, `lycoris`; those of OWN_STYLES for default_algo alone.
     """
     if style in OWN_STYLES and _early(raw, "algo") not in (None, default_algo):
         style = ""
     preset = _preset(raw, BY_NAME["preset"].default_at((style,), {}), problems)
-    hosts = (style, "preset" if _convolutions(raw, preset) else "", host)
+    convolutions = _early(raw, "enable_conv")
+    if convolutions is None:
+        convolutions = preset is not None and preset.enable_conv
+    hosts = (style, "preset" if convolutions else "", host)
     values = {arg.name: arg.default_at(hosts, options or {}) for arg in TABLE}
+    spelled, unknown = _read(raw, values, problems)
+    values["algo"], values["preset"] = values["algo"] or default_algo, preset
+    args = NetArgs(values, frozenset(spelled), host, style)
+    _unknown(unknown, args, problems)
+    _inapplicable(args, spelled, problems)
+    return args
+
+
+def _read(raw: Mapping[str, Any], values: dict[str, Any], problems: Problems) -> tuple[dict[str, str], list[str]]:
+    """Put what was given into `values`; name -> its spelling, and what no argument is called."""
     spelled: dict[str, str] = {}
     unknown: list[str] = []
     for key, text in ((key.strip(), text) for key, text in raw.items()):  # hosts cut at "=" and ";", blanks stay
-        if text is not None and key in BY_NAME:
-            _read(BY_NAME[key], key, text, values, spelled, problems)
-        elif text is not None:
+        if text is None:
+            continue
+        arg = BY_NAME.get(key)
+        if arg is None:
             unknown.append(key)
-    values["algo"], values["preset"] = values["algo"] or default_algo, preset
-    _unknown(unknown, values["allow_unknown"], problems)
-    _inapplicable(values, spelled, problems)
-    return NetArgs(values, frozenset(spelled), host, style)
-
-
-def _read(arg: Arg, key: str, text: Any, values: dict[str, Any], spelled: dict[str, str], problems: Problems) -> None:
-    """Put the value of one argument into `values`, and how it was spelt into `spelled`."""
-    if arg.kind in NUMBERS and isinstance(text, str) and text.strip().lower() in NOT_GIVEN:
-        log.warning("%s=%s: taken as not given", key, text)
-        return
-    try:
-        value = coerce(arg, text)
-    except ValueError as error:
-        problems.add(f"{key}={text} {error}")
-        return
-    if arg.name in spelled and values[arg.name] != value:
-        problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
-        return
-    values[arg.name], spelled[arg.name] = value, key
-
-
-def _convolutions(raw: Mapping[str, Any], preset: presets.Preset | None) -> bool:
-    """Whether kernels above 1x1 are trained without a conv_dim."""
-    asked = _early(raw, "enable_conv")
-    return bool(preset and preset.enable_conv) if asked is None else asked
+            continue
+        if arg.kind in NUMBERS and isinstance(text, str) and text.strip().lower() in NOT_GIVEN:
+            log.warning("%s=%s: taken as not given", key, text)
+            continue
+        try:
+            value = coerce(arg, text)
+        except ValueError as error:
+            problems.add(f"{key}={text} {error}")
+            continue
+        if arg.name in spelled and values[arg.name] != value:
+            problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
+            continue
+        values[arg.name], spelled[arg.name] = value, key
+    return spelled, unknown
 
 
 def _early(raw: Mapping[str, Any], name: str) -> Any:
@@ -148,7 +159,8 @@ def _preset(raw: Mapping[str, Any], default: str, problems: Problems) -> presets
         return None
 
 
-def _unknown(keys: list[str], allowed: bool, problems: Problems) -> None:
+def _unknown(keys: list[str], args: NetArgs, problems: Problems) -> None:
+    allowed = args.allow_unknown
     for key in keys:
         if allowed:
             log.warning("unknown argument %s: ignored, because allow_unknown=True", key)
@@ -157,14 +169,15 @@ def _unknown(keys: list[str], allowed: bool, problems: Problems) -> None:
             problems.add(f"no argument is called {key}{hint}")
 
 
-def _inapplicable(values: Mapping[str, Any], spelled: Mapping[str, str], problems: Problems) -> None:
-    algos = {values["algo"], *(values["preset"].algos if values["preset"] else ())}
+def _inapplicable(args: NetArgs, spelled: Mapping[str, str], problems: Problems) -> None:
+    algos = {args.algo, *(args.preset.algos if args.preset else ())}
     for name, key in spelled.items():
         arg: Arg = BY_NAME[name]
-        if not arg.acts(values[name], algos):
-            takers = ", ".join(arg.algos or ())
-            problems.add(f"{key}={values[name]} has no effect with algo={values['algo']}; it works with {takers}")
-    if values["enable_conv"] is False and values["conv_dim"]:
-        problems.add(f"enable_conv=False contradicts conv_dim={values['conv_dim']}: leave one of the two out")
-    if "conv_alpha" in spelled and values["conv_alpha"] not in (0.0, 1.0) and not values["conv_dim"]:
+        if arg.algos is not None and algos.isdisjoint(arg.algos) and args.asks(name):
+            problems.add(
+                f"{key}={args.values[name]} has no effect with algo={args.algo}; it works with {', '.join(arg.algos)}"
+            )
+    if args.enable_conv is False and args.conv_dim:
+        problems.add(f"enable_conv=False contradicts conv_dim={args.conv_dim}: leave one of the two out")
+    if "conv_alpha" in spelled and args.values["conv_alpha"] not in (0.0, 1.0) and not args.conv_dim:
         problems.add("conv_alpha is given without conv_dim: give both, or neither")

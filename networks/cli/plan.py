@@ -5,6 +5,8 @@
 
 MODEL is a released model by name (sdxl, flux, wan, ...; --help lists them), a diffusers folder, or a checkpoint, of
 which only the header is read. No weights are needed.
+With --why NAME (a dotted or saved name, a part of one, or a regular expression) it says for each such layer what every
+rule of selection answers, and which argument gives its dim, alpha and learning rate.
 The options are the trainer's; where the two trainers differ in their defaults, --host says whose are meant, and
 musubi-tuner trains no text encoder. Rows that begin with a reason are left out.
 """
@@ -16,6 +18,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..models.releases import RELEASES
 from .command_line import finite_number, import_network_module, parse_network_args, program, run_program, set_log_level
@@ -37,12 +40,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--network_train_unet_only", action="store_true")
     parser.add_argument("--network_train_text_encoder_only", action="store_true")
     parser.add_argument("--trained", action="store_true", help="leave out the rows of layers that are not trained")
+    parser.add_argument("--why", metavar="NAME", help="explain these layers instead: every rule, every value")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(show, build_parser(), sys.argv[1:] if argv is None else list(argv))
+
+
+def explained(layers: Sequence[Any], as_json: bool) -> str:
+    """What --why prints of the answers of `Plan.why`."""
+    return json.dumps([layer.to_json() for layer in layers], indent=1) if as_json else "\n\n".join(map(str, layers))
 
 
 def show(args: argparse.Namespace) -> int:
@@ -68,6 +77,9 @@ def show(args: argparse.Namespace) -> int:
         plan = plan.keep([row.part for row in plan.rows if not row.part.startswith("text_encoder")])
     if args.network_train_text_encoder_only:
         plan = plan.keep([row.part for row in plan.rows if row.part.startswith("text_encoder")])
+    if args.why is not None:
+        print(explained(plan.why(args.why), args.json))
+        return 0
     if args.trained:
         plan = plan.only_trained()
     print(json.dumps(plan.to_json(), indent=1) if args.json else plan.to_text(), end="")

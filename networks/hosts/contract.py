@@ -28,9 +28,9 @@ from ..network.network import Network
 from ..network.optim import Groups, parameter_groups
 from ..plan.file_form import form_of, wanted_form
 from ..plan.plan import Plan, Request
-from ..plan.planner import build_plan
+from ..plan.planner import build_plan, explained_plan
 from ..plan.report import LoadReport, summary
-from ..plan.select import is_own
+from ..plan.walk import is_own
 from . import trainer_options
 from .beside import origin
 from .zero_masters import masters_follow
@@ -320,7 +320,7 @@ class Caller:
         """
         problems = Problems(self.name)
         request = self._request(host, network_dim, network_alpha, text_encoder, unet, kwargs, problems)
-        plan, _ = build_plan(request, problems)
+        plan = explained_plan(request, problems)
         problems.stop()
         return plan
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..archs.detect import detect
 from ..args.coerce import nearest
 from ..files import codec, reader, weight_names
-from ..plan.select import candidates
+from ..plan.walk import candidates
 from . import outline
 from .libraries import from_config, library_class, on_meta
 from .releases import RELEASES, Release
@@ -158,7 +158,7 @@ def _layers_of(name: str) -> tuple[str, dict[str, tuple[tuple[int, ...], bool]]]
     """Prefix of the saved names of a release's denoiser; saved name -> shape, and whether it is trained by default."""
     denoiser = recorded(name)
     part = detect(denoiser).denoiser
-    found = candidates(part, denoiser, False, norms=True)
+    found = candidates(part, denoiser, norms=True)
     held = (c for c in found if next(c.bases[0][0].parameters(), None) is not None)  # norms may have no weight
     return part.prefix, {c.saved_name: (c.geometry.weight_shape, c.default) for c in held}
 

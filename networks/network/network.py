@@ -35,7 +35,7 @@ from ..layers.runtime import Runtime
 from ..layers.site import Site
 from ..plan.plan import Plan, PlanRow
 from ..plan.report import LoadReport, progress
-from ..plan.select import Bases, is_own
+from ..plan.walk import Bases, is_own
 from ..tensors import base_weight
 from .diagnosis import Diagnosis
 from .loading import Places, match

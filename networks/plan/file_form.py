@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..algos import ALGOS
 from ..archs import diffusers_names
 from ..archs.spec import ArchSpec
-from ..args.parse import Problems
+from ..args.parse import NetArgs, Problems
 from ..files.dialects import DIALECTS, PORTABLE, Dialect, Form
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
 
-_TUCKER = {"mid", "t1", "t2"}
-
 
 def form_of(request: Request, plan: Plan) -> Form:
-    """What the network's files are like."""
+    """What the network's files are like.
+
+    Args:
+        request: the call.
+        plan: every layer decided.
+    """
     dialect, places = _chosen(plan.trained, request)[0], {}
     if dialect.components:
         parts = {part.name: part for part, _ in request.parts}
@@ -36,6 +39,11 @@ def form_of(request: Request, plan: Plan) -> Form:
 
 def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> list[str]:
     """Report what the files cannot hold.
+
+    Args:
+        trained: the plan's trained layers, one at least.
+        request: the call.
+        problems: takes the reports.
 
     Returns:
         Notes for the user on who reads them, one sentence each.
@@ -62,8 +70,13 @@ def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> l
     return notes
 
 
-def wanted_form(args: Any, arch: ArchSpec) -> Dialect:
-    """The form that the arguments ask for: `save_format`, with the preset's prefix."""
+def wanted_form(args: NetArgs, arch: ArchSpec) -> Dialect:
+    """The form that the arguments ask for: `save_format`, with the preset's prefix.
+
+    Args:
+        args: of the call.
+        arch: whose saved names the prefix stands for.
+    """
     dialect, prefix = DIALECTS[args.save_format], args.preset.lora_prefix if args.preset else ""
     return replace(dialect, prefixes=((f"{arch.denoiser.prefix}_", f"{prefix}_"),)) if prefix else dialect
 
@@ -77,44 +90,67 @@ def _chosen(trained: Sequence[PlanRow], request: Request) -> tuple[Dialect, list
 
 def _misfits(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> list[str]:
     """What of the trained layers its files cannot hold."""
-    name, reasons = f"save_format={dialect.name}", []
+    name = f"save_format={dialect.name}"
+    return [f"{name}{reason}" for check in _LIMITS for reason in check(trained, dialect, request)]
+
+
+def _names_of_its_own(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
     if dialect.name != PORTABLE.name and request.args.preset and request.args.preset.lora_prefix:
-        reasons.append(f"{name} has names of its own: leave out it, or the preset's lora_prefix")
-    if dialect.components:
-        for part, _ in request.parts:
-            if not part.diffusers and any(row.part == part.name for row in trained):
-                reasons.append(
-                    f"{name}: diffusers reads no adapter of the {part.name} of {request.arch.title}; leave it out"
-                )
+        yield " has names of its own: leave out it, or the preset's lora_prefix"
+
+
+def _components(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
+    trained_parts = {row.part for row in trained} if dialect.components else set()
+    for part in (part for part, _ in request.parts if not part.diffusers and part.name in trained_parts):
+        yield f": diffusers reads no adapter of the {part.name} of {request.arch.title}; leave it out"
+
+
+def _folds(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
     if dialect.fold_flag and request.saved is None and not any(row.dora == "output" for row in trained):
-        reasons.append(f"{name} changes only DoRA magnitudes of output rows, and there are none: leave it out")
+        yield " changes only DoRA magnitudes of output rows, and there are none: leave it out"
     if dialect.fold_flag and any(request.args.save_dims):
-        reasons.append(f"{name}: its magnitudes hold for the whole dim alone; leave out save_dims")
-    if dialect.flat_only and any(_TUCKER & row.layout.shapes.keys() for row in trained):
-        reasons.append(f"{name} holds no Tucker form: leave out use_tucker")
-    algos = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].spec.form not in dialect.algos}
-    if algos:
-        reasons.append(
-            f"{name} holds {', '.join(dialect.algos)} only, not {', '.join(sorted(algos))}: that program reads the "
-            "others otherwise; leave it out"
+        yield ": its magnitudes hold for the whole dim alone; leave out save_dims"
+
+
+def _tucker(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
+    if dialect.flat_only and any(row.obeys("use_tucker") for row in trained):
+        yield " holds no Tucker form: leave out use_tucker"
+
+
+def _algorithms(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
+    others = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].spec.form not in dialect.algos}
+    if others:
+        yield (
+            f" holds {', '.join(dialect.algos)} only, not {', '.join(sorted(others))}: that program reads the others "
+            "otherwise; leave it out"
         )
-    kinds = {row.kind for row in trained if row.dora and dialect.dora_kinds and row.kind not in dialect.dora_kinds}
+
+
+def _magnitudes(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
+    rows = [row for row in trained if row.dora]
+    kinds = {row.kind for row in rows if dialect.dora_kinds and row.kind not in dialect.dora_kinds}
     if kinds:
-        reasons.append(
-            f"{name} holds DoRA of {', '.join(dialect.dora_kinds)} only, not of {', '.join(sorted(kinds))}: leave it "
-            "out, or the convolutions (conv_dim=0)"
+        yield (
+            f" holds DoRA of {', '.join(dialect.dora_kinds)} only, not of {', '.join(sorted(kinds))}: leave it out, or "
+            "the convolutions (conv_dim=0)"
         )
-    if any(row.dora and row.dora not in dialect.dora_sides for row in trained):
-        reasons.append(f"{name} holds DoRA of output rows only: leave out wd_on_output=False")
+    if any(row.dora not in dialect.dora_sides for row in rows):
+        yield " holds DoRA of output rows only: leave out wd_on_output=False"
+
+
+def _options(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
     for option in dialect.lacks:
         if any(row.options.get(option) or (option == "split_qkv" and row.split) for row in trained):
-            reasons.append(f"{name} has no place for {option}: that program would ignore it, or refuse the file")
-    if dialect.lacks and any(row.options.get("constraint") == 0 for row in trained):
-        reasons.append(f"in {name} the constraint 0 means no rotation at all: 1 is next to no limit")
-    return reasons
+            yield f" has no place for {option}: that program would ignore it, or refuse the file"
+    limits = {option for row in trained if row.options.get(option := ALGOS[row.algo].spec.alpha_option) == 0}
+    if dialect.lacks and limits:
+        yield f": there the {', '.join(limits)} 0 means no rotation at all: 1 is next to no limit"
 
 
-def _save_dims(trained: Sequence[PlanRow], args: Any, problems: Problems) -> None:
+_LIMITS = (_names_of_its_own, _components, _folds, _tucker, _algorithms, _magnitudes, _options)
+
+
+def _save_dims(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None:
     """A cut file must differ from the whole one, and its layers must have ranks."""
     others = sorted({row.algo for row in trained if not ALGOS[row.algo].spec.nested})
     if args.save_dims and 0 < len(others) < len({row.algo for row in trained}):

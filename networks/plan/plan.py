@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,12 +18,19 @@ from ..tensors.geometry import Geometry
 from ..tensors.seeding import seed_of, seeded
 from . import report
 
+if TYPE_CHECKING:
+    from .why import Explainer, Why
+
 
 @dataclass(frozen=True)
 class PlanRow:
     """One layer.
 
     Attributes:
+        part: the model it belongs to.
+        dotted_name, saved_name: its path in this model, and its name in files.
+        own_saved_name: the saved name that its path in this model would give.
+        geometry: its shape and operation.
         kind, shape: "Linear", [O, I]; "Conv2d 3x3", [O, I, 3, 3].
         algo, dim, alpha, options: what it gets.
         scale: effective strength at multiplier 1.
@@ -35,6 +42,7 @@ class PlanRow:
         rank_axis: whether dropouts on the rank activation reach it.
         dora: the side on which it has magnitudes, "output" or "input"; "" without DoRA.
         plain: why it has none although use_dora is on.
+        parameters: how many values its adapter has, magnitudes included.
         split: output rows of the projections that have an adapter each; () for one adapter on the whole.
         init, init_seed: its start values, and what they are drawn from beside its saved name; None = the host's seed.
         reason: why it is left out; "" if it is trained.
@@ -84,6 +92,10 @@ class PlanRow:
         """Of a trained layer."""
         return layout_of(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)
 
+    def obeys(self, option: str) -> bool:
+        """Whether a trained layer has an option of its algorithm, and a use for it."""
+        return bool(self.options.get(option)) and ALGOS[self.algo].spec.acts(option, self.layout.shapes)
+
     def make_adapter(self) -> Adapter:
         """A new adapter for this layer. With a seed it is drawn on the CPU, so that no device decides its values."""
         device = torch.get_default_device()
@@ -116,19 +128,43 @@ class Plan:
         rows: all layers, trained or not, in model order.
         notes: what a user should know, one sentence each.
         warnings: what looks wrong, one sentence each.
+        explainer: what `why` asks; None in the plan of a network.
     """
 
     title: str
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    explainer: Explainer | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def trained(self) -> tuple[PlanRow, ...]:
         return tuple(row for row in self.rows if row.trained)
 
+    def why(self, name: str) -> tuple[Why, ...]:
+        """Why layers are trained or not, and where their dim, alpha and learning rate come from.
+
+        Args:
+            name: a dotted name or a saved name; else a part of one, or a regular expression that is found in one.
+
+        Returns:
+            One explanation for each such layer, in model order; `str` of it is text.
+
+        Raises:
+            ValueError: no layer of the model has such a name, or this is the plan of a network, which keeps no rules.
+        """
+        if self.explainer is None:
+            raise ValueError(
+                "this plan belongs to a network, which keeps no rules: ask the one of networks.X.plan(...)"
+            )
+        return self.explainer.explain(name, self.rows)
+
     def keep(self, parts: Sequence[str]) -> Plan:
-        """The plan with only these parts trained."""
+        """The plan with only these parts trained.
+
+        Args:
+            parts: names of parts, as rows have them.
+        """
         rows = tuple(
             row if row.part in parts or not row.trained else replace(row, reason="this part is not trained")
             for row in self.rows
@@ -140,9 +176,11 @@ class Plan:
         return replace(self, rows=self.trained)
 
     def to_text(self) -> str:
+        """A table: one line per layer, then totals and notes."""
         return report.plan_text(self)
 
     def to_json(self) -> dict[str, Any]:
+        """JSON-able form: one object per layer, and the totals."""
         return report.plan_json(self)
 
 
@@ -151,8 +189,10 @@ class Request:
     """A call of a host, understood.
 
     Attributes:
+        arch: the record of its architecture.
         parts: (part, its model) that the host handed over.
         dim, alpha: of Linears and 1x1 convolutions; alpha 0 means dim.
+        args: the typed arguments.
         saved: layers of a file that decides dims, forms and alphas; None without a file.
         source: the file's name, for messages.
         unknown: layer name -> its suffixes that no algorithm of ours has, in that file.

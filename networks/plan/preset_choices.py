@@ -9,88 +9,104 @@ from typing import TYPE_CHECKING, Any
 from ..args import presets
 from ..args.parse import NetArgs, Problems
 from ..args.table import BY_NAME
-from .select import Candidate
+from .walk import Candidate
 
 if TYPE_CHECKING:
     from .plan import Request
 
 _OWN = ("dim", "alpha")  # not arguments of a network, but of the trainer
+_NO_OPTIONS: Mapping[str, Any] = {}
+_NOTHING = presets.Targets(modules=())
 
 
 class PresetChoices:
     """The preset of one call, or none.
 
     Args:
-        on: boolean arguments that are True, for parts that wait for one of them.
+        problems: takes what is wrong with it on this model.
     """
 
-    def __init__(self, request: Request, on: set[str], problems: Problems) -> None:
-        self.request, self.on, self.problems = request, on, problems
+    def __init__(self, request: Request, problems: Problems) -> None:
+        self.arch, self.base, self.problems = request.arch, request.args, problems
         self.preset: presets.Preset | None = request.args.preset if request.saved is None else None
         self.unused = {*self.preset.patterns} if self.preset else set()
-        if self.preset and self.preset.architectures and request.arch.name not in self.preset.architectures:
-            here = [p.title for p in map(presets.load, presets.names()) if request.arch.name in p.architectures]
+        self._options: dict[tuple[str, str], Mapping[str, Any]] = {}
+        if self.preset and self.preset.architectures and self.arch.name not in self.preset.architectures:
+            here = [p.title for p in map(presets.load, presets.names()) if self.arch.name in p.architectures]
             problems.add(
                 f"preset={self.preset.title} is for {', '.join(self.preset.architectures)}; this model is "
-                f"{request.arch.title}, which has {', '.join(here) or 'no presets of its own'}, and those for all"
+                f"{self.arch.title}, which has {', '.join(here) or 'no presets of its own'}, and those for all"
             )
 
     @property
+    def speaks(self) -> bool:
+        return self.preset is not None
+
+    @property
+    def title(self) -> str:
+        return self.preset.title if self.preset else ""
+
+    @property
     def off(self) -> bool:
-        """Whether it leaves out kernels above 1x1."""
+        """Whether it leaves out kernels above 1x1 and convolutional blocks."""
         return self.preset is not None and not self.preset.enable_conv
 
-    def admit(self, c: Candidate) -> Candidate:
-        """The layer with the preset's decision whether it can be trained."""
-        p = self.preset
-        if p is None or (c.part.argument and c.part.argument not in self.on):
-            return c
-        targets = p.unet if c.part is self.request.arch.denoiser else p.text_encoder
-        excluded = self._first(p.exclude_name, c)
-        if excluded is not None:
-            return replace(c, reason=f"excluded by the preset: {excluded!r}")
-        by_name = self._first(targets.names, c) is not None
-        own = presets.OWN in targets.modules and (not c.reason or c.by_conv_dim)
-        if not (by_name or own or not c.classes.isdisjoint(targets.modules)):
-            return replace(c, reason=c.reason or f"not in the preset {p.title}", by_conv_dim=False)
-        if targets.only and self._first(targets.only, c) is None:
-            return replace(c, reason=f"not in the preset {p.title}", by_conv_dim=False)
-        options = self.options(c)
-        a = self.request.args
-        if c.geometry.has_kernel and "dim" not in options and "conv_dim" not in options:
-            if not p.enable_conv:
-                return replace(c, reason="the preset has enable_conv = false", by_conv_dim=False)
-            if not (a.conv_dim or a.conv_block_dims):
-                return replace(c, reason="kernel above 1x1: give conv_dim to train it", by_conv_dim=True)
-        elif c.by_conv_dim and not by_name and c.classes.isdisjoint(targets.modules):
-            if not p.enable_conv:
-                return replace(c, reason="the preset has enable_conv = false", by_conv_dim=False)
-            return c
-        return replace(c, reason="", by_conv_dim=c.geometry.has_kernel)
+    def _targets(self, c: Candidate) -> presets.Targets:
+        """What it says of the layer's model."""
+        if self.preset is None:
+            return _NOTHING
+        return self.preset.unet if c.part.name == self.arch.denoiser.name else self.preset.text_encoder
+
+    def names_it(self, c: Candidate) -> bool:
+        """Whether it names the layer, or a class of it or above it."""
+        targets = self._targets(c)
+        return self._first(targets.names, c) is not None or not c.classes.isdisjoint(targets.modules)
+
+    def wants_own(self, c: Candidate) -> bool:
+        """Whether it wants what the architecture trains anyway."""
+        return presets.OWN in self._targets(c).modules
+
+    def restricts(self, c: Candidate) -> bool:
+        """Whether every layer of its model must match a pattern, and this one matches none."""
+        only = self._targets(c).only
+        return bool(only) and self._first(only, c) is None
+
+    def excludes(self, c: Candidate) -> str | None:
+        """The pattern that leaves the layer out."""
+        return self._first(self.preset.exclude_name, c) if self.preset else None
+
+    def has_dim_of_its_own(self, c: Candidate) -> bool:
+        """Whether it names a layer and so gives it a dim without conv_dim: to a kernel above 1x1 by its options."""
+        return self.names_it(c) and (not c.geometry.has_kernel or not {"dim", "conv_dim"}.isdisjoint(self.options(c)))
 
     def options(self, c: Candidate) -> Mapping[str, Any]:
         """Options of this layer in place of the network's."""
-        p = self.preset
-        if p is None:
-            return {}
+        if self.preset is None:
+            return _NO_OPTIONS
+        key = c.part.name, c.dotted_name
+        if key not in self._options:
+            self._options[key] = self._find_options(self.preset, c)
+        return self._options[key]
+
+    def _find_options(self, p: presets.Preset, c: Candidate) -> Mapping[str, Any]:
         pattern = self._first(tuple(p.name_algo_map), c)
         if pattern is not None:
             return p.name_algo_map[pattern]
         inner = next((cls for cls in reversed(c.path_classes) if cls in p.module_algo_map), None)
-        return {} if inner is None else p.module_algo_map[inner]
+        return _NO_OPTIONS if inner is None else p.module_algo_map[inner]
 
     def args(self, c: Candidate) -> NetArgs:
         """The arguments as they are for this layer."""
-        options, a = self.options(c), self.request.args
+        options = self.options(c)
         values = {key: value for key, value in options.items() if key not in _OWN}
         if not values:
-            return a
-        algo = values.get("algo", a.algo)
+            return self.base
+        algo = values.get("algo", self.base.algo)
         for key, value in values.items():
             row = BY_NAME[key]
             if row.algos is not None and algo not in row.algos and not row.is_neutral(value):
-                self.problems.add(f"preset={self.request.args.preset.title}: {key} has no effect with algo={algo}")
-        return replace(a, values={**a.values, **values})
+                self.problems.add(f"preset={self.title}: {key} has no effect with algo={algo}")
+        return replace(self.base, values={**self.base.values, **values})
 
     def dim(self, c: Candidate) -> int | None:
         """Its dim if the preset has one; below every argument that speaks of the layer."""
@@ -110,7 +126,6 @@ class PresetChoices:
         return [f"preset={self.preset.title}: {sorted(self.unused)} decide no layer of this model"]
 
     def _first(self, patterns: tuple[str, ...], c: Candidate) -> str | None:
-        assert self.preset is not None
-        found = self.preset.first(patterns, c.names)
+        found = self.preset.first(patterns, c.names) if self.preset else None
         self.unused.discard(found or "")
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, AlgoSpec, FileKind, Reads
+from .spec import ADDITIVE, NO_KERNEL, AlgoSpec, FileKind, Reads
 
 LOHA = AlgoSpec(
     "loha",
@@ -17,6 +17,7 @@ LOHA = AlgoSpec(
     order=20,
     options=frozenset({"use_tucker", "use_scalar"}),
     features=ADDITIVE | {"split_qkv"},
+    acts_on={"use_tucker": ("t1", NO_KERNEL)},
     no_starts={
         "orthogonal": "a Hadamard product has no orthogonal rows, whatever its factors have",
         "pissa": "the difference of two Hadamard products is none, so no file could hold it",

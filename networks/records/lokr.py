@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arg import FORM, Arg
-from .spec import AlgoSpec, FileKind, Reads
+from .spec import NO_KERNEL, AlgoSpec, FileKind, Reads
 
 _READS = Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="some", peft="yes", invokeai="yes")
 
@@ -42,6 +42,10 @@ LOKR = AlgoSpec(
         ),
         Arg("unbalanced_factorization", "bool", False, "swap the two factors of the output side", FORM),
     ),
+    acts_on={
+        "use_tucker": ("t2", NO_KERNEL),
+        "decompose_both": ("w1_a", "no first factor is larger than twice the dim; lower network_dim"),
+    },
     no_starts={"pissa": "the difference of two Kronecker products is none, so no file could hold it"},
     plus=frozenset({"w1", "w1_a", "w1_b"}),
     required=tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, AlgoSpec, FileKind, Reads
+from .spec import ADDITIVE, NO_KERNEL, AlgoSpec, FileKind, Reads
 
 LORA = AlgoSpec(
     "lora",
@@ -23,6 +23,7 @@ LORA = AlgoSpec(
     options=frozenset({"use_tucker", "use_scalar"}),
     features=ADDITIVE | {"split_qkv"},
     no_starts={},
+    acts_on={"use_tucker": ("mid", NO_KERNEL)},
     keeps_start=True,
     plus=frozenset({"up"}),
     required=(frozenset({"lora_up.weight", "lora_down.weight"}),),

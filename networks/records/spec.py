@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ from .arg import Arg
 
 # Arguments that the layer around an adapter obeys for every additive algorithm, unless its mathematics forbids one.
 ADDITIVE = frozenset({"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"})
+
+NO_KERNEL = "no trained layer has a low-rank kernel above 1x1; conv_dim trains convolutions"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class AlgoSpec:
             do, and alike. The options of a layer come with `split_qkv` and `kernel` (a convolution above 1x1).
         keeps_start: beside values that come from the base weight, it keeps what they amount to, to subtract it.
         stepwise: a training step uses other values than the rest: `begin` and `end` of its class.
-        timed: it acts by the time of the denoising pass: the attribute `clock` of its class.
+        timed: options that act by the time of the denoising pass, which the attribute `clock` of its class tells.
+        acts_on: option which some layers have no use for -> (the parameter that those have which do, why others do
+            not).
         relative: the change of the weight is a function of the base weight, which its norm needs.
         own_entries: entries whose defaults are for this algorithm alone: with another `algo=` they are as any entry.
             Their networks leave the text encoders alone.
@@ -127,7 +131,8 @@ class AlgoSpec:
     note: Callable[[Mapping[str, Any]], str] = _nothing
     keeps_start: bool = False
     stepwise: bool = False
-    timed: bool = False
+    timed: frozenset[str] = frozenset()
+    acts_on: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     relative: bool = False
     own_entries: tuple[str, ...] = ()
 
@@ -161,6 +166,10 @@ class AlgoSpec:
         whole, _, number = suffix.rpartition(".")
         numbered = whole in self.numbered and number.isdecimal()
         return numbered or suffix in self.keys.values() or suffix in self.more_keys
+
+    def acts(self, option: str, parameters: Collection[str]) -> bool:
+        """Whether an option that was given changes something on a layer whose adapter has these parameters."""
+        return option not in self.acts_on or self.acts_on[option][0] in parameters
 
     def shown_rank(self, tensors: Mapping[str, Any]) -> int | None:
         """The rank that readers of these saved tensors divide alpha by; None if there is none."""

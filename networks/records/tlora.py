@@ -69,5 +69,5 @@ TLORA = replace(
     features=LORA.features - {"bypass_mode", "split_qkv"},
     no_starts=_OWN,
     plus=frozenset({"p"}),
-    timed=True,
+    timed=frozenset({"min_rank", "alpha_rank_scale", "mask_group_id"}),
 )
