@@ -33,7 +33,7 @@ from .args.parse import Problems, parse
 from .files.adapter_file import FileTensors
 from .hosts.contract import DEFAULT_DIM, Caller, HostNetwork, learning_rate
 from .network.optim import text_encoder_rates
-from .plan import file_form
+from .plan import file_format
 from .plan.plan import Plan, Request
 
 if TYPE_CHECKING:
@@ -123,20 +123,20 @@ class AppliedNetwork(HostNetwork):
         save_format: str | None = None,
     ) -> None:
         """As the function of this name."""
-        call, former = self.call, self.form
+        call, former = self.call, self.file_format
         own = {
             "ss_network_module": f"networks.{self.arch.entry}",
             "ss_network_dim": str(call.dim),
             "ss_network_alpha": str(call.alpha),
             "ss_network_args": json.dumps(call.options, default=str),
         }
-        self.form = former if save_format is None else self._form_for(save_format)
+        self.file_format = former if save_format is None else self._format_for(save_format)
         try:
             super().save(path, dtype, {**(own if call.dim else {}), **(metadata or {})})
         finally:
-            self.form = former
+            self.file_format = former
 
-    def _form_for(self, save_format: str) -> file_form.Form:
+    def _format_for(self, save_format: str) -> file_format.FileFormat:
         """The form of its files with another `save_format`.
 
         Raises:
@@ -148,11 +148,11 @@ class AppliedNetwork(HostNetwork):
         args = parse(raw, _CALLER.algo, problems, HOST, limits)
         parts = {part.name: part for part in self.arch.parts}
         roots = tuple((parts[name], root) for name, root in self._roots.items())
-        request = Request(self.arch, roots, call.dim or DEFAULT_DIM, call.alpha, args, rs_lora=self.form.rs_lora)
-        problems.stop()
-        file_form.check(self.plan.trained, request, problems)
-        problems.stop()
-        return file_form.form_of(request, self.plan)
+        request = Request(self.arch, roots, call.dim or DEFAULT_DIM, call.alpha, args, rs_lora=self.file_format.rs_lora)
+        problems.raise_if_any()
+        file_format.review(self.plan.trained, request, problems)
+        problems.raise_if_any()
+        return file_format.format_of(request, self.plan)
 
 
 def apply(

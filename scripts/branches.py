@@ -1,6 +1,6 @@
 """How much a reader must hold in his head: branches plus boolean operators of each function, at most MOST.
 
-Run by scripts/check.py. What is above it stands in OLDER with its number, which may only fall.
+Run by scripts/check.py. A function that reads better whole stands in EXCEPTIONS, with the reason.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ MOST = 12
 BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.match_case, ast.comprehension)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
-# Functions from before this count existed: to be divided when they are next touched.
-OLDER: dict[str, int] = {}
+EXCEPTIONS: dict[str, str] = {}  # path:Class.name -> why it must stay whole
 
 
 def count(function: ast.AST) -> int:
@@ -49,22 +48,18 @@ def functions(file: Path) -> Iterator[tuple[str, int]]:
 
 
 def problems() -> list[str]:
-    """One line for each function above its limit, and for each line of OLDER that is not needed any more."""
+    """One line for each function above its limit, and for each exception that is not needed any more."""
     counts = dict(
         found for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py")) for found in functions(file)
     )
-    lines = []
-    for name, number in counts.items():
-        limit = OLDER.get(name, MOST)
-        if number > limit:
-            lines.append(f"{name} has {number} branches and boolean operators, at most {limit}: divide it")
-    for name, limit in OLDER.items():
-        if counts.get(name, 0) < limit:
-            lines.append(f"{name} has {counts.get(name, 0)} now: lower its number in OLDER, or take it out")
-    return lines
+    return [
+        f"{name} has {number} branches and boolean operators, at most {MOST}: divide it"
+        for name, number in counts.items()
+        if number > MOST and name not in EXCEPTIONS
+    ] + [f"{name} needs no exception: take it out" for name in EXCEPTIONS if counts.get(name, 0) <= MOST]
 
 
 if __name__ == "__main__":
     found = problems()
-    print("\n".join(found) or f"no function has more than {MOST} branches and boolean operators, older ones apart")
+    print("\n".join(found) or f"no function has more than {MOST} branches and boolean operators")
     sys.exit(1 if found else 0)

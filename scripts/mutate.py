@@ -121,7 +121,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "magnitude: the bias is scaled, too",
         LAYERS,
-        "geometry.on_outputs(r - 1).to(y) * (y - outside)",
+        "geometry.on_outputs(r - 1).to(y) * (y - site.bias(y))",
         "geometry.on_outputs(r - 1).to(y) * y",
         ("tests/test_dora.py",),
     ),
@@ -172,7 +172,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "selection: two layers under one saved name",
         PLAN,
-        "if row.trained and row.saved_name in modules:",
+        "if row.trained and row.saved_name in self.modules:",
         "if False:",
         ("tests/test_plan.py", "tests/test_saved_names.py"),
     ),
@@ -186,15 +186,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "selection: include_patterns rescue nothing",
         PLAN,
-        "if (excluded or by_arch) and not self.include.first(c):",
-        "if excluded or by_arch:",
+        "rescue = call.include.first(c)",
+        "rescue = None",
         ("tests/test_plan.py", "tests/test_arch_names.py"),
     ),
     Mutation(
         "values: scale by the rank under RS-LoRA",
         PLAN,
-        "math.sqrt(layout.rank) if a.rs_lora else layout.rank",
-        "layout.rank",
+        "math.sqrt(rank) if rs_lora else rank",
+        "rank",
         ("tests/test_plan.py", "tests/test_files.py"),
     ),
     Mutation(
@@ -207,8 +207,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "values: a LoRA+ ratio of 0 falls back to the general one",
         PLAN,
-        "own if own is not None else a.loraplus_lr_ratio",
-        "own or a.loraplus_lr_ratio",
+        'return None if value is None else Found(float(value), (name, ""))',
+        'return Found(float(value), (name, "")) if value else None',
         ("tests/test_plan.py",),
     ),
     Mutation(
@@ -327,7 +327,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "writer: magnitudes in half precision",
         f"{FILES_}/writer.py",
-        "torch.float32) if is_length(key) else wanted or own",
+        "torch.float32) if is_magnitude(key) else wanted or own",
         "torch.float32) if False else wanted or own",
         ("tests/test_half_precision.py", "tests/test_dora.py", "-k", "save or file or fp32"),
     ),
@@ -391,8 +391,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "merge: a second file starts from what the first made",
         f"{FILES_}/merge.py",
-        "adapter.see_base(start)",
-        "adapter.see_base(weight)",
+        "adapter.init_from_base(start)",
+        "adapter.init_from_base(weight)",
         ("tests/test_merge_every_algorithm.py", "tests/test_merge_script.py", "tests/test_tlora.py"),
     ),
     Mutation(

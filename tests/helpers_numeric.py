@@ -223,7 +223,7 @@ def randomise(module: nn.Module) -> None:
             p.copy_(torch.randn_like(p) * 0.5 + (1.0 if p.dim() == 0 else 0.0))
     for adapter in module.modules():
         if isinstance(adapter, Adapter):
-            adapter.settle_()
+            adapter.mark_initialised_()
 
 
 def learn_lengths(layer: AdaptedLayer) -> None:

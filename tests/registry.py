@@ -173,20 +173,20 @@ def _loha_flops(a: Adapter, T: int) -> float:
 
 
 def _lokr_sizes(a: Adapter) -> tuple[int, int, int, int, int]:
-    A, C = a.record.shapes["w1"]
+    A, C = a.laid_out.shapes["w1"]
     return A, a.geometry.out_features // A, C, a.geometry.in_features // C, a.geometry.kernel_size
 
 
 def _lokr_flops(a: Adapter, T: int) -> float:
     A, B, C, D, K = _lokr_sizes(a)
-    if "w2" in a.record.shapes:
+    if "w2" in a.laid_out.shapes:
         return 6 * T * min(B * C * D * K + A * B * C, A * C * D + A * B * D * K)
     return 6 * T * a.dim * (a.geometry.columns + A * C + a.geometry.out_features)
 
 
 def _lokr_kept(a: Adapter, T: int) -> float:
     A, B, C, D, K = _lokr_sizes(a)
-    if "w2" not in a.record.shapes:
+    if "w2" not in a.laid_out.shapes:
         return 4 * T * a.dim * (A + C)
     w1_last = B * C * D * K + A * B * C <= A * C * D + A * B * D * K
     return 4 * T * (B * C if w1_last else A * D)
@@ -208,7 +208,7 @@ def _glora_kept(a: Adapter, T: int) -> float:
 
 def _rotation_flops(a: Adapter, T: int) -> float:
     """BOFT keeps the layer's output alone and goes through its stages once more in backward: 8OnM instead of 6OnM."""
-    blocks, on_input = a.record.shapes["blocks"], a.side == "input"
+    blocks, on_input = a.laid_out.shapes["blocks"], a.side == "input"
     features, size = a.geometry.in_features if on_input else a.geometry.out_features, blocks[-1]
     inverse = 2 * features * size * size  # one product in the gradient of (1 - Q)^-1, whatever the tokens
     if on_input:  # 2 Q + 2 Q^2 + 2 Q^3 + Q^4: three products forward, six in their gradients

@@ -239,7 +239,7 @@ def test_what_is_handed_back_keeps_its_strength_and_is_not_opened_again(tmp_path
     model = ace()
     network, tensors = networks.lora.create_network_from_weights(1.0, str(file), None, None, model)
     assert isinstance(tensors, FileTensors) and tensors.keys() == load_file(file).keys()
-    naming = Naming(network.form.arch, network.form.dialect)
+    naming = Naming(network.file_format.arch, network.file_format.dialect)
     assert tensors.opened(naming) is tensors.opened(naming)
     for give_back in (lambda: network.load_state_dict(tensors), lambda: network.merge_to(None, model, tensors)):
         network.adapted_layers[0].scale = 9.0

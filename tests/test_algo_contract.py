@@ -32,7 +32,7 @@ OPTIONS += [(algo, {"train_on_input": True}) for algo, cls in ALGOS.items() if "
 class Whole(OfWeight):
     """A base module that is the whole layer, at hand."""
 
-    pieces = None
+    row_ranges = None
 
     def __init__(self, module: nn.Module, outputs: object) -> None:
         super().__init__(module.weight.detach())
@@ -44,7 +44,7 @@ class Whole(OfWeight):
     def whole_weight(self, device: torch.device | None = None) -> Tensor:
         return self.weight
 
-    def take_rows(self, whole: Tensor) -> Tensor:
+    def select_rows(self, whole: Tensor) -> Tensor:
         return whole
 
 

@@ -274,7 +274,7 @@ def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
     network = make_network(case, model)
     randomise(network)
     for layer in network.adapted_layers:
-        layer.scale *= 1 / 3 if layer.adapter.record.rank is not None else 1
+        layer.scale *= 1 / 3 if layer.adapter.laid_out.rank is not None else 1
     state = {name: value.clone() for name, value in network.state_dict().items()}
     network.save(tmp_path / "adapter.safetensors")
     inputs = {kind: make_input(kind) for kind in case.kinds}
@@ -295,7 +295,7 @@ def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
         assert torch.equal(value, state[name]), name
 
     for layer in network.adapted_layers:  # from here on with a scale that a file's fp32 alpha holds exactly
-        layer.scale = 0.75 if layer.adapter.record.rank is not None else 1.0
+        layer.scale = 0.75 if layer.adapter.laid_out.rank is not None else 1.0
     network.save(tmp_path / "exact.safetensors")
     network.attach()
     expected = model(inputs)
@@ -323,21 +323,21 @@ def test_layout_and_keys_describe_the_adapter(case: Case) -> None:
     for kind, layer in layers_of(network).items():
         adapter, geometry = layer.adapter, layer.adapter.geometry
         shapes = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
-        assert shapes == adapter.record.shapes, kind
-        assert adapter.record.parameters == sum(p.numel() for p in adapter.parameters()), kind
+        assert shapes == adapter.laid_out.shapes, kind
+        assert adapter.laid_out.parameters == sum(p.numel() for p in adapter.parameters()), kind
         assert adapter.spec.plus & shapes.keys() or not adapter.spec.plus, f"{kind}: LoRA+ has no parameter to act on"
         frozen = sum(p.numel() for name, p in adapter.named_parameters() if name in adapter.spec.frozen)
-        assert adapter.record.frozen == frozen, f"{kind}: `layout` counts other frozen values than the record names"
+        assert adapter.laid_out.frozen == frozen, f"{kind}: `layout` counts other frozen values than the record names"
         packed = adapter.pack()
         shown = adapter.spec.shown_rank(packed)
-        assert shown == adapter.record.saved_rank, f"{kind}: rank_shows of the record says {shown} where readers look"
+        assert shown == adapter.laid_out.saved_rank, f"{kind}: rank_shows of the record says {shown} where readers look"
         found = recognise(packed)
-        assert found is not None and found.spec.form == adapter.spec.form, kind
+        assert found is not None and found.spec.file_algo == adapter.spec.file_algo, kind
         dim, options = type(adapter).describe(geometry, packed)
         described = type(adapter).layout(geometry, dim or case.dim, **options)
         scalar = {"scalar": ()} if adapter.scalar is not None else {}
         assert described.shapes | scalar == shapes, kind
-        assert described.rank == adapter.record.rank, kind
+        assert described.rank == adapter.laid_out.rank, kind
         # The meta device must be enough to plan and to build.
         with torch.device("meta"):
             type(adapter)(geometry, case.dim, case.options)

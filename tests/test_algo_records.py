@@ -99,7 +99,9 @@ def test_files_of_an_algorithm_are_no_other_ones(algo: str) -> None:
     """By names alone, or `accepts` of its class tells the tensors apart."""
     spec = ALGORITHMS[algo]
     for marks in spec.required or (frozenset(spec.keys.values()),):
-        others = [name for name, other in ALGORITHMS.items() if other.recognises(marks) and other.form != spec.form]
+        others = [
+            name for name, other in ALGORITHMS.items() if other.recognises(marks) and other.file_algo != spec.file_algo
+        ]
         told = all("accepts" in vars(ALGOS[name]) for name in (algo, *others))
         assert not others or told, f"{algo} has the marks of {others}: choose other suffixes, or write `accepts`"
 

@@ -154,7 +154,7 @@ def test_the_form_of_a_file_is_chosen_at_the_start_or_at_the_end(
         files.append(tmp_path / f"{at_start}.safetensors")
         api.save(network, files[-1], save_format=None if at_start else save_format)
         if not at_start:
-            assert network.form.dialect.name == "portable"
+            assert network.file_format.dialect.name == "portable"
     assert_same(*files)
     again = [api.load(sd_unet(), file, strength=0.5) for file in files]
     assert again[0].call.dim is None

@@ -19,7 +19,7 @@ from networks.args.table import TABLE
 def read(**raw: Any) -> NetArgs:
     problems = Problems("networks.x")
     args = parse(raw, "lora", problems)
-    problems.stop()
+    problems.raise_if_any()
     return args
 
 

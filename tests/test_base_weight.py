@@ -54,7 +54,7 @@ def adapted(base: nn.Module, algo: str = "lora", dora: str = "", size: float = 0
     layer = AdaptedLayer("lora_unet_x", base, adapter, 0.75, runtime=Runtime(0.7), dora=dora)
     adapter.rescale_(size / float(update_norm(layer)))
     if dora:
-        layer.take_magnitude(None)
+        layer.load_magnitude(None)
         learn_lengths(layer)
     return layer
 

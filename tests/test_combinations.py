@@ -97,12 +97,12 @@ def _seed() -> None:
 def layer_of(case: Case, base: torch.nn.Module, dtype: torch.dtype, runtime: Runtime) -> AdaptedLayer:
     adapter = ALGOS[case["algo"]](Geometry.of(base), 4, options_for(case["algo"], case)).to(dtype)
     randomise(adapter)
-    rank = adapter.record.rank
+    rank = adapter.laid_out.rank
     scale = 3.0 / (math.sqrt(rank) if case["rs_lora"] else rank) if rank else 1.0
     runtime.factored = case["factored"]
     layer = AdaptedLayer("lora_unet_x", base, adapter, scale, Dropouts(), runtime, dora=case["side"]).to(dtype)
     if case["side"]:
-        layer.take_magnitude(None)
+        layer.load_magnitude(None)
         learn_lengths(layer)
     return layer
 

@@ -332,7 +332,7 @@ def test_bytes_kept_by_the_others(name: str, layer: str) -> None:
     algo, dim, options = OTHERS[name]
     probe = Probe(layer, algo, dim, **options)
     probe.layer.train()
-    shapes = probe.adapter.record.shapes
+    shapes = probe.adapter.laid_out.shapes
     blocks = 24 * torch.Size(shapes["blocks"]).numel() if "blocks" in shapes else 0
     kept, own = probe.kept(), kept_limit(probe)
     assert kept <= own * 1.01 + blocks + 8192 and (algo == "dylora" or kept >= own), (

@@ -174,10 +174,10 @@ def test_more_than_half_of_the_alphas_make_a_file_suspicious(
     tensors |= {f"lora_unet_{i}.alpha": torch.tensor(3.0 if i < roots else 9.0) for i in range(10)}
     flags = dialects.Flags.of(tensors)
     assert flags.suspicious == (roots, 10)
-    dialects.Form(rs_lora=True).check(flags, {}, "a file")
+    dialects.FileFormat(rs_lora=True).check(flags, {}, "a file")
     assert (f"{roots} of 10 alphas are the square root of their rank" in caplog.text) == suspicious
     with pytest.raises(ValueError, match="RS-LoRA flag mismatch") as caught:
-        dialects.Form(dialects.BLISSFUL, rs_lora=True).check(flags, {}, "a file")
+        dialects.FileFormat(dialects.BLISSFUL, rs_lora=True).check(flags, {}, "a file")
     assert ("Hint: " in str(caught.value)) == suspicious
 
 

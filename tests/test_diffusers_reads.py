@@ -43,7 +43,7 @@ def updates(network: Any) -> dict[str, Tensor]:
     for _, layer in network.layers:
         delta = layer.adapter.delta().detach() * layer.scale
         for site in layer.sites:
-            found[_path(network, site.module)] = site.take_rows(delta)
+            found[_path(network, site.module)] = site.select_rows(delta)
     return found
 
 

@@ -53,7 +53,7 @@ def single(kind: str, algo: str, side: str, multiplier: Any = MULTIPLIER, **opti
     adapter = ALGOS[algo](Geometry.of(base), 4, options_for(algo, options)).double()
     randomise(adapter)
     layer = AdaptedLayer("lora_unet_x", base, adapter, 0.75, runtime=Runtime(multiplier), dora=side).double()
-    layer.take_magnitude(None)
+    layer.load_magnitude(None)
     return layer
 
 
@@ -123,7 +123,7 @@ def test_peft_has_the_same_forward_gradients_and_merge(kind: str) -> None:
     adapter = ALGOS["lora"](Geometry.of(base), 4, {}).double()
     randomise(adapter)
     layer = AdaptedLayer("x", base, adapter, 0.75, dora="output").double()
-    layer.take_magnitude(None)
+    layer.load_magnitude(None)
     learn_lengths(layer)
     with torch.no_grad():
         theirs.lora_A["default"].weight.copy_(adapter.down)
@@ -190,13 +190,13 @@ def test_a_module_with_its_rows_in_another_order(side: str, algo: str) -> None:
     layer = AdaptedLayer("x", [site], adapter, 0.5, runtime=Runtime(MULTIPLIER), dora=side).double()
     randomise(layer)
     x, plain = torch.randn(5, 24, dtype=torch.float64), copy.deepcopy(base)
-    expected = definition(layer, site.take_rows(base.weight), MULTIPLIER)  # swapped twice = the layer's order
+    expected = definition(layer, site.select_rows(base.weight), MULTIPLIER)  # swapped twice = the layer's order
     layer.attach()
     y = base(x)
-    assert_close(y - plain(x), with_weight(plain, site.take_rows(expected))(x) - plain(x), "forward")
+    assert_close(y - plain(x), with_weight(plain, site.select_rows(expected))(x) - plain(x), "forward")
     layer.detach()
     layer.merge()
-    assert_close(base.weight, site.take_rows(expected), "merge")
+    assert_close(base.weight, site.select_rows(expected), "merge")
 
 
 @pytest.mark.parametrize("side", ["output", "input"])
@@ -210,7 +210,7 @@ def test_a_row_of_zeros_keeps_the_factor_1(side: str) -> None:
     with torch.no_grad():
         up.normal_()
         (up[3] if side == "output" else down[:, 3]).zero_()
-    layer.take_magnitude(None)  # the lengths as they are: every factor is 1
+    layer.load_magnitude(None)  # the lengths as they are: every factor is 1
     layer.attach()
     x, weights = torch.randn(5, 24, dtype=torch.float64), torch.randn(5, 32, dtype=torch.float64)
     y = base(x)
@@ -289,7 +289,7 @@ def test_two_networks_on_one_layer_are_two_merges() -> None:
         adapter = ALGOS["lora"](Geometry.of(base), 4, {}).double()
         randomise(adapter)
         layer = AdaptedLayer("x", base, adapter, 0.75, runtime=Runtime(0.6), dora=side).double()
-        layer.take_magnitude(torch.rand_like(layer.magnitude) + 0.5)
+        layer.load_magnitude(torch.rand_like(layer.magnitude) + 0.5)
         layers.append(layer)
         layer.attach()
     y = base(x)

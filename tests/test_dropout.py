@@ -105,7 +105,7 @@ def test_a_rank_mask_weighs_the_rank_indices(algo: str, options: dict[str, bool]
 def test_rank_dropout_factored_masks_per_sample_and_rank_index(algo: str, kind: str, options: dict[str, bool]) -> None:
     """Every mask value is 0 or 1 / (1 - p), drawn per sample and index, equal over tokens and positions."""
     base, layer = adapted(algo, kind, {"rank_dropout": P}, **options)
-    if not layer.adapter.record.rank_axis:
+    if not layer.adapter.laid_out.rank_axis:
         assert algo == "lokr" and kind == "conv_grouped", "only this combination has no rank activation"
         return
     x = make_input(kind, samples=64)
@@ -255,7 +255,7 @@ def test_a_layer_without_rank_axis_goes_without(options: dict[str, bool]) -> Non
         base = make_layer(kind)
         adapter = ALGOS["lokr"](Geometry.of(base), 10**12 if options else 4, options).double()
         randomise(adapter)
-        assert not adapter.record.rank_axis
+        assert not adapter.laid_out.rank_axis
         layer = AdaptedLayer("x", base, adapter, 1.0, Dropouts(dropout=0.5, rank_dropout=0.5), Runtime(1.0))
         layer.attach()
         x = make_input(kind)

@@ -40,7 +40,7 @@ def single(kind: str, dora: str = "", algo: str = "dylora") -> AdaptedLayer:
     adapter = ALGOS[algo](Geometry.of(base), DIM, options).double()
     randomise(adapter)
     layer = AdaptedLayer("lora_unet_x", base, adapter, SCALE, runtime=Runtime(0.7), dora=dora).double()
-    layer.take_magnitude(None)
+    layer.load_magnitude(None)
     layer.attach()
     return layer
 

@@ -49,7 +49,7 @@ def refusal(call: Callable[[], Any], *words: str) -> str:
 def read(**raw: Any) -> Any:
     problems = Problems("networks.x")
     args = parse(raw, raw.get("algo", "lora"), problems)
-    problems.stop()
+    problems.raise_if_any()
     return args
 
 

@@ -26,7 +26,7 @@ def test_forward_gradients_merge_and_file_are_the_definition(kind: str) -> None:
     plain, W = copy.deepcopy(base), base.weight.clone()
     layer = AdaptedLayer("lora_unet_x", base, ALGOS["full"](Geometry.of(base), 4).double(), 1.0, runtime=Runtime(0.7))
     adapter = layer.adapter
-    assert adapter.record.shapes.keys() == ({"diff", "diff_b"} if base.bias is not None else {"diff"})
+    assert adapter.laid_out.shapes.keys() == ({"diff", "diff_b"} if base.bias is not None else {"diff"})
     layer.attach()
     assert torch.equal(base(x), plain(x))
     with torch.no_grad():

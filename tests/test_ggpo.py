@@ -187,9 +187,9 @@ def test_what_a_step_leaves_goes_into_a_state() -> None:
     assert not torch.equal(draw(first), draw(second))
     state = one.step_state()
     assert len(state) == 3 * len(one.adapted_layers)
-    other.take_step_state(state)
+    other.load_step_state(state)
     assert torch.equal(draw(first), draw(second))
-    other.take_step_state({})
+    other.load_step_state({})
     assert other.weight_norms() is None
 
 

@@ -134,8 +134,8 @@ def test_several_modules_are_the_fused_layer() -> None:
         several = AdaptedLayer("x", sites, adapter, 0.5, runtime=Runtime(0.7), dora=side).double()
         if side:
             magnitude = torch.rand_like(one.magnitude) + 0.5
-            one.take_magnitude(magnitude)
-            several.take_magnitude(magnitude)
+            one.load_magnitude(magnitude)
+            several.load_magnitude(magnitude)
         x = torch.randn(2, 5, 20, dtype=torch.float64)
         one.attach()
         y = whole(x)

@@ -93,7 +93,7 @@ def moved(side: str, pissa: bool = False, fp32: bool = False) -> dict[str, float
     for base in (model[0], model[2]):
         layer = layer_on(base, "lora", side, Runtime(keeps_fp32=fp32))
         if pissa:
-            layer.adapter.await_base_(1.0)
+            layer.adapter.defer_init_(1.0)
         layer.attach()
         layers.append(layer.bfloat16())
     names, values = zip(*((n, p) for layer in layers for n, p in layer.named_parameters()), strict=True)
@@ -175,7 +175,7 @@ def test_an_earlier_live_state_goes_on_where_it_was(kind: str, walk: str) -> Non
     state, moments = copy.deepcopy(theirs.state()), copy.deepcopy(reference.state_dict())
     ours = layer_on(base, "lora", "output" if kind == "dora" else "").double()
     if kind == "pissa":
-        ours.adapter.await_base_(1.0)
+        ours.adapter.defer_init_(1.0)
     ours.attach()
     if walk == "network":  # copied by name, as Network does
         ours.renew_state(state, "x.")
@@ -225,7 +225,7 @@ def test_an_earlier_live_state_of_a_network() -> None:
 
 def test_an_earlier_live_state_of_split_parts() -> None:
     adapter = AdditiveParts(ALGOS["lora"], Geometry.of(nn.Linear(8, 12)), 2, (8, 4), {})
-    adapter.await_base_(1.0)
+    adapter.defer_init_(1.0)
     today = {f"a.{name}": torch.randn_like(tensor) for name, tensor in adapter.state_dict().items()}
     then = dict(today)
     for part in ("a.parts.0.", "a.parts.1."):
@@ -247,7 +247,7 @@ def test_what_a_file_holds_is_where_training_goes_on() -> None:
         layer = layer_on(nn.Linear(48, 40).requires_grad_(False))
         if first:
             layer.bfloat16()
-        layer.take_magnitude(lengths)
+        layer.load_magnitude(lengths)
         layer.bfloat16()
         layer.attach()
         assert torch.equal(layer.magnitude, lengths)
@@ -323,10 +323,10 @@ def test_every_value_stays_in_fp32(algo: str, cast: str) -> None:
     side = "output" if algo in DORA else ""
     adapter = ALGOS["lora" if algo == "pissa" else algo](layer_geometry(base), 6)
     if algo == "pissa":
-        adapter.await_base_(1.0)
+        adapter.defer_init_(1.0)
     layer = AdaptedLayer("x", base.requires_grad_(False), adapter, 1.0, runtime=Runtime(keeps_fp32=True), dora=side)
     layer.attach()
-    adapter.settle_()
+    adapter.mark_initialised_()
     for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.detach().normal_()
     before = copy.deepcopy(dict(layer.state_dict()))

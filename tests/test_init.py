@@ -177,7 +177,7 @@ def pissa_layer(
 ) -> AdaptedLayer:
     """An attached layer in float64 that has started from its base weight, and has trained since if `moved`."""
     adapter = ALGOS[algo](Geometry.of(base), dim).double()
-    adapter.await_base_(scale)
+    adapter.defer_init_(scale)
     layer = AdaptedLayer("lora_unet_x", base, adapter, scale, runtime=Runtime(0.7), **kwargs).double()
     layer.attach()
     with torch.no_grad():
@@ -265,7 +265,7 @@ def test_half_precision_files_hold_the_difference(moved: float) -> None:
 def test_quantised_bases_start_from_what_they_stand_for(form: str) -> None:
     base = quantised(form)
     layer = AdaptedLayer("lora_unet_x", base, ALGOS["lora"](Geometry.of(base), 4), 0.5)
-    layer.adapter.await_base_(0.5)
+    layer.adapter.defer_init_(0.5)
     x = torch.randn(3, base.in_features)
     with torch.no_grad():
         before = base(x)
@@ -529,7 +529,7 @@ def test_a_cast_network_still_starts_at_the_base() -> None:
     x = torch.randn(5, 64, dtype=torch.bfloat16)
     before = base(x)
     layer = AdaptedLayer("x", base, ALGOS["lora"](Geometry.of(base), 4), 0.5)
-    layer.adapter.await_base_(0.5)
+    layer.adapter.defer_init_(0.5)
     layer.attach()
     assert torch.equal(base(x), before)
     layer.to(torch.bfloat16)

@@ -312,7 +312,7 @@ def test_loraplus_has_a_factor_to_act_on_or_says_so(algo: str) -> None:
     network = networks.lycoris.create_network(1.0, 16, 1, None, None, sd_unet(), **arguments)
     network.apply_to(None, sd_unet(), False, True)
     groups, _ = network.prepare_optimizer_params(None, 1e-3)
-    names = {name for layer in network.adapted_layers for name in layer.adapter.record.shapes}
+    names = {name for layer in network.adapted_layers for name in layer.adapter.laid_out.shapes}
     only_plus = names <= ALGOS[algo].spec.plus | ALGOS[algo].spec.frozen  # of lora_fa the up factor
     assert {group["lr"] for group in groups} == ({4e-3} if only_plus else {4e-3, 1e-3})
 

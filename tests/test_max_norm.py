@@ -29,7 +29,7 @@ def _seed() -> None:
 def adapted(case: Case, kind: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> AdaptedLayer:
     base = make_layer(kind, dtype)
     adapter = ALGOS[case.algo](layer_geometry(base), case.dim, case.options).to(dtype).eval()
-    layer = AdaptedLayer("x", base, adapter, case.scale(adapter.record), **kwargs).to(dtype)
+    layer = AdaptedLayer("x", base, adapter, case.scale(adapter.laid_out), **kwargs).to(dtype)
     layer.attach()
     randomise(adapter)
     return layer
@@ -69,7 +69,7 @@ def test_a_start_from_the_base_weight(sizes: tuple[int, ...], moved: float) -> N
     """The product of two changes falls with the square of the ratio: 0.82 of the limit if it is shrunk once."""
     base = nn.Linear(36, 72).double().requires_grad_(False)
     adapter = make_adapter(ALGOS["lora"], Geometry.of(base), 4, {}, sizes).double()
-    adapter.await_base_(0.75)
+    adapter.defer_init_(0.75)
     layer = AdaptedLayer("x", base, adapter, 0.75)
     layer.attach()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_with_a_unit_and_magnitudes_of_its_own(algo: str, plus: float) -> None:
     adapter.fold_plus_(plus)
     layer = AdaptedLayer("x", base, adapter, 0.75, dora="output").double()
     layer.attach()
-    adapter.settle_()
+    adapter.mark_initialised_()
     randomise(adapter)
     learn_lengths(layer)
     lengths, direction = layer.magnitude.clone(), layer.update(x := make_input("linear")).detach()

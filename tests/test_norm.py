@@ -141,7 +141,7 @@ def test_the_bias_that_is_trained(kind: str) -> None:
     """The layer's own; without a weight, that which a LayerNorm and a GroupNorm would have."""
     layer, _ = single(kind)
     has = getattr(layer.base, "bias", None) is not None or kind in ("layer_bare", "group_bare")
-    assert ("b_norm" in layer.adapter.record.shapes) is has
+    assert ("b_norm" in layer.adapter.laid_out.shapes) is has
 
 
 @every_kind
@@ -153,7 +153,7 @@ def test_merge_and_file_are_the_forward(kind: str) -> None:
     wanted = base(x)
     layer.detach()
     tensors = codec.encode([layer])
-    assert set(tensors) == {f"lora_unet_x.{name}" for name in layer.adapter.record.shapes}, "no alpha, as in LyCORIS"
+    assert set(tensors) == {f"lora_unet_x.{name}" for name in layer.adapter.laid_out.shapes}, "no alpha, as in LyCORIS"
     saved = codec.decode(tensors)[0]["lora_unet_x"]
     assert saved.algorithm is Norm and saved.describe(layer.adapter.geometry)[1]["bias"] is ("b_norm" in saved.tensors)
     if weight is None:
@@ -228,7 +228,7 @@ def test_small_updates_survive_low_precision(kind: str, dtype: torch.dtype) -> N
         for p in layer.parameters():
             p.mul_(2**-11)
     twin = AdaptedLayer("x", copy.deepcopy(layer.base).double(), copy.deepcopy(layer.adapter).double(), 1.0)
-    if "b_norm" in twin.adapter.record.shapes:  # is added apart
+    if "b_norm" in twin.adapter.laid_out.shapes:  # is added apart
         nn.init.zeros_(twin.adapter.b_norm)
     assert_close(layer.update(x).double(), definition(kind, twin, x.double(), 1.0), "update", 1e-5)
     layer.attach()

@@ -143,7 +143,7 @@ def test_another_algorithm_makes_it_any_entry() -> None:
         wanted = networks.lora.plan(4, 2, encoder, unet, algo=algo).rows
         assert networks.oft.plan(4, 2, encoder, unet, algo=algo).rows == wanted
     network = networks.oft.create_network(1.0, 4, 2, None, encoder, unet, algo="lora")
-    assert network.form.dialect.name == "portable" and network.text_encoder_loras
+    assert network.file_format.dialect.name == "portable" and network.text_encoder_loras
 
 
 def test_it_is_for_flux() -> None:
@@ -319,7 +319,7 @@ def test_what_the_trainer_cannot_hold() -> None:
         ({"train_on_input": "True"}, "no place for train_on_input"),
     ):
         network = networks.oft.create_network(1.0, 4, 1, None, None, unet, **options)
-        assert network.form.dialect.name == "portable"
+        assert network.file_format.dialect.name == "portable"
         assert any(message in note and "written as save_format=portable instead" in note for note in network.plan.notes)
         with pytest.raises(ValueError, match=message):
             networks.oft.plan(4, 1, None, unet, save_format="oft", **options)

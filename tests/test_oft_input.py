@@ -155,7 +155,7 @@ def decoded(tensors: dict[str, Tensor]) -> codec.SavedLayer:
 
 def live_layer(saved: codec.SavedLayer, base: nn.Module, multiplier: float = 0.7) -> AdaptedLayer:
     layer = AdaptedLayer(NAME, base, saved.build(Geometry.of(base)), 1.0, runtime=Runtime(multiplier))
-    layer.take_alpha(saved.alpha)
+    layer.set_alpha(saved.alpha)
     return layer
 
 
@@ -411,10 +411,10 @@ def test_what_does_not_fit() -> None:
     ):
         saved = decoded(tensors)
         with pytest.raises(ValueError, match=message):
-            layer.adapter.fits(saved.tensors)
+            layer.adapter.check_fits(saved.tensors)
     shared, one_block = written_by("shared", "linear")[0], trained("linear", size=B)
     with pytest.raises(ValueError, match="the file has 1 blocks, this network has 3"):
-        one_block.adapter.fits(decoded(shared).tensors)
+        one_block.adapter.check_fits(decoded(shared).tensors)
 
 
 @pytest.mark.parametrize("rotation", [{"oft_R.weight": drawn(3)}, {"oft_blocks": torch.zeros(15, 2, 2)}])

@@ -311,14 +311,14 @@ def test_lora_prefix_where_the_names_begin_otherwise(preset_file: Any) -> None:
     """ACE-Step's trainers write lycoris_ themselves."""
     path, model = preset_file('lora_prefix = "mine"\n'), toy("ace_step")["dit"]
     network = networks.lora.create_network(1.0, 4, 1, None, None, model, preset=path)
-    names = {key.partition(".")[0] for key in codec.encode(network.adapted_layers, network.form)}
+    names = {key.partition(".")[0] for key in codec.encode(network.adapted_layers, network.file_format)}
     assert all(name.startswith("mine_layers_") for name in names)
-    loaded = codec.encode(network.adapted_layers, network.form)
-    assert not network.take_tensors(loaded).missing
+    loaded = codec.encode(network.adapted_layers, network.file_format)
+    assert not network.load_tensors(loaded).missing
     plain = networks.lora.create_network(1.0, 4, 1, None, None, model)
-    names = {key.partition(".")[0] for key in codec.encode(plain.adapted_layers, plain.form)}
+    names = {key.partition(".")[0] for key in codec.encode(plain.adapted_layers, plain.file_format)}
     assert all(name.startswith("lycoris_layers_") for name in names)
-    assert not plain.take_tensors(codec.encode(plain.adapted_layers, plain.form)).missing
+    assert not plain.load_tensors(codec.encode(plain.adapted_layers, plain.file_format)).missing
 
 
 def test_nothing_leaks_into_the_next_network(preset_file: Any) -> None:

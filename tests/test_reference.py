@@ -113,9 +113,9 @@ def test_lycoris_forward_and_gradients(case: Case) -> None:
         module.apply_to()
         named = dict(module.named_parameters())
         theirs = {
-            n: named["scalar" if n == "scalar" else layer.adapter.spec.keys[n]] for n in layer.adapter.record.shapes
+            n: named["scalar" if n == "scalar" else layer.adapter.spec.keys[n]] for n in layer.adapter.laid_out.shapes
         }
-        if layer.adapter.record.rank is None:
+        if layer.adapter.laid_out.rank is None:
             assert module.scale == 1.0
         compare(model.get_submodule(kind), twin.get_submodule(kind), make_input(kind), layer, theirs)
 
@@ -284,7 +284,9 @@ def peft_parameters(layer: nn.Module, adapter: Any) -> dict[str, Tensor]:
     if adapter.spec.name == "lora":
         return {"down": layer.lora_A["default"].weight, "up": layer.lora_B["default"].weight}
     return {
-        name: getattr(layer, key)["default"] for name, key in adapter.spec.keys.items() if name in adapter.record.shapes
+        name: getattr(layer, key)["default"]
+        for name, key in adapter.spec.keys.items()
+        if name in adapter.laid_out.shapes
     }
 
 
@@ -315,7 +317,7 @@ def test_peft_forward_and_gradients(case: Case, config: Any) -> None:
     network.attach()
     theirs = peft_twin(config, twin, network)
     for kind, layer in layers_of(network).items():
-        if layer.adapter.record.rank is not None:
+        if layer.adapter.laid_out.rank is not None:
             compare(model.get_submodule(kind), twin.get_submodule(kind), make_input(kind), layer, theirs[kind])
 
 
@@ -408,7 +410,7 @@ def test_known_wrong_peft_full_lokr() -> None:
     model = Zoo(("linear",))
     twin = copy.deepcopy(model)
     network = make_network(case, model, multiplier=1.0)
-    assert network.adapted_layers[0].adapter.record.rank is None
+    assert network.adapted_layers[0].adapter.laid_out.rank is None
     randomise(network)
     network.attach()
     peft_twin(config, twin, network)

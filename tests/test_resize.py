@@ -146,7 +146,7 @@ def test_stacks_keep_the_first_ranks_of_every_part() -> None:
 def encoded(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     from networks.files import codec
 
-    return codec.encode(network.adapted_layers, network.form)
+    return codec.encode(network.adapted_layers, network.file_format)
 
 
 def test_nearest_is_the_best_of_its_rank_at_the_same_strength(

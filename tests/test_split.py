@@ -131,7 +131,7 @@ def test_one_adapter_on_several_modules_is_that_of_the_fused_layer(algo: str, do
             adapter = ALGOS[algo](Geometry.of(base), 3, options_for(algo, factor)).double()
             randomise(adapter)
             layer = AdaptedLayer("x", sites, adapter, 0.75, runtime=Runtime(0.7), dora=dora).double()
-            layer.take_magnitude(None)
+            layer.load_magnitude(None)
             if layer.magnitude is not None:
                 learn_lengths(layer)
             layers.append(layer)
@@ -241,4 +241,4 @@ def test_dropouts_act_in_each_part() -> None:
     assert not torch.equal(base(x), base(x))
     layer.eval()
     assert torch.equal(base(x), base(x))
-    assert replace(adapter.record, stacked=1).saved_rank == 3
+    assert replace(adapter.laid_out, stacked=1).saved_rank == 3

@@ -62,13 +62,13 @@ def _seed() -> None:
 def stack(bases: Sequence[Site], members: Sequence[Member], strengths: Sequence[Any] = STRENGTHS) -> list[AdaptedLayer]:
     """One above the other, attached, with random values."""
     layers = []
-    whole = nn.Linear(IN, OUT) if bases[0].pieces is not None else bases[0].module
+    whole = nn.Linear(IN, OUT) if bases[0].row_ranges is not None else bases[0].module
     for member, strength in zip(members, strengths, strict=False):
         geometry = layer_geometry(whole)
         adapter = ALGOS[member.algo](geometry, 4, options_for(member.algo, member.options)).double()
-        adapter.settle_()
+        adapter.mark_initialised_()
         randomise(adapter)
-        sites = [Site(site.module, site.pieces) for site in bases]
+        sites = [Site(site.module, site.row_ranges) for site in bases]
         layer = AdaptedLayer("x", sites, adapter, 0.75, runtime=Runtime(strength), dora=member.dora).double().eval()
         layer.attach()
         if member.dora:

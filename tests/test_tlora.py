@@ -53,7 +53,7 @@ def single(kind: str, dora: str = "", **options: Any) -> AdaptedLayer:
     layer = AdaptedLayer("lora_unet_x", base, adapter, SCALE, runtime=Runtime(MULTIPLIER), dora=dora).double()
     layer.attach()
     move(layer)
-    layer.take_magnitude(None)
+    layer.load_magnitude(None)
     adapter.clock = Clock()
     return layer
 

@@ -258,8 +258,8 @@ def load_state(live: Live, saved: Saved, data: TrainingData) -> int:
         if saved.first:  # named in accelerate's wrappers
             own = {re.sub(r"^(module\.)*network\.", "", key): value for key, value in own.items()}
         live.network.load_state_dict(own)
-        if hasattr(live.network, "take_step_state"):
-            live.network.take_step_state(of_step)
+        if hasattr(live.network, "load_step_state"):
+            live.network.load_step_state(of_step)
         live.write_optimizer(_first_optimizer(live, saved) if saved.first else _optimizer(saved))
         scaler, numbers = live.accelerator.scaler, _first_scaler(saved) if saved.first else saved.scaler
         if scaler is not None and numbers:

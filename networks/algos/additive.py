@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 
-from ..tensors.geometry import Geometry, Pieces, cast_to_input
+from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import Gate, PassGate
 from ..tensors.products import OfWeight, Products
 from .base import Adapter, Base
@@ -76,9 +76,9 @@ class Additive(Adapter):
         """dW[start:stop]."""
         return self.delta()[start:stop]
 
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+    def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
         """`apply_delta` of a Linear for some of its output rows only, in their order."""
-        weight = torch.cat([self.rows(*piece) for piece in pieces])
+        weight = torch.cat([self.rows(*piece) for piece in row_ranges])
         return gate.output(self.geometry.op(x, cast_to_input(weight, x)))
 
     def norm(self) -> Tensor:
@@ -86,18 +86,18 @@ class Additive(Adapter):
         return torch.linalg.vector_norm(self.delta())
 
     def norm_sq(
-        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, row_ranges: RowRanges | None = None
     ) -> Tensor:
         """||W + s dW||^2 of every output row [O], or of every input column [I], without the whole sum at once.
 
         Args:
-            weight: W [O, I, *kernel], or the rows of W that `pieces` lists.
+            weight: W [O, I, *kernel], or the rows of W that `row_ranges` lists.
             strength: s.
             on_output: of rows; False = of columns, over these rows.
-            pieces: ranges of output rows, in their order; None = all.
+            row_ranges: ranges of output rows, in their order; None = all.
         """
         g, sums, at = self.geometry, [], 0
-        for start, stop in _chunks(pieces or ((0, g.out_features),), max(1, CHUNK // g.columns)):
+        for start, stop in _chunks(row_ranges or ((0, g.out_features),), max(1, CHUNK // g.columns)):
             whole = weight[at : at + stop - start] + strength * self.rows(start, stop)
             at += stop - start
             squares = whole.reshape(whole.shape[0], g.in_features, -1).square().sum(-1)
@@ -133,26 +133,28 @@ class Additive(Adapter):
         return (self.on(OfWeight(weight)).delta() * strength).to(device=weight.device, dtype=weight.dtype)
 
     def output_change(self, x: Tensor, y: Tensor, base: Base, gate: PassGate, factored: bool | None = None) -> Tensor:
-        return self.on(base).update(x, gate, base.pieces, factored)
+        return self.on(base).update(x, gate, base.row_ranges, factored)
 
-    def update(self, x: Tensor, gate: PassGate, pieces: Pieces | None = None, factored: bool | None = None) -> Tensor:
+    def update(
+        self, x: Tensor, gate: PassGate, row_ranges: RowRanges | None = None, factored: bool | None = None
+    ) -> Tensor:
         """op(x, dW), through the gate, in the cheaper of its exact forms.
 
         Args:
             x: the layer's input; a convolution's may lack the batch axis.
             gate: strength and dropouts.
-            pieces: the output rows that are wanted; None = all.
+            row_ranges: the output rows that are wanted; None = all.
             factored: which form to take, where there are both; None = the cheaper one.
         """
         geometry = self.geometry
         if geometry.is_conv and x.dim() == len(geometry.kernel) + 1:
-            return self.update(x[None], gate, pieces, factored)[0]
-        if pieces is not None:
-            return self.apply_rows(x, gate, pieces)
+            return self.update(x[None], gate, row_ranges, factored)[0]
+        if row_ranges is not None:
+            return self.apply_rows(x, gate, row_ranges)
         # Elementwise dropout needs the rank activation, which only the factored form has.
-        if self._cheaper_factored(geometry.tokens(x), factored) or (gate.elementwise and self.record.rank_axis):
+        if self._cheaper_factored(geometry.tokens(x), factored) or (gate.elementwise and self.laid_out.rank_axis):
             return self.apply_delta(x, gate)
-        delta = self.delta(gate.mask(self.mask_size, x) if self.record.rank_axis else None)
+        delta = self.delta(gate.mask(self.mask_size, x) if self.laid_out.rank_axis else None)
         if not torch.is_autocast_enabled(x.device.type):
             delta = delta.to(x.dtype)
         return gate.output(geometry.op(x, delta))
@@ -170,8 +172,8 @@ class Additive(Adapter):
         self.rescale_(ratio)
 
 
-def _chunks(pieces: Pieces, step: int) -> Iterator[tuple[int, int]]:
-    for start, stop in pieces:
+def _chunks(row_ranges: RowRanges, step: int) -> Iterator[tuple[int, int]]:
+    for start, stop in row_ranges:
         for first in range(start, stop, step):
             yield first, min(stop, first + step)
 
@@ -192,11 +194,11 @@ class AdditiveParts(Parts, Additive):
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         return torch.cat([part.apply_delta(x, _ScaledGate(gate, part.scalar)) for part in self._each()], -1)
 
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
-        """By parts where the pieces are whole ones."""
-        chosen = self._starting(pieces)
+    def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
+        """By parts where the ranges are whole ones."""
+        chosen = self._starting(row_ranges)
         if chosen is None:
-            return super().apply_rows(x, gate, pieces)
+            return super().apply_rows(x, gate, row_ranges)
         parts = [self._each()[i] for i in chosen]
         return torch.cat([part.apply_delta(x, _ScaledGate(gate, part.scalar)) for part in parts], -1)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records import AlgoSpec
-from ..tensors.geometry import Geometry, Pieces, cast_to_input
+from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import PassGate
 from ..tensors.products import Products
 from .clock import Clock
@@ -30,7 +30,7 @@ class Base(Products, Protocol):
     """What an adapter may ask, in a pass, of the base module that it changes."""
 
     @property
-    def pieces(self) -> Pieces | None:
+    def row_ranges(self) -> RowRanges | None:
         """The layer's output rows which this module computes, in its own order; None = all of them."""
         ...
 
@@ -42,7 +42,7 @@ class Base(Products, Protocol):
         """W [O, I, *kernel] of the whole layer, in fp32 or wider, without gradient."""
         ...
 
-    def take_rows(self, whole: Tensor) -> Tensor:
+    def select_rows(self, whole: Tensor) -> Tensor:
         """This module's rows of something that has one (axis 0) for each output feature of the layer."""
         ...
 
@@ -71,9 +71,9 @@ class Adapter(nn.Module):
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.geometry, self.dim, self.chosen = geometry, dim, dict(options or {})
-        self.record = self.layout(geometry, dim, **self.chosen)
+        self.laid_out = self.layout(geometry, dim, **self.chosen)  # shapes and ranks of this one
         self.register_parameter("scalar", None)
-        for name, shape in self.record.shapes.items():
+        for name, shape in self.laid_out.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in self.spec.frozen))
         with torch.no_grad():
             self.reset_parameters()
@@ -153,7 +153,7 @@ class Adapter(nn.Module):
     @property
     def plus_gain(self) -> float:
         """What the change of the weight lacks because of `plus_unit`, a factor."""
-        return float(self.plus_unit ** sum(name in self.spec.plus for name in self.record.shapes))
+        return float(self.plus_unit ** sum(name in self.spec.plus for name in self.laid_out.shapes))
 
     # -- the start
 
@@ -172,7 +172,7 @@ class Adapter(nn.Module):
             if p.dim() > 1 and not p.is_meta and bool(p.any()):
                 nn.init.orthogonal_(p)
 
-    def await_base_(self, scale: float) -> None:
+    def defer_init_(self, scale: float) -> None:
         """Start as PiSSA (2404.02948): from values that scale * dW would be the principal part of the base weight, if
         it did not start at 0.
 
@@ -191,7 +191,7 @@ class Adapter(nn.Module):
         """Whether it wants the base weight and has no other start values."""
         return False
 
-    def see_base(self, weight: Tensor) -> None:
+    def init_from_base(self, weight: Tensor) -> None:
         """Take the start values from the base weight; without gradient.
 
         Args:
@@ -201,7 +201,7 @@ class Adapter(nn.Module):
             ValueError: it cannot be the weight that the parameters are for.
         """
 
-    def settle_(self) -> None:
+    def mark_initialised_(self) -> None:
         """Its values were set by other means: nothing is wanted of the base weight any more."""
 
     def renew_state(self, state: dict[str, Any], prefix: str) -> None:
@@ -348,7 +348,7 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         """Check saved tensors against this adapter. 1x1 convolutions and Linears may stand for each other.
 
         Raises:
@@ -362,7 +362,7 @@ class Adapter(nn.Module):
         Raises:
             ValueError: they do not fit; nothing was changed.
         """
-        self.fits(tensors)
+        self.check_fits(tensors)
         with torch.no_grad():
             for suffix, p in self._by_suffix().items():
                 p.copy_(tensors[suffix].reshape(p.shape))

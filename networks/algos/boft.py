@@ -47,7 +47,7 @@ class BOFT(Rotation):
         stages, _, size, _ = self.blocks.shape
         less = rotation_less_identity(self.blocks.flatten(0, 1), self.limit).unflatten(0, (stages, -1))
         distances = tuple(2**i * (size // 2) for i in range(stages))
-        if CHANGE in self.record.shapes:  # r P^-1 R P = P^-1 (P r) R P
+        if CHANGE in self.laid_out.shapes:  # r P^-1 R P = P^-1 (P r) R P
             rows = butterfly(self.rescale_change.flatten(), 0, distances[-1])
             less = torch.cat([less[:-1], self.with_rows(less[-1], rows)[None]])
         return butterfly_chain(t, less.to(t.dtype), axis, distances)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records.glora import GLORA
-from ..tensors.geometry import Geometry, Pieces, cast_to_input
+from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
 from ..tensors.per_thread import PerThread
 from ..tensors.products import OfWeight, Products, weight_times
@@ -92,11 +92,11 @@ class GLoRA(Additive):
         assert base is not None, "GLoRA reads its base: use adapter.on(...)"
         return base.times(p["a1"].flatten(1)), p["a2"].flatten(1), p["b1"].flatten(1), p["b2"]
 
-    def _joined(self, p: Mapping[str, Tensor], pieces: Pieces | None = None) -> tuple[Tensor, Tensor]:
+    def _joined(self, p: Mapping[str, Tensor], row_ranges: RowRanges | None = None) -> tuple[Tensor, Tensor]:
         """The same without kernel as one pair of factors, [O, 2R] and [2R, I, 1...]."""
         Wa, a2, b1, b2 = self._factors(p)
-        if pieces is not None:
-            b1 = torch.cat([b1[start:stop] for start, stop in pieces])
+        if row_ranges is not None:
+            b1 = torch.cat([b1[start:stop] for start, stop in row_ranges])
         return torch.cat([Wa.flatten(1).to(b1.dtype), b1], 1), torch.cat([a2.reshape(b2.shape), b2])
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
@@ -117,16 +117,16 @@ class GLoRA(Additive):
         update = geometry.convolve(gate.rank(h, 2).flatten(1, 2), cast_to_input(Wa, x), groups)
         return update + low_rank(geometry, x, b2, b1, gate)
 
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
-        """The base knows the rows of the pieces only."""
-        up_OR, down_RI = self._joined(self.factors(x), pieces)
+    def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
+        """The base knows the rows of those ranges only."""
+        up_OR, down_RI = self._joined(self.factors(x), row_ranges)
         return F.linear(gate.rank(F.linear(x, down_RI), -1), up_OR)
 
     def norm_sq(
-        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, row_ranges: RowRanges | None = None
     ) -> Tensor:
         if not self.geometry.has_kernel:
-            up_OR, down_RI = self._joined(self.values(), pieces)
+            up_OR, down_RI = self._joined(self.values(), row_ranges)
             return sum_norm_sq(weight, strength * up_OR, down_RI, on_output)
         squares = (weight + strength * self.delta()).square()
         return squares.flatten(1).sum(1) if on_output else squares.transpose(0, 1).flatten(1).sum(1)

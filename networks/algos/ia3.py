@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records.ia3 import IA3 as SPEC
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry, RowRanges
 from .multiplicative import Multiplicative
 from .saved import Layout
 
@@ -44,10 +44,10 @@ class IA3(Multiplicative):
         groups = t.shape[axis] // w.numel()  # of a grouped convolution: each group has its own I channels
         return t * w.repeat(groups).reshape(shape)
 
-    def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor:
+    def change_rows(self, t: Tensor, axis: int, row_ranges: RowRanges) -> Tensor:
         shape = [1] * t.dim()
         shape[axis] = -1
-        return t * torch.cat([self.weight[start:stop] for start, stop in pieces]).to(t.dtype).reshape(shape)
+        return t * torch.cat([self.weight[start:stop] for start, stop in row_ranges]).to(t.dtype).reshape(shape)
 
     def pack(self) -> dict[str, Tensor]:
         w, on_input = self.weight.detach(), self.side == "input"
@@ -62,12 +62,12 @@ class IA3(Multiplicative):
             raise ValueError(f"ia3 weight of {tensors['weight'].numel()} features does not fit {geometry.weight_shape}")
         return 1, {"train_on_input": on_input}
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         on_input = self.describe(self.geometry, tensors)[1]["train_on_input"]
         if on_input != (self.side == "input"):
             raise ValueError(f"the file has train_on_input={on_input}, this network has the other")
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
-        self.fits(tensors)
+        self.check_fits(tensors)
         with torch.no_grad():
             self.weight.copy_(tensors["weight"].reshape(-1))

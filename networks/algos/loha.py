@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records.loha import LOHA
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right
 from .additive import Additive
@@ -82,17 +82,17 @@ class LoHa(Additive):
         rows = (a1[start:stop] @ b1) * (a2[start:stop] @ b2)
         return rows.reshape(-1, *self.geometry.weight_shape[1:])
 
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+    def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
         P, Q = self._product(self.factors(x))
-        P = torch.cat([P[start:stop] for start, stop in pieces])
+        P = torch.cat([P[start:stop] for start, stop in row_ranges])
         return low_rank(self.geometry, x, Q, P, _FirstIndex(gate, self.dim))
 
     def norm_sq(
-        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, row_ranges: RowRanges | None = None
     ) -> Tensor:
         """By the factored form where R^2 is small; else in chunks."""
-        if self.dim > 4 or pieces is not None:
-            return super().norm_sq(weight, strength, on_output, pieces)
+        if self.dim > 4 or row_ranges is not None:
+            return super().norm_sq(weight, strength, on_output, row_ranges)
         P, Q = self._product(dict(self.named_parameters()))
         return sum_norm_sq(weight, strength * P, Q.reshape(-1, *self.geometry.weight_shape[1:]), on_output)
 

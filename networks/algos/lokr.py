@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..records.lokr import LOKR
 from ..tensors.factor import factorization
-from ..tensors.geometry import Geometry, Pieces, cast_to_input
+from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import NO_GATE, Gate
 from ..tensors.tucker import core_times_right
 from .additive import Additive
@@ -110,7 +110,7 @@ class LoKr(Additive):
         if self.scalar is not None:
             nn.init.zeros_(self.scalar)
         else:
-            nn.init.zeros_(self.w2 if "w2" in self.record.shapes else self.w2_b)
+            nn.init.zeros_(self.w2 if "w2" in self.laid_out.shapes else self.w2_b)
 
     @staticmethod
     def _w1(p: Mapping[str, Tensor]) -> Tensor:
@@ -176,14 +176,14 @@ class LoKr(Additive):
 
     def _costs(self, ratio: float) -> tuple[float, float]:
         """Products per output position of a whole w2: (w2 then w1, w1 then w2); ratio = input / output positions."""
-        (A, C), (B, D, *_) = self._w1_shape(), self.record.shapes["w2"]
+        (A, C), (B, D, *_) = self._w1_shape(), self.laid_out.shapes["w2"]
         K = self.geometry.kernel_size
         return B * C * D * K + A * B * C, ratio * A * C * D + A * B * D * K
 
     def _w1_shape(self) -> tuple[int, int]:
-        if "w1" in self.record.shapes:
-            return self.record.shapes["w1"][0], self.record.shapes["w1"][1]
-        return self.record.shapes["w1_a"][0], self.record.shapes["w1_b"][1]
+        if "w1" in self.laid_out.shapes:
+            return self.laid_out.shapes["w1"][0], self.laid_out.shapes["w1"][1]
+        return self.laid_out.shapes["w1_a"][0], self.laid_out.shapes["w1_b"][1]
 
     def _w1_first(self, ratio: float) -> bool:
         second, first = self._costs(ratio)
@@ -195,7 +195,7 @@ class LoKr(Additive):
         materialised = 6.0 * tokens * N + 2 * N
         if g.groups > 1:
             return float("inf"), materialised
-        if "w2" in self.record.shapes:
+        if "w2" in self.laid_out.shapes:
             return 6.0 * tokens * min(self._costs(1.0)), materialised
         A, C = self._w1_shape()
         return 6.0 * tokens * R * (J + A * C + O), materialised
@@ -209,20 +209,20 @@ class LoKr(Additive):
         rows = blocks.reshape(-1, *self.geometry.weight_shape[1:])
         return rows[start - first * B : stop - first * B]
 
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+    def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
         """Whole blocks of w2's rows stay factored: they are rows of w1."""
         p = self.factors(x)
         w1, B = cast_to_input(self._w1(p), x), self.geometry.out_features // self._w1_shape()[0]
-        if any(start % B or stop % B for start, stop in pieces):
-            return super().apply_rows(x, gate, pieces)
-        return self._linear(x, p, torch.cat([w1[start // B : stop // B] for start, stop in pieces]), gate)
+        if any(start % B or stop % B for start, stop in row_ranges):
+            return super().apply_rows(x, gate, row_ranges)
+        return self._linear(x, p, torch.cat([w1[start // B : stop // B] for start, stop in row_ranges]), gate)
 
     def norm_sq(
-        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, row_ranges: RowRanges | None = None
     ) -> Tensor:
         """<W, kron(w1, w2)> by contraction with w2 and then w1; ||kron||^2 of a row is a product of two rows'."""
-        if pieces is not None:
-            return super().norm_sq(weight, strength, on_output, pieces)
+        if row_ranges is not None:
+            return super().norm_sq(weight, strength, on_output, row_ranges)
         p = dict(self.named_parameters())
         w1, w2 = self._w1(p), self._w2(p)
         (A, C), (B, D) = w1.shape, w2.shape[:2]

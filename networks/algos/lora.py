@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records.lora import LORA
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, low_rank, product_error, product_norm_sq, refactor, singular, sum_norm_sq
 from ..tensors.tucker import core_times_right
 from .additive import Additive
@@ -66,7 +66,7 @@ class LoRA(Additive):
 
     def reset_parameters(self) -> None:
         kaiming_(self.down)
-        if "mid" in self.record.shapes:
+        if "mid" in self.laid_out.shapes:
             kaiming_(self.mid)
         if self.scalar is None:
             nn.init.zeros_(self.up)
@@ -84,7 +84,7 @@ class LoRA(Additive):
 
     # -- PiSSA
 
-    def await_base_(self, scale: float) -> None:
+    def defer_init_(self, scale: float) -> None:
         self.start_scale = scale
         if self.spec.keeps_start:
             self.down0, self.up0 = torch.zeros_like(self.down), torch.zeros_like(self.up)
@@ -97,10 +97,10 @@ class LoRA(Additive):
     def needs_base(self) -> bool:
         return self.start_scale is not None
 
-    def settle_(self) -> None:
+    def mark_initialised_(self) -> None:
         self.start_scale = None
 
-    def see_base(self, weight: Tensor) -> None:
+    def init_from_base(self, weight: Tensor) -> None:
         """Directions in which W has nothing keep the default start: at 0 in both factors they would never learn."""
         if self.start_scale is None:
             return
@@ -112,7 +112,7 @@ class LoRA(Additive):
             self.down0.copy_(self.down)
             self.up0[:, :n] = (u[:, :n] * root / self.plus_unit).reshape(self.up0[:, :n].shape).to(self.up0)
             self.down.zero_()
-        self.settle_()
+        self.mark_initialised_()
 
     def renew_state(self, state: dict[str, Any], prefix: str) -> None:
         for name in ("down", "up"):  # of an earlier version: whole factors beside their start
@@ -152,22 +152,22 @@ class LoRA(Additive):
         rows = p["up"][start:stop].flatten(1) @ self._right(p).flatten(1)
         return rows.reshape(-1, *self.geometry.weight_shape[1:])
 
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
+    def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
         p = self.factors(x)
-        up_OR = torch.cat([p["up"][start:stop] for start, stop in pieces])
+        up_OR = torch.cat([p["up"][start:stop] for start, stop in row_ranges])
         return low_rank(self.geometry, x, p["down"], up_OR, gate)
 
     def norm_sq(
-        self, weight: Tensor, strength: float | Tensor, on_output: bool, pieces: Pieces | None = None
+        self, weight: Tensor, strength: float | Tensor, on_output: bool, row_ranges: RowRanges | None = None
     ) -> Tensor:
         p = self.values()
         up_OR = p["up"].flatten(1)
-        if pieces is not None:
-            up_OR = torch.cat([up_OR[start:stop] for start, stop in pieces])
+        if row_ranges is not None:
+            up_OR = torch.cat([up_OR[start:stop] for start, stop in row_ranges])
         return sum_norm_sq(weight, strength * up_OR, self._right(p), on_output)
 
     def gradient_norm_sq(self) -> Tensor:
-        if "mid" in self.record.shapes or self.up.grad is None or self.down.grad is None:
+        if "mid" in self.laid_out.shapes or self.up.grad is None or self.down.grad is None:
             return super().gradient_norm_sq()
         down, up = self.down.detach(), self.up.detach()
         if self.down0 is not None and self.up0 is not None:
@@ -190,7 +190,7 @@ class LoRA(Additive):
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.mask_size
         O, J, N = g.out_features, g.columns, g.out_features * g.columns
-        if "mid" in self.record.shapes and g.groups == 1:
+        if "mid" in self.laid_out.shapes and g.groups == 1:
             middle = R * g.in_features + R * R * g.kernel_size
         else:
             middle = R * J * g.groups
@@ -198,7 +198,7 @@ class LoRA(Additive):
 
     def norm(self) -> Tensor:
         """By the Gram matrices, R x R each: ||up down||^2 = sum(up^T up * down down^T)."""
-        if "mid" in self.record.shapes:
+        if "mid" in self.laid_out.shapes:
             return super().norm()
         p = self.values()
         return torch.sqrt(product_norm_sq(p["up"].flatten(1), p["down"].flatten(1)).sum())
@@ -222,7 +222,7 @@ class LoRA(Additive):
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
         """A file holds all that there is."""
         super().unpack_(tensors)
-        self.settle_()
+        self.mark_initialised_()
         for start in (self.down0, self.up0):
             if start is not None:
                 start.zero_()

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..tensors.geometry import Geometry, Pieces, cast_to_input
+from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import PassGate
 from .base import Adapter, Base
 from .parts import Parts
@@ -47,7 +47,7 @@ class Multiplicative(Adapter):
         """
         raise NotImplementedError
 
-    def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor | None:
+    def change_rows(self, t: Tensor, axis: int, row_ranges: RowRanges) -> Tensor | None:
         """The same for t that has only these of the output features; None if the others would have a say in them."""
         return None
 
@@ -78,14 +78,14 @@ class Multiplicative(Adapter):
             return None
         change = self._of_outputs(y, base) if self.side == "output" else None
         if change is None:  # of other modules' rows, or of columns: they are in the weight alone
-            weight = base.take_rows(self.weight_change(base.whole_weight(x.device)))
+            weight = base.select_rows(self.weight_change(base.whole_weight(x.device)))
             change = self.geometry.op(x, cast_to_input(weight, x)).to(y.dtype)
         return gate.output(change)
 
     def _of_outputs(self, y: Tensor, base: Base) -> Tensor | None:
         """(T - 1)(y - bias) for the rows of a module; None if those of others have a say in them."""
         plain, axis = y - base.bias(y), self.geometry.feature_axis
-        return self.change(plain, axis) if base.pieces is None else self.change_rows(plain, axis, base.pieces)
+        return self.change(plain, axis) if base.row_ranges is None else self.change_rows(plain, axis, base.row_ranges)
 
     def change_norm(self, weight: Callable[[], Tensor], strength: float | Tensor) -> Tensor:
         return torch.linalg.vector_norm(self.weight_change(weight()))
@@ -100,8 +100,8 @@ class MultiplicativeParts(Parts, Multiplicative):
     def change(self, t: Tensor, axis: int) -> Tensor:
         return _changes(self._each(), t, axis)
 
-    def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor | None:
-        chosen = self._starting(pieces)
+    def change_rows(self, t: Tensor, axis: int, row_ranges: RowRanges) -> Tensor | None:
+        chosen = self._starting(row_ranges)
         return None if chosen is None else _changes([self._each()[i] for i in chosen], t, axis)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..records.oft import BLOCKS, CHANGE, DIAG_OFT, RESCALE
 from ..tensors.factor import factorization
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.rotation import apply_blocks, generator, rotation_less_identity
 from . import oft_input
 from .multiplicative import Multiplicative
@@ -58,7 +58,7 @@ class Rotation(Multiplicative):
 
     def with_rows(self, less_NBB: Tensor, rows: Tensor | None = None) -> Tensor:
         """r T - 1 for the blocks of T - 1, with r - 1 of these rows, or of all in order."""
-        if CHANGE not in self.record.shapes:
+        if CHANGE not in self.laid_out.shapes:
             return less_NBB
         c = (self.rescale_change.flatten() if rows is None else rows).reshape(*less_NBB.shape[:2], 1)
         return less_NBB + c * less_NBB + torch.diag_embed(c[..., 0])
@@ -152,12 +152,12 @@ class DiagOFT(Rotation):
     def change(self, t: Tensor, axis: int) -> Tensor:
         return _apply(self._less(), t, axis)
 
-    def change_rows(self, t: Tensor, axis: int, pieces: Pieces) -> Tensor | None:
+    def change_rows(self, t: Tensor, axis: int, row_ranges: RowRanges) -> Tensor | None:
         size = self.blocks.shape[1]
-        if any(n % size for piece in pieces for n in piece):
+        if any(n % size for piece in row_ranges for n in piece):
             return None
         less = self._less().to(t.dtype)
-        return apply_blocks(torch.cat([less[start // size : stop // size] for start, stop in pieces]), t, axis)
+        return apply_blocks(torch.cat([less[start // size : stop // size] for start, stop in row_ranges]), t, axis)
 
     def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         if not self.on_input:
@@ -265,12 +265,12 @@ class DiagOFT(Rotation):
         if self.on_input != oft_input.is_input(tensors):
             raise ValueError(f"the file has train_on_input={not self.on_input}, this network has the other")
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         self._same_side(tensors)
         if self.on_input:
             self._blocks_of(tensors)
         else:
-            super().fits(tensors)
+            super().check_fits(tensors)
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
         if not self.on_input:

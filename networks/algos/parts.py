@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry, RowRanges
 from .base import Adapter
 from .saved import Layout
 
@@ -90,7 +90,7 @@ class Parts(Adapter):
         self.spec = algorithm.spec
         self.algorithm, self.sizes = algorithm, tuple(sizes)
         self.geometry, self.dim, self.chosen = geometry, dim, dict(options)
-        self.record = _together(algorithm, geometry, dim, options, sizes)
+        self.laid_out = _together(algorithm, geometry, dim, options, sizes)
         self.register_parameter("scalar", None)  # each part has its own
         parts = [
             algorithm(replace(geometry, out_features=size), dim, _of_part(options, i)) for i, size in enumerate(sizes)
@@ -105,12 +105,12 @@ class Parts(Adapter):
     def members(self) -> list[Adapter]:
         return [self, *self._each()]
 
-    def _starting(self, pieces: Pieces) -> list[int] | None:
-        """Numbers of the parts whose rows these pieces are; None if they cut one."""
+    def _starting(self, row_ranges: RowRanges) -> list[int] | None:
+        """Numbers of the parts whose rows these ranges are; None if they cut one."""
         starts = {sum(self.sizes[:i]): i for i in range(len(self.sizes))}
-        found = [starts.get(start) for start, _ in pieces]
-        whole = [i for i, (a, b) in zip(found, pieces, strict=True) if i is not None and self.sizes[i] == b - a]
-        return whole if len(whole) == len(pieces) else None
+        found = [starts.get(start) for start, _ in row_ranges]
+        whole = [i for i, (a, b) in zip(found, row_ranges, strict=True) if i is not None and self.sizes[i] == b - a]
+        return whole if len(whole) == len(row_ranges) else None
 
     def shrink_(self, ratio: float) -> None:
         for part in self._each():
@@ -130,9 +130,9 @@ class Parts(Adapter):
         for part in self._each():
             part.orthogonal_()
 
-    def await_base_(self, scale: float) -> None:
+    def defer_init_(self, scale: float) -> None:
         for part in self._each():
-            part.await_base_(scale)
+            part.defer_init_(scale)
 
     @property
     def wants_base(self) -> bool:
@@ -142,13 +142,13 @@ class Parts(Adapter):
     def needs_base(self) -> bool:
         return any(part.needs_base for part in self._each())
 
-    def settle_(self) -> None:
+    def mark_initialised_(self) -> None:
         for part in self._each():
-            part.settle_()
+            part.mark_initialised_()
 
-    def see_base(self, weight: Tensor) -> None:
+    def init_from_base(self, weight: Tensor) -> None:
         for part, rows in zip(self._each(), weight.split(list(self.sizes)), strict=True):
-            part.see_base(rows)
+            part.init_from_base(rows)
 
     def renew_state(self, state: dict[str, Any], prefix: str) -> None:
         for i, part in enumerate(self._each()):
@@ -172,16 +172,16 @@ class Parts(Adapter):
         self.refactor_error = max(errors, default=None)
         return self.algorithm.stack(packs)
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         wanted = self.pack().keys()
         if wanted != set(tensors):
             raise ValueError(
                 f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(wanted))}"
             )
         for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
-            part.fits(own)
+            part.check_fits(own)
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
-        self.fits(tensors)
+        self.check_fits(tensors)
         for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
             part.unpack_(own)

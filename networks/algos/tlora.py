@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records.tlora import TLORA
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, singular
 from .additive import Additive
 from .lora import LoRA
@@ -125,13 +125,13 @@ class TLoRA(LoRA):
     def needs_base(self) -> bool:
         return self.wants_base
 
-    def settle_(self) -> None:
+    def mark_initialised_(self) -> None:
         self._waiting = self._drawn = False
 
-    def see_base(self, weight: Tensor) -> None:
+    def init_from_base(self, weight: Tensor) -> None:
         if not self._waiting:
             self._start_from(weight.flatten(1), self.sig_type)
-            return self.settle_()
+            return self.mark_initialised_()
         given = {name: p.clone() for name, p in self.named_parameters()}  # whole factors, not changes
         self._start_from(weight.flatten(1), "principal", exact=True)
         q, p, q0, p0 = given["q"].flatten(1), given["p"].flatten(1), self.q0.flatten(1), self.p0.flatten(1)
@@ -148,7 +148,7 @@ class TLoRA(LoRA):
         for name, p in self.named_parameters():
             p.copy_(given[name] - getattr(self, f"{name}0"))
         self.p.div_(self.unit)
-        self.settle_()
+        self.mark_initialised_()
 
     # -- the mathematics
 
@@ -168,8 +168,8 @@ class TLoRA(LoRA):
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         return super().apply_delta(x, self._masked(gate))
 
-    def apply_rows(self, x: Tensor, gate: Gate, pieces: Pieces) -> Tensor:
-        return super().apply_rows(x, self._masked(gate), pieces)
+    def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
+        return super().apply_rows(x, self._masked(gate), row_ranges)
 
     def _masked(self, gate: Gate) -> Gate:
         mask = None if self.clock is None else self.clock.rank_mask(self.dim, *self.schedule)
@@ -213,7 +213,7 @@ class TLoRA(LoRA):
             raise ValueError(f"its rank {rank} is odd: files of T-LoRA have twice its dim; use algo=lora")
         return rank // 2, {}
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> None:
+    def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         if FOREIGN not in tensors:
             return check_tensors(self.pack(), tensors)
         if self.sig_type != "principal" or not self.use_data_init:
@@ -224,7 +224,7 @@ class TLoRA(LoRA):
         check_tensors({self.spec.keys[name]: p for name, p in self.named_parameters()}, tensors)
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
-        self.fits(tensors)
+        self.check_fits(tensors)
         with torch.no_grad():
             if FOREIGN in tensors:
                 for name, p in self.named_parameters():
@@ -241,7 +241,7 @@ class TLoRA(LoRA):
                 self.get_parameter(name).copy_(now.reshape(self.get_parameter(name).shape))
                 self.get_buffer(f"{name}0").copy_(start.reshape(self.get_buffer(f"{name}0").shape))
             self.p.div_(self.unit)
-            self.settle_()
+            self.mark_initialised_()
 
 
 class _Pairs:

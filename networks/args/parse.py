@@ -31,7 +31,7 @@ class Problems:
         if message not in self.messages:
             self.messages.append(message)
 
-    def stop(self) -> None:
+    def raise_if_any(self) -> None:
         """Raise what was collected.
 
         Raises:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..records.arg import FORM
+from ..records.arg import FACTORS
 from .coerce import coerce, nearest, read_toml
 from .table import BY_NAME
 
@@ -198,7 +198,7 @@ def _map(raw: Any) -> dict[str, Options]:
 
 def _options(where: str, entry: Mapping[str, Any]) -> Options:
     """Options of one entry, under the names of the argument table, `dim` and `alpha`."""
-    per_layer = {name for name, arg in BY_NAME.items() if arg.group == FORM and arg.name != "split_qkv"} | {*_RANKS}
+    per_layer = {name for name, arg in BY_NAME.items() if arg.group == FACTORS and arg.name != "split_qkv"} | {*_RANKS}
     found: dict[str, Any] = {}
     for key, raw in entry.items():
         if key not in per_layer:

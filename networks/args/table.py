@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..records import ALGORITHMS, Arg
-from ..records.arg import FORM
+from ..records.arg import FACTORS
 from .coerce import Rates
 
 _RANK = "rank and strength"
@@ -67,7 +67,7 @@ _ROWS: tuple[Arg, ...] = (
         "choice",
         None,
         "the algorithm; every entry takes every algorithm, its own name is only the default",
-        FORM,
+        FACTORS,
         choices=tuple(ALGORITHMS),
         words=(("locon", "lora"),),
     ),
@@ -119,7 +119,7 @@ _ROWS: tuple[Arg, ...] = (
         "bool",
         False,
         "Tucker form of convolutions with a kernel above 1x1: far fewer parameters",
-        FORM,
+        FACTORS,
         aliases=("use_cp", "use_conv_cp"),
     ),
     Arg(
@@ -128,7 +128,7 @@ _ROWS: tuple[Arg, ...] = (
         False,
         "DoRA (2402.09353): a learnt length for every row of the changed weight beside its direction; layers with "
         "dropout, rank_dropout or split_qkv stay plain",
-        FORM,
+        FACTORS,
         aliases=("dora", "dora_wd", "weight_decompose"),
     ),
     Arg(
@@ -137,7 +137,7 @@ _ROWS: tuple[Arg, ...] = (
         True,
         "with use_dora: lengths of the output rows (exact in LyCORIS and PEFT); False: of the input columns (exact in "
         "ComfyUI, Forge, A1111, InvokeAI and LyCORIS)",
-        FORM,
+        FACTORS,
     ),
     Arg(
         "split_qkv",
@@ -145,7 +145,7 @@ _ROWS: tuple[Arg, ...] = (
         False,
         "an adapter of its own for each projection of a fused layer (query, key, value, MLP); saved as one with a "
         "block-diagonal factor, at full strength in every reader; OFT as numbered tensors, for sd-scripts' oft_flux",
-        FORM,
+        FACTORS,
         per_host=(("oft_flux", True),),
     ),
     Arg(
@@ -153,7 +153,7 @@ _ROWS: tuple[Arg, ...] = (
         "bool",
         False,
         "a learnt factor in front of each update, from 0; the other factors then all start random",
-        FORM,
+        FACTORS,
     ),
     Arg(
         "init",
@@ -164,7 +164,7 @@ _ROWS: tuple[Arg, ...] = (
         "weight, quantised ones too, which stays as it is: the start is subtracted, and files hold the difference with "
         f"twice the dim ({_pissa(keeps_start=True)}; {_pissa(keeps_start=False)} at its dim). The update starts at 0 "
         "in each",
-        FORM,
+        FACTORS,
         choices=("default", "orthogonal", "pissa"),
     ),
     Arg(
@@ -173,7 +173,7 @@ _ROWS: tuple[Arg, ...] = (
         None,
         "start values by this number and each layer's name alone, whichever and however many layers are trained; not "
         "given, the trainer's seed decides",
-        FORM,
+        FACTORS,
         minimum=0,
     ),
     *(arg for spec in ALGORITHMS.values() for arg in spec.arguments),

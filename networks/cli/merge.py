@@ -76,7 +76,7 @@ def report(
     if unmatched and strict:
         raise ValueError(f"{adapter.path}: {len(unmatched)} layers have no weight here, and --strict was given")
     missing = plan.missing(adapter, allowance)
-    for line in filter(None, (missing.counted(), missing.told())):
+    for line in filter(None, (missing.counted(), missing.warning())):
         print(f"  {line}")
     if missing.names:
         more = f" and {len(missing.names) - SHOWN} more" if len(missing.names) > SHOWN else ""

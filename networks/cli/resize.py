@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     from ..files import writer
     from ..files.adapter_file import Naming, open_adapter
-    from ..files.resize import is_nested, numbered, resize, told
+    from ..files.resize import is_nested, numbered, resize, resized_metadata
 
     outs = {dim: numbered((args.out_dir or args.file.parent) / args.file.name, dim) for dim in args.dims}
     check_outputs(outs.values(), [args.file], args.overwrite)
@@ -63,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
         )
     for dim, out in outs.items():
         smaller, lost = resize(file, dim, way)
-        writer.write_tensors(out, smaller, metadata=told(file.metadata, dim, way))
+        writer.write_tensors(out, smaller, metadata=resized_metadata(file.metadata, dim, way))
         print(f"wrote {out}: dim {dim}" + (f", {lost:.1%} of the update lost" if way == "nearest" else ""))
     return 0

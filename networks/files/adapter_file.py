@@ -125,7 +125,7 @@ class FileTensors(dict[str, Tensor]):
             super().__init__(given)
             self.source = source
         else:
-            file = reader.check(given)
+            file = reader.checked_path(given)
             tensors, self.metadata = reader.read_tensors(file)
             super().__init__(tensors)
             self.source, self.settings = str(given), strengths.beside(file)

@@ -191,13 +191,13 @@ def _check_earlier(checkpoint: Checkpoint, out: Path) -> None:
 def _files_of(path: Path) -> tuple[list[Path], Path | None]:
     """All weight files of a component's folder, and its index where it has one; or the one file."""
     if not path.is_dir():
-        return [reader.check(path)], None
+        return [reader.checked_path(path)], None
     if (path / "model_index.json").is_file():
         parts = sorted(p.name for p in path.iterdir() if p.is_dir() and any(p.glob("*.safetensors")))
         raise ValueError(f"{path} is a whole pipeline: give the folder of one component, {', '.join(parts) or '-'}")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        return [reader.check(path / name) for name in _names_in(indices[0])], indices[0]
+        return [reader.checked_path(path / name) for name in _names_in(indices[0])], indices[0]
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         inside = ", ".join(file.name for file in files) or "no .safetensors file"

@@ -21,7 +21,7 @@ from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
 from . import dialects, dotted, twins
 
-_PORTABLE = dialects.Form()
+_PORTABLE = dialects.FileFormat()
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,15 @@ def saved_layer(layer: AdaptedLayer, folds: bool = False) -> SavedLayer:
         magnitude = layer.folded(layer.magnitude.detach()) if folds else layer.magnitude.detach()
     alpha = None
     if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, values):
-        alpha = layer.alpha_at(layer.adapter.spec.shown_rank(values) or layer.adapter.record.saved_rank)
+        alpha = layer.alpha_at(layer.adapter.spec.shown_rank(values) or layer.adapter.laid_out.saved_rank)
     algorithm = ALGOS[layer.adapter.spec.name]
     return SavedLayer(layer.lora_name, algorithm, values, alpha, magnitude, magnitude is not None and folds)
 
 
-def write(layers: Iterable[SavedLayer], form: dialects.Form = _PORTABLE) -> dict[str, Tensor]:
+def write(layers: Iterable[SavedLayer], file_format: dialects.FileFormat = _PORTABLE) -> dict[str, Tensor]:
     """The tensors of a file of these layers, the inverse of `decode`; alpha in fp32."""
     tensors: dict[str, Tensor] = {}
-    dialect, magnitudes = form.dialect, False
+    dialect, magnitudes = file_format.dialect, False
     for layer in layers:
         name = dialect.written_name(layer.name)
         for suffix, tensor in layer.tensors.items():
@@ -214,11 +214,11 @@ def write(layers: Iterable[SavedLayer], form: dialects.Form = _PORTABLE) -> dict
             magnitudes = True
             tensors[f"{name}.{dialect.magnitude}"] = layer.magnitude.flatten() if dialect.flat else layer.magnitude
         if layer.alpha is not None:
-            alpha = form.alpha(layer.alpha, layer.algorithm.spec.shown_rank(layer.tensors))
+            alpha = file_format.alpha(layer.alpha, layer.algorithm.spec.shown_rank(layer.tensors))
             tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-    return tensors | form.network_keys(magnitudes)
+    return tensors | file_format.network_keys(magnitudes)
 
 
-def encode(layers: Sequence[AdaptedLayer], form: dialects.Form = _PORTABLE) -> dict[str, Tensor]:
+def encode(layers: Sequence[AdaptedLayer], file_format: dialects.FileFormat = _PORTABLE) -> dict[str, Tensor]:
     """The tensors of a file of live layers, on their device and in their dtype; alpha in fp32."""
-    return write([saved_layer(layer, bool(form.dialect.fold_flag)) for layer in layers], form)
+    return write([saved_layer(layer, bool(file_format.dialect.fold_flag)) for layer in layers], file_format)

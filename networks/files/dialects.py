@@ -132,16 +132,16 @@ OFT_FLUX = replace(
 DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, COMFYUI, DIFFUSERS, OFT, OFT_FLUX)}
 # Suffixes, in any dialect, of values of which what was learnt is a small part: bf16 rounds by up to 0.4 %, and 1 % of
 # change may be all that there is.
-LENGTHS = frozenset(
+MAGNITUDES = frozenset(
     {dialect.magnitude for dialect in DIALECTS.values()}
     | {written for written, own in dotted.SUFFIXES.items() if own == dotted.MAGNITUDE}
     | {spec.keys[name] for spec in ALGORITHMS.values() for name in spec.near_one}
 )
 
 
-def is_length(key: str) -> bool:
+def is_magnitude(key: str) -> bool:
     """Whether this is the key of a magnitude, or of factors near 1: a file has them in fp32 at least."""
-    return any(key.endswith(f".{suffix}") for suffix in LENGTHS)
+    return any(key.endswith(f".{suffix}") for suffix in MAGNITUDES)
 
 
 def own_name(name: str) -> str:
@@ -194,7 +194,7 @@ class Flags:
 
 
 @dataclass(frozen=True)
-class Form:
+class FileFormat:
     """What the files of one network are like.
 
     Attributes:

@@ -41,7 +41,7 @@ def explain(path: Path) -> dict[str, Any]:
     dialect = dialects.DIFFUSERS if file.dotted else file.flags.dialect
     return {
         "file": str(path),
-        "bytes": reader.check(path).stat().st_size,
+        "bytes": reader.checked_path(path).stat().st_size,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for key, t in tensors.items() if key[-5:] != "alpha"}),
         "warnings": _warnings(tensors),
         "dialect": dialect.name,
@@ -67,7 +67,7 @@ def _readers(file: AdapterFile, dialect: dialects.Dialect) -> dict[str, tuple[st
 
 def _warnings(tensors: Mapping[str, Tensor]) -> list[str]:
     """What is lost of values of which a small part was learnt, where they are stored with few bits."""
-    own = [t.dtype for key, t in tensors.items() if dialects.is_length(key) and t.dtype.itemsize < 4]
+    own = [t.dtype for key, t in tensors.items() if dialects.is_magnitude(key) and t.dtype.itemsize < 4]
     if not own:
         return []
     error = max(torch.finfo(dtype).eps / 2 for dtype in own)

@@ -52,9 +52,9 @@ def merged_weight(
     try:
         if start is not None and adapter.wants_base:
             with torch.no_grad():
-                adapter.see_base(start)
-        layer.see_base()
-        layer.take_magnitude(saved.magnitude, saved.folded)
+                adapter.init_from_base(start)
+        layer.init_from_base()
+        layer.load_magnitude(saved.magnitude, saved.folded)
         return layer.new_weight(weight, multiplier).detach()
     finally:
         layer.sites = ()  # each knows its layer: as a cycle they would keep the weight until the next collection
@@ -218,7 +218,7 @@ class CheckpointMerge:
         check_free(self.checkpoint, out)
         told = [{"file": a.path.name, "multiplier": a.multiplier} for a in self.adapters]
         self.checkpoint.write(out, self._changed, {"networks_merged": json.dumps(told)}, progress)
-        return base_weight.told(self.roundings)
+        return base_weight.rounding_warning(self.roundings)
 
     def _changed(self, key: str) -> Tensor | None:
         owner = self._owner.get(key)
@@ -243,7 +243,7 @@ class CheckpointMerge:
         news = dict(olds)
         for name, pieces in layers.items():
             with located(f"{self.checkpoint.path}: {pieces[0].key}"):
-                rows = [piece.take(olds[piece.key]) for piece in pieces]
+                rows = [piece.cut(olds[piece.key]) for piece in pieces]
             parts = new(name, torch.cat(rows) if len(rows) > 1 else rows[0]).split([len(part) for part in rows])
             for piece, part in zip(pieces, parts, strict=True):
                 news[piece.key] = piece.put(news[piece.key], part, olds[piece.key])

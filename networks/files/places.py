@@ -63,7 +63,7 @@ class Missing:
             lines.append(f"{len(self.unwanted)} of its layers are left out by the arguments")
         return "; ".join(lines)
 
-    def told(self) -> str:
+    def warning(self) -> str:
         """A line on the others; "" without any."""
         return f"{len(self.names)} of its layers have no place here{examples(self.names)}" if self.names else ""
 

@@ -37,7 +37,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         ValueError: the path is no complete safetensors file.
     """
-    file = check(path)
+    file = checked_path(path)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(file.stat().st_size, 1 << 30):
@@ -60,7 +60,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         ValueError: the path is no complete safetensors file.
     """
-    file = check(path)
+    file = checked_path(path)
     read_header(file)
     try:
         with safe_open(str(file), framework="pt", device="cpu") as opened:
@@ -69,7 +69,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(_damaged(file, str(error))) from None
 
 
-def check(path: str | os.PathLike[str]) -> Path:
+def checked_path(path: str | os.PathLike[str]) -> Path:
     """The path of an existing .safetensors file, also given as the folder which PEFT wrote it to.
 
     Raises:

@@ -70,14 +70,17 @@ def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], fl
         raise ValueError(
             "its DoRA magnitudes hold for the whole update alone (save_format=comfyui): resize another form"
         )
-    form = dialects.Form(file.flags.dialect, bool(file.flags.rs_lora))
+    file_format = dialects.FileFormat(file.flags.dialect, bool(file.flags.rs_lora))
     keys = {(path, dotted.SUFFIXES.get(suffix, suffix)): key for key, path, suffix in dotted.divided(file.tensors)}
     result, lost, whole, changed = dict(file.tensors), 0.0, 0.0, False
     for name, saved in file.layers.items():
         smaller, resized = cut(saved, dim, way)
         before, after = resized.ranks
         assert smaller.alpha is not None
-        written = {**smaller.tensors, "alpha": torch.tensor(form.alpha(smaller.alpha, after), dtype=torch.float32)}
+        written = {
+            **smaller.tensors,
+            "alpha": torch.tensor(file_format.alpha(smaller.alpha, after), dtype=torch.float32),
+        }
         path = name.replace("/", ".")
         for suffix in saved.tensors:
             result.pop(keys.get((path, suffix), f"{path}.{suffix}"), None)
@@ -94,7 +97,7 @@ def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], fl
     return result, (lost / whole) ** 0.5 if whole else 0.0
 
 
-def told(metadata: Mapping[str, str], dim: int, way: str) -> dict[str, str]:
+def resized_metadata(metadata: Mapping[str, str], dim: int, way: str) -> dict[str, str]:
     """Metadata of the smaller file."""
     changed = {"ss_network_dim": str(dim)} if "ss_network_dim" in metadata else {}
     return {**metadata, **changed, "networks_resized": f"{way} {dim}"}

@@ -73,7 +73,7 @@ class Piece:
         """The same rows of the bias."""
         return replace(self, key=self.bias_key, transposed=False)
 
-    def take(self, whole: Tensor) -> Tensor:
+    def cut(self, whole: Tensor) -> Tensor:
         """The rows in the order of the adapter's layer.
 
         Raises:

@@ -15,7 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from . import outputs
-from .dialects import is_length
+from .dialects import is_magnitude
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _chosen(key: str, own: torch.dtype, wanted: torch.dtype | None) -> torch.dty
     """The dtype in which a file has a tensor, for the one that was asked for."""
     if not own.is_floating_point or key.endswith(".alpha"):
         return own
-    return torch.promote_types(wanted or own, torch.float32) if is_length(key) else wanted or own
+    return torch.promote_types(wanted or own, torch.float32) if is_magnitude(key) else wanted or own
 
 
 def safetensors_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:

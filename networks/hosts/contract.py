@@ -26,7 +26,7 @@ from ..files.places import Allowance
 from ..network.diagnosis import Diagnosis
 from ..network.network import Network
 from ..network.optim import Groups, parameter_groups
-from ..plan.file_form import form_of, wanted_form
+from ..plan.file_format import format_of, wanted_format
 from ..plan.plan import Plan, Request
 from ..plan.planner import build_plan, explained_plan
 from ..plan.report import LoadReport, summary
@@ -180,7 +180,7 @@ class HostNetwork(Network):
         """
         self.refuse_second_merge()
         if weights_sd:
-            self.take_tensors(weights_sd)
+            self.load_tensors(weights_sd)
         self.merge(torch.device(device) if device is not None else None)
 
     def set_enabled(self, is_enabled: bool) -> None:
@@ -286,7 +286,7 @@ class Caller:
         problems = Problems(self.name)
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
         own_class = is_own(request.arch.denoiser, unet)
-        file = open_adapter(tensors, Naming(request.arch, wanted_form(request.args, request.arch), own_class), source)
+        file = open_adapter(tensors, Naming(request.arch, wanted_format(request.args, request.arch), own_class), source)
         if not file.layers and not file.unread:
             problems.add(file.problem)
         flags, args = file.flags, request.args
@@ -295,7 +295,7 @@ class Caller:
         request = replace(request, saved=file.layers, source=source, unknown=file.unread, rs_lora=flags.rs_lora)
         network = self._build(kind, request, problems, multiplier, for_inference)
         network.made_from = file
-        report = network.take(file)
+        report = network.load_opened(file)
         if report.strength and not report.incomplete:
             log.info("%s", report)
         return network
@@ -321,7 +321,7 @@ class Caller:
         problems = Problems(self.name)
         request = self._request(host, network_dim, network_alpha, text_encoder, unet, kwargs, problems)
         plan = explained_plan(request, problems)
-        problems.stop()
+        problems.raise_if_any()
         return plan
 
     def _request(
@@ -369,13 +369,13 @@ class Caller:
             problems.add(str(error))
         plan, modules = build_plan(request, problems)
         made = self._class_for(kind, request.args, problems)
-        problems.stop()
+        problems.raise_if_any()
         a = request.args
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
-        form = form_of(request, plan)
+        file_format = format_of(request, plan)
         roots = {part.name: model for part, model in request.parts}
-        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, form)
+        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, file_format)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"
         network.allowance = Allowance(a.allow_missing)
@@ -424,7 +424,7 @@ class _Models:
             arch = detect(unet)
         except ValueError as error:
             problems.add(str(error))
-            problems.stop()
+            problems.raise_if_any()
             raise
         if caller.archs and arch.name not in caller.archs:
             package = caller.name.rpartition(".")[0]

@@ -119,7 +119,7 @@ class _File:
     used: set[str] = field(default_factory=set)
     shifted: set[str] = field(default_factory=set)
 
-    def take(self, flat_key: str, bias: bool = False) -> SavedLayer | None:
+    def layer_for(self, flat_key: str, bias: bool = False) -> SavedLayer | None:
         """Its layer of this name, if it has something for the weight, or for the bias."""
         for name in (prefix + key for key in (flat_key, flat_key.removeprefix(WRAPPED)) for prefix in PREFIXES):
             layer = self.layers.get(name)
@@ -143,7 +143,7 @@ class _File:
         families = {name: saved.algorithm.spec.family for name, saved in self.layers.items()}
         parts = {part_of(name) for name in self.used}
         missing = find_missing(families, self.used, parts, PARTS, (), self.allowance, self.source)
-        for line in filter(None, (missing.told(), missing.counted())):
+        for line in filter(None, (missing.warning(), missing.counted())):
             log.warning("%s: %s", self.source, line)
         lost = sorted(n for n in self.used - self.shifted if self.layers[n].bias_change is not None)
         if lost:
@@ -253,7 +253,7 @@ def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: 
             weight = theirs(key, weight, keep_on_calc_device=keep_on_calc_device)
         bias = key.endswith(".bias")
         flat = (key.removesuffix(".bias") if bias else stem_of(key)).replace(".", "_")
-        found = [(layer, file.multiplier) for file in files if (layer := file.take(flat, bias)) is not None]
+        found = [(layer, file.multiplier) for file in files if (layer := file.layer_for(flat, bias)) is not None]
         if not found:
             return weight
         merged = _merge(weight, found, device, _of_bias if bias else functools.partial(merged_weight, bias_too=True))

@@ -169,7 +169,7 @@ class LoRAModule(SingleLayer):
         """Take the keys of `state_dict` above; the adapter below finds its own."""
         found = {suffix: state_dict.pop(prefix + suffix) for suffix in self._saved() if prefix + suffix in state_dict}
         alpha = found.pop("alpha", None)
-        self.take_alpha(None if alpha is None else float(alpha))
+        self.set_alpha(None if alpha is None else float(alpha))
         if found.keys() == self.adapter.pack().keys():
             self.adapter.unpack_(found)
         else:
@@ -194,7 +194,7 @@ class LoRAInfModule(LoRAModule):
         alpha = tensors.pop("alpha", None)
         self.adapter.unpack_(tensors)
         if alpha is not None:
-            self.take_alpha(float(alpha))
+            self.set_alpha(float(alpha))
         self.merge(device=None if device is None else torch.device(device))
 
     @torch.no_grad()

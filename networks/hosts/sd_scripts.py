@@ -172,7 +172,7 @@ class PerturbedCalls(LoRANetwork):
             for name, value in layer.perturbation.statistics().items()
         }
 
-    def take_step_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_step_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse."""
         of_layers: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
@@ -180,7 +180,7 @@ class PerturbedCalls(LoRANetwork):
             of_layers.setdefault(layer_name, {})[name] = value
         for layer in self.adapted_layers:
             if layer.perturbation is not None:
-                layer.perturbation.take(of_layers.get(layer.lora_name, {}), next(layer.parameters()).device)
+                layer.perturbation.set_statistics(of_layers.get(layer.lora_name, {}), next(layer.parameters()).device)
 
     def _means(self, name: str) -> Tensor | None:
         found = [getattr(layer.perturbation, name) for layer in self.adapted_layers if layer.perturbation is not None]

@@ -106,7 +106,7 @@ class AdaptedLayer(nn.Module):
             ValueError: start values are to come from a base weight that cannot be read, or is another's.
         """
         if not self.in_weight:
-            self.see_base()
+            self.init_from_base()
         for site in self.sites:
             site.attach()
         if not self.in_weight:
@@ -118,7 +118,7 @@ class AdaptedLayer(nn.Module):
         for site in self.sites:
             site.detach()
 
-    def see_base(self) -> None:
+    def init_from_base(self) -> None:
         """Start values which follow from the base weight, where the adapter still waits for them.
 
         Raises:
@@ -136,7 +136,7 @@ class AdaptedLayer(nn.Module):
         with torch.no_grad():
             weight = self.whole_weight()
             with torch.autocast(weight.device.type, enabled=False):
-                self.adapter.see_base(weight)
+                self.adapter.init_from_base(weight)
 
     def start_magnitude(self) -> None:
         """The lengths of W + s dW, unless training or a file has gone on from others. Hosts may load base weights until
@@ -202,7 +202,7 @@ class AdaptedLayer(nn.Module):
             else:
                 y = _plus(y, self._output_change(site, x, y, m))
         if self.perturbation is not None and self._trains:
-            noise = self.perturbation.output(self.adapter.geometry, x, site.take_rows, site.first_row)
+            noise = self.perturbation.output(self.adapter.geometry, x, site.select_rows, site.first_row)
             y = y if noise is None else y + CallGate(self.runtime.multiplier).output(noise.to(y.dtype))
         return y
 
@@ -230,7 +230,7 @@ class AdaptedLayer(nn.Module):
         change = self._update(site, x, y, m if magnitude is None else 1.0)
         if magnitude is not None and change is not None:
             geometry = self.adapter.geometry
-            r = ratio(site.take_rows(magnitude), self._norms(site).to(magnitude.device)).flatten()
+            r = ratio(site.select_rows(magnitude), self._norms(site).to(magnitude.device)).flatten()
             update = geometry.on_outputs(r).to(change) * change
             change = CallGate(m).output(geometry.on_outputs(r - 1).to(y) * (y - site.bias(y)) + update.to(y))
         bias = site.bias_change(y, m)
@@ -251,7 +251,7 @@ class AdaptedLayer(nn.Module):
     def update(self, x: Tensor) -> Tensor:
         """An additive adapter's part of the output of the one base module, without magnitude."""
         site, gate = self.sites[0], self._gate(self._dropped(self.runtime.multiplier, x), x)
-        return cast(Additive, self.adapter).on(site).update(x, gate, site.pieces, self.runtime.factored)
+        return cast(Additive, self.adapter).on(site).update(x, gate, site.row_ranges, self.runtime.factored)
 
     def _dropped(self, multiplier: float | Tensor, x: Tensor) -> float | Tensor:
         """The multiplier, or 0 where module_dropout leaves the call out."""
@@ -325,7 +325,7 @@ class AdaptedLayer(nn.Module):
             new = self.new_weight(W, multiplier)
             lost = base_weight.EXACT
             for site in self.sites:
-                lost += site.change(site.take_rows(W), site.take_rows(new))
+                lost += site.change(site.select_rows(W), site.select_rows(new))
                 site.hold()
             for site in self.sites:
                 site.add_to_bias(self.adapter.bias_change(), m)
@@ -382,7 +382,7 @@ class AdaptedLayer(nn.Module):
     @property
     def alpha(self) -> float:
         """The value for which plain alpha / rank readers get our scale; a form without rank states its dim."""
-        return self.alpha_at(self.adapter.record.saved_rank)
+        return self.alpha_at(self.adapter.laid_out.saved_rank)
 
     def alpha_at(self, rank: int | None) -> float:
         """The same in a file that holds the adapter with this rank."""
@@ -391,15 +391,15 @@ class AdaptedLayer(nn.Module):
             return float(self.adapter.chosen.get(option) or 0.0)
         return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
 
-    def take_alpha(self, alpha: float | None, file_rank: int | None = None) -> None:
+    def set_alpha(self, alpha: float | None, file_rank: int | None = None) -> None:
         """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""
-        rank, option = file_rank or self.adapter.record.saved_rank, self.adapter.spec.alpha_option
+        rank, option = file_rank or self.adapter.laid_out.saved_rank, self.adapter.spec.alpha_option
         if option:
             self.adapter.chosen[option] = alpha or 0.0
         if rank is not None:
             self.scale = alpha / rank if alpha else 1.0
 
-    def take_magnitude(self, magnitude: Tensor | None, folded: bool = False) -> None:
+    def load_magnitude(self, magnitude: Tensor | None, folded: bool = False) -> None:
         """The magnitude of a file; without one the update's own length, so that it acts as the plain one it is."""
         if self.magnitude_start is None or self.magnitude_change is None:
             return
@@ -451,7 +451,7 @@ class AdaptedLayer(nn.Module):
         """A live state is taken over: its scale, and that nothing starts any more."""
         if scale is not None:
             self.scale = float(scale) / self.adapter.plus_gain
-        self.adapter.settle_()
+        self.adapter.mark_initialised_()
         self._start_settled = True
 
 

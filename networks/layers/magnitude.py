@@ -54,7 +54,7 @@ def norms(
         with torch.autocast(weight.device.type, enabled=False):
             weight = weight.to(next(adapter.parameters()).dtype)  # a base in fp64 under fp32 adapters
             s = strength.to(weight.device) if isinstance(strength, Tensor) else strength
-            squares[site] = adapter.on(OfWeight(weight)).norm_sq(weight, s, on_output, site.pieces)
+            squares[site] = adapter.on(OfWeight(weight)).norm_sq(weight, s, on_output, site.row_ranges)
     if not on_output:
         return torch.stack(list(squares.values())).sum(0).sqrt().reshape(shape)
     roots = {site: square.sqrt().reshape(-1, *shape[1:]) for site, square in squares.items()}

@@ -46,7 +46,7 @@ class Perturbation:
         """Those that there are, by name."""
         return {name: value for name in self._STATISTICS if (value := getattr(self, name)) is not None}
 
-    def take(self, statistics: Mapping[str, Tensor], device: torch.device) -> None:
+    def set_statistics(self, statistics: Mapping[str, Tensor], device: torch.device) -> None:
         """The inverse, on a device; names that are missing are forgotten."""
         for name in self._STATISTICS:
             value = statistics.get(name)

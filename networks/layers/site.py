@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..tensors import base_weight
-from ..tensors.geometry import Pieces
+from ..tensors.geometry import RowRanges
 from ..tensors.products import OfWeight, weight_times
 from .dropout import CallGate
 
@@ -32,11 +32,11 @@ class Site:
 
     Args:
         module: the base module.
-        pieces: the layer's output rows which this module computes, in its own order; None = all of them.
+        row_ranges: the layer's output rows which this module computes, in its own order; None = all of them.
     """
 
-    def __init__(self, module: nn.Module, pieces: Pieces | None = None) -> None:
-        self.module, self.pieces = module, pieces
+    def __init__(self, module: nn.Module, row_ranges: RowRanges | None = None) -> None:
+        self.module, self.row_ranges = module, row_ranges
         self.layer: AdaptedLayer | None = None
         self.below: Callable[..., Tensor] | None = None  # what the module's forward was before ours
         self.in_weight = False  # the module's weight holds the update, which its forward must not add again
@@ -85,19 +85,19 @@ class Site:
     @property
     def first_row(self) -> int:
         """The layer's output row with which this module begins."""
-        return self.pieces[0][0] if self.pieces else 0
+        return self.row_ranges[0][0] if self.row_ranges else 0
 
-    def take_rows(self, whole: Tensor) -> Tensor:
+    def select_rows(self, whole: Tensor) -> Tensor:
         """This module's part of something that has one row (axis 0) per output feature of the layer."""
-        if self.pieces is None:
+        if self.row_ranges is None:
             return whole
-        parts = [whole[start:stop] for start, stop in self.pieces]
+        parts = [whole[start:stop] for start, stop in self.row_ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def put_rows(self, whole: Tensor, rows: Tensor) -> None:
-        """The inverse of `take_rows`, in place."""
+        """The inverse of `select_rows`, in place."""
         at = 0
-        for start, stop in self.pieces or ((0, whole.shape[0]),):
+        for start, stop in self.row_ranges or ((0, whole.shape[0]),):
             whole[start:stop] = rows[at : at + stop - start]
             at += stop - start
 
@@ -119,9 +119,9 @@ class Site:
         assert under.layer is not None
         if not under.acts:
             return under.weight(device)
-        if under.pieces is None:
+        if under.row_ranges is None:
             return under.layer.new_weight(under.weight(device))
-        return under.take_rows(under.layer.new_weight(under.layer.whole_weight(device)))
+        return under.select_rows(under.layer.new_weight(under.layer.whole_weight(device)))
 
     def whole_weight(self, device: torch.device | None = None) -> Tensor:
         """The same of the whole layer [O, I, *kernel]."""
@@ -147,7 +147,7 @@ class Site:
         change = adapter.bias_change()
         if change is None:
             return None
-        part = adapter.geometry.on_outputs(self.take_rows(change), y).to(y).expand_as(y)
+        part = adapter.geometry.on_outputs(self.select_rows(change), y).to(y).expand_as(y)
         return CallGate(multiplier).output(part)
 
     def times(self, matrix_IR: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Site:
             bias = self.module.get_parameter("bias")
             # float8 has no promotion rules, and a host's model.to(float8) reaches biases, too
             wide = torch.float64 if bias.dtype == torch.float64 else torch.float32
-            bias.copy_(bias.to(wide) + multiplier * self.take_rows(change).to(bias.device, wide))
+            bias.copy_(bias.to(wide) + multiplier * self.select_rows(change).to(bias.device, wide))
 
     def change(self, old: Tensor, new: Tensor) -> base_weight.Rounding:
         """Store another weight, in the module's own form."""
@@ -229,7 +229,7 @@ class Whole:
 def read_whole(sites: Sequence[Site], shape: Sequence[int], read: Callable[[Site], Tensor]) -> Tensor:
     """Something with one row per output feature, put together from what `read` gives for each site."""
     first = read(sites[0])
-    if sites[0].pieces is None:
+    if sites[0].row_ranges is None:
         return first
     whole = first.new_empty(tuple(shape))
     for site in sites:

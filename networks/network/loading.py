@@ -80,7 +80,7 @@ def _check_fit(file: AdapterFile, found: Mapping[str, SavedLayer], places: Place
 
 
 def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
-    if layer.adapter.spec.form != saved.algorithm.spec.form:
+    if layer.adapter.spec.file_algo != saved.algorithm.spec.file_algo:
         raise ValueError(f"the file has {saved.algorithm.spec.name}, this network has {layer.adapter.spec.name}")
     side = saved.side(layer.adapter.geometry)
     if side and layer.side and side != layer.side:
@@ -88,7 +88,7 @@ def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:
             f"the file has DoRA magnitudes on the {side} side, this network on the other: give "
             f"wd_on_output={side == 'output'}"
         )
-    layer.adapter.fits(saved.tensors)
+    layer.adapter.check_fits(saved.tensors)
 
 
 def _with_magnitudes(file: AdapterFile, found: Mapping[str, SavedLayer], places: Places) -> dict[str, SavedLayer]:

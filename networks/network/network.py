@@ -22,7 +22,7 @@ from ..archs.spec import Timestep
 from ..args.coerce import named
 from ..files import codec, resize, twins, writer
 from ..files.adapter_file import AdapterFile, Naming, open_adapter
-from ..files.dialects import Form
+from ..files.dialects import FileFormat
 from ..files.places import Allowance
 from ..files.strengths import ALPHA, SAID
 from ..layers.adapted import LIVE_SCALE, AdaptedLayer
@@ -43,7 +43,7 @@ from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)
 
-_PORTABLE = Form()
+_PORTABLE = FileFormat()
 _MERGED = (
     "the network is in the base weights already, and would act twice: call restore_weights first where there was a "
     "backup, otherwise load the model again and make another network"
@@ -68,7 +68,7 @@ class Network(nn.Module):
         multiplier: strength.
         for_inference: dropouts never act.
         perturbation: (sigma, beta) of GGPO, or None.
-        form: of its files.
+        file_format: of its files.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Network(nn.Module):
         multiplier: float = 1.0,
         for_inference: bool = False,
         perturbation: tuple[float, float] | None = None,
-        form: Form = _PORTABLE,
+        file_format: FileFormat = _PORTABLE,
     ) -> None:
         super().__init__()
-        self.form = form
+        self.file_format = file_format
         self.plan = plan
         self.runtime = Runtime(for_inference=for_inference)
         self.made_from: AdapterFile | None = None  # until it acts, since hosts hand its tensors over again
@@ -101,7 +101,7 @@ class Network(nn.Module):
             name = row.saved_name
             bases = modules[name]
             pairs: Bases = ((bases, None),) if isinstance(bases, nn.Module) else bases
-            sites = [Site(module, pieces) for module, pieces in pairs]
+            sites = [Site(module, row_ranges) for module, row_ranges in pairs]
             noise = (
                 Perturbation(*perturbation) if perturbation and "ggpo_sigma" in ALGOS[row.algo].spec.features else None
             )
@@ -327,7 +327,7 @@ class Network(nn.Module):
         for layer in layers:
             with located(layer.lora_name):
                 roundings.append(layer.merge(device=device))
-        if text := base_weight.told(roundings):
+        if text := base_weight.rounding_warning(roundings):
             log.warning("%s", text)
 
     def limit_norms(self, limit: float) -> tuple[int, float, float]:
@@ -352,26 +352,28 @@ class Network(nn.Module):
         Raises:
             OSError: it cannot be written.
         """
-        ours = {"networks_version": __version__, "networks_dialect": self.form.dialect.name}
-        saved = [codec.saved_layer(layer, bool(self.form.dialect.fold_flag)) for layer in self.adapted_layers]
-        tensors = self.form.written(codec.write(saved, self.form))
+        ours = {"networks_version": __version__, "networks_dialect": self.file_format.dialect.name}
+        saved = [codec.saved_layer(layer, bool(self.file_format.dialect.fold_flag)) for layer in self.adapted_layers]
+        tensors = self.file_format.written(codec.write(saved, self.file_format))
         known = {**(metadata or {}), **ours, **_told_of_starts(self.layers)}
         health = self.diagnosis.health()
         writer.write_tensors(path, tensors, dtype, known, health)
-        for dim in self.form.dims:
+        for dim in self.file_format.dims:
             smaller = [resize.cut(layer, dim, "first")[0] for layer in saved]
-            tensors = self.form.written(codec.write(smaller, self.form))
-            writer.write_tensors(resize.numbered(path, dim), tensors, dtype, resize.told(known, dim, "first"), health)
+            tensors = self.file_format.written(codec.write(smaller, self.file_format))
+            writer.write_tensors(
+                resize.numbered(path, dim), tensors, dtype, resize.resized_metadata(known, dim, "first"), health
+            )
 
     @property
     def _naming(self) -> Naming:
-        return Naming(self.form.arch, self.form.dialect, self._own_class)
+        return Naming(self.file_format.arch, self.file_format.dialect, self._own_class)
 
     @property
     def _own_class(self) -> bool:
         """Whether the denoiser is of the trainer's class, as far as that matters for names."""
-        root = self._roots.get(self.form.arch.denoiser.name) if self.form.arch else None
-        return root is None or self.form.arch is None or is_own(self.form.arch.denoiser, root)
+        root = self._roots.get(self.file_format.arch.denoiser.name) if self.file_format.arch else None
+        return root is None or self.file_format.arch is None or is_own(self.file_format.arch.denoiser, root)
 
     def load(self, path: str | os.PathLike[str]) -> LoadReport:
         """Take over a file.
@@ -382,9 +384,9 @@ class Network(nn.Module):
         Raises:
             ValueError: it is unreadable, does not fit, contradicts this network, or has too little for it.
         """
-        return self.take(open_adapter(path, self._naming))
+        return self.load_opened(open_adapter(path, self._naming))
 
-    def take_tensors(self, tensors: Mapping[str, Tensor], source: str = "the weights") -> LoadReport:
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: str = "the weights") -> LoadReport:
         """Take over the tensors of a file.
 
         Args:
@@ -395,25 +397,25 @@ class Network(nn.Module):
             ValueError: as `load`.
         """
         if self.made_from is not None and self.made_from.is_of(tensors):
-            return self.take(self.made_from)
-        return self.take(open_adapter(tensors, self._naming, source))
+            return self.load_opened(self.made_from)
+        return self.load_opened(open_adapter(tensors, self._naming, source))
 
-    def take(self, file: AdapterFile) -> LoadReport:
+    def load_opened(self, file: AdapterFile) -> LoadReport:
         """Take over an opened file.
 
         Raises:
             ValueError: it does not fit, contradicts this network, or has too little for it; nothing was changed.
         """
-        self.form.check(file.flags, file.metadata, file.source)
+        self.file_format.check(file.flags, file.metadata, file.source)
         found, without = match(file, self._places())
         for text in codec.assumptions(found.values()):
             log.info("%s: %s", file.source, text)
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]
             adapted.adapter.unpack_(layer.tensors)
-            adapted.see_base()
-            adapted.take_alpha(layer.alpha, layer.algorithm.spec.shown_rank(layer.tensors))
-            adapted.take_magnitude(layer.magnitude, layer.folded)
+            adapted.init_from_base()
+            adapted.set_alpha(layer.alpha, layer.algorithm.spec.shown_rank(layer.tensors))
+            adapted.load_magnitude(layer.magnitude, layer.folded)
         self._follow_scales()
         missing = tuple(name for name in self._layers if name not in found)
         strength = "" if file.strength in (SAID[ALPHA], "") else file.strength
@@ -423,7 +425,9 @@ class Network(nn.Module):
         return report
 
     def _places(self) -> Places:
-        prefixes = {} if self.form.arch is None else {part.name: part.prefix for part in self.form.arch.parts}
+        prefixes = (
+            {} if self.file_format.arch is None else {part.name: part.prefix for part in self.file_format.arch.parts}
+        )
         held = {prefixes[row.part] for row, _ in self.layers if row.part in prefixes}
         unwanted = {name for row in self.plan.rows if row.unwanted for name in (row.saved_name, row.own_saved_name)}
         known = {*prefixes.values()}
@@ -457,7 +461,7 @@ class Network(nn.Module):
         if any(key.endswith(LIVE_SCALE) for key in state_dict):
             missing, unexpected = self._take_live(state_dict)
         else:
-            report = self.take_tensors(state_dict)
+            report = self.load_tensors(state_dict)
             missing, unexpected = list(report.missing), list(report.unexpected)
         if strict and (missing or unexpected):
             raise RuntimeError(

@@ -52,4 +52,4 @@ class SingleLayer(AdaptedLayer):
             scale = named("alpha", alpha or 0, 0)
             adapter = ALGOS[algo](geometry, int(named("lora_dim", dim, 1, whole)))
         super().__init__(name, module, adapter, 1.0, Dropouts(**dropouts), runtime)
-        self.take_alpha(scale)
+        self.set_alpha(scale)

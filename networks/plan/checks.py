@@ -26,7 +26,7 @@ _STANDS_FOR = {"enable_conv": "conv_dim"}
 _FORM = frozenset({"algo", "preset", "train_norm", "rs_lora", "init", "init_seed"})
 
 
-def check(plan: Plan, request: Request, used: Collection[By], problems: Problems) -> list[str]:
+def review(plan: Plan, request: Request, used: Collection[By], problems: Problems) -> list[str]:
     """Report arguments that change nothing.
 
     Args:
@@ -227,7 +227,7 @@ def _start_notes(trained: Sequence[PlanRow]) -> list[str]:
     if own:
         notes.append(
             f"{own[0].algo} on {len(own)} layers: the start is kept beside the parameters ({_mebibytes(own)}), files "
-            f"are {ALGOS[own[0].algo].spec.form} with {own[0].layout.stacked} times the dim"
+            f"are {ALGOS[own[0].algo].spec.file_algo} with {own[0].layout.stacked} times the dim"
         )
     return notes
 

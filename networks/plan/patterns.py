@@ -26,7 +26,7 @@ class Patterns:
                 return pattern.pattern
         return None
 
-    def check(
+    def report_unmatched(
         self, trainable: Sequence[Candidate], others: Sequence[tuple[Candidate, str]], problems: Problems
     ) -> set[str]:
         """Report every pattern that matches no layer which can be trained.

@@ -110,7 +110,7 @@ class PlanRow:
             adapter.orthogonal_()
         adapter.fold_plus_(self.plus_unit)
         if self.init == "pissa":
-            adapter.await_base_(self.scale)
+            adapter.defer_init_(self.scale)
         return adapter
 
     @property

@@ -12,7 +12,7 @@ from ..args.parse import NetArgs, Problems
 from ..files.codec import SavedLayer, unknown_form
 from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
-from . import checks, file_form, values
+from . import checks, file_format, values
 from .call import By, Call, Choice, speaks_of_norms
 from .patterns import Patterns
 from .plan import Plan, PlanRow, Request
@@ -97,8 +97,8 @@ class _Planner:
                 self.modules[row.saved_name] = c.bases
         plan = Plan(self.request.arch.title, tuple(rows))
         _check_dims(plan, self.request, self.problems)
-        notes = checks.check(plan, self.request, self.used, self.problems)
-        notes += file_form.check(plan.trained, self.request, self.problems) if plan.trained else []
+        notes = checks.review(plan, self.request, self.used, self.problems)
+        notes += file_format.review(plan.trained, self.request, self.problems) if plan.trained else []
         warnings = (*self._unusual(), *self.call.preset.warnings(), *checks.unmergeable(plan))
         return replace(plan, notes=tuple(notes), warnings=warnings)
 
@@ -178,7 +178,7 @@ class _Planner:
         wanted = ALGOS[self.args.algo]
         shown = saved.parts
         split = self._split(c, saved.algorithm, a) if shown is None else shown
-        if wanted.spec.form == saved.algorithm.spec.form and wanted.spec.recognises(saved.tensors):
+        if wanted.spec.file_algo == saved.algorithm.spec.file_algo and wanted.spec.recognises(saved.tensors):
             saved = replace(saved, algorithm=wanted)
         algorithm = saved.algorithm
         dim, options = saved.describe(c.geometry)
@@ -260,7 +260,7 @@ class _Planner:
         others = [(c, verdict.reason) for c, verdict in pairs if verdict.reason and not verdict.admitted]
         trainable = [c for c, verdict in pairs if verdict.admitted or not verdict.reason]
         for patterns in (call.exclude, call.include, call.only, call.dims, call.alphas, call.lrs):
-            for pattern in patterns.check(trainable, others, self.problems):
+            for pattern in patterns.report_unmatched(trainable, others, self.problems):
                 self.used.add((patterns.argument, pattern))  # spoken of already
         self._check_rescue(trainable)
 

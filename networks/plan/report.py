@@ -140,7 +140,7 @@ class LoadReport:
         text = f"{self.source}: {len(self.matched)} layers loaded"
         if self.missing:
             text += f"; {len(self.missing)} layers of this network are not in it{examples(self.missing)}"
-        for more in (self.without.told(), self.without.counted()):
+        for more in (self.without.warning(), self.without.counted()):
             text += f"; {more}" if more else ""
         if self.stray:
             text += f"; {len(self.stray)} keys are no adapter, e.g. {self.stray[0]}"

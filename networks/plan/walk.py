@@ -11,10 +11,10 @@ from torch import nn
 
 from ..archs.detect import unwrap
 from ..archs.spec import Part, Rename
-from ..tensors.geometry import Geometry, Pieces
+from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.norms import NormGeometry
 
-Bases = tuple[tuple[nn.Module, "Pieces | None"], ...]
+Bases = tuple[tuple[nn.Module, "RowRanges | None"], ...]
 
 _WRAPPER = re.compile(r"(?:^|\.)_orig_mod(?=\.|$)")
 

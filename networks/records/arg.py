@@ -8,7 +8,7 @@ from typing import Any
 
 NUMBERS = ("int", "float")
 LISTS = ("patterns", "regex_int", "regex_float", "ints", "floats", "rates")
-FORM = "form of the factors"  # the group of arguments that choose the form of an algorithm
+FACTORS = "form of the factors"  # the group of arguments that choose the form of an algorithm
 
 
 @dataclass(frozen=True)

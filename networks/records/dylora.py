@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .arg import FORM, Arg
+from .arg import FACTORS, Arg
 from .lora import LORA
 
 DYLORA = replace(
@@ -20,7 +20,7 @@ DYLORA = replace(
             "int",
             1,
             "ranks that learn together; a file cut after any number of blocks, with the same alpha, is a good LoRA",
-            FORM,
+            FACTORS,
             aliases=("unit", "dyloRA"),
             minimum=1,
             per_host=(("lycoris", 4),),
@@ -31,7 +31,7 @@ DYLORA = replace(
             (),
             "each save also writes files cut to these dims, `4,8`: name-0004.safetensors beside name.safetensors. "
             "scripts/resize.py cuts later. Trainers that remove old files do not know of these",
-            FORM,
+            FACTORS,
             minimum=1,
         ),
     ),

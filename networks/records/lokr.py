@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .arg import FORM, Arg
+from .arg import FACTORS, Arg
 from .spec import NO_KERNEL, AlgoSpec, FileKind, Reads
 
 _READS = Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="some", peft="yes", invokeai="yes")
@@ -29,18 +29,18 @@ LOKR = AlgoSpec(
             "int",
             -1,
             "upper bound of the smaller Kronecker factor; -1 splits next to the square root",
-            FORM,
+            FACTORS,
             minimum=-1,
         ),
-        Arg("decompose_both", "bool", False, "low rank for the smaller factor too", FORM),
+        Arg("decompose_both", "bool", False, "low rank for the smaller factor too", FACTORS),
         Arg(
             "full_matrix",
             "bool",
             False,
             "both factors whole, whatever the dim; the scale is then 1 and alpha has no effect",
-            FORM,
+            FACTORS,
         ),
-        Arg("unbalanced_factorization", "bool", False, "swap the two factors of the output side", FORM),
+        Arg("unbalanced_factorization", "bool", False, "swap the two factors of the output side", FACTORS),
     ),
     acts_on={
         "use_tucker": ("t2", NO_KERNEL),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .arg import FORM, Arg
+from .arg import FACTORS, Arg
 from .spec import AlgoSpec, FileKind, Reads
 
 BLOCKS, RESCALE, CHANGE = "oft_blocks", "rescale", "rescale_change"
@@ -70,19 +70,19 @@ DIAG_OFT = AlgoSpec(
             0.0,
             "limit of a rotation: the norm of its generator over all blocks, in parts of the features that it turns; "
             "0 = none",
-            FORM,
+            FACTORS,
             aliases=("constrain",),
             minimum=0,
             per_host=(("oft", "network_alpha"), ("oft_flux", "network_alpha")),
         ),
-        Arg("rescaled", "bool", False, "a learnt factor for every row after the rotation", FORM),
+        Arg("rescaled", "bool", False, "a learnt factor for every row after the rotation", FACTORS),
         Arg(
             "dim_is_count",
             "bool",
             False,
             "network_dim is the number of blocks (as in sd-scripts' oft) and not their largest size (as in LyCORIS); a "
             "layer whose width it does not divide gets the next smaller number that does",
-            FORM,
+            FACTORS,
             per_host=(("oft", True), ("oft_flux", True)),
         ),
         Arg(
@@ -91,7 +91,7 @@ DIAG_OFT = AlgoSpec(
             False,
             "act on the input features instead of the output's: the factors of IA3; the rotation of OFT, then as in "
             "OFT v2 (2506.19847). Quantised bases train either way without being decoded",
-            FORM,
+            FACTORS,
         ),
     ),
     features=frozenset({"split_qkv"}),

@@ -32,9 +32,9 @@ class FileKind:
 
     Attributes:
         title: for people.
-        marks: suffixes that a layer must have to be of this kind; none = the form that no other program knows.
+        marks: suffixes that a layer must have to be of this kind; none = the kind that no other program knows.
         reads: who reads it, and how.
-        constrained: only where alpha stands for a limit of the form and is not 0.
+        constrained: only where alpha stands for a limit of the rotation and is not 0.
     """
 
     title: str
@@ -152,7 +152,7 @@ class AlgoSpec:
         return "save_dims" in self.features
 
     @property
-    def form(self) -> str:
+    def file_algo(self) -> str:
         """The algorithm whose saved keys it has."""
         return self.saved_as or self.name
 

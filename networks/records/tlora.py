@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .arg import FORM, Arg
+from .arg import FACTORS, Arg
 from .lora import LORA
 from .spec import DORA
 
@@ -31,16 +31,16 @@ TLORA = replace(
             "choice",
             "principal",
             "T-LoRA starts from the first (`principal`), the `middle` or the `last` singular vectors",
-            FORM,
+            FACTORS,
             choices=("principal", "last", "middle"),
         ),
-        Arg("use_data_init", "bool", True, "of the base weight; False: of a random matrix", FORM),
+        Arg("use_data_init", "bool", True, "of the base weight; False: of a random matrix", FACTORS),
         Arg(
             "min_rank",
             "int",
             1,
             "T-LoRA (2507.05964): ranks that act at the noisiest timestep; all of them act at the last one",
-            FORM,
+            FACTORS,
             aliases=("tlora_min_rank",),
             minimum=1,
         ),
@@ -50,7 +50,7 @@ TLORA = replace(
             1.0,
             "exponent of its schedule: ((T - t) / T)^x of the ranks above min_rank act at timestep t of T; 0: all "
             "ranks, always",
-            FORM,
+            FACTORS,
             aliases=("tlora_alpha", "tlora_alpha_rank_scale"),
             minimum=0,
         ),
@@ -60,7 +60,7 @@ TLORA = replace(
             None,
             "networks of one number share the timestep, or the mask that `set_timestep_mask` sets; not given: each has "
             "its own",
-            FORM,
+            FACTORS,
             neutral=(0,),
         ),
     ),

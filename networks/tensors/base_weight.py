@@ -32,7 +32,7 @@ _BIASES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 def form_of(module: nn.Module) -> Form:
     """The form of this layer's weight, as it is now: hosts cast and quantise after a network was made."""
-    return next(form for form in _FORMS if form.fits(module))
+    return next(form for form in _FORMS if form.matches(module))
 
 
 class _ByAnotherName(nn.Module):
@@ -159,7 +159,7 @@ def change(module: nn.Module, old: Tensor, new: Tensor) -> Rounding:
     return Rounding(form.title, ((read(module, old.device) - old) * update).sum().item(), update.square().sum().item())
 
 
-def told(roundings: Sequence[Rounding]) -> str:
+def rounding_warning(roundings: Sequence[Rounding]) -> str:
     """A warning for the user if a merge lost a part of the strength that can be seen; otherwise ""."""
     total = sum(roundings, EXACT)
     share = total.kept / total.update if total.update else 1.0

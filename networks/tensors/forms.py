@@ -30,7 +30,7 @@ class Form:
     title: ClassVar[str]
     coarse: ClassVar[bool] = True
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         """Whether a layer stores its weight so, now."""
         raise NotImplementedError
 
@@ -68,7 +68,7 @@ class Plain(Form):
     title = "plain"
     coarse = False
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         return _is_plain(module.weight, _HALF_AND_WIDER)
 
     def read(self, module: Any, device: torch.device | None) -> Tensor:
@@ -103,7 +103,7 @@ class PlainFloat8(Plain):
     title = "float8 without a scale"
     coarse = True
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         return _is_plain(module.weight, _FLOAT8) and not scales_beside(module)
 
     def read(self, module: Any, device: torch.device | None) -> Tensor:
@@ -148,7 +148,7 @@ class ScaledFloat8(Coded):
 
     title = "scaled float8"
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         return _is_plain(module.weight, _FLOAT8) and scales_beside(module) == _TRAINERS
 
     def codes(self, module: Any) -> Codes:
@@ -169,7 +169,7 @@ class Unknown(Form):
 
     title = "unknown"
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         return True
 
     def check(self, module: Any) -> None:

@@ -21,7 +21,7 @@ class BitsAndBytes8(Coded):
 
     title = "bitsandbytes int8"
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         return has_class(module.weight, "bitsandbytes", "Int8Params") and module.weight.dtype == torch.int8
 
     def codes(self, module: Any) -> Codes:
@@ -40,7 +40,7 @@ class BitsAndBytes4(Form):
 
     title = "bitsandbytes 4-bit"
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         packed = has_class(module.weight, "bitsandbytes", "Params4bit") and not module.weight.is_floating_point()
         return packed or (_lost_class(module) and getattr(module, "quant_state", None) is not None)
 
@@ -108,7 +108,7 @@ class TorchAO(Coded):
 
     title = "torchao"
 
-    def fits(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         return _root(type(module.weight)) == "torchao"
 
     def codes(self, module: Any) -> Codes:

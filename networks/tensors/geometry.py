@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Pieces = tuple[tuple[int, int], ...]  # ranges (start, stop) of output rows, in an order
+RowRanges = tuple[tuple[int, int], ...]  # ranges (start, stop) of output rows, in an order
 
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)  # the output projection inside nn.MultiheadAttention

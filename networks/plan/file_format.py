@@ -10,13 +10,13 @@ from ..algos import ALGOS
 from ..archs import diffusers_names
 from ..archs.spec import ArchSpec
 from ..args.parse import NetArgs, Problems
-from ..files.dialects import DIALECTS, PORTABLE, Dialect, Form
+from ..files.dialects import DIALECTS, PORTABLE, Dialect, FileFormat
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
 
 
-def form_of(request: Request, plan: Plan) -> Form:
+def format_of(request: Request, plan: Plan) -> FileFormat:
     """What the network's files are like.
 
     Args:
@@ -34,10 +34,10 @@ def form_of(request: Request, plan: Plan) -> Form:
         }
     dims = tuple(filter(None, request.args.save_dims))
     rs_lora = request.args.rs_lora if request.rs_lora is None else request.rs_lora
-    return Form(dialect, rs_lora, dims, request.arch, places)
+    return FileFormat(dialect, rs_lora, dims, request.arch, places)
 
 
-def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> list[str]:
+def review(trained: Sequence[PlanRow], request: Request, problems: Problems) -> list[str]:
     """Report what the files cannot hold.
 
     Args:
@@ -70,7 +70,7 @@ def check(trained: Sequence[PlanRow], request: Request, problems: Problems) -> l
     return notes
 
 
-def wanted_form(args: NetArgs, arch: ArchSpec) -> Dialect:
+def wanted_format(args: NetArgs, arch: ArchSpec) -> Dialect:
     """The form that the arguments ask for: `save_format`, with the preset's prefix.
 
     Args:
@@ -83,7 +83,7 @@ def wanted_form(args: NetArgs, arch: ArchSpec) -> Dialect:
 
 def _chosen(trained: Sequence[PlanRow], request: Request) -> tuple[Dialect, list[str]]:
     """The form of the files, and why it is not that of `save_format`. An entry's own form makes way for another."""
-    wanted = wanted_form(request.args, request.arch)
+    wanted = wanted_format(request.args, request.arch)
     reasons = _misfits(trained, wanted, request)
     return (wanted if not reasons or "save_format" in request.args.given else PORTABLE), reasons
 
@@ -118,7 +118,7 @@ def _tucker(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> I
 
 
 def _algorithms(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
-    others = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].spec.form not in dialect.algos}
+    others = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].spec.file_algo not in dialect.algos}
     if others:
         yield (
             f" holds {', '.join(dialect.algos)} only, not {', '.join(sorted(others))}: that program reads the others "
