@@ -530,7 +530,7 @@ def test_a_loader_takes_weights_and_biases(caplog: pytest.LogCaptureFixture) -> 
     assert all(torch.equal(merged[key], t) for key, t in wanted.items())
     assert "1 of its layers have no place here (1 lora_unet: 1 norm1; e.g. lora_unet_blocks_0_norm1)" in caplog.text
     del model["blocks.0.norm3.bias"]
-    with pytest.raises(ValueError, match="change a bias which this model has not: lora_unet_blocks_0_norm3"):
+    with pytest.raises(ValueError, match="change a bias which this model has not, e.g. lora_unet_blocks_0_norm3"):
         getattr(Loader.module(model), key_merge.LOADER)([], [tensors], [0.5], False, torch.device("cpu"))
     with pytest.raises(ValueError, match="changes a bias .b_norm., which cannot be merged from the weight alone"):
         networks.lora.merge_weights_to_tensor(
