@@ -113,7 +113,7 @@ def test_built_in_models_and_checkpoints_need_no_library_of_models(tmp_path: Pat
         "assert plan.main(['sdxl']) == 0\nspent = time.process_time() - start\n"
         "assert plan.main([sys.argv[2]]) == 0\nassert spent < 1, spent\n"
     )
-    scripts = str(Path(script.__file__).parent)
+    scripts = str(Path(__file__).resolve().parents[1] / "scripts")
     subprocess.run([sys.executable, "-c", code, scripts, str(file)], check=True, stdout=subprocess.DEVNULL)
 
 
