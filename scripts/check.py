@@ -1,7 +1,8 @@
 """The one gate: format, lint, types, branches per function, generated docs, tests. It runs all and says what failed.
 
 Run it inside the environment: `python scripts/start.py check`. `--fix` formats and mends what ruff can mend;
-`--no_tests` leaves out the tests, for a quick look or a commit hook. Further arguments go to pytest.
+`--no_tests` leaves out the tests, for a quick look or a commit hook; `--full` takes the long sweeps of the tests, too.
+Further arguments go to pytest.
 """
 
 from __future__ import annotations
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--fix", action="store_true", help="format, and mend what ruff can mend")
     parser.add_argument("--no_tests", action="store_true", help="leave out the tests")
+    parser.add_argument(
+        "--full", action="store_true", help="all combinations of the tests' sweeps: 15 minutes and more"
+    )
     args, pytest_args = parser.parse_known_args(argv)
+    pytest_args += ["--full"] if args.full else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
     environment.setdefault("OMP_NUM_THREADS", "1")  # several test processes with tiny models
     rows = []

@@ -87,6 +87,7 @@ def trained_and_loaded(draw: random.Random, folder: Path) -> bool:
     return True
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_network_or_one_clear_error(seed: int, tmp_path: Path) -> None:
     torch.manual_seed(seed)

@@ -63,6 +63,7 @@ def saved_names(plan: Plan) -> list[str]:
     return [row.saved_name for row in plan.trained]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("arch", SPECS)
 def test_trainer_model(arch: str) -> None:
     wanted = {entry.saved: entry for entry in recorded(arch) if entry.saved != "-"}
@@ -95,6 +96,7 @@ def test_diffusers_model_is_saved_under_the_same_names(arch: str) -> None:
         assert row.shape == wanted[row.saved_name], row.dotted_name
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("arch", SPECS)
 def test_names_survive_transformers_5(arch: str) -> None:
     """CLIPTextModel without its text_model level."""

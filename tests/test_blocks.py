@@ -163,6 +163,7 @@ def test_t5_is_trained_on_request_and_where_a_file_has_it(tmp_path: Path) -> Non
     assert again.train_t5xxl and len(again.text_encoder_loras) == len(network.text_encoder_loras)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("algo", FOR_LINEARS)
 @pytest.mark.parametrize("arch", TOYS)
 def test_train_save_load(arch: str, algo: str, tmp_path: Path) -> None:

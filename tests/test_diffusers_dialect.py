@@ -60,6 +60,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("arch", RELEASED)
 def test_from_the_trainers_classes_and_back(arch: str, tmp_path: Path) -> None:
     """Saved from the trainer's own classes: diffusers' names, alpha nowhere; the same weights when it is loaded."""

@@ -204,6 +204,7 @@ MUSIC: dict[str, tuple[list[str], set[str]]] = {  # arguments -> suffixes in the
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("form", MUSIC)
 def test_music_with_every_setting_of_its_trainers(folder, tmp_path, form):
     """From sounds with captions and lyrics, and again from their caches, under the names which the
@@ -268,6 +269,7 @@ def drawn(folder, name: str, how: str = "", file: Path | None = None, strength: 
     return seen[0]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_diffusers_reads_what_is_trained_for_it(folder, name, form, tmp_path):
     """Trained, saved in its dialect, and drawn three ways; text encoders and convolutions where they are trained."""

@@ -98,6 +98,7 @@ def test_spawned_workers_find_ours(checkout: Path) -> None:
     assert done.stdout.split() == [str(ROOT / "networks" / "lora.py")] * 2
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("start", ([str(LAUNCH)], ["-m", "kohya_networks.cli", "launch"]))
 def test_under_accelerate(checkout: Path, start: list[str]) -> None:
     """By the checkout's script, and as an installation is started."""

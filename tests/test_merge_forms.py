@@ -351,6 +351,7 @@ ALIVE = [
 ]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("algo", "dora"), ALIVE)
 def test_a_merged_weight_leaves_nothing_alive(algo: str, dora: bool) -> None:
     """Not even until Python next looks for cycles: weights are large."""

@@ -69,6 +69,7 @@ def test_headers_of_every_trainers_checkpoint(arch: str, tmp_path: Path) -> None
 TWINS = {"hunyuan_video_i2v": "hunyuan_video"}  # of the same layers
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", RELEASES)
 def test_headers_of_every_release_in_diffusers_names(name: str, tmp_path: Path) -> None:
     """Sizes of one architecture are told apart."""
@@ -83,6 +84,7 @@ def test_released_sizes_have_the_usual_numbers_of_layers(arch: str) -> None:
     assert counts <= SPECS[arch].usual
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", [*RELEASES, *ENCODERS])
 def test_outlines_are_those_of_the_real_classes(name: str) -> None:
     """Names, classes and shapes of every module, in the libraries that are installed."""
@@ -244,6 +246,7 @@ def value_of(arch: Any, argument: str) -> str:
     return "0" if argument.endswith("_indices") else "2"  # a dim
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "name,argument", [(name, argument) for name, arch in OWN.items() for argument in sorted(arch.arguments)]
 )

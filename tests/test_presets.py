@@ -93,6 +93,7 @@ def test_lycoris_presets_are_all_there() -> None:
     assert all(presets.load(name).description for name in NAMES)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "arch, name", [(arch, name) for name in NAMES for arch in meant_for(name)], ids=lambda value: value
 )
@@ -106,6 +107,7 @@ def test_matches_something_where_it_is_meant(arch: str, name: str) -> None:
     assert not plan.warnings
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_pattern_is_used_somewhere(name: str) -> None:
     preset, unused = presets.load(name), set(presets.load(name).patterns)
@@ -135,6 +137,7 @@ def test_no_modulation_in_any_layout() -> None:
             assert not re.search(r"mod\.|modulation|norm\d?(_context)?\.linear", row.dotted_name), row.dotted_name
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("arch", BY_ARCH)
 def test_trains_and_loads_back(arch: str, tmp_path: Path) -> None:
     """A network of a preset, with layers outside the containers and another algorithm, is the same from its file."""

@@ -91,6 +91,7 @@ def test_normalisation_layers_of_unets(arch: str) -> None:
         assert found[own] == trainer
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("arch", SPECS)
 def test_no_name_is_translated_into_that_of_another_layer(arch: str) -> None:
     """By brute force over all layers of both classes. A swap, of the other library's class alone, is written down."""

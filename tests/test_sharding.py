@@ -50,6 +50,7 @@ if importlib.util.find_spec("deepspeed"):  # no requirement of ours: it builds a
     ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(("how", "sign"), HOWS, ids=lambda value: "-".join(value) if isinstance(value, list) else "")
 def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(assets, tmp_path, how, sign):
     """With DoRA, which reads base weights in every pass, a limit of the norms, which acts on what the optimizer steps
@@ -79,6 +80,7 @@ def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(asset
     assert close(weights(tmp_path / "back"), one)
 
 
+@pytest.mark.long
 def test_music_and_fsdp(assets, tmp_path):
     """Its transformer gets tensors whose strides FSDP changes in one of two passes through a checkpointed block."""
     options = [f"--pretrained_model_name_or_path={assets / 'music'}", f"--train_data_dir={assets / 'sounds'}"]

@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     return model
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["SD", "SDXL", *FLOWS])
 def test_trains_and_reloads(folder, tmp_path, name, kind):

@@ -174,6 +174,7 @@ def models(arch: str) -> tuple[list[Any], nn.Module]:
     return [found.get(part.name) for part in spec.text_encoders], found[spec.denoiser.name]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("algo", SPLIT)
 @pytest.mark.parametrize("arch", [spec.name for spec in ARCHS if spec.fused_rows and not spec.denoiser.tasks])
 def test_split_files_load_at_full_strength_as_plain_ones(arch: str, algo: str, tmp_path: Path) -> None:

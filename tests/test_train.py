@@ -211,6 +211,7 @@ def test_optimizers(assets, tmp_path, optimizer):
     assert train(assets, tmp_path, f"--optimizer_type={optimizer}", "--optimizer_args", "weight_decay=0.01") == 0
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("option", ["--mixed_precision=bf16", "--gradient_checkpointing", "--sdpa"])
 def test_ways_to_compute_agree(assets, tmp_path, option):
     """The same weights after some steps, of the text encoders too: gradients agree, and reach every adapter."""

@@ -57,6 +57,7 @@ def held_out_losses(pictures: Path, output: Path, steps: int, *more: str) -> lis
         return [float(row["val_loss"]) for row in csv.DictReader(file) if row["val_loss"]]
 
 
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("algo", ALGOS)
 def test_loss_falls_and_the_file_has_it(algo: str, pictures: Path, tmp_path: Path) -> None:
     rate = f"--learning_rate={data_of(algo).learning_rate}"

@@ -43,6 +43,7 @@ def run(models: list[nn.Module]) -> Tensor:
     return sum((m(signal()).square().mean() for m in models if not isinstance(m, nn.Embedding)), torch.zeros(()))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("algo", ["lora", "loha", "lokr"])
 @pytest.mark.parametrize("arch", ENCODERS)
 def test_train_save_resume_and_generate(arch: str, algo: str, tmp_path: Path) -> None:
@@ -316,6 +317,7 @@ def test_block_swap(arch: str, kwargs: dict[str, str]) -> None:
     assert network.state_dict() and all(v.device.type == "cpu" for v in network.state_dict().values())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("compiled_first", [True, False])
 def test_compile(compiled_first: bool, tmp_path: Path) -> None:
     """One graph for the whole model, names without `_orig_mod`, and the host's unwrapped model is adapted, too."""

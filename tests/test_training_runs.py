@@ -113,6 +113,7 @@ def test_ctrl_c_saves_a_state_that_goes_on(assets, tmp_path):
     assert [row[0] for row in rows(tmp_path / "cut")] == ["step", *map(str, range(61))]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -357,6 +358,7 @@ def test_out_of_memory_while_loading(assets, tmp_path, capsys, monkeypatch, erro
 QUANTIZED = [["--quantize=nf4"], ["--quantize=int8"]] if sys.platform == "linux" else []
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("options", [["--fp8_base"], ["--full_bf16"], *QUANTIZED])
 def test_small_formats_train(assets, tmp_path, options):
     """Near the run in bf16: the loss of the same steps, and the base model's weights take less room."""
@@ -422,6 +424,7 @@ def launch(processes: int, options: list[str], *how: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_two_processes_are_one_with_the_doubled_batch(assets, tmp_path):
     """5 images in batches of 4: the last batch of an epoch leaves the second process without a row. DyLoRA has the same
     blocks and GGPO the same noise; a state goes on with either number of processes."""

@@ -133,6 +133,7 @@ DOORS = ("from the file", "from tensors", "load_weights", "load_state_dict")
 every_door = pytest.mark.parametrize("door", DOORS)
 
 
+@pytest.mark.sweep
 @every_choice
 @every_class
 @pytest.mark.parametrize("onto", ["trainer", "diffusers"])
