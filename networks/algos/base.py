@@ -127,8 +127,9 @@ class Adapter(nn.Module):
         return [self]
 
     def values(self) -> dict[str, Tensor]:
-        """All parameters as they act now, differentiable where they are trained."""
-        return dict(self.named_parameters())
+        """All parameters as they act now, differentiable where they are trained: frozen ones are detached, since some
+        hosts switch the gradient of every parameter on."""
+        return {name: p.detach() if name in self.spec.frozen else p for name, p in self.named_parameters()}
 
     def factors(self, x: Tensor) -> dict[str, Tensor]:
         """The same in the dtype in which they meet x."""

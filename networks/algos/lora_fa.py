@@ -11,26 +11,15 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..records.lora_fa import LORA_FA
-from ..tensors.geometry import Geometry
 from .lora import LoRA
-from .saved import Layout
 
 
 class LoRAFA(LoRA):
     spec = LORA_FA
 
-    @classmethod
-    def layout(cls, geometry: Geometry, dim: int, use_tucker: bool = False, use_scalar: bool = False) -> Layout:
-        own = super().layout(geometry, dim, use_tucker, use_scalar)
-        return Layout(own.shapes, own.rank, own.rank_axis, frozen=math.prod(own.shapes["down"]))
-
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.normal_(self.down, std=math.sqrt(2 / (self.geometry.in_features * self.geometry.groups + self.dim)))
-
-    def values(self) -> dict[str, Tensor]:
-        """Detached, too: some hosts switch the gradient of every parameter on."""
-        return super().values() | {"down": self.down.detach()}

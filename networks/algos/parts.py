@@ -62,8 +62,7 @@ def _together(
         for i, size in enumerate(sizes)
     ]
     shapes = {f"parts.{i}.{name}": shape for i, part in enumerate(parts) for name, shape in part.shapes.items()}
-    frozen = sum(part.frozen for part in parts)
-    return Layout(shapes, parts[0].rank, parts[0].rank_axis, stacked=len(parts), frozen=frozen)
+    return Layout(shapes, parts[0].rank, parts[0].rank_axis, stacked=len(parts))
 
 
 def _of_part(options: Mapping[str, Any], i: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +19,12 @@ class Layout:
         rank: the rank that alpha is divided by; None if the form has none (its scale is then 1).
         rank_axis: whether there is a rank activation, on which dropouts can act.
         stacked: how many adapters of that rank a file holds as one.
-        frozen: how many of the values are never trained.
     """
 
     shapes: dict[str, tuple[int, ...]]
     rank: int | None
     rank_axis: bool
     stacked: int = 1
-    frozen: int = 0
 
     @property
     def saved_rank(self) -> int | None:
@@ -36,6 +34,10 @@ class Layout:
     @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def count(self, names: Collection[str]) -> int:
+        """How many of the values belong to parameters of these names, in all parts."""
+        return sum(math.prod(shape) for name, shape in self.shapes.items() if name.rpartition(".")[2] in names)
 
 
 @dataclass(frozen=True)

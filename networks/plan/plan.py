@@ -92,6 +92,11 @@ class PlanRow:
         """Of a trained layer."""
         return layout_of(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)
 
+    @property
+    def frozen(self) -> int:
+        """How many values of a trained layer never change."""
+        return self.layout.count(ALGOS[self.algo].spec.frozen)
+
     def obeys(self, option: str) -> bool:
         """Whether a trained layer has an option of its algorithm, and a use for it."""
         return bool(self.options.get(option)) and ALGOS[self.algo].spec.acts(option, self.layout.shapes)

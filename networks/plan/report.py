@@ -51,7 +51,7 @@ def totals(plan: Plan) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": 4 * parameters,
         # weight, gradient and two moments of AdamW
-        "training_bytes": 16 * parameters - 12 * sum(row.layout.frozen for row in plan.trained),
+        "training_bytes": 16 * parameters - 12 * sum(row.frozen for row in plan.trained),
     }
 
 

@@ -73,7 +73,7 @@ class AlgoSpec:
         start_error: how far a layer may be from its base layer before the first step, relative to the largest value,
             in units of the rounding of its dtype; 0 = it is the base layer exactly.
         plus: parameters which LoRA+ (2402.12354) trains faster; none = it has no such pair.
-        frozen: parameters without gradient and optimizer state.
+        frozen: parameters without gradient and optimizer state; `values` of the class gives them detached.
         required: one of these sets of suffixes marks its files; () = all of `keys` together.
         more_keys: suffixes of what else its files can have.
         numbered: suffixes which stand with a number behind them for the parts of a layer.
