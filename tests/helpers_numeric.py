@@ -226,6 +226,11 @@ def randomise(module: nn.Module) -> None:
             adapter.mark_initialised_()
 
 
+def scale_for(adapter: Adapter, scale: float = 0.75) -> float:
+    """A layer's scale as a plan gives it: 1 where the form has no rank, since no file could hold another."""
+    return scale if adapter.laid_out.rank is not None else 1.0
+
+
 def learn_lengths(layer: AdaptedLayer) -> None:
     """Every magnitude half to one and a half times what it was, by what is learnt of it."""
     with torch.no_grad():

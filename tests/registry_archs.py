@@ -89,9 +89,13 @@ class ArchData:
 
 
 def data_of(arch: str) -> ArchData:
-    """The entry of an architecture; without one the test fails and says what to write."""
+    """The entry of an architecture.
+
+    Raises:
+        ValueError: it has none, with what to write.
+    """
     if arch not in DATA:
-        raise LookupError(
+        raise ValueError(
             f"{arch} has no test data: write DATA[{arch!r}] in tests/registry_archs.py (ArchData says what of), then "
             f"run `python scripts/names.py {arch}`"
         )

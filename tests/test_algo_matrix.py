@@ -35,6 +35,7 @@ from helpers_numeric import (
     make_layer,
     make_network,
     randomise,
+    scale_for,
     with_weight,
 )
 from registry import data_of
@@ -84,8 +85,7 @@ def single(
     adapter = ALGOS[algo](Geometry.of(base), 4, options)
     adapter.to(torch.float64 if dtype == torch.float64 else torch.float32)
     randomise(adapter)
-    scale = 0.75 if adapter.laid_out.rank is not None else 1.0
-    layer = AdaptedLayer(f"lora_unet_{kind}", base, adapter, scale, Dropouts(), Runtime(MULTIPLIER))
+    layer = AdaptedLayer(f"lora_unet_{kind}", base, adapter, scale_for(adapter), Dropouts(), Runtime(MULTIPLIER))
     layer.train(not adapter.spec.stepwise)
     layer.attach()
     return base, layer
@@ -288,7 +288,7 @@ def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
     network = make_network(case, model)
     randomise(network)
     for layer in network.adapted_layers:
-        layer.scale *= 1 / 3 if layer.adapter.laid_out.rank is not None else 1
+        layer.scale *= scale_for(layer.adapter, 1 / 3)
     state = {name: value.clone() for name, value in network.state_dict().items()}
     network.save(tmp_path / "adapter.safetensors")
     inputs = {kind: make_input(kind) for kind in case.kinds}
@@ -309,7 +309,7 @@ def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
         assert torch.equal(value, state[name]), name
 
     for layer in network.adapted_layers:  # from here on with a scale that a file's fp32 alpha holds exactly
-        layer.scale = 0.75 if layer.adapter.laid_out.rank is not None else 1.0
+        layer.scale = scale_for(layer.adapter)
     network.save(tmp_path / "exact.safetensors")
     network.attach()
     expected = model(inputs)
@@ -395,7 +395,7 @@ def test_rs_lora_with_an_inexact_alpha_loses_fp32_rounding_only(algo: str, dim: 
     base = make_layer("linear")
     adapter = ALGOS[algo](Geometry.of(base), dim).double()
     randomise(adapter)
-    layer = AdaptedLayer("lora_unet_x", base, adapter, ALPHA / dim**0.5 if adapter.laid_out.rank is not None else 1.0)
+    layer = AdaptedLayer("lora_unet_x", base, adapter, scale_for(adapter, ALPHA / dim**0.5))
     saved = codec.decode(codec.encode([layer]))[0]["lora_unet_x"]
     update = layer.new_weight(base.weight) - base.weight
     off = merged_weight(saved, base.weight) - base.weight - update

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_numeric import assert_start
+from helpers_numeric import FACTORED, assert_start
 from registry import ALGORITHMS as TESTED
 from registry import data_of
 
@@ -36,6 +36,7 @@ def test_every_algorithm_has_test_data_and_the_other_way_round() -> None:
         data = data_of(algo)
         assert (data.delta is None) != (data.weight is None), f"{algo}: give tests/registry.py either delta or weight"
         assert data.flops or ALGORITHMS[algo].family != Geometry.family, f"tests/registry.py: write flops of {algo}"
+        assert data.rank_axes or algo not in FACTORED, f"tests/registry.py: write rank_axes of {algo}"
         assert data.values.keys() <= ALGORITHMS[algo].options, algo
         assert data.effects.keys() <= {arg.name for arg in ALGORITHMS[algo].arguments}, algo
     assert TESTED.keys() == ALGORITHMS.keys()

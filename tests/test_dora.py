@@ -19,6 +19,7 @@ from helpers_numeric import (
     named_tensors,
     options_for,
     randomise,
+    scale_for,
     with_weight,
 )
 from peft import LoHaConfig, LoraConfig, inject_adapter_in_model
@@ -52,7 +53,8 @@ def single(kind: str, algo: str, side: str, multiplier: Any = MULTIPLIER, **opti
     base = make_layer(kind)
     adapter = ALGOS[algo](Geometry.of(base), 4, options_for(algo, options)).double()
     randomise(adapter)
-    layer = AdaptedLayer("lora_unet_x", base, adapter, 0.75, runtime=Runtime(multiplier), dora=side).double()
+    scale = scale_for(adapter)
+    layer = AdaptedLayer("lora_unet_x", base, adapter, scale, runtime=Runtime(multiplier), dora=side).double()
     layer.load_magnitude(None)
     return layer
 

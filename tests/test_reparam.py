@@ -18,7 +18,7 @@ from networks.layers.max_norm import update_norm
 
 RATIO = 8.0
 FORMS: dict[str, dict[str, str]] = {
-    **{algo: {"algo": algo} for algo in FACTORED},
+    **{algo: {"algo": algo} for algo, cls in FACTORED.items() if cls.spec.plus},
     "lokr both low rank": {"algo": "lokr", "decompose_both": "True", "factor": "8"},
     "scalar": {"use_scalar": "True"},
     "dora": {"use_dora": "True"},
