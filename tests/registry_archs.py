@@ -37,8 +37,9 @@ class ArchData:
             encoders with `widest`.
         anchor: a layer by hand.
         forward: arguments of the denoiser's forward, up to the time.
-        norms: the normalisation layers of the recorded class, which tests/names leaves out: of the first block of each
-            row of blocks, and of what stands outside them, one a line; a minus behind it: without a weight of its own.
+        norms: the normalisation layers below the containers of the recorded class, which tests/names leaves out: of
+            the first block of each row of blocks, and of containers that are no blocks, one a line; a minus behind it:
+            without a weight of its own.
         source: the class that the names are recorded from, and how; "" = diffusers' class of the first release.
         host: whose functions create its networks in the tests: sd_scripts or musubi.
         widest: arguments under which every recorded layer is trained.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -15,7 +17,16 @@ from networks.archs import ARCHS
 from networks.archs.detect import detect
 from networks.archs.spec import Switch
 
+PACKAGE = Path(__file__).resolve().parents[1] / "networks"
 SPECS = {spec.name: spec for spec in ARCHS}
+
+
+@pytest.mark.parametrize("arch", SPECS)
+def test_the_entry_of_a_record_stands_for_it(arch: str) -> None:
+    entry = SPECS[arch].entry
+    assert (PACKAGE / f"{entry}.py").is_file(), f"networks/{entry}.py is missing: write it as networks/lora_wan.py is"
+    asserted = importlib.import_module(f"networks.{entry}").plan.__self__.archs
+    assert not asserted or arch in asserted, f"networks/{entry}.py is for {asserted}; write {arch!r} there, too"
 
 
 def test_single_blocks_are_numbered_behind_as_many_double_blocks_as_there_are() -> None:

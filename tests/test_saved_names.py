@@ -54,7 +54,9 @@ def test_the_trainers_class_keeps_its_names(arch: str) -> None:
     for row in plan.rows:
         assert row.saved_name == f"{spec.denoiser.prefix}_{row.dotted_name}".replace(".", "_")
     trained = {row.saved_name for row in plan.trained if row.algo == "norm"}
-    assert trained == {f"{spec.denoiser.prefix}_{name}".replace(".", "_") for name in data_of(arch).trainers_norms}
+    written = {f"{spec.denoiser.prefix}_{name}".replace(".", "_") for name in data_of(arch).trainers_norms}
+    lacks, more = sorted(trained - written), sorted(written - trained)
+    assert trained == written, f"`norms` in the data of {arch} lacks {lacks}; below no container are {more}"
     assert {row.geometry.affine for row in plan.trained if row.algo == "norm"} == set(
         data_of(arch).trainers_norms.values()
     )

@@ -1,4 +1,8 @@
-"""Architectures as data: one file for each, or for some that share their blocks. Standard library only."""
+"""Architectures as data: one file for each, or for some that share their blocks. Standard library only.
+
+Every file here that holds an ArchSpec adds an architecture. Its `entry` is a module beside this folder, written as
+`lora_wan` is; what tests must know of it they say; scripts/names.py records the layers of its classes.
+"""
 
 from __future__ import annotations
 
