@@ -161,8 +161,9 @@ def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
     others = AFTER_A_STEP | AFTER_A_CAST | WATCHING | IN_FILES | IN_LOADING | IN_THE_FORM | BETWEEN_NETWORKS
     tried, rows = EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others, {arg.name for arg in TABLE}
     assert not rows - tried, (
-        f"{sorted(rows - tried)}: say with which value something changes, in EFFECTS or as effects of its algorithm "
-        "in tests/registry.py"
+        f"{sorted(rows - tried)}: say with which value something changes, in EFFECTS (OF_ARCHS, of layers that some "
+        "architectures have; ONLY_LOGGED and its like, of what shows elsewhere, with a test there) of this file, or as "
+        "effects of its algorithm in tests/registry.py"
     )
     assert not tried - rows, f"{sorted(tried - rows)} are no rows of the table"
     with caplog.at_level(logging.INFO, logger="networks"):
