@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,13 +126,27 @@ MUTATIONS: tuple[Mutation, ...] = (
         "geometry.on_outputs(r - 1).to(y) * y",
         ("tests/test_dora.py",),
     ),
+    Mutation(
+        "multiplicative: the bias is changed, too",
+        f"{ALGOS}/multiplicative.py",
+        "plain, axis = y - base.bias(y), ",
+        "plain, axis = y, ",
+        ("tests/test_algo_contract.py", "tests/test_oft_entries.py"),
+    ),
+    Mutation(
+        "multiplicative: every part has the rows of the first",
+        f"{ALGOS}/multiplicative.py",
+        "_changes([self._each()[i] for i in chosen], t, axis)",
+        "_changes(self._each()[: len(chosen)], t, axis)",
+        ("tests/test_stacked.py", "tests/test_algo_contract.py", "tests/test_split.py"),
+    ),
     # dropouts and strength of a call
     Mutation(
         "rank_dropout: kept values are always scaled",
         LAYERS,
         "/ (1 - p if scaled else 1)",
         "/ (1 - p)",
-        ("tests/test_dropout.py",),
+        ("tests/test_dropout.py", "-k", "unscaled"),
     ),
     Mutation(
         "module_dropout: kept updates are scaled",
@@ -218,6 +233,91 @@ MUTATIONS: tuple[Mutation, ...] = (
         "row.plus_ratio",
         ("tests/test_hosts.py",),
     ),
+    Mutation(
+        "rules: a later reason counts in place of the first",
+        f"{PLAN}/rules.py",
+        "if word.out and (word.instead or not reason):",
+        "if word.out:",
+        ("tests/test_rules.py",),
+    ),
+    Mutation(
+        "rules: what an earlier one left out stays out",
+        f"{PLAN}/rules.py",
+        "elif word.takes_in:",
+        "elif False:",
+        ("tests/test_rules.py",),
+    ),
+    Mutation(
+        "rules: the argument that leaves out is not recorded",
+        f"{PLAN}/rules.py",
+        "reason, by = word.out, own",
+        "reason, by = word.out, frozenset()",
+        ("tests/test_plan.py",),
+    ),
+    Mutation(
+        "rules: the argument that keeps is not recorded",
+        f"{PLAN}/rules.py",
+        "by |= own",
+        "pass",
+        ("tests/test_plan.py",),
+    ),
+    Mutation(
+        "rules: include_patterns do not reach what the record leaves out",
+        f"{PLAN}/rules.py",
+        "return _kept(c, call, pattern) or Word(call.left_out[pattern], by=by)",
+        "return Word(call.left_out[pattern], by=by)",
+        ("tests/test_plan.py", "tests/test_arch_names.py"),
+    ),
+    Mutation(
+        "rules: a switch that is given as its default decides against a file",
+        f"{PLAN}/call.py",
+        'Patterns("given", given & left_out.keys())',
+        'Patterns("given", left_out.keys())',
+        ("tests/test_plan.py", "tests/test_files.py", "tests/test_blocks.py"),
+    ),
+    Mutation(
+        "rules: layers outside the blocks fall to the choice of blocks",
+        f"{PLAN}/rules.py",
+        "if not call.of_denoiser(c) or call.extra_of(c) is not None:",
+        "if not call.of_denoiser(c):",
+        ("tests/test_blocks.py", "-k", "kinds"),
+    ),
+    Mutation(
+        "values: a preset goes before the number of the block",
+        f"{PLAN}/values.py",
+        '    Source("block_dims, conv_block_dims", _block_dim),\n    Source("preset", _preset_dim),\n',
+        '    Source("preset", _preset_dim),\n    Source("block_dims, conv_block_dims", _block_dim),\n',
+        ("tests/test_rules.py", "-k", "order"),
+    ),
+    Mutation(
+        "values: kernels go before expressions",
+        f"{PLAN}/values.py",
+        '    Source("network_reg_alphas", _expression_alpha),\n',
+        '    Source("conv_alpha", _conv_alpha),\n    Source("network_reg_alphas", _expression_alpha),\n',
+        ("tests/test_rules.py", "-k", "order"),
+    ),
+    Mutation(
+        "values: an expression goes before a file",
+        f"{PLAN}/planner.py",
+        "choice = Choice(algorithm, dim, saved.alpha",
+        "dim = self.call.args.network_reg_dims.get(self.call.dims.first(c) or '', dim)\n"
+        "        choice = Choice(algorithm, dim, saved.alpha",
+        ("tests/test_rules.py", "-k", "file"),
+    ),
+    Mutation(
+        "values: an alpha counts as used where it is not",
+        f"{PLAN}/planner.py",
+        "choice.alpha_by if layout.rank is not None else None",
+        "choice.alpha_by",
+        ("tests/test_plan.py", "-k", "effect"),
+    ),
+    Mutation(
+        "checks: a file's call must use the expressions of its training",
+        f"{PLAN}/checks.py",
+        "if request.saved is None:  # what was left out",
+        "if True:  # what was left out",
+        ("tests/test_rules.py", "tests/test_files.py", "-k", "file"),
+    ),
     # files
     Mutation(
         "codec: alpha 0 is no strength",
@@ -287,14 +387,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{FILES_}/dotted.py",
         "tensors |= {s: torch.cat(tensors[s].chunk(2)[::-1])",
         "tensors |= {s: torch.cat(tensors[s].chunk(2))",
-        ("tests/test_diffusers_layouts.py",),
+        ("tests/test_diffusers_dialect.py", "-k", "back or metadata"),
     ),
     Mutation(
         "names: projections share the first's factor",
         f"{FILES_}/dotted.py",
         "if all(torch.equal(downs[0], down) for down in downs[1:]):",
         "if downs:",
-        ("tests/test_diffusers_layouts.py",),
+        ("tests/test_diffusers_dialect.py", "-k", "back or metadata"),
     ),
     Mutation(
         "names: twins are right where they are wrong",
@@ -416,6 +516,35 @@ MUTATIONS: tuple[Mutation, ...] = (
         "pass",
         ("tests/test_key_merge.py",),
     ),
+    Mutation(
+        "merge: a trainer's own hook is dropped",
+        f"{HOSTS}/key_merge.py",
+        "if theirs is not None:",
+        "if False:",
+        ("tests/test_key_merge.py",),
+    ),
+    Mutation(
+        "merge: a loader goes on merging after its files",
+        f"{HOSTS}/key_merge.py",
+        "            setattr(self.module, READER, self.read)\n",
+        "            pass\n",
+        ("tests/test_key_merge.py",),
+    ),
+    Mutation(
+        "merge: the second file starts from what the first made",
+        f"{HOSTS}/key_merge.py",
+        "wide = merged(layer, wide, multiplier, start)",
+        "wide = merged(layer, wide, multiplier, wide)",
+        ("tests/test_key_merge.py",),
+    ),
+    # hosts
+    Mutation(
+        "hosts: a rate of 0 takes the default one",
+        f"{HOSTS}/sd_scripts.py",
+        "rates[self.arch.denoiser.name] = default_lr if unet_lr is None else unet_lr",
+        "rates[self.arch.denoiser.name] = unet_lr or default_lr",
+        ("tests/test_hosts.py", "-k", "rate"),
+    ),
 )
 
 
@@ -445,9 +574,9 @@ def run(mutations: Sequence[Mutation], seconds: float) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         copy = _copied(Path(folder))
         for number, one in enumerate(mutations, start=1):
-            noticed = _noticed(one, copy, seconds)
-            print(f"{number}/{len(mutations)} {'noticed ' if noticed else 'SURVIVES'} {one.name}", flush=True)
-            survivors += [] if noticed else [one.name]
+            test = _noticed_by(one, copy, seconds)
+            print(f"{number}/{len(mutations)} {'noticed ' if test else 'SURVIVES'} {one.name}  {test}", flush=True)
+            survivors += [] if test else [one.name]
     print(f"{len(survivors)} of {len(mutations)} survive" + "".join(f"\n  {name}" for name in survivors))
     return survivors
 
@@ -470,8 +599,8 @@ def _copied(folder: Path) -> Path:
     return folder
 
 
-def _noticed(one: Mutation, copy: Path, seconds: float) -> bool:
-    """Whether a test fails with the change. One that never ends has noticed it, too."""
+def _noticed_by(one: Mutation, copy: Path, seconds: float) -> str:
+    """The test that fails with the change, or what else is said of it; "" = none does."""
     file = one.place(copy)
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(one.old, one.new), encoding="utf-8")
@@ -479,13 +608,15 @@ def _noticed(one: Mutation, copy: Path, seconds: float) -> bool:
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=seconds)
-        if done.returncode not in (0, 1):
-            raise RuntimeError(f"{one.name}: pytest did not run:\n{done.stdout.decode()[-2000:]}")
-        return done.returncode == 1
     except subprocess.TimeoutExpired:
-        return True
+        return f"(no end after {seconds:g} s: a change that hangs, or tests that need longer)"
     finally:
         file.write_text(text, encoding="utf-8")
+    said = done.stdout.decode(errors="replace")
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{one.name}: pytest did not run:\n{said[-2000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    return "" if done.returncode == 0 else failed[1] if failed else "(a test)"
 
 
 if __name__ == "__main__":

@@ -133,6 +133,19 @@ def test_rank_dropout_materialised_has_one_mask_per_call(algo: str) -> None:
     assert abs(float(dropped.double().mean()) - P) < 0.13  # 240 draws
 
 
+@pytest.mark.parametrize("form", FORMS)
+@every_algo
+def test_rank_dropout_keeps_values_unscaled_on_request(algo: str, form: str) -> None:
+    """rank_dropout_scale=False: every mask value is 0 or 1 itself, and both are drawn."""
+    _, layer = adapted(algo, "linear", {"rank_dropout": P, "rank_dropout_scale": False})
+    x = make_input("linear", samples=8)
+    with forced(form, layer):
+        masks = torch.cat([masks_of(layer, x) for _ in range(10)])
+    kept = masks.round()
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    assert_close(masks, kept, "mask values", 1e-6)
+
+
 # -- dropout
 
 
