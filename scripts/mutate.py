@@ -238,7 +238,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{PLAN}/rules.py",
         "if word.out and (word.instead or not reason):",
         "if word.out:",
-        ("tests/test_rules.py",),
+        ("tests/test_rules.py", "-k", "reason"),
+    ),
+    Mutation(
+        "rules: no reason counts in place of an earlier one",
+        f"{PLAN}/rules.py",
+        "if word.out and (word.instead or not reason):",
+        "if word.out and not reason:",
+        ("tests/test_rules.py", "-k", "reason"),
     ),
     Mutation(
         "rules: what an earlier one left out stays out",
@@ -615,7 +622,7 @@ def _noticed_by(one: Mutation, copy: Path, seconds: float) -> str:
     said = done.stdout.decode(errors="replace")
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{one.name}: pytest did not run:\n{said[-2000:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE)
     return "" if done.returncode == 0 else failed[1] if failed else "(a test)"
 
 

@@ -26,7 +26,7 @@ KERNEL = "down_blocks.0.resnets.0.conv1"
 PRESET = """
 unet_target_module = ["Attention"]
 unet_target_name = ["conv_out", "conv_in"]
-exclude_name = ["conv_in"]
+exclude_name = ["conv_in", "time_embedding.linear_1"]
 [name_algo_map."to_q"]
 dim = 5
 alpha = 6
@@ -147,6 +147,42 @@ def test_the_word_of_a_rule(rule: str, case: tuple[str, dict[str, str], str, str
     assert words(why)[rule].startswith(wanted)
     if "leaves" in wanted:
         assert not why.row.trained and any(word.out == why.row.reason for _, word in why.words if word)
+
+
+# Layers that several rules leave out: (arguments, layer, the reasons in the order of the rules, which of them counts)
+REASONS: list[tuple[dict[str, str], str, tuple[str, ...], int]] = [
+    ({}, "conv_in", ("outside Transformer2DModel", "kernel above 1x1: give conv_dim", "dim 0"), 0),
+    (
+        {"exclude_patterns": ".*attn1.*", "only_patterns": ".*attn2.*"},
+        ATTENTION,
+        ("excluded by '.*attn1.*'", "not in only_patterns"),
+        0,
+    ),
+    (
+        {"only_patterns": ".*attn2.*", "mid_lr_weight": "0"},
+        ATTENTION,
+        ("not in only_patterns", "its block has the learning rate factor 0"),
+        0,
+    ),
+    (
+        {"preset": "PRESET"},
+        "time_embedding.linear_1",
+        ("outside Transformer2DModel", "not in the preset", "excluded by the preset: 'time_embedding.linear_1'"),
+        2,
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments,layer,reasons,counts", REASONS)
+def test_which_of_several_reasons_counts(
+    arguments: dict[str, str], layer: str, reasons: tuple[str, ...], counts: int, preset: str
+) -> None:
+    """The first, as it is the first that a user would have to change; but what a preset excludes stays out whatever
+    else is changed, so that this is told."""
+    (why,) = planned("sd", **{name: preset if text == "PRESET" else text for name, text in arguments.items()}).why(layer)
+    said = [word.out for _, word in why.words if word and word.out]
+    assert len(said) == len(reasons) and all(map(str.startswith, said, reasons))
+    assert why.row.reason == said[counts]
 
 
 CALLS: list[tuple[str, dict[str, str]]] = [(a, args) for cases in SAYINGS.values() for a, args, _, _ in cases]
