@@ -507,7 +507,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{FILES_}/weight_names.py",
         "swapped=self.swapped and len(shape) > 1 and shape[0] == 2 * shape[1]",
         "swapped=self.swapped",
-        ("tests/test_merge_layouts.py",),
+        ("tests/test_merge_forms.py", "-k", "halves"),
     ),
     Mutation(
         "merge: a scale beside plain numbers is ignored",

@@ -220,6 +220,26 @@ def test_biases_of_fused_rows_and_swapped_halves(tmp_path: Path, capsys: pytest.
         assert_close(merged[key], model[key] + M * torch.cat([scale, shift]), key)
 
 
+def test_halves_are_swapped_in_the_last_block_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """diffusers' SD3: one name has six parts in every block, shift and scale in the other order in the last."""
+    from diffusers.loaders.single_file_utils import swap_scale_shift
+
+    rows = {0: 6 * D, 1: 2 * D}
+    keys = {i: f"transformer_blocks.{i}.norm1_context.linear" for i in rows}
+    model = {f"{keys[i]}.{kind}": torch.randn(n, *more, dtype=torch.float64)
+             for i, n in rows.items() for kind, more in (("weight", (D,)), ("bias", ()))}  # fmt: skip
+    name = "lora_unet_joint_blocks_{}_context_block_adaLN_modulation_1"
+    file = {f"{name.format(i)}.{suffix}": torch.randn(n, *more, dtype=torch.float64)
+            for i, n in rows.items() for suffix, more in (("diff", (D,)), ("diff_b", ()))}  # fmt: skip
+    merged, said = run(tmp_path, model, file, capsys)
+    assert merged is not None, said
+    for suffix, kind in (("diff", "weight"), ("diff_b", "bias")):
+        first, last = (file[f"{name.format(i)}.{suffix}"] for i in rows)
+        for i, change in enumerate((first, swap_scale_shift(last, dim=0))):
+            key = f"{keys[i]}.{kind}"
+            assert_close(merged[key], model[key] + M * change, key)
+
+
 def test_norms_called_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key, name = "double_blocks.0.img_attn.norm.query_norm", "lora_unet_double_blocks_0_img_attn_norm_query_norm"
     model = {f"{key}.scale": torch.randn(D, dtype=torch.float64)}

@@ -179,7 +179,9 @@ def test_which_of_several_reasons_counts(
 ) -> None:
     """The first, as it is the first that a user would have to change; but what a preset excludes stays out whatever
     else is changed, so that this is told."""
-    (why,) = planned("sd", **{name: preset if text == "PRESET" else text for name, text in arguments.items()}).why(layer)
+    (why,) = planned("sd", **{name: preset if text == "PRESET" else text for name, text in arguments.items()}).why(
+        layer
+    )
     said = [word.out for _, word in why.words if word and word.out]
     assert len(said) == len(reasons) and all(map(str.startswith, said, reasons))
     assert why.row.reason == said[counts]
