@@ -138,7 +138,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{ALGOS}/multiplicative.py",
         "_changes([self._each()[i] for i in chosen], t, axis)",
         "_changes(self._each()[: len(chosen)], t, axis)",
-        ("tests/test_stacked.py", "tests/test_algo_contract.py", "tests/test_split.py"),
+        ("tests/test_oft_entries.py", "-k", "divided"),
     ),
     # dropouts and strength of a call
     Mutation(
@@ -276,11 +276,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/test_plan.py", "tests/test_arch_names.py"),
     ),
     Mutation(
-        "rules: a switch that is given as its default decides against a file",
+        "rules: what is left out by default is left out of a file",
         f"{PLAN}/call.py",
         'Patterns("given", given & left_out.keys())',
         'Patterns("given", left_out.keys())',
-        ("tests/test_plan.py", "tests/test_files.py", "tests/test_blocks.py"),
+        ("tests/test_rules.py", "-k", "file"),
     ),
     Mutation(
         "rules: layers outside the blocks fall to the choice of blocks",
@@ -394,7 +394,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{FILES_}/dotted.py",
         "tensors |= {s: torch.cat(tensors[s].chunk(2)[::-1])",
         "tensors |= {s: torch.cat(tensors[s].chunk(2))",
-        ("tests/test_diffusers_dialect.py", "-k", "back or metadata"),
+        ("tests/test_diffusers_dialect.py", "-k", "halves"),
     ),
     Mutation(
         "names: projections share the first's factor",
@@ -528,7 +528,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{HOSTS}/key_merge.py",
         "if theirs is not None:",
         "if False:",
-        ("tests/test_key_merge.py",),
+        ("tests/test_key_merge.py", "-k", "hook"),
     ),
     Mutation(
         "merge: a loader goes on merging after its files",

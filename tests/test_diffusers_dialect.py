@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import swap_scale_shift
 from registry_archs import RELEASED, SPECS
 from safetensors.torch import load_file, save_file
 from test_diffusers_layouts import found, meta_model
@@ -21,6 +22,7 @@ import networks.loha
 import networks.lora
 from networks.archs.diffusers_names import places
 from networks.cli import merge
+from networks.files import dotted
 
 FORM = {"save_format": "diffusers"}
 DORA = {"use_dora": "True"}
@@ -168,6 +170,34 @@ def test_a_projection_that_is_missing_is_told(tmp_path: Path) -> None:
     half = {key: tensor for key, tensor in tensors.items() if "to_k" not in key}
     with pytest.raises(ValueError, match=r"3 layers make up \S+img_attn_qkv, but it has only \S+to_q, \S+to_v"):
         networks.lora.create_network_from_weights(1.0, None, None, None, model_of("flux"), half)
+
+
+def test_halves_are_in_the_trainers_order() -> None:
+    """SD3: diffusers has shift and scale of the last block's modulation the other way round, as its own conversion says;
+    the six parts of the other blocks are alike. With the magnitude, there and back."""
+    torch.manual_seed(0)
+    at, ours, wide = "transformer.transformer_blocks.{}.norm1_context.linear", "lora_unet_joint_blocks_{}_", 8
+    theirs = {}
+    for block, rows in ((0, 6 * wide), (1, 2 * wide)):
+        theirs[f"{at.format(block)}.lora_A.weight"] = torch.randn(2, wide)
+        theirs[f"{at.format(block)}.lora_B.weight"] = torch.randn(rows, 2)
+        theirs[f"{at.format(block)}.lora_magnitude_vector.weight"] = torch.rand(rows)
+    spec = SPECS["sd3"]
+    read = dotted.read(theirs, spec)
+    for block, turn in ((0, lambda rows: rows), (1, lambda rows: swap_scale_shift(rows, dim=0))):
+        name = f"{ours.format(block)}context_block_adaLN_modulation_1"
+        assert torch.equal(read[f"{name}.lora_down.weight"], theirs[f"{at.format(block)}.lora_A.weight"])
+        assert torch.equal(read[f"{name}.lora_up.weight"], turn(theirs[f"{at.format(block)}.lora_B.weight"]))
+        magnitude = theirs[f"{at.format(block)}.lora_magnitude_vector.weight"]
+        assert torch.equal(read[f"{name}.dora_scale"].flatten(), turn(magnitude))
+    where = {
+        f"{ours.format(block)}context_block_adaLN_modulation_1": places(
+            spec, spec.denoiser, f"joint_blocks.{block}.context_block.adaLN_modulation.1", rows, wide
+        )
+        for block, rows in ((0, 6 * wide), (1, 2 * wide))
+    }
+    again = dotted.write(read, where)
+    assert again.keys() == theirs.keys() and all(torch.equal(again[key], tensor) for key, tensor in theirs.items())
 
 
 def test_metadata_that_are_no_json_are_refused(tmp_path: Path) -> None:

@@ -250,6 +250,20 @@ def test_without_adapters_nothing_is_touched(trainer: ModuleType, model: tuple[P
         assert all(torch.equal(found[key], value) for key, value in model[1].items())
 
 
+def test_a_hook_of_the_trainer_comes_first(model: tuple[Path, dict[str, Tensor]]) -> None:
+    """A loader that changes every weight as it reads it: what is merged goes on top of that, and is not changed."""
+    module, (path, weights) = ModuleType("lora_utils"), model
+    exec(
+        LORA_UTILS.replace("weight_hook=hook if files else None", "weight_hook=lambda key, w, **_: 3 * w"), vars(module)
+    )
+    key_merge.extend(module)
+    file, deltas = one_file()
+    found = load(module, path, [file], [0.7])
+    for key, weight in weights.items():
+        exact = 3 * weight.double() + (0.7 * deltas[key] if key in deltas else 0)
+        torch.testing.assert_close(found[key].double(), exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("given", "used"), [(0.5, 0.5), (None, 1.0), ([], 1.0), ([0.5, 3.0], 0.5)])
 def test_multipliers(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]], given: Any, used: float) -> None:
     """A bare number is the default of --lora_multiplier, which the trainers themselves stumble over."""

@@ -54,7 +54,7 @@ def words(why: Why) -> dict[str, str]:
     return {rule.name: saying(rule, word) for rule, word in why.words}
 
 
-BLOCKS = ",".join(["7"] * 25)
+BLOCKS, FIVES = (",".join([number] * 25) for number in "75")
 # rule -> architecture, arguments, layer, the rule's word on it; in the order in which the rules are asked
 SAYINGS: dict[str, list[tuple[str, dict[str, str], str, str]]] = {
     "part": [
@@ -257,6 +257,27 @@ PRECEDENCE: list[tuple[str, str, str, dict[str, str], list[tuple[str, float]]]] 
         [("network_reg_alphas", 8), ("block_alphas, conv_block_alphas", 3), ("preset", 6), ("network_alpha", 2)],
     ),
     (
+        "dim",
+        "sd",
+        KERNEL,
+        {"network_reg_dims": ".*conv1=8", "conv_dim": "3", "block_dims": BLOCKS, "conv_block_dims": FIVES},
+        [("network_reg_dims", 8), ("block_dims, conv_block_dims", 5), ("conv_dim", 3), ("network_dim", 4)],
+    ),
+    (
+        "alpha",
+        "sd",
+        KERNEL,
+        {
+            "network_reg_alphas": ".*conv1=8",
+            "conv_dim": "3",
+            "conv_alpha": "1.5",
+            "block_dims": BLOCKS,
+            "conv_block_dims": FIVES,
+            "conv_block_alphas": FIVES,
+        },
+        [("network_reg_alphas", 8), ("block_alphas, conv_block_alphas", 5), ("conv_alpha", 1.5), ("network_alpha", 2)],
+    ),
+    (
         "LoRA+ ratio",
         "sd",
         ATTENTION,
@@ -290,6 +311,19 @@ def test_a_file_decides_before_everything() -> None:
     assert rows[KERNEL].reason == "not in only_patterns" and rows[KERNEL].unwanted
     (note,) = [note for note in network.plan.notes if "the file decides" in note]
     assert note.startswith("block_dims, conv_dim, network_reg_dims: not used")
+
+
+def test_a_file_decides_about_what_is_left_out_by_default() -> None:
+    """Qwen-Image's modulations are trained on request alone; a file that has them needs no word, and a word counts."""
+    denoiser, name = toy("qwen_image")[SPECS["qwen_image"].denoiser.name], "transformer_blocks.0.img_mod.1"
+    trained = networks.lora.create_network(1.0, 3, 1, None, None, denoiser, exclude_mod="False")
+    tensors = codec.encode(trained.adapted_layers)
+    for arguments, wanted in (({}, True), ({"exclude_mod": "False"}, True), ({"exclude_mod": "True"}, False)):
+        network, _ = networks.lora.create_network_from_weights(
+            1.0, "", None, None, denoiser, weights_sd=tensors, **arguments
+        )
+        (row,) = [row for row in network.plan.rows if row.dotted_name == name]
+        assert row.trained is wanted and row.unwanted is not wanted, arguments
 
 
 def test_names_that_why_takes() -> None:
