@@ -500,7 +500,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{FILES_}/merge.py",
         "adapter.init_from_base(start)",
         "adapter.init_from_base(weight)",
-        ("tests/test_merge_every_algorithm.py", "tests/test_merge_script.py", "tests/test_tlora.py"),
+        ("tests/test_tlora.py", "-k", "start_from_the_base"),
     ),
     Mutation(
         "merge: every layer of that name has its halves swapped",
@@ -538,11 +538,11 @@ MUTATIONS: tuple[Mutation, ...] = (
         ("tests/test_key_merge.py",),
     ),
     Mutation(
-        "merge: the second file starts from what the first made",
+        "merge: by key, a second file starts from what the first made",
         f"{HOSTS}/key_merge.py",
         "wide = merged(layer, wide, multiplier, start)",
         "wide = merged(layer, wide, multiplier, wide)",
-        ("tests/test_key_merge.py",),
+        ("tests/test_tlora.py", "-k", "start_from_the_base"),
     ),
     # hosts
     Mutation(

@@ -173,7 +173,7 @@ def test_a_projection_that_is_missing_is_told(tmp_path: Path) -> None:
 
 
 def test_halves_are_in_the_trainers_order() -> None:
-    """SD3: diffusers has shift and scale of the last block's modulation the other way round, as its own conversion says;
+    """SD3: shift and scale of the last block's modulation are the other way round in diffusers, by its own conversion;
     the six parts of the other blocks are alike. With the magnitude, there and back."""
     torch.manual_seed(0)
     at, ours, wide = "transformer.transformer_blocks.{}.norm1_context.linear", "lora_unet_joint_blocks_{}_", 8

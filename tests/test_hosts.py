@@ -219,14 +219,28 @@ def test_surplus_rates_are_named(caplog: pytest.LogCaptureFixture) -> None:
     assert "0.002" in caplog.text and "1 text encoders" in caplog.text
 
 
-def test_a_rate_of_0_leaves_a_part_out(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "encoder_rate,unet_rate,left_out",
+    [([0.0], 1e-3, "text_encoder"), (0.0, None, "text_encoder"), ([1e-3], 0.0, "unet"), (None, 0.0, "unet")],
+)
+def test_a_rate_of_0_leaves_a_part_out(
+    encoder_rate: Any, unet_rate: float | None, left_out: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """0 is a rate; only one that is not given takes the default."""
     unet, encoder = sd_unet(), text_encoder()
     network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)
     network.apply_to(encoder, unet, True, True)
-    groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs([0.0], 1e-3, 1e-3)
-    assert descriptions == ["unet"] and "text_encoder: learning rate 0" in caplog.text
+    groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs(encoder_rate, unet_rate, 1e-3)
+    assert {"unet", "text_encoder"} - {*descriptions} == {left_out} and len(descriptions) == 1
+    assert f"{left_out}: learning rate 0" in caplog.text
     trainable = {id(p) for p in network.get_trainable_params()}
     assert trainable == {id(p) for p in groups[0]["params"]}
+
+
+def test_no_rate_at_all() -> None:
+    unet, encoder = sd_unet(), text_encoder()
+    network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)
+    network.apply_to(encoder, unet, True, True)
     with pytest.raises(ValueError, match="every learning rate is 0"):
         network.prepare_optimizer_params_with_multiple_te_lrs([0.0], 0.0, 0.0)
 
