@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 
+from ..archs import ARCHS
 from ..records.spec import UNREAD, FileKind
 from .codec import SavedLayer
 
@@ -25,7 +26,7 @@ VERDICTS = {
     "yes": "exactly",
     "strength 1": "exactly at strength 1, not in proportion at others",
     "nearly": "about a tenth off: it divides by the norm of the base weight alone",
-    "some": "exactly on FLUX.2 and Z-Image, refuses it elsewhere",
+    "some": f"exactly on {' and '.join(arch.title for arch in ARCHS if arch.diffusers_lokr)}, refuses it elsewhere",
     "skipped": "skips these layers, with a line in its log",
     "wrong": "at a wrong strength, without a word",
     "no": "does not know it",
