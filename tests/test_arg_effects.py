@@ -98,7 +98,7 @@ NEUTRAL = {
     "train_llm_adapter": "0",
 }
 NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
-ONLY_LOGGED = {"verbose", "allow_unknown"}
+ONLY_LOGGED = {"verbose": "attn1.to_q", "allow_unknown": "unknown argument foo"}  # with what the log then has
 AFTER_A_STEP = {"ggpo_sigma", "ggpo_beta"}  # test_ggpo.py
 WATCHING = {"diagnose_steps"}  # test_diagnosis.py
 IN_THE_FORM = {"bypass_mode"}  # test_lycoris_entry.py
@@ -157,15 +157,22 @@ def test_effect(name: str) -> None:
     assert observed(**common) != observed(**common, **{name: value})
 
 
-def test_the_list_is_complete(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_list_is_complete() -> None:
     others = AFTER_A_STEP | AFTER_A_CAST | WATCHING | IN_FILES | IN_LOADING | IN_THE_FORM | BETWEEN_NETWORKS
-    tried, rows = EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED | others, {arg.name for arg in TABLE}
+    tried, rows = EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED.keys() | others, {arg.name for arg in TABLE}
     assert not rows - tried, (
         f"{sorted(rows - tried)}: say with which value something changes, in EFFECTS (OF_ARCHS, of layers that some "
         "architectures have; ONLY_LOGGED and its like, of what shows elsewhere, with a test there) of this file, or as "
         "effects of its algorithm in tests/registry.py"
     )
     assert not tried - rows, f"{sorted(tried - rows)} are no rows of the table"
-    with caplog.at_level(logging.INFO, logger="networks"):
-        networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True", allow_unknown="True", foo="1")
-    assert "attn1.to_q" in caplog.text and "unknown argument foo" in caplog.text
+
+
+def test_what_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
+    given = dict.fromkeys(ONLY_LOGGED, "True") | {"foo": "1"}
+    for kwargs in ({}, given):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="networks"):
+            networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), **kwargs)
+        for name, text in ONLY_LOGGED.items():
+            assert (text in caplog.text) == bool(kwargs), name
