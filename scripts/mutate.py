@@ -217,7 +217,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         PLAN,
         "value <= a.block_lr_zero_threshold",
         "value < a.block_lr_zero_threshold",
-        ("tests/test_blocks.py",),
+        ("tests/test_blocks.py", "-k", "threshold"),
     ),
     Mutation(
         "values: a LoRA+ ratio of 0 falls back to the general one",
@@ -231,7 +231,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         f"{NETWORK}/optim.py",
         "(row.plus_ratio if plus else 1.0)",
         "row.plus_ratio",
-        ("tests/test_hosts.py",),
+        ("tests/test_hosts.py", "-k", "rate or loraplus"),
     ),
     Mutation(
         "rules: a later reason counts in place of the first",
@@ -607,23 +607,37 @@ def _copied(folder: Path) -> Path:
 
 
 def _noticed_by(one: Mutation, copy: Path, seconds: float) -> str:
-    """The test that fails with the change, or what else is said of it; "" = none does."""
+    """The test that fails with the change, or what else is said of it; "" = none does.
+
+    Raises:
+        RuntimeError: pytest cannot run these tests, or the one that fails does so without the change, too.
+    """
     file = one.place(copy)
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(one.old, one.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *one.tests]
-    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
-        done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=seconds)
+        code, said = _pytest(one.tests, copy, seconds)
     except subprocess.TimeoutExpired:
         return f"(no end after {seconds:g} s: a change that hangs, or tests that need longer)"
     finally:
         file.write_text(text, encoding="utf-8")
-    said = done.stdout.decode(errors="replace")
-    if done.returncode not in (0, 1):
+    if code not in (0, 1):
         raise RuntimeError(f"{one.name}: pytest did not run:\n{said[-2000:]}")
+    if code == 0:
+        return ""
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", said, re.MULTILINE)
-    return "" if done.returncode == 0 else failed[1] if failed else "(a test)"
+    test = failed[1] if failed else ""
+    if _pytest([test] if test else one.tests, copy, seconds)[0] != 0:
+        raise RuntimeError(f"{one.name}: {test or 'a test'} fails without the change, too: mend it first")
+    return test or "(a test)"
+
+
+def _pytest(tests: Sequence[str], copy: Path, seconds: float) -> tuple[int, str]:
+    """(exit code, what it printed)."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, timeout=seconds)
+    return done.returncode, done.stdout.decode(errors="replace")
 
 
 if __name__ == "__main__":

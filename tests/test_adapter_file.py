@@ -349,7 +349,7 @@ def test_a_tenth_a_kind_and_a_part() -> None:
     three = [*BLOCKS[:1], *BLOCKS[4:5], *BLOCKS[8:9]]  # of three kinds and three blocks: a tenth exactly
     kept = [name for name in BLOCKS if name not in three]
     assert judged(BLOCKS, kept, all_held, PARTS).names == tuple(three)
-    assert "3 of its layers have no place here (3 lora_unet: " in judged(BLOCKS, kept, all_held, PARTS).told()
+    assert "3 of its layers have no place here (3 lora_unet: " in judged(BLOCKS, kept, all_held, PARTS).warning()
     with pytest.raises(
         ValueError, match="F: 4 of its 30 layers have no place here .*, more than 10%.*allow_missing=True"
     ):
