@@ -1,5 +1,5 @@
-"""Write what is generated from the records: parts of the README, and the types of networks.api's keywords. With
---check, only say whether they are up to date.
+"""Write what is generated from the records and the code: parts of README.md and CONTRIBUTING.md, and the types of
+networks.api's keywords. With --check, only say whether they are up to date.
 
     python scripts/docs.py [--check]
 
@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
+
+import imports  # noqa: E402
 
 from networks.archs.render import markdown as architectures  # noqa: E402
 from networks.archs.render import owners  # noqa: E402
@@ -23,28 +25,32 @@ from networks.args.presets import markdown as presets  # noqa: E402
 from networks.args.render import algorithms, markdown, typed  # noqa: E402
 from networks.plan.render import markdown as selection  # noqa: E402
 
-PARTS = {
-    "presets": presets,
-    "arguments": lambda: markdown(owners()),
-    "architectures": architectures,
-    "algorithms": algorithms,
-    "selection": selection,
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PARTS: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {
+        "presets": presets,
+        "arguments": lambda: markdown(owners()),
+        "architectures": architectures,
+        "algorithms": algorithms,
+        "selection": selection,
+    },
+    CONTRIBUTING: {"imports": lambda: f"```mermaid\n{imports.mermaid()}\n```\n"},
 }
-README = ROOT / "README.md"
 TYPES = ROOT / "networks" / "args" / "options.py"
 
 
-def rendered(text: str) -> str:
-    """`text` with every generated part made anew.
+def rendered(file: Path) -> str:
+    """The text of a file with every generated part made anew.
 
     Raises:
         ValueError: a part's markers are missing.
     """
-    for name, make in PARTS.items():
+    text = file.read_text(encoding="utf-8")
+    for name, make in PARTS[file].items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"{README.name} lacks the lines {begin.strip()} and {end}")
+            raise ValueError(f"{file.name} lacks the lines {begin.strip()} and {end}")
         text = pattern.sub((begin + make() + end).replace("\\", r"\\"), text)
     return text
 
@@ -53,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     args = parser.parse_args(argv)
-    fresh = {README: rendered(README.read_text(encoding="utf-8")), TYPES: typed()}
+    fresh = {**{file: rendered(file) for file in PARTS}, TYPES: typed()}
     old = [file for file, text in fresh.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     if not old:
         print("generated documentation is up to date")

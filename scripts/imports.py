@@ -105,6 +105,14 @@ def reduced(graph: Graph) -> Graph:
     }
 
 
+def mermaid() -> str:
+    """The folders as a Mermaid drawing, the lowest at the bottom."""
+    arrows = (
+        f"  {name} --> {target}" for name, targets in reduced(folder_graph()).items() for target in sorted(targets)
+    )
+    return "\n".join(["graph TD", *arrows])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if there is a circle."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,15 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if found := circle(graph):
             print(f"a circle of imports: {' -> '.join(found)}", file=sys.stderr)
             return 1
-    graph = folder_graph()
     if args.mermaid:
-        print("graph BT")
-        print(
-            "\n".join(
-                f"  {name} --> {target}" for name, targets in reduced(graph).items() for target in sorted(targets)
-            )
-        )
+        print(mermaid())
         return 0
+    graph = folder_graph()
     for row in layers(graph):
         for name in row:
             print(f"{name:24} {', '.join(sorted(target.removeprefix('networks.') for target in graph[name])) or '-'}")

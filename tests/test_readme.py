@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import docs
 import pytest
 from toy_models import toy
 
@@ -42,3 +43,8 @@ def test_the_line_is_accepted(script: str) -> None:
     encoders = [models.get(part.name) for part in arch.text_encoders]
     kwargs = dict(item.split("=", 1) for item in args)
     assert entry.plan(4, 1, encoders, models[arch.denoiser.name], **kwargs).trained
+
+
+@pytest.mark.parametrize("file", docs.PARTS, ids=lambda file: file.name)
+def test_what_is_generated_is_up_to_date(file: Path) -> None:
+    assert docs.rendered(file) == file.read_text(encoding="utf-8"), "run python scripts/docs.py"
