@@ -84,6 +84,12 @@ def whole(raw: Any) -> int:
 def named(name: str, raw: Any, least: float = -math.inf, read: Callable[[Any], float] = finite) -> float:
     """A number that a call has under this name.
 
+    Args:
+        name: for the error.
+        raw: text or number.
+        least: the smallest that is right.
+        read: turns `raw` into a number.
+
     Raises:
         ValueError: it is none, not finite, or below the least.
     """

@@ -72,7 +72,18 @@ def merge(args: argparse.Namespace) -> int:
 def report(
     plan: CheckpointMerge, adapter: MergeInput, unmatched: list[str], allowance: Allowance, strict: bool
 ) -> None:
-    """Say what of a file is left out. Raises ValueError where that is too much."""
+    """Say what of a file is left out.
+
+    Args:
+        plan: the whole merge.
+        adapter: the file.
+        unmatched: its layers without a weight.
+        allowance: what the user allows to be left out.
+        strict: one of them is too much.
+
+    Raises:
+        ValueError: too much is left out.
+    """
     if unmatched and strict:
         raise ValueError(f"{adapter.path}: {len(unmatched)} layers have no weight here, and --strict was given")
     missing = plan.missing(adapter, allowance)
