@@ -36,7 +36,7 @@ def build_steps(fix: bool, tests: bool, pytest_args: Sequence[str]) -> list[tupl
     if docs.is_file():
         steps.append(("docs", [sys.executable, str(docs), *([] if fix else ["--check"])]))
     if tests:
-        steps.append(("tests", [*python, "pytest", "-n", "auto", *pytest_args]))
+        steps.append(("tests", [*python, "pytest", "-n", "auto", "--dist", "worksteal", *pytest_args]))
     return steps
 
 

@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
         "train an adapter on the embedded model and draw before/after pictures",
         [str(ROOT / "scripts" / "demo.py")],
     ),
-    "test": ("run all tests (further arguments go to pytest)", ["-m", "pytest", "-n", "auto"]),
+    "test": ("run all tests (further arguments go to pytest)", ["-m", "pytest", "-n", "auto", "--dist", "worksteal"]),
     "check": ("format, lint, types, generated docs and tests", [str(ROOT / "scripts" / "check.py")]),
 }
 

@@ -38,14 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def usual(items: Sequence[pytest.Item]) -> set[pytest.Item]:
     """What a usual run takes of these tests."""
-    kept, seen = set[pytest.Item](), set[tuple[str, str, int]]()
+    kept, seen = set[pytest.Item](), set[tuple[str, str, str]]()
     for item in items:
         mark = item.get_closest_marker("sweep")
         if mark is None:
             kept |= set() if item.get_closest_marker("long") else {item}
             continue
         function = item.nodeid.partition("[")[0]
-        values = {(function, name, index) for name, index in item.callspec.indices.items()}  # type: ignore[attr-defined]
+        parameters = item.callspec.params  # type: ignore[attr-defined]
+        values = {(function, name, repr(value)) for name, value in parameters.items()}
         chosen = zlib.crc32(item.nodeid.encode()) % mark.args[0] == 0 if mark.args else not values <= seen
         if chosen:
             kept.add(item)

@@ -224,6 +224,7 @@ def gradients(network: nn.Module) -> list[Tensor]:
     return [p.grad for p in network.parameters() if p.grad is not None]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("deep", [False, True], ids=["one level", "two levels"])
 @pytest.mark.parametrize("times", [[[900]], [[900], [10]], [[10], [600], [900]]], ids=str)
 @pytest.mark.parametrize("reentrant", (True, False))

@@ -258,6 +258,7 @@ def test_module_dropout_leaves_out_the_whole_change(side: str) -> None:
     assert seen == {False, True}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("algo", DORA)
 def test_compiled_without_a_graph_break(algo: str, side: str) -> None:
@@ -307,6 +308,7 @@ def network(**kwargs: str) -> tuple[Any, nn.Module]:
     return made, unet
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("algo", DORA)
 @pytest.mark.parametrize("side", ["True", "False"])
 def test_files_load_with_and_without_the_arguments(algo: str, side: str, tmp_path: Path) -> None:

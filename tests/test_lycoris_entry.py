@@ -74,6 +74,7 @@ def models(name: str) -> tuple[Any, nn.Module]:
     return text_encoder(), sd_unet()
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("model", ["sd", "sdxl", "flux"])
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: ",".join(f"{k}={v}" for k, v in e.items()))
 def test_examples_of_the_document(example: dict[str, str], model: str) -> None:

@@ -76,7 +76,7 @@ def test_a_merged_checkpoint_computes_what_the_network_does(case: str, tmp_path:
     assert_close(draw(unet) - plain, live - plain, case, 1e-7)
 
 
-@pytest.mark.sweep
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("case", [case for case in CASES if "norm" not in case])
 def test_into_fp8_weights_they_are_rounded_once(case: str, scaled: bool, tmp_path: Path) -> None:

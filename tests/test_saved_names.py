@@ -45,6 +45,7 @@ def every_layer(arch: str, model: nn.Module) -> list[Any]:
     return list(candidates(SPECS[arch].denoiser, model, norms=True))
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("arch", SPECS)
 def test_the_trainers_class_keeps_its_names(arch: str) -> None:
     model, spec = trainers_model(arch), SPECS[arch]
@@ -62,6 +63,7 @@ def test_the_trainers_class_keeps_its_names(arch: str) -> None:
     )
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("arch", [arch for arch in RELEASED if not is_unet(arch)])
 def test_diffusers_class_has_the_trainers_names(arch: str) -> None:
     """All of them: other blocks are as the first."""

@@ -50,7 +50,7 @@ if importlib.util.find_spec("deepspeed"):  # no requirement of ours: it builds a
     ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "sign"), HOWS, ids=lambda value: "-".join(value) if isinstance(value, list) else "")
 def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(assets, tmp_path, how, sign):
     """With DoRA, which reads base weights in every pass, a limit of the norms, which acts on what the optimizer steps

@@ -94,7 +94,7 @@ def test_every_pair_is_there_in_every_place() -> None:
     assert {member.algo for member in MEMBERS} == set(FOR_LINEARS)
 
 
-@pytest.mark.sweep
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lowest", range(N), ids=lambda i: str(MEMBERS[i]))
 def test_applied_is_merged(lowest: int, kind: str) -> None:

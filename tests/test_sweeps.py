@@ -9,10 +9,10 @@ from typing import Any
 from conftest import usual
 
 
-def item(name: str, mark: str | None, *marks: Any, **indices: int) -> Any:
+def item(name: str, mark: str | None, *marks: Any, **parameters: int) -> Any:
     """A collected test."""
     found = {} if mark is None else {mark: SimpleNamespace(args=marks)}
-    return SimpleNamespace(nodeid=name, get_closest_marker=found.get, callspec=SimpleNamespace(indices=indices))
+    return SimpleNamespace(nodeid=name, get_closest_marker=found.get, callspec=SimpleNamespace(params=parameters))
 
 
 class Item(SimpleNamespace):
@@ -26,8 +26,8 @@ def hashable(items: list[Any]) -> list[Any]:
 def test_every_value_of_every_parameter_stays() -> None:
     items = hashable([item(f"f[{a}-{b}]", "sweep", a=a, b=b) for a, b in product(range(3), range(5))])
     kept = usual(items)
-    assert {i.callspec.indices["a"] for i in kept} == {*range(3)} and len(kept) < len(items)
-    assert {i.callspec.indices["b"] for i in kept} == {*range(5)}
+    assert {i.callspec.params["a"] for i in kept} == {*range(3)} and len(kept) < len(items)
+    assert {i.callspec.params["b"] for i in kept} == {*range(5)}
 
 
 def test_a_part_of_a_list_stays_and_it_is_the_same_in_each_run() -> None:

@@ -327,7 +327,7 @@ def test_a_batch_is_its_samples() -> None:
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("whole", (True, False))
 def test_compiled(whole: bool) -> None:
     """The time is no constant of the graphs, nor the reason for new ones."""
