@@ -399,9 +399,18 @@ sys.exit(run_program(body, argparse.ArgumentParser(), []))
 """
 
 
+AS_USUAL = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for name in {"SIGTERM", "SIGHUP"} & {*dir(signal)}:
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+"""
+
+
 def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
-    """A program of ours that has begun to write."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    """A program of ours that has begun to write, with signals as they usually are: one in the background of a script
+    has some ignored, and so have all that it starts."""
+    command = [sys.executable, "-c", AS_USUAL + code, *map(str, arguments)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "scripts")))
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths}, text=True, **streams)

@@ -106,14 +106,16 @@ def modules(model: nn.Module) -> list[tuple[str, str, dict[str, tuple[int, ...]]
 
 
 def test_built_in_models_and_checkpoints_need_no_library_of_models(tmp_path: Path) -> None:
-    """And all that is no import of torch takes less than a second: CPU time, since test machines are shared."""
+    """And all that is no import of torch takes less than that import: CPU time, since test machines are shared, and a
+    ratio, since some are slow."""
     file = checkpoint(tmp_path / "a.safetensors", "wan", "")
     code = (
         "import sys, time\n"
         "for name in 'diffusers transformers accelerate peft'.split():\n    sys.modules[name] = None\n"
-        "import torch\nstart = time.process_time()\nsys.path.insert(0, sys.argv[1])\nimport plan\n"
-        "assert plan.main(['sdxl']) == 0\nspent = time.process_time() - start\n"
-        "assert plan.main([sys.argv[2]]) == 0\nassert spent < 1, spent\n"
+        "start = time.process_time()\nimport torch\ntorchs = time.process_time() - start\n"
+        "sys.path.insert(0, sys.argv[1])\nimport plan\nassert plan.main(['sdxl']) == 0\n"
+        "ours = time.process_time() - start - torchs\nassert plan.main([sys.argv[2]]) == 0\n"
+        "assert ours < torchs, (ours, torchs)\n"
     )
     scripts = str(Path(__file__).resolve().parents[1] / "scripts")
     subprocess.run([sys.executable, "-c", code, scripts, str(file)], check=True, stdout=subprocess.DEVNULL)
