@@ -106,7 +106,7 @@ def modules(model: nn.Module) -> list[tuple[str, str, dict[str, tuple[int, ...]]
 
 
 def test_built_in_models_and_checkpoints_need_no_library_of_models(tmp_path: Path) -> None:
-    """And all that is no import of torch takes less than that import: CPU time, since test machines are shared, and a
+    """And the rest takes little beside the import of torch: CPU time, since test machines are shared, and a
     ratio, since some are slow."""
     file = checkpoint(tmp_path / "a.safetensors", "wan", "")
     code = (
@@ -115,7 +115,7 @@ def test_built_in_models_and_checkpoints_need_no_library_of_models(tmp_path: Pat
         "start = time.process_time()\nimport torch\ntorchs = time.process_time() - start\n"
         "sys.path.insert(0, sys.argv[1])\nimport plan\nassert plan.main(['sdxl']) == 0\n"
         "ours = time.process_time() - start - torchs\nassert plan.main([sys.argv[2]]) == 0\n"
-        "assert ours < torchs, (ours, torchs)\n"
+        "assert ours < 0.6 * torchs, (ours, torchs)\n"
     )
     scripts = str(Path(__file__).resolve().parents[1] / "scripts")
     subprocess.run([sys.executable, "-c", code, scripts, str(file)], check=True, stdout=subprocess.DEVNULL)
