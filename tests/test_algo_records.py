@@ -16,7 +16,7 @@ from registry import data_of
 
 from networks.algos import ALGOS, Adapter
 from networks.args.table import BY_NAME, TABLE
-from networks.files.readers import READERS, VERDICTS
+from networks.files.kinds import READERS, VERDICTS
 from networks.records import ALGORITHMS, AlgoSpec
 from networks.records.spec import Reads
 from networks.tensors.geometry import Geometry

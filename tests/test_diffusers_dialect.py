@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import networks.loha
 import networks.lora
-from networks.archs.diffusers_names import places
+from networks.archs.places import places
 from networks.cli import merge
 from networks.files import dotted
 

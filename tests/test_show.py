@@ -12,7 +12,7 @@ from tiny_parts import randomise, sd_unet
 
 import networks.lora
 from networks.cli import show as script
-from networks.files import readers
+from networks.files import kinds
 
 
 def saved(path: Path, **arguments: str) -> Path:
@@ -35,7 +35,7 @@ def test_a_plain_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     text = shown(capsys, str(path))
     assert "float16, form portable" in text and "network module: networks.lora" in text and "steps: 12" in text
     assert "lora_unet: " in text and "x LoRA, dim 4, scale 0.5" in text
-    assert all(f"{reader}: exactly" in text for reader in readers.READERS.values())
+    assert all(f"{reader}: exactly" in text for reader in kinds.READERS.values())
     found = json.loads(shown(capsys, str(path), "--json"))
     assert found["layers"]
     rows = [line for line in shown(capsys, str(path), "--layers").splitlines() if "lora_down.weight" in line]

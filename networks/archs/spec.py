@@ -26,6 +26,9 @@ DENOISER_ROOTS = (
     "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "",
 )  # fmt: skip
 
+# The same in adapter files: dotted, and flat.
+DENOISER_FILE_ROOTS = ("diffusion_model.", "transformer.", "unet.", "lycoris_", "lora_transformer_", "lora_unet_")
+
 
 @dataclass(frozen=True)
 class FusedRows:
@@ -70,6 +73,9 @@ class Part:
         tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
         diffusers: the component of diffusers' pipelines for which they read adapters; "" = they read none.
         twins: layers that may have each other's names in files.
+        others: (program or layout, names of its layers in adapter files), where they are those of no other record.
+        file_roots: what may stand before the names of its layers in adapter files, beside `prefix` and what stands
+            before them in checkpoints: with a dot behind it before dotted names, with an underscore before flat ones.
     """
 
     name: str
@@ -87,6 +93,8 @@ class Part:
     tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     diffusers: str = "transformer"
     twins: tuple[Twins, ...] = ()
+    others: tuple[tuple[str, tuple[Rename, ...]], ...] = ()
+    file_roots: tuple[str, ...] = DENOISER_FILE_ROOTS
 
     @property
     def every_container(self) -> frozenset[str]:

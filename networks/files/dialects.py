@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..archs.diffusers_names import Place
+from ..archs.places import Place
 from ..archs.spec import ArchSpec
 from ..records import ALGORITHMS
 from ..records.lora import LORA

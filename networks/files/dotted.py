@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..algos import recognise
-from ..archs.diffusers_names import Place
+from ..archs.places import Place
 from ..archs.spec import ArchSpec, Part
 from ..archs.spellings import Rename
 from ..records import ALGORITHMS

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dialects, reader, readers
+from . import dialects, kinds, reader
 from .adapter_file import AdapterFile, Naming, open_adapter
 from .codec import SavedLayer
 from .places import part_of
@@ -54,15 +54,15 @@ def explain(path: Path) -> dict[str, Any]:
         "unknown": [*(f"{name.replace('/', '.')}.{suffix}" for name, suffix in file.unread.items()), *file.stray],
         "verdict": f"no: {file.problem}" if file.problem else "exactly",
         "readers": _readers(file, dialect),
-        "note": readers.OTHER_FORMS.get(dialect.name, ""),
+        "note": kinds.OTHER_FORMS.get(dialect.name, ""),
         "metadata": metadata,
     }
 
 
 def _readers(file: AdapterFile, dialect: dialects.Dialect) -> dict[str, tuple[str, str]]:
     """Program -> its verdict and a word on it, where the form of the file is one that they share."""
-    reading = readers.reading(file.layers.values()) if dialect is dialects.PORTABLE and not file.problem else {}
-    return {name: (readers.VERDICTS[verdict], kind) for name, (verdict, kind) in reading.items()}
+    reading = kinds.reading(file.layers.values()) if dialect is dialects.PORTABLE and not file.problem else {}
+    return {name: (kinds.VERDICTS[verdict], kind) for name, (verdict, kind) in reading.items()}
 
 
 def _warnings(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -82,10 +82,10 @@ def _row(saved: SavedLayer) -> dict[str, Any]:
     return {
         "name": saved.name.replace("/", "."),
         "part": part_of(saved.name),
-        "kind": readers.kind_of(saved).title,
+        "kind": kinds.kind_of(saved).title,
         "dim": saved.algorithm.spec.shown_rank(saved.tensors),
         "alpha": saved.alpha,
         "scale": saved.scale,
-        "dora": readers.side_of(saved),
+        "dora": kinds.side_of(saved),
         "shapes": {suffix: list(t.shape) for suffix, t in saved.tensors.items()},
     }

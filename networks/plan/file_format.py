@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..algos import ALGOS
-from ..archs import diffusers_names
+from ..archs import places as other_names
 from ..archs.spec import ArchSpec
 from ..args.parse import NetArgs, Problems
 from ..files.dialects import DIALECTS, PORTABLE, Dialect, FileFormat
@@ -27,7 +27,7 @@ def format_of(request: Request, plan: Plan) -> FileFormat:
     if dialect.components:
         parts = {part.name: part for part, _ in request.parts}
         places = {
-            row.saved_name: diffusers_names.places(
+            row.saved_name: other_names.places(
                 request.arch, parts[row.part], row.trainer_name, row.geometry.out_features, row.geometry.in_features
             )
             for row in plan.trained

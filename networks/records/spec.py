@@ -16,7 +16,7 @@ NO_KERNEL = "no trained layer has a low-rank kernel above 1x1; conv_dim trains c
 
 @dataclass(frozen=True)
 class Reads:
-    """What each program makes of a kind of layer: words of files.readers.VERDICTS."""
+    """What each program makes of a kind of layer: words of files.kinds.VERDICTS."""
 
     comfyui: str
     a1111: str
