@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .releases import Release
 from .spec import DENOISER_ROOTS, ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
-from .spellings import Rename, below
+from .spellings import Rename, below, subtrees
 
 ACE_STEP = ArchSpec(
     name="ace_step",
@@ -30,8 +30,9 @@ ACE_STEP = ArchSpec(
                 Rename("norm_q", "q_norm"),
                 Rename("norm_k", "k_norm"),
             ),
-            *below("", "", Rename("proj_in_conv", "proj_in.1")),
+            *below("", "", Rename("proj_in_conv", "proj_in.1"), Rename("proj_out_conv", "proj_out.1")),
         ),
+        comfyui=subtrees((("decoder.", ""),)),
         # The decoder in a checkpoint of the whole model, and in ComfyUI's.
         roots=("decoder.", *(f"{root}decoder." for root in DENOISER_ROOTS if root), *DENOISER_ROOTS),
     ),

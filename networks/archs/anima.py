@@ -11,7 +11,7 @@ from .spellings import Rename, below
 
 QWEN3 = ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2")
 
-DIFFUSERS = below(
+BLOCK = below(
     r"transformer_blocks\.(\d+)\.",
     r"blocks.\1.",
     Rename("attn1.to_q", "self_attn.q_proj"),
@@ -37,6 +37,20 @@ DIFFUSERS = below(
     Rename("attn1.norm_k", "self_attn.k_norm"),
     Rename("attn2.norm_q", "cross_attn.q_norm"),
     Rename("attn2.norm_k", "cross_attn.k_norm"),
+)
+DIFFUSERS = (
+    *BLOCK,
+    *below(
+        "",
+        "",
+        Rename("patch_embed.proj", "x_embedder.proj.1"),
+        Rename("time_embed.t_embedder.linear_1", "t_embedder.1.linear_1"),
+        Rename("time_embed.t_embedder.linear_2", "t_embedder.1.linear_2"),
+        Rename("time_embed.norm", "t_embedding_norm"),
+        Rename("norm_out.linear_1", "final_layer.adaln_modulation.1"),
+        Rename("norm_out.linear_2", "final_layer.adaln_modulation.2"),
+        Rename("proj_out", "final_layer.linear"),
+    ),
 )
 
 QWEN3_06B = Encoder(

@@ -138,6 +138,14 @@ FLUX = ArchSpec(
     ),
 )
 
+# Chroma's in place of the modulation layers.
+GUIDANCE = below(
+    r"distilled_guidance_layer\.layers\.(\d+)\.",
+    r"distilled_guidance_layer.layers.\1.",
+    Rename("linear_1", "in_layer"),
+    Rename("linear_2", "out_layer"),
+)
+
 CHROMA = replace(
     FLUX,
     name="chroma",
@@ -151,6 +159,7 @@ CHROMA = replace(
             "ChromaTransformerBlock",
             "ChromaSingleTransformerBlock",
         ),
+        layouts=(*DIFFUSERS, *GUIDANCE),
     ),
     switches=(NO_ATTENTION,),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),

@@ -33,6 +33,21 @@ DIFFUSERS = (
         Rename("norm", "pre_norm"),
         *SINGLE_QK_NORMS,
     ),
+    *below(
+        "",
+        "",
+        Rename("x_embedder", "img_in"),
+        Rename("context_embedder", "txt_in"),
+        Rename("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+        Rename("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+        Rename("time_guidance_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+        Rename("time_guidance_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+        Rename("double_stream_modulation_img.linear", "double_stream_modulation_img.lin"),
+        Rename("double_stream_modulation_txt.linear", "double_stream_modulation_txt.lin"),
+        Rename("single_stream_modulation.linear", "single_stream_modulation.lin"),
+        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+        Rename("proj_out", "final_layer.linear"),
+    ),
 )
 
 FLUX_2 = ArchSpec(

@@ -17,7 +17,42 @@ QK_NORMS = (
     Rename("attn.norm_added_k", "txt_attn_k_norm"),
 )
 
-DIFFUSERS = (
+# What stands outside the blocks: the refiner of the text, and what is the same in all models with these classes.
+TEXT_IN = (
+    *below(
+        r"context_embedder\.",
+        "txt_in.",
+        Rename("proj_in", "input_embedder"),
+        Rename("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        Rename("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        Rename("time_text_embed.text_embedder.linear_1", "c_embedder.linear_1"),
+        Rename("time_text_embed.text_embedder.linear_2", "c_embedder.linear_2"),
+    ),
+    *below(
+        r"context_embedder\.token_refiner\.refiner_blocks\.(\d+)\.",
+        r"txt_in.individual_token_refiner.blocks.\1.",
+        *fused(IMAGE_QKV, "self_attn_qkv"),
+        Rename("attn.to_out.0", "self_attn_proj"),
+        Rename("ff.net.0.proj", "mlp.fc1"),
+        Rename("ff.net.2", "mlp.fc2"),
+        Rename("norm_out.linear", "adaLN_modulation.1"),
+        Rename("norm1", "norm1"),
+        Rename("norm2", "norm2"),
+    ),
+)
+OUTSIDE = below(
+    "",
+    "",
+    Rename("x_embedder.proj", "img_in.proj"),
+    Rename("context_embedder_2.norm", "byt5_in.layernorm"),
+    Rename("context_embedder_2.linear_1", "byt5_in.fc1"),
+    Rename("context_embedder_2.linear_2", "byt5_in.fc2"),
+    Rename("context_embedder_2.linear_3", "byt5_in.fc3"),
+    Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+    Rename("proj_out", "final_layer.linear"),
+)
+
+BLOCKS = (
     *below(
         r"transformer_blocks\.(\d+)\.",
         r"double_blocks.\1.",
@@ -43,6 +78,24 @@ DIFFUSERS = (
         Rename("norm.norm", "pre_norm"),
         Rename("attn.norm_q", "q_norm"),
         Rename("attn.norm_k", "k_norm"),
+    ),
+)
+DIFFUSERS = (
+    *BLOCKS,
+    *TEXT_IN,
+    *OUTSIDE,
+    *below(
+        "",
+        "",
+        *(
+            Rename(f"time_guidance_embed.{theirs}.linear_{number}", f"{ours}.mlp.{place}")
+            for theirs, ours in (
+                ("timestep_embedder", "time_in"),
+                ("timestep_embedder_r", "time_r_in"),
+                ("guidance_embedder", "guidance_in"),
+            )
+            for number, place in ((1, 0), (2, 2))
+        ),
     ),
 )
 
@@ -83,7 +136,11 @@ COMFYUI_REST = (
         Rename("c_embedder.in_layer", "c_embedder.linear_1"),
         Rename("c_embedder.out_layer", "c_embedder.linear_2"),
     ),
-    *below(r"(time_in|time_r_in|guidance_in)\.", r"\1.", Rename("in_layer", "mlp.0"), Rename("out_layer", "mlp.2")),
+    *(
+        one
+        for name in ("time_in", "time_r_in", "guidance_in")
+        for one in below(rf"{name}\.", f"{name}.", Rename("in_layer", "mlp.0"), Rename("out_layer", "mlp.2"))
+    ),
 )
 COMFYUI = (
     *below(
@@ -117,7 +174,7 @@ HUNYUAN_IMAGE = ArchSpec(
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False, default=True),),
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
-    fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
+    fused_rows=(FusedRows(r"(double_blocks|txt_in)\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({320}),
     releases=(
         Release("hunyuan_image", "HunyuanImage 2.1", "HunyuanImageTransformer2DModel", {"guidance_embeds": True}),

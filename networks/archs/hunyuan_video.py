@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from .flux import NORMS
-from .hunyuan_image import COMFYUI, COMFYUI_DOUBLE, COMFYUI_REST, DIFFUSERS, QK_NORMS
+from .hunyuan_image import BLOCKS, COMFYUI, COMFYUI_DOUBLE, COMFYUI_REST, OUTSIDE, QK_NORMS, TEXT_IN
 from .releases import Release
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
-from .spellings import Rename, below, divided
+from .spellings import Rename, below, divided, exchanged
 
 DOUBLE_BLOCKS = 20
 # FramePack's trainer has diffusers' classes; those of the second line stand in diffusers' image-to-video models.
-BLOCKS = (
+CONTAINERS = (
     "HunyuanVideoTransformerBlock", "HunyuanVideoSingleTransformerBlock",
     "HunyuanVideoTokenReplaceTransformerBlock", "HunyuanVideoTokenReplaceSingleTransformerBlock",
 )  # fmt: skip
+
+DIFFUSERS = (
+    *BLOCKS,
+    *TEXT_IN,
+    *OUTSIDE,
+    *below(
+        "",
+        "",
+        Rename("time_text_embed.timestep_embedder.linear_1", "time_in.mlp.0"),
+        Rename("time_text_embed.timestep_embedder.linear_2", "time_in.mlp.2"),
+        Rename("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+        Rename("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+        Rename("time_text_embed.guidance_embedder.linear_1", "guidance_in.mlp.0"),
+        Rename("time_text_embed.guidance_embedder.linear_2", "guidance_in.mlp.2"),
+    ),
+)
 
 HUNYUAN_VIDEO = ArchSpec(
     name="hunyuan_video",
@@ -22,11 +38,15 @@ HUNYUAN_VIDEO = ArchSpec(
     signatures=(Signature("HYVideoDiffusionTransformer"), Signature("HunyuanVideoTransformer3DModel")),
     timestep=Timestep(("t", "timestep")),
     denoiser=Part(
-        "dit", "lora_unet", ("MMDoubleStreamBlock", "MMSingleStreamBlock", *BLOCKS), layouts=DIFFUSERS, comfyui=COMFYUI
+        "dit",
+        "lora_unet",
+        ("MMDoubleStreamBlock", "MMSingleStreamBlock", *CONTAINERS),
+        layouts=DIFFUSERS,
+        comfyui=COMFYUI,
     ),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),
-    fused_rows=(FusedRows(r"double_blocks\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
+    fused_rows=(FusedRows(r"(double_blocks|txt_in)\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({240}),
     releases=(
         Release("hunyuan_video", "HunyuanVideo", "HunyuanVideoTransformer3DModel"),
@@ -39,6 +59,43 @@ HUNYUAN_VIDEO = ArchSpec(
     ),
 )
 
+HV_1_5_DIFFUSERS = (
+    *below(
+        r"transformer_blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        Rename("attn.to_q", "img_attn_q"),
+        Rename("attn.to_k", "img_attn_k"),
+        Rename("attn.to_v", "img_attn_v"),
+        Rename("attn.to_out.0", "img_attn_proj"),
+        Rename("attn.add_q_proj", "txt_attn_q"),
+        Rename("attn.add_k_proj", "txt_attn_k"),
+        Rename("attn.add_v_proj", "txt_attn_v"),
+        Rename("attn.to_add_out", "txt_attn_proj"),
+        Rename("ff.net.0.proj", "img_mlp.fc1"),
+        Rename("ff.net.2", "img_mlp.fc2"),
+        Rename("ff_context.net.0.proj", "txt_mlp.fc1"),
+        Rename("ff_context.net.2", "txt_mlp.fc2"),
+        Rename("norm1.linear", "img_mod.linear"),
+        Rename("norm1_context.linear", "txt_mod.linear"),
+        *NORMS,
+        *QK_NORMS,
+    ),
+    *TEXT_IN,
+    *OUTSIDE,
+    *below(
+        "",
+        "",
+        Rename("time_embed.timestep_embedder.linear_1", "time_in.mlp.0"),
+        Rename("time_embed.timestep_embedder.linear_2", "time_in.mlp.2"),
+        Rename("time_embed.timestep_embedder_r.linear_1", "time_r_in.mlp.0"),
+        Rename("time_embed.timestep_embedder_r.linear_2", "time_r_in.mlp.2"),
+        Rename("image_embedder.norm_in", "vision_in.proj.0"),
+        Rename("image_embedder.linear_1", "vision_in.proj.1"),
+        Rename("image_embedder.linear_2", "vision_in.proj.3"),
+        Rename("image_embedder.norm_out", "vision_in.proj.4"),
+        Rename("cond_type_embed", "cond_type_embedding"),
+    ),
+)
 # The projections are fused under two names: in ComfyUI's classes, and in the files that it loads.
 HV_1_5_COMFYUI = below(
     r"double_blocks\.(\d+)\.",
@@ -62,34 +119,19 @@ HV_1_5 = ArchSpec(
         "dit",
         "lora_unet",
         ("MMDoubleStreamBlock", "HunyuanVideo15TransformerBlock"),
-        layouts=below(
-            r"transformer_blocks\.(\d+)\.",
-            r"double_blocks.\1.",
-            Rename("attn.to_q", "img_attn_q"),
-            Rename("attn.to_k", "img_attn_k"),
-            Rename("attn.to_v", "img_attn_v"),
-            Rename("attn.to_out.0", "img_attn_proj"),
-            Rename("attn.add_q_proj", "txt_attn_q"),
-            Rename("attn.add_k_proj", "txt_attn_k"),
-            Rename("attn.add_v_proj", "txt_attn_v"),
-            Rename("attn.to_add_out", "txt_attn_proj"),
-            Rename("ff.net.0.proj", "img_mlp.fc1"),
-            Rename("ff.net.2", "img_mlp.fc2"),
-            Rename("ff_context.net.0.proj", "txt_mlp.fc1"),
-            Rename("ff_context.net.2", "txt_mlp.fc2"),
-            Rename("norm1.linear", "img_mod.linear"),
-            Rename("norm1_context.linear", "txt_mod.linear"),
-            *NORMS,
-            *QK_NORMS,
-        ),
+        layouts=HV_1_5_DIFFUSERS,
         comfyui=(*HV_1_5_COMFYUI, *COMFYUI_REST),
     ),
     axes=(BlockAxis("double_blocks."),),
+    fused_rows=(FusedRows(r"txt_in\..*_qkv", 1, 2),),
     # The trainer's default pattern, .*(_in).*, matches no layer of a block: it trains the modulation, too.
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod)\..*", trained_if=False, default=True),),
     usual=frozenset({756}),
     releases=(Release("hv_1_5", "HunyuanVideo 1.5", "HunyuanVideo15Transformer3DModel"),),
 )
+
+# Of the fused layer of a single block: queries, keys, values, MLP.
+FRAMEPACK_SHARES = {4: (1, 1, 1, 4)}
 
 FRAMEPACK = ArchSpec(
     name="framepack",
@@ -100,7 +142,13 @@ FRAMEPACK = ArchSpec(
         Signature("HunyuanVideoFramepackTransformer3DModel"),
     ),
     timestep=Timestep(("timestep",)),
-    denoiser=Part("dit", "lora_unet", BLOCKS),
+    # ComfyUI has HunyuanVideo's classes for it, and files of HunyuanVideo are used with it.
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        CONTAINERS,
+        comfyui=(*exchanged(DIFFUSERS, COMFYUI, FRAMEPACK_SHARES), *exchanged(DIFFUSERS, shares=FRAMEPACK_SHARES)),
+    ),
     axes=(BlockAxis("transformer_blocks."), BlockAxis("single_transformer_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(norm|norm1|norm1_context)\.linear", trained_if=False),),
     usual=frozenset({440}),

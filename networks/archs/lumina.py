@@ -30,6 +30,7 @@ DIFFUSERS = (
         "",
         Rename("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
         Rename("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        Rename("time_caption_embed.caption_embedder.0", "cap_embedder.0"),
         Rename("time_caption_embed.caption_embedder.1", "cap_embedder.1"),
         Rename("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
         Rename("norm_out.linear_2", "final_layer.linear"),

@@ -21,8 +21,9 @@ class Place:
         path: dotted name; diffusers' begin with the pipeline's component: `transformer.transformer_blocks.0.attn.to_q`.
         start, stop: output rows of the trainer's layer.
         swapped: its halves of rows are in the other order there.
-        piece, pieces: where that program has one layer for `pieces` of the trainer's: which of them this one is, from
-            the first row down; pieces 1 = the place is a whole layer.
+        piece, pieces: where that program has one layer for several of the trainer's: its rows are `pieces` equal
+            shares, of which this one's begin there, from the first row down; pieces 1 = the place is a whole layer.
+        shares: how many of them are this one's.
     """
 
     path: str
@@ -31,6 +32,7 @@ class Place:
     swapped: bool = False
     piece: int = 0
     pieces: int = 1
+    shares: int = 1
 
 
 def places(
@@ -62,6 +64,7 @@ def places(
             layer.swapped and rows == 2 * columns,
             layer.piece,
             layer.pieces,
+            layer.shares,
         )
         for layer, start, size in zip(layers, starts, sizes, strict=True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,9 +21,11 @@ class Rename:
         trainer: the trainer's dotted name, with groups as in `re.Match.expand`.
         position, count: where the trainer has one fused layer for `count` of this model's: the place, from 0, of this
             one in the order of the output rows; count 1 = one to one.
+        span: how many of the places, from `position` on, this one fills.
         swapped: a layer with twice as many rows as columns has its halves in the other order (shift and scale).
-        piece, pieces: where this model has one fused layer for `pieces` of the trainer's, each with as many output
-            rows: the place, from 0, of the trainer's in the order of the rows; pieces 1 = all rows.
+        piece, pieces: where this model has one fused layer for several of the trainer's: its output rows are `pieces`
+            equal shares, of which the trainer's begins with this one, from 0; pieces 1 = all rows.
+        shares: how many of the pieces the trainer's has.
         bare: `own` names the tensor itself, not a layer whose tensors are called weight (or scale) and bias.
         transposed: the tensor is [I, O].
     """
@@ -31,9 +34,11 @@ class Rename:
     trainer: str
     position: int = 0
     count: int = 1
+    span: int = 1
     swapped: bool = False
     piece: int = 0
     pieces: int = 1
+    shares: int = 1
     bare: bool = False
     transposed: bool = False
 
@@ -89,6 +94,33 @@ def divided(own: str, trainer: tuple[str, ...], bare: bool = False) -> tuple[Ren
     return tuple(Rename(own, name, piece=i, pieces=len(trainer), bare=bare) for i, name in enumerate(trainer))
 
 
+def exchanged(
+    renames: tuple[Rename, ...], spelt: tuple[Rename, ...] = (), shares: Mapping[int, tuple[int, ...]] | None = None
+) -> tuple[Rename, ...]:
+    """The rules of a trainer that has the other library's classes: both names of each rule change places.
+
+    Args:
+        renames: of a trainer that has this model's classes.
+        spelt: other names for those of that trainer; () = its own.
+        shares: number of layers that are one -> how many equal shares of its rows each has, where these differ.
+    """
+    names = {one.trainer: one.own for one in spelt}
+    turned = []
+    for one in renames:
+        each = (shares or {}).get(one.count, (1,) * one.count)
+        turned.append(
+            Rename(
+                names.get(one.trainer, re.sub(r"\(\?P<g\d>", "(", one.trainer_pattern)),
+                one.template,
+                swapped=one.swapped,
+                piece=sum(each[: one.position]),
+                pieces=sum(each),
+                shares=each[one.position],
+            )
+        )
+    return tuple(turned)
+
+
 def subtrees(pairs: Pairs) -> tuple[Rename, ...]:
     """All layers whose name begins with the first of a pair, which the second replaces."""
     return tuple(Rename(f"{re.escape(own)}(.*)", rf"{trainer}\1") for own, trainer in pairs)
@@ -117,6 +149,12 @@ class Spelling:
             for one, template in zip(self.renames, templates, strict=True)
         )
 
+    @cached_property
+    def _last(self) -> tuple[int, ...]:
+        """Of each: where that stands whose rows are the last of the same divided layer."""
+        last = [i for i, one in enumerate(self.renames) if one.piece + one.shares == one.pieces]
+        return tuple(next(j for j in last if j >= i) for i in range(len(self.renames)))
+
     def of(self, name: str, bare: bool = False) -> tuple[Rename, ...]:
         """The trainer's layers behind a name, in the order of their rows, names filled in; () = not known here."""
         if not self._any.fullmatch(name):
@@ -124,7 +162,7 @@ class Spelling:
         for i, (one, (own, _, _)) in enumerate(zip(self.renames, self._compiled, strict=True)):
             match = own.fullmatch(name)
             if match and one.bare == bare:
-                groups, stop = (match[0], *match.groups()), i + one.pieces
+                groups, stop = (match[0], *match.groups()), self._last[i] + 1
                 names = [template.format(*groups) for _, _, template in self._compiled[i:stop]]
                 return tuple(replace(r, trainer=n) for r, n in zip(self.renames[i:stop], names, strict=True))
         return ()

@@ -6,7 +6,7 @@ from .releases import Release
 from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
 from .spellings import Rename, Twins, below
 
-DIFFUSERS = below(
+BLOCK = below(
     r"blocks\.(\d+)\.",
     r"blocks.\1.",
     Rename("attn1.to_q", "self_attn.q"),
@@ -28,6 +28,23 @@ DIFFUSERS = below(
     Rename("attn2.norm_q", "cross_attn.norm_q"),
     Rename("attn2.norm_k", "cross_attn.norm_k"),
     Rename("attn2.norm_added_k", "cross_attn.norm_k_img"),
+)
+DIFFUSERS = (
+    *BLOCK,
+    *below(
+        "",
+        "",
+        Rename("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        Rename("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        Rename("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        Rename("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        Rename("condition_embedder.time_proj", "time_projection.1"),
+        Rename("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+        Rename("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+        Rename("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
+        Rename("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+        Rename("proj_out", "head.head"),
+    ),
 )
 
 WAN = ArchSpec(

@@ -44,10 +44,11 @@ def is_own(keys: Iterable[str]) -> bool:
 
 @dataclass(frozen=True)
 class Piece:
-    """A weight of a checkpoint, or an equal share of its output rows, as a layer of an adapter or a part of one.
+    """A weight of a checkpoint, or a share of its output rows, as a layer of an adapter or a part of one.
 
     Attributes:
-        number, count: which share, from the first row down; count 1 = all rows.
+        number, count: the first of its rows, in `count` equal shares from the first row down; count 1 = all rows.
+        shares: how many of them it is.
         swapped: its halves of rows are in the other order; see `of` for where that depends on its shape.
         transposed: it is stored as [I, O].
     """
@@ -55,6 +56,7 @@ class Piece:
     key: str
     number: int = 0
     count: int = 1
+    shares: int = 1
     swapped: bool = False
     transposed: bool = False
 
@@ -100,9 +102,9 @@ class Piece:
     def _share(self, whole: Tensor) -> Tensor:
         whole = whole.T if self.transposed and whole.dim() == 2 else whole
         if not whole.dim() or len(whole) % self.count:
-            raise ValueError(f"{tuple(whole.shape)} cannot be divided into the rows of {self.count} layers")
+            raise ValueError(f"{tuple(whole.shape)} cannot be divided into {self.count} equal shares of rows")
         size = len(whole) // self.count
-        return whole[self.number * size : (self.number + 1) * size]
+        return whole[self.number * size : (self.number + self.shares) * size]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class Target:
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """Of the layer's weight, from those of the checkpoint's."""
         own = [shapes[piece.key][::-1] if piece.transposed else shapes[piece.key] for piece in self.pieces]
-        return (sum(one[0] // piece.count for one, piece in zip(own, self.pieces, strict=True)), *own[0][1:])
+        rows = (one[0] // piece.count * piece.shares for one, piece in zip(own, self.pieces, strict=True))
+        return (sum(rows), *own[0][1:])
 
 
 def stem_of(key: str) -> str:
@@ -183,7 +186,7 @@ class _Reading:
 
     def target(self, name: str) -> Target:
         ordered = [self.places[name][position] for position in sorted(self.places[name])]
-        return Target(tuple(Piece(key, r.piece, r.pieces, r.swapped, r.transposed) for r, key in ordered))
+        return Target(tuple(Piece(key, r.piece, r.pieces, r.shares, r.swapped, r.transposed) for r, key in ordered))
 
 
 class _Index:
