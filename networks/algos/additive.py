@@ -50,6 +50,11 @@ class Additive(Adapter):
         """
         raise NotImplementedError
 
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """[O, R] and [R, I, *kernel] whose product is dW without scale and scalar; None where dW is not made of such
+        factors."""
+        return None
+
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         """The layer's operation with dW, in factored form. Every algorithm defines it.
 

@@ -391,6 +391,54 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+        """Of the weight, as saved tensors show it, perhaps with the positions of a kernel among the columns; None where
+        they do not, or nobody asks."""
+        return None
+
+    @classmethod
+    def settled(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor] | None:
+        """Saved tensors which act the same without an alpha; None where there are none.
+
+        Args:
+            tensors: saved suffix -> tensor.
+            alpha: beside them.
+        """
+        rank = cls.spec.shown_rank(tensors)
+        scale = alpha / rank if rank and alpha else 1.0
+        if scale == 1:
+            return dict(tensors)
+        folding = [cls.spec.keys[name] for name in cls.spec.fold if cls.spec.keys[name] in tensors][:1]
+        folded = {key: tensors[key].to(wide_dtype(tensors[key])) * scale for key in folding}
+        return {**tensors, **folded} if folding else None
+
+    @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None
+    ) -> dict[str, Tensor] | None:
+        """Saved tensors of the layer whose parts, from the first output row down, have these; None where that is no
+        layer of this algorithm, or one only beside the base weight.
+
+        Args:
+            packs: None = nothing changes there; not all of them. All act at one scale.
+            sizes: output rows of the parts.
+            alpha: of each, where it is no strength but an option.
+        """
+        return None
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None] | None:
+        """Saved tensors and alpha of some output rows of a layer as a layer of their own; None as for `join`.
+
+        Args:
+            tensors, alpha: of the whole layer.
+            start, stop: the rows.
+        """
+        return None
+
+    @classmethod
     def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
         """The first `dim` ranks (of each part, in a stack): what DyLoRA trains to stand alone.
 

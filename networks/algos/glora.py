@@ -21,7 +21,7 @@ Parameters (saved as a1.weight, a2.weight, b1.weight, b2.weight; LyCORIS' layout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from ..tensors.per_thread import PerThread
 from ..tensors.products import OfWeight, Products, weight_times
 from .additive import Additive
 from .base import kaiming_
-from .saved import Layout
+from .saved import Layout, alike, block_diagonal, there, wide_dtype
 
 
 class _On:
@@ -106,6 +106,13 @@ class GLoRA(Additive):
             a2, b1 = a2 * mask_a[:, None], b1 * mask_b
         return weight_times(Wa, a2) + (b1 @ b2.flatten(1)).reshape(self.geometry.weight_shape)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        """W A has a rank for each position of a kernel, where B has one."""
+        Wa, a2, b1, b2 = self._factors(self.values())
+        one = torch.eye(self.geometry.kernel_size, dtype=a2.dtype, device=a2.device)
+        each = torch.einsum("ri,kl->rkil", a2, one).reshape(-1, *self.geometry.weight_shape[1:])
+        return torch.cat([Wa.flatten(1).to(b1.dtype), b1], 1), torch.cat([each, b2.reshape(-1, *each.shape[1:])])
+
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         p, geometry = self.factors(x), self.geometry
         if not geometry.has_kernel:
@@ -158,6 +165,42 @@ class GLoRA(Additive):
         if self.scalar is not None:
             packed["a2.weight"] = packed["a2.weight"] * self.scalar.detach()
         return packed
+
+    @classmethod
+    def settled(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor] | None:
+        """Both terms, where the record names the factor of one."""
+        found, key = super().settled(tensors, alpha), "a2.weight"
+        if found is not None and alpha:
+            found[key] = tensors[key].to(wide_dtype(tensors[key])) * (alpha / len(tensors[key]))
+        return found
+
+    @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None = None
+    ) -> dict[str, Tensor] | None:
+        """Only parts which change the input alike: all have one A. Their B are joined as those of LoRA."""
+        present = there(packs)
+        if len(present) < len(packs) or not alike(present, ("a1.weight", "a2.weight")):
+            return None
+        if alike(present, ("b2.weight",)):
+            return {**present[0], "b1.weight": torch.cat([pack["b1.weight"] for pack in present])}
+        b1 = block_diagonal([pack["b1.weight"] for pack in present])
+        b2 = torch.cat([pack["b2.weight"] for pack in present])
+        a1, a2 = present[0]["a1.weight"], present[0]["a2.weight"]
+        more = b1.shape[1] - a1.shape[1]
+        a1 = torch.cat([a1, a1.new_zeros(len(a1), more, *a1.shape[2:])], 1)
+        return {
+            "a1.weight": a1,
+            "a2.weight": torch.cat([a2, a2.new_zeros(more, *a2.shape[1:])]),
+            "b1.weight": b1,
+            "b2.weight": b2,
+        }
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None]:
+        return {**tensors, "b1.weight": tensors["b1.weight"][start:stop]}, alpha
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

@@ -9,7 +9,7 @@ convolution)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..records.ia3 import IA3 as SPEC
 from ..tensors.geometry import Geometry, RowRanges
-from .multiplicative import Multiplicative
-from .saved import Layout
+from .multiplicative import Multiplicative, alike_inputs
+from .saved import Layout, concatenated, each, there
 
 
 class IA3(Multiplicative):
@@ -53,6 +53,25 @@ class IA3(Multiplicative):
         w, on_input = self.weight.detach(), self.side == "input"
         shape = (1, -1, *self.geometry.ones) if self.geometry.is_conv else (-1,)
         return {"weight": w.reshape(shape), "on_input": torch.tensor(int(on_input))}
+
+    @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None
+    ) -> dict[str, Tensor] | None:
+        present = there(packs)
+        if any(bool(pack["on_input"]) for pack in present):
+            return alike_inputs(packs)
+        axis = min(1, present[0]["weight"].dim() - 1)
+        return {**present[0], "weight": concatenated(each(packs, "weight"), sizes, axis)}
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None]:
+        if bool(tensors["on_input"]):
+            return dict(tensors), alpha
+        weight = tensors["weight"]
+        return {**tensors, "weight": weight.narrow(min(1, weight.dim() - 1), start, stop - start)}, alpha
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

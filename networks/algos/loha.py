@@ -26,7 +26,7 @@ from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right
 from .additive import Additive
-from .saved import Layout, unstack_diagonal
+from .saved import Layout, alike, block_diagonal, concatenated, each, there, unstack_diagonal
 
 
 class LoHa(Additive):
@@ -57,6 +57,10 @@ class LoHa(Additive):
         if f"t{half}" not in p:
             return a, b
         return a.T, core_times_right(p[f"t{half}"], b).flatten(1)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        P, Q = self._product(dict(self.named_parameters()))
+        return P, Q.reshape(-1, *self.geometry.weight_shape[1:])
 
     def _product(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """P [O, R^2] and Q [R^2, I * K] of the factored form."""
@@ -110,8 +114,44 @@ class LoHa(Additive):
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        joined = {name: torch.block_diag(*(pack[name] for pack in packs)) for name in ("hada_w1_a", "hada_w2_a")}
-        return joined | {name: torch.cat([pack[name] for pack in packs]) for name in ("hada_w1_b", "hada_w2_b")}
+        beside = {"hada_w1_b", "hada_w2_b"}
+        return {
+            key: (torch.cat if key in beside else block_diagonal)([pack[key] for pack in packs]) for key in packs[0]
+        }
+
+    @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None = None
+    ) -> dict[str, Tensor] | None:
+        """One below the other where all share the other factors, otherwise block-diagonal."""
+        present = there(packs)
+        if len({"hada_t1" in pack for pack in present}) > 1:
+            return None
+        axis, below = cls._row_axis(present[0]), ("hada_w1_a", "hada_w2_a")
+        if alike(present, {*present[0]} - {*below}):
+            return {**present[0], **{key: concatenated(each(packs, key), sizes, axis) for key in below}}
+        return cls.stack([pack or cls._rankless(present[0], size) for pack, size in zip(packs, sizes, strict=True)])
+
+    @staticmethod
+    def _row_axis(tensors: Mapping[str, Tensor]) -> int:
+        """Of w1_a and w2_a."""
+        return 1 if "hada_t1" in tensors else 0
+
+    @classmethod
+    def _rankless(cls, like: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+        """A layer of no rank, with so many output rows."""
+        shape = (0, size) if cls._row_axis(like) else (size, 0)
+        cores = {key: like[key][:0, :0] for key in ("hada_t1", "hada_t2") if key in like}
+        rows = {key: like[key].new_zeros(shape) for key in ("hada_w1_a", "hada_w2_a")}
+        return {**rows, **cores, **{key: like[key][:0] for key in ("hada_w1_b", "hada_w2_b")}}
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None]:
+        axis = cls._row_axis(tensors)
+        rows = {key: tensors[key].narrow(axis, start, stop - start) for key in ("hada_w1_a", "hada_w2_a")}
+        return {**tensors, **rows}, alpha
 
     @classmethod
     def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:

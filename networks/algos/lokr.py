@@ -19,7 +19,7 @@ Parameters (saved as lokr_w1, lokr_w1_a, lokr_w1_b, lokr_w2, lokr_w2_a, lokr_w2_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from ..tensors.low_rank import NO_GATE, Gate
 from ..tensors.tucker import core_times_right
 from .additive import Additive
 from .base import kaiming_
-from .saved import Layout
+from .saved import Layout, alike, concatenated, each, there
 
 LARGE = 5120  # a dim above it means a whole second factor, whatever the width
 Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
@@ -135,6 +135,16 @@ class LoKr(Additive):
         w1, w2 = self._w1(p), self._w2(p, rank_mask_R)
         blocks = torch.einsum("ac,bd...->abcd...", w1, w2)
         return blocks.reshape(self.geometry.weight_shape)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """Of kron(l1, l2) and kron(r1, r2), of as few ranks as the factors' own shapes allow."""
+        p = dict(self.named_parameters())
+        l1, r1 = (p["w1_a"], p["w1_b"]) if "w1_a" in p else _thinner(p["w1"])
+        l2, r2 = _thinner(p["w2"].flatten(1)) if "w2" in p else self._w2_factors(p)
+        r2 = r2.reshape(r2.shape[0], -1, *self.geometry.kernel)
+        right = torch.einsum("pc,qd...->pqcd...", r1, r2)
+        left = torch.einsum("ap,bq->abpq", l1, l2).flatten(2).flatten(0, 1)
+        return left, right.reshape(-1, *self.geometry.weight_shape[1:])
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         p = self.factors(x)
@@ -243,6 +253,44 @@ class LoKr(Additive):
         return torch.linalg.vector_norm(self._w1(p)) * torch.linalg.vector_norm(self._w2(p))
 
     @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None = None
+    ) -> dict[str, Tensor] | None:
+        """Only parts which share the second factor, or that of a larger layer's rows."""
+        present = there(packs)
+        first = "lokr_w1" if "lokr_w1" in present[0] else "lokr_w1_a"
+        if not alike(present, {key for pack in present for key in pack} - {first}):
+            return None
+        B = cls._rows_of_w2(present[0])
+        if not all(first in pack for pack in present) or any(size % B for size in sizes):
+            return None
+        return {**present[0], first: concatenated(each(packs, first), [size // B for size in sizes])}
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None] | None:
+        B = cls._rows_of_w2(tensors)
+        if start % B or stop % B:
+            return None
+        first = "lokr_w1" if "lokr_w1" in tensors else "lokr_w1_a"
+        return {**tensors, first: tensors[first][start // B : stop // B]}, alpha
+
+    @classmethod
+    def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        A = len(tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"])
+        C = (tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_b"]).shape[1]
+        w2 = tensors["lokr_w2"] if "lokr_w2" in tensors else tensors["lokr_w2_b"]
+        kernel = tensors["lokr_t2"].shape[2:] if "lokr_t2" in tensors else w2.shape[2:]
+        return A * cls._rows_of_w2(tensors), C * w2.shape[1], *kernel
+
+    @staticmethod
+    def _rows_of_w2(tensors: Mapping[str, Tensor]) -> int:
+        """B."""
+        left = tensors["lokr_w2"] if "lokr_w2" in tensors else tensors["lokr_w2_a"]
+        return left.shape[1 if "lokr_t2" in tensors else 0]
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         """The file does not state the factor; the shapes of w1 and w2 do."""
         t = {name: tensors[suffix].shape for name, suffix in cls.spec.keys.items() if suffix in tensors}
@@ -259,6 +307,13 @@ class LoKr(Additive):
             )
         dim = t["w1_b"][0] if not whole[0] else t["w2_b"][0] if not whole[1] else 0
         return int(dim), {"use_tucker": tucker, "split": ((A, B), (C, D)), "whole": whole}
+
+
+def _thinner(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix as a product with the identity, on its smaller side."""
+    rows, columns = matrix.shape
+    one = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
+    return (one, matrix) if rows < columns else (matrix, one)
 
 
 def _mix(w1_AC: Tensor, h: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from ..tensors.low_rank import Gate, low_rank, product_error, product_norm_sq, r
 from ..tensors.tucker import core_times_right
 from .additive import Additive
 from .base import kaiming_
-from .saved import Layout, Resized, unstack_diagonal
+from .saved import Layout, Resized, alike, block_diagonal, concatenated, each, there, unstack_diagonal, wide_dtype
 
 
 class LoRA(Additive):
@@ -142,6 +142,10 @@ class LoRA(Additive):
             up_OR = up_OR * rank_mask_R
         return (up_OR @ self._right(p).flatten(1)).reshape(self.geometry.weight_shape)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        p = self.values()
+        return p["up"].flatten(1), self._right(p)
+
     @staticmethod
     def _right(p: Mapping[str, Tensor]) -> Tensor:
         """[R, I, *kernel]: down, with the core of the Tucker form in it."""
@@ -229,8 +233,48 @@ class LoRA(Additive):
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        up = torch.block_diag(*(pack["lora_up.weight"] for pack in packs))
-        return {"lora_down.weight": torch.cat([pack["lora_down.weight"] for pack in packs]), "lora_up.weight": up}
+        found = {"lora_down.weight": torch.cat([pack["lora_down.weight"] for pack in packs])}
+        for key in ("lora_mid.weight", "lora_up.weight"):
+            if key in packs[0]:
+                found[key] = block_diagonal([pack[key] for pack in packs])
+        return found
+
+    @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None = None
+    ) -> dict[str, Tensor] | None:
+        """One below the other where all share the other factors, otherwise block-diagonal."""
+        present = there(packs)
+        if any("lora_up.weight" not in pack for pack in present):
+            return None
+        if len({"lora_mid.weight" in pack for pack in present}) > 1:
+            return cls.join([None if pack is None else cls._without_core(pack) for pack in packs], sizes)
+        if alike(present, {*present[0]} - {"lora_up.weight"}):
+            return {**present[0], "lora_up.weight": concatenated(each(packs, "lora_up.weight"), sizes)}
+        return cls.stack([pack or cls._rankless(present[0], size) for pack, size in zip(packs, sizes, strict=True)])
+
+    @staticmethod
+    def _rankless(like: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+        """A layer of no rank, with so many output rows."""
+        up = like["lora_up.weight"]
+        empty = {key: t[:0, :0] if key == "lora_mid.weight" else t[:0] for key, t in like.items()}
+        return {**empty, "lora_up.weight": up.new_zeros(size, 0, *up.shape[2:])}
+
+    @classmethod
+    def _without_core(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same without the Tucker form's core."""
+        if "lora_mid.weight" not in tensors:
+            return dict(tensors)
+        wide = {name: tensors[key].to(wide_dtype(tensors[key])) for name, key in cls.spec.keys.items()}
+        return {"lora_down.weight": cls._right(wide), "lora_up.weight": tensors["lora_up.weight"]}
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None] | None:
+        if "lora_up.weight" not in tensors:
+            return None
+        return {**tensors, "lora_up.weight": tensors["lora_up.weight"][start:stop]}, alpha
 
     @classmethod
     def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:

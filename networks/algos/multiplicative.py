@@ -19,6 +19,7 @@ from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import PassGate
 from .base import Adapter, Base
 from .parts import Parts
+from .saved import alike, there
 
 
 class Multiplicative(Adapter):
@@ -89,6 +90,17 @@ class Multiplicative(Adapter):
 
     def change_norm(self, weight: Callable[[], Tensor], strength: float | Tensor) -> Tensor:
         return torch.linalg.vector_norm(self.weight_change(weight()))
+
+
+def alike_inputs(packs: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """What changes the input of all parts of a layer alike, None if they are not alike: saved tensors.
+
+    Args:
+        packs: of the parts; None = nothing changes there.
+    """
+    present = there(packs)
+    same = len(present) == len(packs) and alike(present, {key for pack in present for key in pack})
+    return dict(present[0]) if same else None
 
 
 class MultiplicativeParts(Parts, Multiplicative):

@@ -11,7 +11,7 @@ Parameters (saved under these names, without an alpha, as LyCORIS does)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..records.norm import NORM
 from ..tensors.geometry import Geometry
 from ..tensors.low_rank import Gate
 from .additive import Additive
-from .saved import Layout
+from .saved import Layout, concatenated
 
 
 class Norm(Additive):
@@ -57,6 +57,19 @@ class Norm(Additive):
         with torch.no_grad():
             for p in self.parameters():
                 p.mul_(ratio)
+
+    @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None = None
+    ) -> dict[str, Tensor]:
+        found = {key: [None if p is None else p.get(key) for p in packs] for pack in packs for key in pack or ()}
+        return {key: concatenated(parts, sizes) for key, parts in found.items()}
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None]:
+        return {key: tensor[start:stop] for key, tensor in tensors.items()}, alpha
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

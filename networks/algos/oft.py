@@ -29,8 +29,8 @@ from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.rotation import apply_blocks, generator, rotation_less_identity
 from . import oft_input
-from .multiplicative import Multiplicative
-from .saved import Layout
+from .multiplicative import Multiplicative, alike_inputs
+from .saved import Layout, concatenated, each, there
 
 TERMS = "terms"  # in a live state of the input side: of the series, 0 = the whole transform
 
@@ -227,6 +227,49 @@ class DiagOFT(Rotation):
         return packs
 
     @classmethod
+    def settled(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> dict[str, Tensor] | None:
+        """With blocks that are within the limit."""
+        if not alpha:
+            return dict(tensors)
+        if oft_input.is_input(tensors):
+            return None
+        return {**tensors, **{key: _within(tensors[key], alpha) for key in tensors if key.startswith(BLOCKS)}}
+
+    @classmethod
+    def join(
+        cls, packs: Sequence[Mapping[str, Tensor] | None], sizes: Sequence[int], alpha: float | None
+    ) -> dict[str, Tensor] | None:
+        """As one rotation if all blocks are of one size and nothing limits those of a part."""
+        present = there(packs)
+        if any(oft_input.is_input(pack) for pack in present):
+            return alike_inputs(packs)
+        like = _listed(present[0])[0]
+        parts = [_listed(p) if p else [_resting(like, size)] for p, size in zip(packs, sizes, strict=True)]
+        found = _as_listed([blocks for part in parts for blocks in part], together=not alpha)
+        if any(RESCALE in pack for pack in present):
+            found[RESCALE] = concatenated(each(packs, RESCALE), sizes, rest=1.0)
+        return found
+
+    @classmethod
+    def take(
+        cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
+    ) -> tuple[dict[str, Tensor], float | None] | None:
+        """Whole blocks of rows; the input is turned alike for all."""
+        settled = cls.settled(tensors, alpha)
+        if settled is None or oft_input.is_input(tensors):
+            return dict(tensors), alpha
+        kept, at = list[Tensor](), 0
+        for blocks in _listed(settled):
+            count, size = blocks.shape[:2]
+            cut = [min(max(edge - at, 0), count * size) for edge in (start, stop)]
+            if any(edge % size for edge in cut):
+                return None
+            kept += [blocks[cut[0] // size : cut[1] // size]] if cut[0] < cut[1] else []
+            at += count * size
+        rows = {RESCALE: tensors[RESCALE][start:stop]} if RESCALE in tensors else {}
+        return {**_as_listed(kept, together=False), **rows}, None if alpha is None else 0.0
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         rescaled = {"rescaled": RESCALE in tensors}
         if oft_input.is_input(tensors):
@@ -314,6 +357,30 @@ def _numbered(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     while (key := f"{BLOCKS}.{len(found)}") in tensors:
         found.append(tensors[key])
     return found
+
+
+def _listed(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The blocks of each part, or of the whole."""
+    return _numbered(tensors) or [tensors[BLOCKS]]
+
+
+def _resting(like: Tensor, rows: int) -> Tensor:
+    """Blocks that turn nothing, if possible of the same size."""
+    size = like.shape[-1] if rows % like.shape[-1] == 0 else 1
+    return like.new_zeros(rows // size, size, size)
+
+
+def _as_listed(blocks: Sequence[Tensor], together: bool) -> dict[str, Tensor]:
+    """The inverse; together: as one rotation, where all blocks have one size."""
+    if together and len({each.shape[-1] for each in blocks}) == 1:
+        blocks = [torch.cat([*blocks])]
+    return {BLOCKS: blocks[0]} if len(blocks) == 1 else {f"{BLOCKS}.{i}": each for i, each in enumerate(blocks)}
+
+
+def _within(blocks: Tensor, constraint: float) -> Tensor:
+    """Blocks which a limit leaves as they are; those themselves if it does."""
+    limit, norm = constraint * blocks.shape[0] * blocks.shape[1], float(generator(blocks).norm())
+    return blocks if norm <= limit else _wide(blocks) * (limit / norm)
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Parts(Adapter):
         self, algorithm: type[Adapter], geometry: Geometry, dim: int, sizes: Sequence[int], options: Mapping[str, Any]
     ) -> None:
         nn.Module.__init__(self)
-        assert algorithm.splits(options) and not geometry.is_conv and sum(sizes) == geometry.out_features
+        assert algorithm.splits(options) and sum(sizes) == geometry.out_features
         self.spec = algorithm.spec
         self.algorithm, self.sizes = algorithm, tuple(sizes)
         self.geometry, self.dim, self.chosen = geometry, dim, dict(options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,53 @@ def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
             raise ValueError(f"{suffix} is of type {tensors[suffix].dtype}, not floating point")
         if _squeezed(tensors[suffix].shape) != _squeezed(p.shape):
             raise ValueError(f"{suffix} is {tuple(tensors[suffix].shape)}, this network wants {tuple(p.shape)}")
+
+
+def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """[sum of O, sum of R, ...] with the blocks [O, R, ...] along the diagonal of its first two axes, in the widest of
+    their dtypes."""
+    dtype = functools.reduce(torch.promote_types, (block.dtype for block in blocks))
+    sizes = [sum(block.shape[axis] for block in blocks) for axis in (0, 1)]
+    found, row, column = blocks[0].new_zeros(*sizes, *blocks[0].shape[2:], dtype=dtype), 0, 0
+    for block in blocks:
+        found[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return found
+
+
+def there(packs: Sequence[Mapping[str, Tensor] | None]) -> list[Mapping[str, Tensor]]:
+    """Those of the parts of a layer that something changes."""
+    return [pack for pack in packs if pack is not None]
+
+
+def each(packs: Sequence[Mapping[str, Tensor] | None], suffix: str) -> list[Tensor | None]:
+    """One tensor of each part; None where it has none."""
+    return [None if pack is None else pack.get(suffix) for pack in packs]
+
+
+def alike(packs: Sequence[Mapping[str, Tensor]], suffixes: Iterable[str]) -> bool:
+    """Whether the tensors under these suffixes are the same in all of them, bit for bit, or missing in all."""
+    first, *rest = packs
+    return all(
+        (key in first) == (key in one) and (key not in first or torch.equal(first[key], one[key]))
+        for key in suffixes
+        for one in rest
+    )
+
+
+def concatenated(parts: Sequence[Tensor | None], sizes: Sequence[int], axis: int = 0, rest: float = 0.0) -> Tensor:
+    """Tensors with one value for each output row along an axis, one after the other.
+
+    Args:
+        parts: not all None.
+        sizes: rows of each.
+        axis: the rows'.
+        rest: all values of a part that is None.
+    """
+    like = next(part for part in parts if part is not None)
+    shapes = [[*like.shape[:axis], size, *like.shape[axis + 1 :]] for size in sizes]
+    filled = [like.new_full(shape, rest) if t is None else t for t, shape in zip(parts, shapes, strict=True)]
+    return torch.cat(filled, axis)
 
 
 def unstack_diagonal(name: str, stacked: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -10,74 +10,18 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._errors import located
 from ..archs import ARCHS
-from ..layers.adapted import AdaptedLayer
 from ..tensors import base_weight
-from ..tensors.norms import weight_geometry
 from . import codec, dialects, dotted, stored, weight_names
 from .adapter_file import AdapterFile, FileTensors, Naming
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
+from .merged import merged_bias, merged_weight
 from .places import Allowance, Missing, find_missing, part_of
 from .weight_names import Piece
-
-
-def merged_weight(
-    saved: SavedLayer, weight: Tensor, multiplier: float = 1.0, start: Tensor | None = None, bias_too: bool = False
-) -> Tensor:
-    """W' of one layer, by the formula of the forward pass.
-
-    Args:
-        saved: the layer as `codec.decode` found it.
-        weight: base weight [O, I, *kernel], or [C] of a normalisation layer; fp32 or wider.
-        start: the same before other files were merged into it, where the adapter's start values come from.
-        bias_too: the caller sees to the bias (`merged_bias`).
-
-    Raises:
-        ValueError: the file's tensors do not fit the weight, or would change a bias that is not merged.
-    """
-    if saved.bias_change is not None and not bias_too:
-        raise ValueError(
-            f"{saved.name} changes a bias ({saved.algorithm.spec.bias_key}), which cannot be merged from the weight "
-            "alone: apply the network to its model and merge there, or merge the file into the checkpoint "
-            "(scripts/merge.py)"
-        )
-    geometry = weight_geometry(weight.shape)
-    adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
-    base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
-    layer = AdaptedLayer(saved.name, base, adapter, saved.scale, dora=saved.side(geometry))
-    try:
-        if start is not None and adapter.wants_base:
-            with torch.no_grad():
-                adapter.init_from_base(start)
-        layer.init_from_base()
-        layer.load_magnitude(saved.magnitude, saved.folded)
-        return layer.new_weight(weight, multiplier).detach()
-    finally:
-        layer.sites = ()  # each knows its layer: as a cycle they would keep the weight until the next collection
-
-
-def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Tensor:
-    """The bias of one layer with the file's change of it.
-
-    Args:
-        bias: base bias [O], fp32 or wider.
-
-    Raises:
-        ValueError: the change does not fit the bias.
-    """
-    change = saved.bias_change
-    if change is None or multiplier == 0:
-        return bias
-    if change.shape != bias.shape:
-        raise ValueError(
-            f"{saved.algorithm.spec.bias_key} {tuple(change.shape)} does not fit a bias of {tuple(bias.shape)}: choose "
-            "the model that it was trained for"
-        )
-    return bias + multiplier * change.to(bias)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..args.coerce import named
 from ..files import codec, twins
 from ..files.adapter_file import FileTensors, Naming, open_adapter
 from ..files.codec import SavedLayer
-from ..files.merge import merged_bias, merged_weight
+from ..files.merged import merged_bias, merged_weight
 from ..files.places import Allowance, find_missing, part_of
 from ..files.weight_names import PREFIXES as PARTS
 from ..files.weight_names import stem_of
