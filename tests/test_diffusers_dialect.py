@@ -22,7 +22,8 @@ import networks.loha
 import networks.lora
 from networks.archs.places import places
 from networks.cli import merge
-from networks.files import dotted
+from networks.files import codec, dotted
+from networks.files.adapter_file import FileTensors, Naming
 
 FORM = {"save_format": "diffusers"}
 DORA = {"use_dora": "True"}
@@ -165,11 +166,23 @@ def test_the_metadata_state_the_strength(rslora: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(layer.adapter.delta() * layer.scale, updates(tensors, dict.fromkeys(scale, 1.0)))
 
 
-def test_a_projection_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_projection_that_is_missing_changes_nothing(tmp_path: Path) -> None:
+    """The rows of the keys stay as they are, and the others change as in the whole file."""
     tensors = flux_file(tmp_path / "a.safetensors")
     half = {key: tensor for key, tensor in tensors.items() if "to_k" not in key}
-    with pytest.raises(ValueError, match=r"3 layers make up \S+img_attn_qkv, but it has only \S+to_q, \S+to_v"):
-        networks.lora.create_network_from_weights(1.0, None, None, None, model_of("flux"), half)
+    changes = []
+    for given in (tensors, half):
+        made, _ = networks.lora.create_network_from_weights(1.0, None, None, None, model_of("flux"), given)
+        name = next(name for name, _ in made.named_children() if name.endswith("double_blocks_0_img_attn_qkv"))
+        layer = getattr(made, name)
+        changes.append(layer.adapter.delta() * layer.scale)
+    whole, without = (change.chunk(3) for change in changes)
+    assert whole[1].any() and not without[1].any()
+    for i in (0, 2):
+        assert torch.allclose(whole[i], without[i], rtol=1e-6, atol=1e-9)
+
+
+SIX_AND_TWO = ((0, 48), (1, 16))  # blocks and the rows of their modulation, of 8 columns
 
 
 def test_halves_are_in_the_trainers_order() -> None:
@@ -178,12 +191,14 @@ def test_halves_are_in_the_trainers_order() -> None:
     torch.manual_seed(0)
     at, ours, wide = "transformer.transformer_blocks.{}.norm1_context.linear", "lora_unet_joint_blocks_{}_", 8
     theirs = {}
-    for block, rows in ((0, 6 * wide), (1, 2 * wide)):
+    for block, rows in SIX_AND_TWO:
         theirs[f"{at.format(block)}.lora_A.weight"] = torch.randn(2, wide)
         theirs[f"{at.format(block)}.lora_B.weight"] = torch.randn(rows, 2)
         theirs[f"{at.format(block)}.lora_magnitude_vector.weight"] = torch.rand(rows)
     spec = SPECS["sd3"]
-    read = dotted.read(theirs, spec)
+    opened = FileTensors(theirs).opened(Naming(spec))
+    shapes = {f"{ours.format(block)}context_block_adaLN_modulation_1": (rows, wide) for block, rows in SIX_AND_TWO}
+    read = codec.write(opened.on(shapes.get).layers.values())
     for block, turn in ((0, lambda rows: rows), (1, lambda rows: swap_scale_shift(rows, dim=0))):
         name = f"{ours.format(block)}context_block_adaLN_modulation_1"
         assert torch.equal(read[f"{name}.lora_down.weight"], theirs[f"{at.format(block)}.lora_A.weight"])
@@ -194,7 +209,7 @@ def test_halves_are_in_the_trainers_order() -> None:
         f"{ours.format(block)}context_block_adaLN_modulation_1": places(
             spec, spec.denoiser, f"joint_blocks.{block}.context_block.adaLN_modulation.1", rows, wide
         )
-        for block, rows in ((0, 6 * wide), (1, 2 * wide))
+        for block, rows in SIX_AND_TWO
     }
     again = dotted.write(read, where)
     assert again.keys() == theirs.keys() and all(torch.equal(again[key], tensor) for key, tensor in theirs.items())

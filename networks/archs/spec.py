@@ -26,9 +26,6 @@ DENOISER_ROOTS = (
     "model.diffusion_model.", "model.model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.", "",
 )  # fmt: skip
 
-# The same in adapter files: dotted, and flat.
-DENOISER_FILE_ROOTS = ("diffusion_model.", "transformer.", "unet.", "lycoris_", "lora_transformer_", "lora_unet_")
-
 
 @dataclass(frozen=True)
 class FusedRows:
@@ -74,8 +71,8 @@ class Part:
         diffusers: the component of diffusers' pipelines for which they read adapters; "" = they read none.
         twins: layers that may have each other's names in files.
         others: (program or layout, names of its layers in adapter files), where they are those of no other record.
-        file_roots: what may stand before the names of its layers in adapter files, beside `prefix` and what stands
-            before them in checkpoints: with a dot behind it before dotted names, with an underscore before flat ones.
+        file_roots: what else may stand before the names of its layers in adapter files, with a dot behind it before
+            dotted names, with an underscore before flat ones; see `names` for what stands there usually.
     """
 
     name: str
@@ -94,7 +91,7 @@ class Part:
     diffusers: str = "transformer"
     twins: tuple[Twins, ...] = ()
     others: tuple[tuple[str, tuple[Rename, ...]], ...] = ()
-    file_roots: tuple[str, ...] = DENOISER_FILE_ROOTS
+    file_roots: tuple[str, ...] = ()
 
     @property
     def every_container(self) -> frozenset[str]:
@@ -132,7 +129,7 @@ class Part:
     def spellings(self) -> tuple[Spelling, ...]:
         """All ways of naming its layers but the trainer's own, each by itself."""
         tables = (subtrees(self.versions), (*self.layouts, *subtrees(self.rename)), self.release, self.comfyui)
-        return tuple(Spelling(table) for table in tables if table)
+        return tuple(Spelling(table) for table in (*tables, *(table for _, table in self.others)) if table)
 
     def released_name(self, dotted_name: str) -> str:
         """The trainer's name for one in the original release; the same for other names."""

@@ -74,6 +74,11 @@ class Twins:
     mark: str
 
 
+def _flat(rename: Rename) -> Rename:
+    """The same names with underscores for their dots, as the trainers save them."""
+    return replace(rename, own=rename.own.replace(r"\.", "_"), trainer=rename.trainer.replace(".", "_"))
+
+
 def below(own: str, trainer: str, *renames: Rename) -> tuple[Rename, ...]:
     """Layers below a prefix.
 
@@ -135,6 +140,11 @@ class Spelling:
     """
 
     renames: tuple[Rename, ...]
+
+    @cached_property
+    def flat(self) -> Spelling:
+        """The same names with underscores for their dots."""
+        return Spelling(tuple(map(_flat, self.renames)))
 
     @cached_property
     def _any(self) -> re.Pattern[str]:

@@ -53,7 +53,7 @@ def merge(args: argparse.Namespace) -> int:
     checkpoint = Checkpoint(args.checkpoint)
     check_free(checkpoint, args.out)
     check_outputs(lost_with(args.out), [args.checkpoint, *(path for path, _ in files)], args.overwrite)
-    adapters = [MergeInput.open(path, multiplier, checkpoint.shapes) for path, multiplier in files]
+    adapters = [MergeInput.open(path, multiplier, checkpoint.shapes, args.prefix) for path, multiplier in files]
     plan = CheckpointMerge(checkpoint, adapters, args.prefix, torch.device(args.device))
     allowance = Allowance.given(args.allow_missing, "--allow_missing")
     for adapter in adapters:
@@ -63,6 +63,8 @@ def merge(args: argparse.Namespace) -> int:
         report(plan, adapter, plan.unmatched(adapter), allowance, args.strict)
     sizes = [entry["data_offsets"] for header in checkpoint.headers.values() for entry in header.entries.values()]
     warning = plan.write(args.out, progress_bar(sum(end - start for start, end in sizes)))
+    for text, count in plan.conversions.items():
+        print(f"  {text} ({count} layers)")
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"wrote {args.out}")

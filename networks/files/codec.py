@@ -154,7 +154,7 @@ def decode(
         magnitude = None if algorithm is None else group.pop(flags.dialect.magnitude, None)
         strange = [suffix for suffix in group if algorithm is None or not algorithm.spec.knows(suffix)]
         if algorithm is None or strange:
-            unknown += [f"{name}.{suffix}" for suffix in strange]
+            unknown += [f"{name}.{suffix}" if suffix else name for suffix in strange]
             continue
         values, portable_alpha = _portable(algorithm, group, None if alpha is None else float(alpha), flags)
         folded = magnitude is not None and bool(flags.dialect.fold_flag)

@@ -22,8 +22,6 @@ from . import dotted
 
 log = logging.getLogger(__name__)
 
-WRAPPER = "lycoris_"  # before the names of layers in the files of LyCORIS' own wrapper
-
 
 @dataclass(frozen=True)
 class Dialect:
@@ -75,11 +73,9 @@ class Dialect:
         own, written = next((pair for pair in self.prefixes if name.startswith(pair[0])), ("", ""))
         return written + name.removeprefix(own)
 
-    def own_names(self, tensors: Mapping[str, Tensor], arch: ArchSpec | None) -> dict[str, Tensor]:
-        """The tensors of one of its files, or of LyCORIS' own wrapper, under the saved names that stand behind those
-        in the file."""
-        wrapper = ((f"{arch.denoiser.prefix}_", WRAPPER),) if arch else ()
-        return {_own_name(key, (*self.prefixes, *wrapper)): tensor for key, tensor in tensors.items()}
+    def own_name(self, name: str) -> str:
+        """The saved name that stands behind one in its files."""
+        return _own_name(name, self.prefixes)
 
     def written_suffix(self, suffix: str) -> str:
         return dict(self.suffixes).get(suffix, suffix)

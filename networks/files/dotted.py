@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..algos import recognise
+from ..archs.names import PEFT
 from ..archs.places import Place
-from ..archs.spec import ArchSpec, Part
-from ..archs.spellings import Rename
 from ..records import ALGORITHMS
 from ..records.lora import LORA
 
-PEFT = "base_model.model."  # before the names of layers in its files
 DOWN, UP, MAGNITUDE, ALPHA = LORA.keys["down"], LORA.keys["up"], "dora_scale", "alpha"
 VECTOR = "lora_magnitude_vector"
 SUFFIXES = {  # as others write them -> ours
@@ -48,7 +45,6 @@ SUFFIXES = {  # as others write them -> ours
 OF_PEFT = {suffix: own for spec in ALGORITHMS.values() for suffix, own in spec.peft_keys.items()}
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 _ENDING = re.compile(rf"\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
-DENOISER = ("transformer.", "unet.", "diffusion_model.", "model.diffusion_model.")
 
 
 def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) -> dict[str, Tensor]:
@@ -85,66 +81,20 @@ def _turn(rows: Tensor, place: Place) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
 
 
-def read(tensors: Mapping[str, Tensor], arch: ArchSpec | None, source: str = "the file") -> dict[str, Tensor]:
-    """Under the trainers' keys. What has them already, or no place in this architecture, stays as it is.
-
-    Raises:
-        ValueError: layers that are one in the trainer's model are not all there, or do not go together.
-    """
-    found: dict[str, Tensor] = {}
-    groups: dict[str, dict[int, _Piece]] = {}
-    spoken = _parts(tensors, arch)
-    for key, path, suffix in divided(tensors):
-        tensor = tensors[key]
-        if arch is None or "." not in path:
-            found[key] = tensor
-            continue
-        part, dotted = _locate(path, arch)
-        part = spoken[part.name]
-        layer = part.layout_of(dotted) or Rename(dotted, part.trainer_name(dotted))
-        name = f"{part.prefix}_{layer.trainer}".replace(".", "_")
-        piece = groups.setdefault(name, {}).setdefault(layer.position, _Piece(path, layer, {}))
-        piece.tensors[_own(path, suffix)] = tensor.flatten() if VECTOR in suffix else tensor
-    for name, pieces in groups.items():
-        count = next(iter(pieces.values())).layer.count
-        if len(pieces) < count:
-            there = ", ".join(piece.path for piece in pieces.values())
-            raise ValueError(
-                f"{source}: {count} layers make up {name}, but it has only {there}: take a file that has all of them, "
-                "or one under the trainer's names"
-            )
-        joined = pieces[0].whole() if count == 1 else _join([pieces[i] for i in range(count)], source)
-        found |= {f"{name}.{suffix}": tensor for suffix, tensor in joined.items()}
-    return found
-
-
-def _parts(keys: Iterable[str], arch: ArchSpec | None) -> dict[str, Part]:
-    """Name -> each part as it reads these keys together."""
-    names: dict[str, tuple[Part, set[str]]] = {}
-    for path in {divide(key)[0] for key in keys}:
-        if arch is not None and "." in path:
-            part, dotted = _locate(path, arch)
-            names.setdefault(part.name, (part, set()))[1].add(dotted)
-    return {name: part.among(dotted) for name, (part, dotted) in names.items()}
-
-
 def has_dots(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file has names of this kind."""
     return any("." in divide(key)[0] for key in tensors)
-
-
-def flattened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every layer as the file has it, with slashes for the dots of its name: to look at, where no model is known."""
-    found = {}
-    for key, path, suffix in divided(tensors):
-        found[f"{path.replace('.', '/')}.{_own(path, suffix)}" if "." in path else key] = tensors[key]
-    return found
 
 
 def divide(key: str) -> tuple[str, str]:
     """(name of the layer, suffix); a suffix that nobody knows is "", and the name what stands before the first dot."""
     match = _ENDING.search(key)
     return (key[: match.start()], match[1]) if match else (key.partition(".")[0], "")
+
+
+def layers(keys: Iterable[str]) -> list[str]:
+    """The names of the layers of which some key has a suffix that is known."""
+    return list(dict.fromkeys(path for path, suffix in map(divide, keys) if suffix))
 
 
 def divided(keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -159,76 +109,10 @@ def divided(keys: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         yield key, path, suffix or key[len(path) + 1 :]
 
 
-def _own(path: str, suffix: str) -> str:
+def own_suffix(path: str, suffix: str) -> str:
     """Our suffix for that of a layer with this name; some mean something else in a file of PEFT."""
     own = SUFFIXES.get(suffix, suffix)
     return OF_PEFT.get(suffix, own) if PEFT in path else own
-
-
-def _locate(path: str, arch: ArchSpec) -> tuple[Part, str]:
-    """The part of a model, and the layer's name there."""
-    path = path.removeprefix(PEFT)
-    for part in arch.text_encoders:
-        if part.diffusers and path.startswith(f"{part.diffusers}."):
-            return part, path[len(part.diffusers) + 1 :].removeprefix(PEFT)
-    for prefix in DENOISER:
-        if path.startswith(prefix):
-            path = path[len(prefix) :].removeprefix(PEFT)
-            break
-    return arch.denoiser, arch.denoiser.released_name(path)
-
-
-@dataclass
-class _Piece:
-    """An adapter of one of diffusers' layers, under our suffixes."""
-
-    path: str
-    layer: Rename
-    tensors: dict[str, Tensor]
-
-    def whole(self) -> dict[str, Tensor]:
-        """In the trainer's order of rows, the magnitude in our shape."""
-        tensors = dict(self.tensors)
-        magnitude, up, down = tensors.get(MAGNITUDE), tensors.get(UP), tensors.get(DOWN)
-        if up is None or down is None:
-            return tensors
-        if magnitude is not None and magnitude.dim() == 1:
-            tensors[MAGNITUDE] = magnitude.reshape(-1, *[1] * (up.dim() - 1))
-        if self.layer.swapped and len(up) == 2 * down.shape[1]:
-            tensors |= {s: torch.cat(tensors[s].chunk(2)[::-1]) for s in (UP, MAGNITUDE) if s in tensors}
-        return tensors
-
-
-def _join(pieces: Sequence[_Piece], source: str) -> dict[str, Tensor]:
-    """The adapter of the one layer which they are in the trainer's model.
-
-    Raises:
-        ValueError: they are not all plain LoRAs, or of DoRA on the input side.
-    """
-    layers = [piece.whole() for piece in pieces]
-    names = ", ".join(piece.path for piece in pieces)
-    kinds = {frozenset(layer) - {ALPHA} for layer in layers}
-    if len(kinds) > 1 or not {DOWN, UP} <= next(iter(kinds)) <= {DOWN, UP, MAGNITUDE}:
-        raise ValueError(
-            f"{source}: {names} are one layer here, and only plain LoRAs of all of them can become one: take a "
-            "file under the trainer's names"
-        )
-    joined = _joined_factors([layer[DOWN] for layer in layers], [_scaled_up(layer) for layer in layers])
-    if MAGNITUDE in layers[0]:
-        if any(len(layer[MAGNITUDE]) != len(layer[UP]) for layer in layers):
-            raise ValueError(
-                f"{source}: {names} are one layer here, which DoRA on the input side cannot become: take a file "
-                "under the trainer's names"
-            )
-        joined[MAGNITUDE] = torch.cat([layer[MAGNITUDE] for layer in layers])
-    return joined
-
-
-def _joined_factors(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Below each other where the first factor is the same, otherwise block-diagonal."""
-    if all(torch.equal(downs[0], down) for down in downs[1:]):
-        return {DOWN: downs[0], UP: torch.cat([*ups])}
-    return {DOWN: torch.cat([*downs]), UP: torch.block_diag(*ups)}
 
 
 def _scaled_up(tensors: Mapping[str, Tensor]) -> Tensor:

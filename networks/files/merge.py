@@ -15,7 +15,7 @@ from torch import Tensor
 from .._errors import located
 from ..archs import ARCHS
 from ..tensors import base_weight
-from . import codec, dialects, dotted, stored, weight_names
+from . import dotted, stored, weight_names
 from .adapter_file import AdapterFile, FileTensors, Naming
 from .checkpoint import Checkpoint, check_free
 from .codec import SavedLayer
@@ -26,58 +26,72 @@ from .weight_names import Piece
 
 @dataclass(frozen=True)
 class MergeInput:
-    """An adapter file to be merged, and how strongly.
-
-    Attributes:
-        layers: saved name -> layer.
-    """
+    """An adapter file to be merged, and how strongly."""
 
     path: Path
     multiplier: float
     file: AdapterFile
 
     @property
-    def layers(self) -> Mapping[str, SavedLayer]:
-        return self.file.layers
+    def families(self) -> Mapping[str, str]:
+        """Saved name of each of its layers, parts of layers included -> the kind of layer that it is for."""
+        return self.file.families
+
+    def changes_bias(self, name: str) -> bool:
+        return self.multiplier != 0 and self.file.changes_bias(name)
 
     @classmethod
-    def open(cls, path: Path, multiplier: float, keys: Collection[str] = ()) -> MergeInput:
+    def open(cls, path: Path, multiplier: float, keys: Collection[str] = (), prefix: str = "") -> MergeInput:
         """Read it.
 
         Args:
-            keys: of the checkpoint, by which names in diffusers' spelling are understood.
+            path: of the file.
+            multiplier: how strongly it is merged.
+            keys: of the checkpoint, by which names in other programs' spelling are understood.
+            prefix: of saved names, where a text encoder's keys fit several.
 
         Raises:
             ValueError: it is no adapter, is broken, or has a form that we do not know.
         """
         tensors = FileTensors(path)
-        return cls(path, multiplier, tensors.opened(_naming(tensors, keys)).all_read())
+        return cls(path, multiplier, tensors.opened(naming_for(tensors, keys, prefix)).all_read())
 
     @property
     def assumed(self) -> list[str]:
         """What is taken for granted of its layers."""
-        return codec.assumptions(self.layers.values())
+        return self.file.assumed
 
 
-def _naming(tensors: FileTensors, keys: Collection[str]) -> Naming:
-    """Keys with dots, or with the prefix of LyCORIS' own wrapper, by the architecture under whose names the largest
-    share of the file's layers is in the checkpoint; the first if none is. Not by their number: architectures join
-    different layers."""
-    own_class = weight_names.is_own(keys)
-    if not dotted.has_dots(tensors) and not any(key.startswith(dialects.WRAPPER) for key in tensors):
-        return Naming(own_class=own_class)
-    best, most, problem = Naming(own_class=own_class), -1.0, None
-    for arch in ARCHS:
+def naming_for(tensors: Mapping[str, Tensor], keys: Collection[str], prefix: str = "") -> Naming:
+    """By the names of which architecture the layers of a file are in a checkpoint: that of the largest share of them,
+    not of the largest number, since architectures join different layers; the file's own names where they do.
+
+    Args:
+        tensors: of the file.
+        keys: of the checkpoint.
+        prefix: of saved names, where a text encoder's keys fit several.
+
+    Raises:
+        ValueError: a weight fits the names of several models, and no prefix says which.
+    """
+    own_class, paths = weight_names.is_own(keys), dotted.layers(tensors)
+    best, most, problem = Naming(own_class=own_class), 0.0, None
+    for arch in (None, *ARCHS):
         naming = Naming(arch, own_class=own_class)
+        names = [{share.name for share in found} for found in naming.shares(paths).values()]
         try:
-            names = {key.partition(".")[0] for key in naming.apply(tensors, tensors.source)}
-            share = len(weight_names.find(keys, names)) / len(names)
+            there = weight_names.find(keys, set().union(*names), prefix).keys()
         except ValueError as error:
+            if arch is None:
+                raise
             problem = problem or error
             continue
+        share = sum(one <= there for one in names) / len(names) if names else 1.0
         if share > most:
             best, most = naming, share
-    if most < 0 and problem:
+        if most == 1.0:
+            break
+    if problem and not most:
         raise problem
     return best
 
@@ -100,7 +114,8 @@ class CheckpointMerge:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
-        names = {name for adapter in self.adapters for name in adapter.layers}
+        names = {name for adapter in self.adapters for name in adapter.families}
+        self.conversions: dict[str, int] = {}  # what layers of files had to become, and how often
         self.targets = weight_names.find(self.checkpoint.shapes, names, self.prefix)
         self.roundings: list[base_weight.Rounding] = []
         self._ready: dict[str, Tensor] = {}
@@ -131,11 +146,11 @@ class CheckpointMerge:
 
     def matched(self, adapter: MergeInput) -> list[str]:
         """Its layers that the checkpoint has."""
-        return [name for name in adapter.layers if name in self.targets]
+        return [name for name in adapter.families if name in self.targets]
 
     def unmatched(self, adapter: MergeInput) -> list[str]:
         """Its layers that the checkpoint has not."""
-        return [name for name in adapter.layers if name not in self.targets]
+        return [name for name in adapter.families if name not in self.targets]
 
     def missing(self, adapter: MergeInput, allowance: Allowance) -> Missing:
         """What of a file finds no weight.
@@ -143,12 +158,13 @@ class CheckpointMerge:
         Raises:
             ValueError: that is too much.
         """
-        families = {name: saved.algorithm.spec.family for name, saved in adapter.layers.items()}
+        families = adapter.families
         placed = self.matched(adapter)
         held = weight_names.held(self.checkpoint.shapes) | {part_of(name) for name in placed}
         if self.prefix:
             held = {self.prefix}
-        return find_missing(families, placed, held, weight_names.PREFIXES, (), allowance, str(adapter.path))
+        names = weight_names.all_names(self.checkpoint.shapes)
+        return find_missing(families, placed, held, weight_names.PREFIXES, (), allowance, str(adapter.path), names)
 
     def write(self, out: Path, progress: Callable[[str, int], None] = lambda key, size: None) -> str:
         """Write the merged checkpoint, atomically.
@@ -215,30 +231,46 @@ class CheckpointMerge:
     def _new_weight(self, name: str, weight: Tensor) -> Tensor:
         start = weight
         for adapter in self.adapters:
-            if name in adapter.layers:
+            if name in adapter.families:
                 with located(f"{adapter.path}: {name} and {self.targets[name].keys[0]}"):
-                    weight = merged_weight(adapter.layers[name], weight, adapter.multiplier, start, bias_too=True)
+                    saved = self._layer(adapter, name)
+                    weight = merged_weight(saved, weight, adapter.multiplier, start, bias_too=True)
                     _check_finite(weight, "weight")
         return weight
+
+    def _layer(self, adapter: MergeInput, name: str) -> SavedLayer:
+        """A layer of the file, put together for this checkpoint if need be."""
+        file = adapter.file
+        if name in file.layers:
+            return file.layers[name]
+        saved, text = file.layer_of(name, self.targets[name].shape(self.checkpoint.shapes), self._base)
+        if text:
+            self.conversions[text] = self.conversions.get(text, 0) + 1
+        return saved
+
+    def _base(self, name: str) -> Tensor:
+        """The weight of a layer as the checkpoint has it."""
+        pieces = [piece.of(self.checkpoint.shapes) for piece in self.targets[name].pieces]
+        rows = [piece.cut(self._read(piece.key, stored.load(self.checkpoint, piece.key))) for piece in pieces]
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def _new_bias(self, name: str, bias: Tensor) -> Tensor:
         for adapter in self._shifted(name):
             with located(f"{adapter.path}: {name} and {self.targets[name].pieces[0].bias_key}"):
-                bias = merged_bias(adapter.layers[name], bias, adapter.multiplier)
+                bias = merged_bias(self._layer(adapter, name), bias, adapter.multiplier)
                 _check_finite(bias, "bias")
         return bias
 
     def _shifted(self, name: str) -> list[MergeInput]:
         """The files that change the bias of a layer."""
-        found = [a for a in self.adapters if name in a.layers and a.multiplier != 0]
-        return [a for a in found if a.layers[name].bias_change is not None]
+        return [adapter for adapter in self.adapters if adapter.changes_bias(name)]
 
     def _nothing(self, adapter: MergeInput) -> str:
         names = sorted(weight_names.all_names(self.checkpoint.shapes))
-        first = next(iter(adapter.layers))
+        count, first = len(adapter.families), next(iter(adapter.families))
         near = get_close_matches(first, names, n=3, cutoff=0.3) or names[:3]
         return (
-            f"{adapter.path}: none of its {len(adapter.layers)} layers, such as {first}, is in {self.checkpoint.path}; "
+            f"{adapter.path}: none of its {count} layers, such as {first}, is in {self.checkpoint.path}; "
             f"names there look like {', '.join(near) or 'nothing that is trained'}: choose the model it was trained for"
         )
 

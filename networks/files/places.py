@@ -6,6 +6,7 @@ file's layers have no place; less is a warning with names and counts. Parts that
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -76,6 +77,7 @@ def find_missing(
     unwanted: Collection[str],
     allowance: Allowance,
     source: str,
+    names: Collection[str] = (),
 ) -> Missing:
     """The layers of a file that have no place.
 
@@ -87,6 +89,7 @@ def find_missing(
         unwanted: names of layers which the call says to leave out.
         allowance: what may be without a place.
         source: name of the file, for messages.
+        names: saved names of the model's layers, of which an error tells the nearest.
 
     Raises:
         ValueError: they are too many.
@@ -101,9 +104,16 @@ def find_missing(
     if why:
         raise ValueError(
             f"{source}: {len(left)} of its {len(here)} layers have no place here{examples(left)}, {why}: it is of "
-            f"another model or has names that are not known; {allowance.remedy} goes on without them"
+            f"another model or has names that are not known{nearest_name(left[0], names)}; {allowance.remedy} goes on "
+            "without them"
         )
     return Missing(tuple(sorted(away)), tuple(sorted(refused)), tuple(left))
+
+
+def nearest_name(name: str, names: Collection[str]) -> str:
+    """A word on which of a model's layers the unknown one is most like; "" if it is like none."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f" (the nearest one here is {near[0]})" if near else ""
 
 
 def _too_much(missing: Sequence[str], here: Sequence[str], families: Mapping[str, str]) -> str:

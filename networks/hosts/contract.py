@@ -27,6 +27,7 @@ from ..network.diagnosis import Diagnosis
 from ..network.network import Network
 from ..network.optim import Groups, parameter_groups
 from ..plan.file_format import format_of, wanted_format
+from ..plan.file_layers import on_model
 from ..plan.plan import Plan, Request
 from ..plan.planner import build_plan, explained_plan
 from ..plan.report import LoadReport, summary
@@ -287,8 +288,12 @@ class Caller:
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
         own_class = is_own(request.arch.denoiser, unet)
         file = open_adapter(tensors, Naming(request.arch, wanted_format(request.args, request.arch), own_class), source)
-        if not file.layers and not file.unread:
+        if not file.families:
             problems.add(file.problem)
+        try:
+            file = on_model(file, request.parts)
+        except ValueError as error:
+            problems.add(str(error))
         flags, args = file.flags, request.args
         if flags.rs_lora is not None and "rs_lora" in args.given and flags.rs_lora != args.rs_lora:
             problems.add(rs_lora_differs(flags, args.rs_lora, source))

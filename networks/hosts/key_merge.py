@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,13 +24,15 @@ from torch import Tensor
 from .._errors import located
 from .._version import __version__
 from ..args.coerce import named
-from ..files import codec, twins
-from ..files.adapter_file import FileTensors, Naming, open_adapter
+from ..files import reader, twins, weight_names
+from ..files.adapter_file import AdapterFile, FileTensors, Naming, open_adapter
 from ..files.codec import SavedLayer
+from ..files.joining import rows_of
+from ..files.merge import naming_for
 from ..files.merged import merged_bias, merged_weight
 from ..files.places import Allowance, find_missing, part_of
 from ..files.weight_names import PREFIXES as PARTS
-from ..files.weight_names import stem_of
+from ..files.weight_names import Piece, stem_of
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +41,9 @@ PREFIXES = ("lora_unet_", "")  # of a saved name, before the weight's key; text 
 FROM_WEIGHTS = "create_arch_network_from_weights"
 WRAPPED = "model_diffusion_model_"  # before the keys of some checkpoints; the trainers strip it after they merged
 _NOTHING = Allowance(remedy="--allow_missing before the script's name")
+_PART_OF = re.compile(r"(.*)(\d{5})(-of-)(\d{5})(.*)", re.DOTALL)
 Fingerprint = tuple[tuple[str, float], ...]
+Shapes = Mapping[str, tuple[int, ...]]
 _merged_by_key: set[Fingerprint] = set()  # files, in this process
 
 
@@ -78,55 +84,117 @@ def merge_weights_to_tensor(
         return model_weight
     for key in keys:
         lora_weight_keys.discard(key)
-    return _merge(model_weight, [(layer, multiplier)], calc_device).to(model_weight.device)
 
-
-def _merge(
-    weight: Tensor,
-    layers: Sequence[tuple[SavedLayer, float]],
-    device: torch.device | str,
-    merged: Callable[[SavedLayer, Tensor, float, Tensor], Tensor] = merged_weight,
-) -> Tensor:
-    """W' on `device`, in the weight's dtype; or the bias."""
-    wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
-    start = wide
-    for layer, multiplier in layers:
+    def new(weight: Tensor) -> Tensor:
         with located(layer.name):
-            wide = merged(layer, wide, multiplier, start)
-    limit = torch.finfo(weight.dtype).max
+            return merged_weight(layer, weight, multiplier, weight)
+
+    return _rounded(model_weight, [layer.name], new, calc_device).to(model_weight.device)
+
+
+def _rounded(
+    weight: Tensor, names: Sequence[str], new: Callable[[Tensor], Tensor], device: torch.device | str
+) -> Tensor:
+    """What `new` makes of a weight, or of a bias, in fp32 or wider; on `device`, in the weight's dtype."""
+    wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
+    wide, limit = new(wide), torch.finfo(weight.dtype).max
     if weight.itemsize == 1:  # depending on torch and kind, a cast to fp8 makes inf or NaN of what is too large
         wide = wide.clamp(-limit, limit)
     if not bool((wide.abs() <= limit).all()):
         raise ValueError(
-            f"{', '.join(layer.name for layer, _ in layers)}: the merged values are NaN, or too large for "
-            f"{weight.dtype}: lower the multiplier, or choose an earlier file"
+            f"{', '.join(names)}: the merged values are NaN, or too large for {weight.dtype}: lower the multiplier, or "
+            "choose an earlier file"
         )
     return wide.to(weight.dtype)
 
 
-def _of_bias(layer: SavedLayer, bias: Tensor, multiplier: float, start: Tensor) -> Tensor:
-    return merged_bias(layer, bias, multiplier)
+@dataclass(frozen=True)
+class _Rows:
+    """A weight or a bias, or a share of one, as rows of a layer of the file; stop None = all of them."""
+
+    piece: Piece
+    start: int = 0
+    stop: int | None = None
 
 
 @dataclass
 class _File:
-    """The layers of one adapter file, and which of them found their weight."""
+    """An adapter file, and which of its layers found their weight.
 
-    source: str
-    layers: Mapping[str, SavedLayer]
+    Attributes:
+        places: key of a tensor that is read -> (saved name, its rows) of the file's layers there.
+        shapes: saved name -> shape of the whole layer, as far as the headers tell it.
+    """
+
+    file: AdapterFile
     multiplier: float
     allowance: Allowance
+    places: dict[str, list[tuple[str, _Rows]]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     shifted: set[str] = field(default_factory=set)
 
-    def layer_for(self, flat_key: str, bias: bool = False) -> SavedLayer | None:
-        """Its layer of this name, if it has something for the weight, or for the bias."""
-        for name in (prefix + key for key in (flat_key, flat_key.removeprefix(WRAPPED)) for prefix in PREFIXES):
-            layer = self.layers.get(name)
-            if layer is not None and (not bias or layer.bias_change is not None):
-                (self.shifted if bias else self.used).add(layer.name)
-                return layer
-        return None
+    def find(self, known: Shapes) -> None:
+        """Find its layers among the tensors that will be read, by key and shape."""
+        for name, target in weight_names.find(known, self.file.families).items():
+            self.shapes[name], start = target.shape(known), 0
+            for piece in (piece.of(known) for piece in target.pieces):
+                shape = known[piece.key]
+                stop = start + (shape[-1] if piece.transposed else shape[0]) // piece.count * piece.shares
+                self.places.setdefault(piece.key, []).append((name, _Rows(piece, start, stop)))
+                self.places.setdefault(piece.bias_key, []).append((name, _Rows(piece.of_bias(), start, stop)))
+                start = stop
+
+    def layers_for(self, key: str) -> list[tuple[str, _Rows]]:
+        """(saved name, rows) of its layers in a tensor; of one that is renamed as it is read, by the trainer's name."""
+        if key in self.places:
+            return self.places[key]
+        flat = (key.removesuffix(".bias") if key.endswith(".bias") else stem_of(key)).replace(".", "_")
+        names = [prefix + one for one in (flat, flat.removeprefix(WRAPPED)) for prefix in PREFIXES]
+        return [(name, _Rows(Piece(key))) for name in names if name in self.file.families][:1]
+
+    def merged(self, key: str, tensor: Tensor, start: Tensor) -> Tensor:
+        """A weight, or a bias, with the file's change of it.
+
+        Args:
+            key: its own.
+            tensor: fp32 or wider.
+            start: the same before other files were merged.
+
+        Raises:
+            ValueError: the file's tensors do not fit.
+        """
+        result, bias = tensor, key.endswith(".bias")
+        for name, rows in self.layers_for(key):
+            with located(name):
+                own = rows.piece.cut(tensor)
+                saved = self._layer(name, rows, own, bias)
+                if bias and saved.bias_change is None:
+                    continue
+                if bias:
+                    new = merged_bias(saved, own, self.multiplier)
+                else:
+                    new = merged_weight(saved, own, self.multiplier, rows.piece.cut(start), bias_too=True)
+            result = rows.piece.put(result, new, tensor)
+            (self.shifted if bias else self.used).add(name)
+        return result
+
+    def _layer(self, name: str, rows: _Rows, own: Tensor, bias: bool) -> SavedLayer:
+        """The file's layer for the rows of a tensor.
+
+        Args:
+            own: those rows, as they are.
+        """
+        shapes = {**self.shapes, name: self.shapes.get(name, tuple(own.shape))}
+        whole = rows.stop is None or rows.stop - rows.start == shapes[name][0]
+        saved = self.file.layers.get(name)
+        if saved is None:
+            base = {name: own}.__getitem__ if whole and not bias else None
+            saved, _ = self.file.layer_of(name, shapes[name], base)
+        if whole:
+            return saved
+        assert rows.stop is not None
+        return rows_of(saved, name, rows.start, rows.stop, None, shapes[name])[0]
 
     def report(self) -> None:
         """Say what was merged.
@@ -134,28 +202,28 @@ class _File:
         Raises:
             ValueError: nothing was.
         """
-        missed = sorted(self.layers.keys() - self.used)
-        if self.layers and not self.used:
+        families, source = self.file.families, self.file.source
+        missed = sorted(families.keys() - self.used)
+        if families and not self.used:
             raise ValueError(
-                f"{self.source}: no weight of this model belongs to its {len(self.layers)} layers, e.g. {missed[0]}; "
+                f"{source}: no weight of this model belongs to its {len(families)} layers, e.g. {missed[0]}; "
                 "choose a file that was trained on this model"
             )
-        families = {name: saved.algorithm.spec.family for name, saved in self.layers.items()}
         parts = {part_of(name) for name in self.used}
-        missing = find_missing(families, self.used, parts, PARTS, (), self.allowance, self.source)
+        missing = find_missing(families, self.used, parts, PARTS, (), self.allowance, source)
         for line in filter(None, (missing.warning(), missing.counted())):
-            log.warning("%s: %s", self.source, line)
-        lost = sorted(n for n in self.used - self.shifted if self.layers[n].bias_change is not None)
+            log.warning("%s: %s", source, line)
+        lost = sorted(name for name in self.used - self.shifted if self.file.changes_bias(name))
         if lost:
             raise ValueError(
-                f"{self.source}: {len(lost)} of its layers change a bias which this model has not, e.g. {lost[0]}: "
+                f"{source}: {len(lost)} of its layers change a bias which this model has not, e.g. {lost[0]}: "
                 "choose a file that was trained on this model"
             )
         if self.used:
-            kinds = sorted({self.layers[name].algorithm.spec.name for name in self.used})
+            kinds = sorted({saved.algorithm.spec.name for name in self.used for saved in self.file.of(name)})
             log.info(
                 "%s: %d layers (%s) merged at %g by kohya-networks %s",
-                self.source, len(self.used), ", ".join(kinds), self.multiplier, __version__,
+                source, len(self.used), ", ".join(kinds), self.multiplier, __version__,
             )  # fmt: skip
 
 
@@ -208,7 +276,10 @@ class _Loader:
         given = call.arguments.get("lora_weights_list")
         if not given:
             return self.load(*args, **kwargs)
-        files = self._open(given, call.arguments.get("lora_multipliers"))
+        strengths = _strengths(call.arguments.get("lora_multipliers"), len(given))
+        known = _shapes(call.arguments.get("model_files"))
+        sources = [f"adapter file {number} of {len(given)}" for number in range(1, len(given) + 1)]
+        files = [self._open(*one, known) for one in zip(given, strengths, sources, strict=True)]
         call.arguments.update(lora_weights_list=None, lora_multipliers=None)
         with self._merging(files, call.arguments["calc_device"]):
             result = self.load(*call.args, **call.kwargs)
@@ -217,16 +288,14 @@ class _Loader:
         _merged_by_key.update(map(_fingerprint, given))
         return result
 
-    def _open(self, given: Sequence[Mapping[str, Tensor]], multipliers: float | Sequence[float] | None) -> list[_File]:
-        files = []
-        strengths = _strengths(multipliers, len(given))
-        for number, (tensors, strength) in enumerate(zip(given, strengths, strict=True), start=1):
-            source = f"adapter file {number} of {len(given)}"
-            layers = open_adapter(tensors, Naming(), source).all_read().layers
-            for text in codec.assumptions(layers.values()):
-                log.info("%s: %s", source, text)
-            files.append(_File(source, layers, strength, self.allowance))
-        return files
+    def _open(self, tensors: Mapping[str, Tensor], strength: float, source: str, known: Shapes) -> _File:
+        """A file, by the names of the model that has these tensors."""
+        opened = open_adapter(tensors, naming_for(tensors, known), source).all_read()
+        for text in opened.assumed:
+            log.info("%s: %s", source, text)
+        file = _File(opened, strength, self.allowance)
+        file.find(known)
+        return file
 
     @contextmanager
     def _merging(self, files: Sequence[_File], device: torch.device) -> Iterator[None]:
@@ -245,18 +314,44 @@ class _Loader:
             setattr(self.module, READER, self.read)
 
 
+def _shapes(paths: Any) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of what a trainer is about to read; {} where it does not say, or reads something else."""
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths or ():
+            for part in _parts(str(path)):
+                found |= reader.read_header(part).shapes
+    except (ValueError, OSError):
+        return {}
+    return found
+
+
+def _parts(path: str) -> list[str]:
+    """All files of one that is divided: `model-00001-of-00003.safetensors` stands for three."""
+    match = _PART_OF.fullmatch(path)
+    if match is None:
+        return [path]
+    start, number, middle, count, end = match.groups()
+    return [f"{start}{i:0{len(number)}}{middle}{count}{end}" for i in range(1, int(count) + 1)]
+
+
 def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: torch.device) -> Callable[..., Tensor]:
     """The trainer's hook on each weight that it reads, followed by ours."""
 
     def merge(key: str, weight: Tensor, keep_on_calc_device: bool = False) -> Tensor:
         if theirs is not None:
             weight = theirs(key, weight, keep_on_calc_device=keep_on_calc_device)
-        bias = key.endswith(".bias")
-        flat = (key.removesuffix(".bias") if bias else stem_of(key)).replace(".", "_")
-        found = [(layer, file.multiplier) for file in files if (layer := file.layer_for(flat, bias)) is not None]
-        if not found:
+        names = [name for file in files for name, _ in file.layers_for(key)]
+        if not names:
             return weight
-        merged = _merge(weight, found, device, _of_bias if bias else functools.partial(merged_weight, bias_too=True))
+
+        def new(wide: Tensor) -> Tensor:
+            start = wide
+            for file in files:
+                wide = file.merged(key, wide, start)
+            return wide
+
+        merged = _rounded(weight, names, new, device)
         return merged if keep_on_calc_device else merged.to(weight.device)
 
     return merge

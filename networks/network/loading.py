@@ -57,11 +57,10 @@ def match(file: AdapterFile, places: Places) -> tuple[dict[str, SavedLayer], Mis
     _check_fit(file, found, places)
     if not found:
         raise ValueError(_nothing(file, places))
-    families = {name: saved.algorithm.spec.family for name, saved in file.layers.items()}
-    families |= {name: "unknown" for name in file.unread}
+    families = file.families
     placed = {name for name in families if places.own(name) in places.layers}
     away = (places.held, places.known, places.unwanted)
-    missing = find_missing(families, placed, *away, places.allowance, file.source)
+    missing = find_missing(families, placed, *away, places.allowance, file.source, places.layers)
     return _with_magnitudes(file, found, places), missing
 
 
@@ -120,7 +119,7 @@ def _with_magnitudes(file: AdapterFile, found: Mapping[str, SavedLayer], places:
 
 
 def _nothing(file: AdapterFile, places: Places) -> str:
-    theirs = next(iter([*file.layers, *file.unread, *file.stray]), "no tensor")
+    theirs = next(iter([*file.families, *file.stray]), "no tensor")
     ours = next(iter(places.layers), "-")
     return (
         f"{file.source} has nothing for this network: it holds names like {theirs}, this network ({places.title}) has "

@@ -407,8 +407,13 @@ class Network(nn.Module):
             ValueError: it does not fit, contradicts this network, or has too little for it; nothing was changed.
         """
         self.file_format.check(file.flags, file.metadata, file.source)
-        found, without = match(file, self._places())
-        for text in codec.assumptions(found.values()):
+        places = self._places()
+        file = file.on(
+            lambda name: places.layers[own][0].shape if (own := places.own(name)) in places.layers else None,
+            lambda name: self._layers[places.own(name)][1].whole_weight(),
+        )
+        found, without = match(file, places)
+        for text in file.assumed:
             log.info("%s: %s", file.source, text)
         for own, layer in found.items():  # only now: a file that does not fit must change nothing
             adapted = self._layers[own][1]
