@@ -69,7 +69,8 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dic
     broken, vanished = [], []
     for key, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        low, high = (value.item() for value in tensor.aminmax()) if tensor.numel() else (0, 0)
+        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # fp8 has no extremes
+        low, high = (value.item() for value in wide.aminmax()) if tensor.numel() else (0, 0)
         largest = max(abs(low), abs(high))
         if not math.isfinite(low + high):
             broken.append(key)
