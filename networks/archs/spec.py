@@ -93,6 +93,9 @@ class Part:
     others: tuple[tuple[str, tuple[Rename, ...]], ...] = ()
     file_roots: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:  # that of all its tables would take longer than what is looked up by it
+        return hash((self.name, self.prefix))
+
     @property
     def every_container(self) -> frozenset[str]:
         """Class names of all containers, whatever lets them join."""
@@ -288,6 +291,9 @@ class ArchSpec:
     regions: Pairs = ()
     diffusers_lokr: bool = False
     releases: tuple[Release, ...] = field(default=(), hash=False)
+
+    def __hash__(self) -> int:  # as of Part
+        return hash(self.name)
 
     @property
     def arguments(self) -> frozenset[str]:

@@ -147,8 +147,9 @@ class Spelling:
         return Spelling(tuple(map(_flat, self.renames)))
 
     @cached_property
-    def _any(self) -> re.Pattern[str]:
-        return re.compile("|".join(f"(?:{one.own})" for one in self.renames))
+    def _starts(self) -> tuple[str, ...]:
+        """Of each: what its own names begin with, up to the first number; far cheaper to compare than expressions."""
+        return tuple(re.sub(r"\\(.)", r"\1", re.split(r"[(\[]", one.own)[0]) for one in self.renames)
 
     @cached_property
     def _compiled(self) -> tuple[tuple[re.Pattern[str], re.Pattern[str], str], ...]:
@@ -167,11 +168,11 @@ class Spelling:
 
     def of(self, name: str, bare: bool = False) -> tuple[Rename, ...]:
         """The trainer's layers behind a name, in the order of their rows, names filled in; () = not known here."""
-        if not self._any.fullmatch(name):
+        if not name.startswith(self._starts):
             return ()
         for i, (one, (own, _, _)) in enumerate(zip(self.renames, self._compiled, strict=True)):
-            match = own.fullmatch(name)
-            if match and one.bare == bare:
+            match = own.fullmatch(name) if one.bare == bare and name.startswith(self._starts[i]) else None
+            if match:
                 groups, stop = (match[0], *match.groups()), self._last[i] + 1
                 names = [template.format(*groups) for _, _, template in self._compiled[i:stop]]
                 return tuple(replace(r, trainer=n) for r, n in zip(self.renames[i:stop], names, strict=True))
@@ -179,6 +180,6 @@ class Spelling:
 
     def marks(self, name: str, bare: bool = False) -> bool:
         """Whether a name shows that names are spelt like this: it is one here, and not one of the trainer's, too."""
-        if not self._any.fullmatch(name) or not self.of(name, bare):
+        if not self.of(name, bare):
             return False
         return not any(trainer.fullmatch(name) for _, trainer, _ in self._compiled)
