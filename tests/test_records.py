@@ -99,7 +99,7 @@ def test_hunyuan_video_1_5_layer_by_layer() -> None:
     part = SPECS["hv_1_5"].denoiser
     for own, theirs in pairs.items():
         assert part.trainer_name(f"transformer_blocks.53.{own}") == f"double_blocks.53.{theirs}"
-    assert part.trainer_name("context_embedder.proj_in") == "context_embedder.proj_in"
+    assert part.trainer_name("context_embedder.proj_in") == "txt_in.input_embedder"
 
 
 def test_krea_2_trains_every_linear() -> None:
