@@ -108,17 +108,20 @@ def test_fp8_saturates_instead_of_overflowing(dtype: torch.dtype, largest: float
 # ---- a trainer's loader, in the shape which sd-scripts and musubi-tuner share ----
 
 LORA_UTILS = """
+from glob import glob
 import torch
 from safetensors.torch import load_file
 
 def load_safetensors_with_fp8_optimization_and_hook(model_files, fp8, device, weight_hook=None):
     result = {}
-    for key, value in load_file(model_files).items():
+    weights = {key: value for file in model_files for key, value in load_file(file).items()}
+    for key, value in weights.items():
         result[key] = weight_hook(key, value, keep_on_calc_device=False) if weight_hook else value
     return result
 
 def load_safetensors_with_lora_and_fp8(model_files, lora_weights_list, lora_multipliers, fp8, calc_device):
     files = lora_weights_list or []
+    model_files = sorted(glob(model_files.replace("-00001-of-", "-0000?-of-")))
     assert len(lora_multipliers or []) == len(files)
     def hook(key, weight, keep_on_calc_device=False):
         name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
@@ -242,6 +245,67 @@ def test_files_are_merged_in_their_order(
             new = new / new.norm(dim=1, keepdim=True) * magnitude
         exact = exact + 0.7 * (new - exact)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+D = 16
+Pairs = dict[str, tuple[Tensor, Tensor]]
+
+
+def pairs(layers: dict[str, int]) -> Pairs:
+    """Name of a layer, rows -> factors of rank 2."""
+    return {name: (random(2, D, seed=i), random(rows, 2, seed=9 + i)) for i, (name, rows) in enumerate(layers.items())}
+
+
+def as_file(found: Pairs, down: str = "lora_A.weight", up: str = "lora_B.weight") -> dict[str, Tensor]:
+    return {f"{n}.{s}": t for n, both in found.items() for s, t in zip((down, up), both, strict=True)}
+
+
+def test_names_of_diffusers_on_fused_layers(trainer: ModuleType, tmp_path: Path) -> None:
+    """Projections are rows of the trainer's layer, one that the file lacks changes nothing; a bias follows its rows."""
+    key = "double_blocks.0.img_attn.qkv"
+    weights = {f"{key}.weight": random(3 * D, D, seed=5), f"{key}.bias": random(3 * D), "img_in.weight": random(D, 4)}
+    weights["single_blocks.0.linear1.weight"] = random(7 * D, D, seed=6)
+    save_file(weights, tmp_path / "model.safetensors")
+    blocks = "transformer.transformer_blocks.0.attn.to_", "transformer.single_transformer_blocks.0."
+    found = pairs({blocks[0] + "q": D, blocks[0] + "v": D, blocks[1] + "proj_mlp": 4 * D, blocks[1] + "attn.to_k": D})
+    merged = load(trainer, tmp_path / "model.safetensors", [as_file(found)], [0.7])
+    deltas = {name: 0.7 * up.double() @ down.double() for name, (down, up) in found.items()}
+    exact = {name: weight.double().clone() for name, weight in weights.items()}
+    exact[f"{key}.weight"][:D] += deltas[blocks[0] + "q"]
+    exact[f"{key}.weight"][2 * D :] += deltas[blocks[0] + "v"]
+    exact["single_blocks.0.linear1.weight"][D : 2 * D] += deltas[blocks[1] + "attn.to_k"]
+    exact["single_blocks.0.linear1.weight"][3 * D :] += deltas[blocks[1] + "proj_mlp"]
+    for name, weight in exact.items():
+        torch.testing.assert_close(merged[name].double(), weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", ["diffusion_model.{}", "lora_unet__{}", "lora_unet_{}", "{}"])
+def test_comfyuis_fused_projections(trainer: ModuleType, tmp_path: Path, names: str) -> None:
+    """Z-Image, on the trainer's separate projections, in a model of two files."""
+    where = "layers.{}.attention."
+    weights = {f"{where.format(i)}{x}.weight": random(D, D, seed=i) for i in (0, 1) for x in ("to_q", "to_k", "to_v")}
+    weights |= {f"{where.format(i)}to_out.0.weight": random(D, D, seed=i) for i in (0, 1)}
+    for i in (0, 1):
+        part = {key: weight for key, weight in weights.items() if key.startswith(f"layers.{i}.")}
+        save_file(part, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
+    layers = pairs({f"{where.format(i)}{x}": rows for i in (0, 1) for x, rows in (("qkv", 3 * D), ("out", D))})
+    flat = "_" in names
+    given = {
+        names.format(n.replace(".", "_") if flat and "diffusion" not in names else n): p for n, p in layers.items()
+    }
+    merged = load(
+        trainer,
+        tmp_path / "model-00001-of-00002.safetensors",
+        [as_file(given, "lora_down.weight", "lora_up.weight")],
+        [1.0],
+    )
+    assert merged.keys() == weights.keys()
+    for key, weight in merged.items():
+        head, _, last = key.removesuffix(".weight").partition(".attention.")
+        down, up = layers[f"{head}.attention.{'out' if last == 'to_out.0' else 'qkv'}"]
+        at = {"to_q": 0, "to_k": 1, "to_v": 2, "to_out.0": 0}[last]
+        exact = weights[key].double() + (up.double() @ down.double())[at * D : (at + 1) * D]
+        torch.testing.assert_close(weight.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 def test_without_adapters_nothing_is_touched(trainer: ModuleType, model: tuple[Path, dict[str, Tensor]]) -> None:
