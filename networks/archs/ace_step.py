@@ -33,6 +33,7 @@ ACE_STEP = ArchSpec(
             *below("", "", Rename("proj_in_conv", "proj_in.1"), Rename("proj_out_conv", "proj_out.1")),
         ),
         comfyui=subtrees((("decoder.", ""),)),
+        file_roots=("lora_unet_decoder_", "lycoris_decoder_"),
         # The decoder in a checkpoint of the whole model, and in ComfyUI's.
         roots=("decoder.", *(f"{root}decoder." for root in DENOISER_ROOTS if root), *DENOISER_ROOTS),
     ),

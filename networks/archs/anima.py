@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .releases import Encoder, Module, Release
 from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
-from .spellings import Rename, below
+from .spellings import Rename, below, subtrees
 
 QWEN3 = ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2")
 
@@ -90,6 +90,8 @@ ANIMA = ArchSpec(
         "lora_unet",
         ("Block", "PatchEmbed", "TimestepEmbedding", "FinalLayer", "CosmosTransformerBlock"),
         layouts=DIFFUSERS,
+        # diffusers' pipeline has that adapter as a model of its own, under this name.
+        others=(("diffusers, its text conditioner", subtrees((("text_conditioner.", "llm_adapter."),))),),
         optional=(("train_llm_adapter", ("LLMAdapterTransformerBlock",)),),
     ),
     text_encoders=(
@@ -99,6 +101,17 @@ ANIMA = ArchSpec(
             QWEN3,
             roots=("text_encoders.qwen3_06b.transformer.model.", "model.", ""),
             diffusers="",
+            file_roots=(
+                "lora_te.",
+                "lora_te_model_",
+                "lora_te1_",
+                "lora_te1.",
+                "text_encoder.",
+                "text_encoder.model.",
+                "qwen3_06b.",
+                "qwen3_06b.transformer.model.",
+                "text_encoders.qwen3_06b.",
+            ),  # fmt: skip
         ),
     ),
     axes=(BlockAxis("blocks."),),

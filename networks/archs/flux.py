@@ -7,7 +7,7 @@ from dataclasses import replace
 from .releases import Encoder, Release
 from .sd import CLIP_L, clip
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
-from .spellings import Rename, below, fused
+from .spellings import Rename, below, fused, numbered
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
 DOUBLE_BLOCKS = 19
@@ -75,16 +75,80 @@ DIFFUSERS = (
 )
 
 
+# Names which only adapter files have: XLabs'; the Open Model Initiative's, written by OneTrainer, with projections by
+# number; those of DiffSynth's own classes.
+XLABS = (
+    *below(
+        r"double_blocks\.(\d+)\.processor\.",
+        r"double_blocks.\1.",
+        Rename("qkv_lora1", "img_attn.qkv"),
+        Rename("qkv_lora2", "txt_attn.qkv"),
+        Rename("proj_lora1", "img_attn.proj"),
+        Rename("proj_lora2", "txt_attn.proj"),
+    ),
+    *below(
+        r"single_blocks\.(\d+)\.processor\.",
+        r"single_blocks.\1.",
+        Rename("qkv_lora", "linear1", count=4, span=3),
+        Rename("proj_lora", "linear2"),
+    ),
+)
+OMI = (
+    *below(
+        r"double_blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        *numbered("img_attn.qkv", 3),
+        *numbered("txt_attn.qkv", 3),
+    ),
+    *below(r"single_blocks\.(\d+)\.", r"single_blocks.\1.", *numbered("linear1", 4)),
+    *below("", "", Rename("img_in.proj", "img_in")),
+)
+DIFFSYNTH = (
+    *below(
+        r"blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        Rename("norm1_a.linear", "img_mod.lin"),
+        Rename("norm1_b.linear", "txt_mod.lin"),
+        Rename("attn.a_to_qkv", "img_attn.qkv"),
+        Rename("attn.b_to_qkv", "txt_attn.qkv"),
+        Rename("attn.a_to_out", "img_attn.proj"),
+        Rename("attn.b_to_out", "txt_attn.proj"),
+        Rename("ff_a.0", "img_mlp.0"),
+        Rename("ff_a.2", "img_mlp.2"),
+        Rename("ff_b.0", "txt_mlp.0"),
+        Rename("ff_b.2", "txt_mlp.2"),
+    ),
+    *below(
+        r"single_blocks\.(\d+)\.",
+        r"single_blocks.\1.",
+        Rename("norm.linear", "modulation.lin"),
+        Rename("to_qkv_mlp", "linear1"),
+        Rename("proj_out", "linear2"),
+    ),
+)
+
+
 # What sd-scripts' networks.oft_flux trains beside the attention of the double blocks on request.
 NO_ATTENTION = Switch(
     "enable_all_linear", r"double_blocks\.\d+\.(img|txt)_(mlp|mod)\..*|single_blocks\..*", True, default=True
 )
 
 
-def t5(argument: str = "train_t5xxl") -> Part:
-    """The T5 text encoder: large, so it is trained only on request."""
-    roots = ("text_encoders.t5xxl.transformer.", "")
-    return Part("text_encoder3", "lora_te3", T5, roots=roots, argument=argument, diffusers="")
+def t5(*file_roots: str) -> Part:
+    """The T5 text encoder: large, so it is trained only on request.
+
+    Args:
+        file_roots: what programs that count the encoders of this architecture call it.
+    """
+    return Part(
+        "text_encoder3",
+        "lora_te3",
+        T5,
+        roots=("text_encoders.t5xxl.transformer.", ""),
+        argument="train_t5xxl",
+        diffusers="",
+        file_roots=("lora_te3.", "t5.", "t5xxl.", "t5xxl.transformer.", *file_roots),
+    )
 
 
 T5_XXL = Encoder(
@@ -105,8 +169,9 @@ FLUX = ArchSpec(
         "lora_unet",
         ("DoubleStreamBlock", "SingleStreamBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
         layouts=DIFFUSERS,
+        others=(("XLabs", XLABS), ("OMI", OMI), ("DiffSynth", DIFFSYNTH)),
     ),
-    text_encoders=(clip(1), t5()),
+    text_encoders=(clip(1), t5("lora_te2_", "lora_te2.", "text_encoder_2.")),
     axes=(
         BlockAxis("double_blocks.", 0, "train_double_block_indices"),
         BlockAxis("single_blocks.", DOUBLE_BLOCKS, "train_single_block_indices"),
@@ -161,6 +226,7 @@ CHROMA = replace(
         ),
         layouts=(*DIFFUSERS, *GUIDANCE),
     ),
+    text_encoders=(clip(1), t5("lora_te_", "lora_te.", "lora_te1_encoder_", "text_encoder.encoder.")),
     switches=(NO_ATTENTION,),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),

@@ -6,7 +6,7 @@ from .flux import NORMS
 from .hunyuan_image import BLOCKS, COMFYUI, COMFYUI_DOUBLE, COMFYUI_REST, OUTSIDE, QK_NORMS, TEXT_IN
 from .releases import Release
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
-from .spellings import Rename, below, divided, exchanged
+from .spellings import Rename, below, divided, exchanged, numbered
 
 DOUBLE_BLOCKS = 20
 # FramePack's trainer has diffusers' classes; those of the second line stand in diffusers' image-to-video models.
@@ -31,6 +31,31 @@ DIFFUSERS = (
     ),
 )
 
+# The Open Model Initiative's standard, which OneTrainer writes: projections by number, and two names by mistake.
+OMI = (
+    *below(
+        r"double_blocks\.(\d+)\.",
+        r"double_blocks.\1.",
+        *numbered("img_attn_qkv", 3),
+        *numbered("txt_attn_qkv", 3),
+        Rename("img_mlp.fc0", "img_mlp.fc1"),
+        Rename("txt_mlp.fc0", "txt_mlp.fc1"),
+    ),
+    *below(r"single_blocks\.(\d+)\.", r"single_blocks.\1.", *numbered("linear1", 4)),
+    *below(
+        r"txt_in\.individual_token_refiner\.blocks\.(\d+)\.",
+        r"txt_in.individual_token_refiner.blocks.\1.",
+        *numbered("self_attn_qkv", 3),
+        Rename("mlp.fc0", "mlp.fc1"),
+    ),
+    *below(
+        r"txt_in\.t_embedder\.",
+        "txt_in.t_embedder.",
+        Rename("linear_1", "mlp.0"),
+        Rename("linear_2", "mlp.2"),
+    ),
+)
+
 HUNYUAN_VIDEO = ArchSpec(
     name="hunyuan_video",
     title="HunyuanVideo",
@@ -43,6 +68,7 @@ HUNYUAN_VIDEO = ArchSpec(
         ("MMDoubleStreamBlock", "MMSingleStreamBlock", *CONTAINERS),
         layouts=DIFFUSERS,
         comfyui=COMFYUI,
+        others=(("OMI", OMI),),
     ),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),

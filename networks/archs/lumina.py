@@ -65,6 +65,17 @@ LUMINA = ArchSpec(
             GEMMA2,
             roots=("text_encoders.gemma2_2b.transformer.model.", "model.", ""),
             diffusers="",
+            file_roots=(
+                "lora_te.",
+                "lora_te_model_",
+                "lora_te1_",
+                "lora_te1.",
+                "text_encoder.",
+                "text_encoder.model.",
+                "gemma2_2b.",
+                "gemma2_2b.transformer.model.",
+                "text_encoders.gemma2_2b.",
+            ),  # fmt: skip
         ),
     ),
     axes=(BlockAxis("layers."),),

@@ -6,6 +6,8 @@ Saved names are the trainers': for SD the diffusers names of the layers, for SDX
 
 from __future__ import annotations
 
+import re
+
 from .releases import Encoder, Release
 from .spec import ArchSpec, BlockLevels, Part, Signature, Switch, Timestep
 from .spellings import Pairs, Rename, below, divided, subtrees
@@ -38,6 +40,34 @@ CLIP_ROOTS: dict[int | None, tuple[str, ...]] = {
     2: ("conditioner.embedders.1.model.", "text_encoders.clip_g.transformer.", ""),
 }
 
+# The same in adapter files: of OneTrainer, with dots, and by the names that ComfyUI has for its encoders.
+CLIP_FILE_ROOTS: dict[int | None, tuple[str, ...]] = {
+    None: (
+        "lora_te.", "lora_te1_", "lora_te1.", "clip_l.", "clip_h.", "clip_l.transformer.", "clip_h.transformer.",
+        "text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer.",
+    ),
+    1: ("lora_te1.", "clip_l.", "clip_l.transformer."),
+    2: ("lora_te2.", "clip_g.", "clip_g.transformer."),
+}  # fmt: skip
+
+
+def of_processors(attentions: Pairs) -> tuple[Rename, ...]:
+    """Names in older files of diffusers, whose factors belong to a processor of attention; `to_q_lora` is one of them.
+
+    Args:
+        attentions: what stands before the blocks of transformers, and before those of the trainer's.
+    """
+    return tuple(
+        Rename(
+            rf"{re.escape(own)}(.*)transformer_blocks\.(\d+)\.attn(\d)\.processor\.to_{theirs}{end}",
+            rf"{trainer}\1transformer_blocks.\2.attn\3.to_{ours}",
+        )
+        for own, trainer in attentions
+        for theirs, ours in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "out.0"))
+        for end in ("_lora", "")
+    )
+
+
 # What sd-scripts' image generation does with cross attention when a prompt has several parts.
 REGIONS: Pairs = (
     ("text", r".*\.attn2\.to_[kv]"),
@@ -63,6 +93,7 @@ def clip(number: int | None) -> Part:
         release=OPEN_CLIP,
         roots=CLIP_ROOTS[number],
         diffusers=component,
+        file_roots=CLIP_FILE_ROOTS[number],
     )
 
 
@@ -153,6 +184,10 @@ _UNET_XL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
+# The longer ones first: an upsampler stands where other levels have attention.
+_SD_RELEASE = subtrees(tuple(sorted(((new, old) for old, new in _release_names(4)), key=lambda p: -len(p[0]))))
+_OLDER_DIFFUSERS = "diffusers, older"
+
 SD = ArchSpec(
     name="sd",
     title="Stable Diffusion 1.x / 2.x",
@@ -164,9 +199,10 @@ SD = ArchSpec(
         "lora_unet",
         TRANSFORMER,
         CONVOLUTIONAL,
-        # The longer ones first: an upsampler stands where other levels have attention.
-        release=subtrees(tuple(sorted(((new, old) for old, new in _release_names(4)), key=lambda p: -len(p[0])))),
+        release=_SD_RELEASE,
+        comfyui=_SD_RELEASE,
         diffusers="unet",
+        others=((_OLDER_DIFFUSERS, of_processors((("", ""),))),),
     ),
     text_encoders=(clip(None),),
     blocks=_sd_blocks(),
@@ -206,7 +242,15 @@ SDXL = ArchSpec(
         Signature("UNet2DConditionModel", has=("add_embedding",)),
     ),
     timestep=Timestep(("timesteps", "timestep")),
-    denoiser=Part("unet", "lora_unet", TRANSFORMER, CONVOLUTIONAL, rename=_release_names(3), diffusers="unet"),
+    denoiser=Part(
+        "unet",
+        "lora_unet",
+        TRANSFORMER,
+        CONVOLUTIONAL,
+        rename=_release_names(3),
+        diffusers="unet",
+        others=((_OLDER_DIFFUSERS, of_processors(tuple(p for p in _release_names(3) if ".attentions." in p[0]))),),
+    ),
     text_encoders=(clip(1), clip(2)),
     blocks=_sdxl_blocks(),
     switches=(NO_ATTENTION,),

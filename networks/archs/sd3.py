@@ -6,7 +6,7 @@ from .flux import IMAGE_QKV, T5_XXL, TEXT_QKV, t5
 from .releases import Release
 from .sd import CLIP_G, CLIP_L_PROJECTED, clip
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
-from .spellings import Rename, below, fused
+from .spellings import Rename, below, fused, numbered
 
 DIFFUSERS = (
     *below(
@@ -48,6 +48,15 @@ DIFFUSERS = (
     ),
 )
 
+# The Open Model Initiative's standard, which OneTrainer writes: projections by number.
+OMI = below(
+    r"joint_blocks\.(\d+)\.",
+    r"joint_blocks.\1.",
+    *numbered("x_block.attn.qkv", 3),
+    *numbered("context_block.attn.qkv", 3),
+    *numbered("x_block.attn2.qkv", 3),
+)
+
 _MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
 _ENCODERS = (CLIP_L_PROJECTED, CLIP_G, T5_XXL)
 
@@ -57,8 +66,10 @@ SD3 = ArchSpec(
     entry="lora_sd3",
     signatures=(Signature("MMDiT"), Signature("SD3Transformer2DModel")),
     timestep=Timestep(("t", "timestep")),
-    denoiser=Part("dit", "lora_unet", ("SingleDiTBlock", "JointTransformerBlock"), layouts=DIFFUSERS),
-    text_encoders=(clip(1), clip(2), t5()),
+    denoiser=Part(
+        "dit", "lora_unet", ("SingleDiTBlock", "JointTransformerBlock"), layouts=DIFFUSERS, others=(("OMI", OMI),)
+    ),
+    text_encoders=(clip(1), clip(2), t5("text_encoder_3.")),
     axes=(BlockAxis("joint_blocks.", 0, "train_block_indices"),),
     switches=(Switch("exclude_mod", r"joint_blocks\..*\.adaLN_modulation\..*", trained_if=False, default=True),),
     layer_dims=(

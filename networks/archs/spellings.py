@@ -94,6 +94,11 @@ def fused(own: tuple[str, ...], trainer: str) -> tuple[Rename, ...]:
     return tuple(Rename(name, trainer, i, len(own)) for i, name in enumerate(own))
 
 
+def numbered(trainer: str, count: int) -> tuple[Rename, ...]:
+    """Parts of a layer of the trainer's, called by its name and their number."""
+    return fused(tuple(f"{trainer}.{number}" for number in range(count)), trainer)
+
+
 def divided(own: str, trainer: tuple[str, ...], bare: bool = False) -> tuple[Rename, ...]:
     """The reverse: one layer of this model whose output rows are several layers of the trainer's, in this order."""
     return tuple(Rename(own, name, piece=i, pieces=len(trainer), bare=bare) for i, name in enumerate(trainer))
