@@ -226,7 +226,7 @@ CHROMA = replace(
         ),
         layouts=(*DIFFUSERS, *GUIDANCE),
     ),
-    text_encoders=(clip(1), t5("lora_te_", "lora_te.", "lora_te1_encoder_", "text_encoder.encoder.")),
+    text_encoders=(clip(1), t5("lora_te_", "lora_te.", "text_encoder.")),
     switches=(NO_ATTENTION,),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),
