@@ -50,11 +50,6 @@ class Additive(Adapter):
         """
         raise NotImplementedError
 
-    def product(self) -> tuple[Tensor, Tensor] | None:
-        """[O, R] and [R, I, *kernel] whose product is dW without scale and scalar; None where dW is not made of such
-        factors."""
-        return None
-
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         """The layer's operation with dW, in factored form. Every algorithm defines it.
 
@@ -122,11 +117,14 @@ class Additive(Adapter):
         return self.delta()
 
     def rescale_(self, ratio: float | Tensor) -> None:
-        """Multiply dW by `ratio`, in place and evenly over its factors."""
-        factors = [p for name, p in self.named_parameters() if name != "scalar" and name not in self.spec.frozen]
+        """Multiply dW by `ratio`, in place and evenly over its factors, and the change of the bias."""
+        left_out = {"scalar", self.spec.bias_name, *self.spec.frozen}
+        factors = [p for name, p in self.named_parameters() if name not in left_out]
         with torch.no_grad():
             for p in factors:
                 p.mul_(ratio ** (1 / len(factors)))
+            if self.bias_parameter is not None:
+                self.bias_parameter.mul_(ratio)
 
     # -- what a layer asks of it
 
@@ -198,6 +196,11 @@ class AdditiveParts(Parts, Additive):
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         return torch.cat([part.apply_delta(x, _ScaledGate(gate, part.scalar)) for part in self._each()], -1)
+
+    def bias_change(self) -> Tensor | None:
+        changes = [part.bias_change() for part in self._each()]
+        given = [change for change in changes if change is not None]
+        return torch.cat(given) if given else None
 
     def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
         """By parts where the ranges are whole ones."""

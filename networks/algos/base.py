@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -71,12 +72,14 @@ class Adapter(nn.Module):
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         self.geometry, self.dim, self.chosen = geometry, dim, dict(options or {})
-        self.laid_out = self.layout(geometry, dim, **self.chosen)  # shapes and ranks of this one
+        self.laid_out = self.whole_layout(geometry, dim, self.chosen)  # shapes and ranks of this one
         self.register_parameter("scalar", None)
         for name, shape in self.laid_out.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in self.spec.frozen))
         with torch.no_grad():
             self.reset_parameters()
+            if self.bias_parameter is not None:
+                self.bias_parameter.zero_()
 
     # -- what it consists of
 
@@ -93,6 +96,28 @@ class Adapter(nn.Module):
             ValueError: they do not go together.
         """
         raise NotImplementedError
+
+    @classmethod
+    def whole_layout(cls, geometry: Geometry, dim: int, options: Mapping[str, Any]) -> Layout:
+        """`layout`, with the change of the bias where there is one.
+
+        Args:
+            geometry, dim: as for `layout`.
+            options: of `layout`; `bias` says outright whether a file has that change.
+
+        Raises:
+            ValueError: as `layout`.
+        """
+        own = dict(options)
+        bias = own.pop("bias", cls.spec.shifts and geometry.bias)
+        layout = cls.layout(geometry, dim, **own)
+        shape = geometry.weight_shape[:1] if geometry.family == Geometry.family else geometry.weight_shape
+        return replace(layout, shapes={**layout.shapes, cls.spec.bias_name: shape}) if bias else layout
+
+    @property
+    def bias_parameter(self) -> nn.Parameter | None:
+        """The change of the bias, if it has one."""
+        return self._parameters.get(self.spec.bias_name)
 
     @classmethod
     def of_parts(cls, geometry: Geometry, dim: int, sizes: Sequence[int], options: Mapping[str, Any]) -> Adapter:
@@ -257,9 +282,18 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """[O, R] and [R, I, *kernel] whose product is the weight change, without scale and scalar; None where it is not
+        made of such factors.
+
+        Args:
+            weight: W, for algorithms whose change is a function of it.
+        """
+        return None
+
     def bias_change(self) -> Tensor | None:
         """[O], what is added to the base's bias at multiplier 1; None = nothing ever."""
-        return None
+        return self.bias_parameter
 
     def change_norm(self, weight: Callable[[], Tensor], strength: float | Tensor) -> Tensor:
         """Frobenius norm of `weight_change`, 0-d. Both families define it.

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..records.full import FULL
@@ -28,12 +27,8 @@ class Full(Additive):
     diff: nn.Parameter
 
     @classmethod
-    def layout(cls, geometry: Geometry, dim: int, bias: bool | None = None) -> Layout:
-        """`bias` states outright what a file holds."""
-        shapes: dict[str, tuple[int, ...]] = {"diff": geometry.weight_shape}
-        if geometry.bias if bias is None else bias:
-            shapes["diff_b"] = (geometry.out_features,)
-        return Layout(shapes, rank=None, rank_axis=False)
+    def layout(cls, geometry: Geometry, dim: int) -> Layout:
+        return Layout({"diff": geometry.weight_shape}, rank=None, rank_axis=False)
 
     def reset_parameters(self) -> None:
         for p in self.parameters():
@@ -42,19 +37,11 @@ class Full(Additive):
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return self.diff
 
-    def bias_change(self) -> Tensor | None:
-        return self.values().get("diff_b")
-
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         return gate.output(self.geometry.op(x, self.factors(x)["diff"]))
 
     def flops(self, tokens: int) -> tuple[float, float]:
         return float("inf"), 6.0 * tokens * self.geometry.out_features * self.geometry.columns
-
-    def rescale_(self, ratio: float | Tensor) -> None:
-        with torch.no_grad():
-            for p in self.parameters():
-                p.mul_(ratio)
 
     @classmethod
     def join(
@@ -70,7 +57,12 @@ class Full(Additive):
         return {key: tensor[start:stop] for key, tensor in tensors.items()}, alpha
 
     @classmethod
+    def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """That of a vector is of a normalisation layer."""
+        return tensors["diff"].dim() > 1
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         if tuple(tensors["diff"].shape) != geometry.weight_shape:
             raise ValueError(f"diff {tuple(tensors['diff'].shape)} does not fit a weight of {geometry.weight_shape}")
-        return 1, {"bias": "diff_b" in tensors}
+        return 1, {}

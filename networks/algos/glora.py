@@ -37,6 +37,8 @@ from .additive import Additive
 from .base import kaiming_
 from .saved import Layout, alike, block_diagonal, there, wide_dtype
 
+FACTORS = ("a1", "a2", "b1", "b2")
+
 
 class _On:
     """The base on which a thread uses the mathematics."""
@@ -66,7 +68,7 @@ class GLoRA(Additive):
         return Layout(shapes, rank=dim, rank_axis=True)
 
     def reset_parameters(self) -> None:
-        for name in self.spec.keys:
+        for name in FACTORS:
             kaiming_(self.get_parameter(name))
         for p in (self.a2, self.b2) if self.scalar is None else (self.scalar,):
             nn.init.zeros_(p)
@@ -106,9 +108,10 @@ class GLoRA(Additive):
             a2, b1 = a2 * mask_a[:, None], b1 * mask_b
         return weight_times(Wa, a2) + (b1 @ b2.flatten(1)).reshape(self.geometry.weight_shape)
 
-    def product(self) -> tuple[Tensor, Tensor]:
+    def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """W A has a rank for each position of a kernel, where B has one."""
-        Wa, a2, b1, b2 = self._factors(self.values())
+        assert weight is not None
+        Wa, a2, b1, b2 = self.on(OfWeight(weight))._factors(self.values())
         one = torch.eye(self.geometry.kernel_size, dtype=a2.dtype, device=a2.device)
         each = torch.einsum("ri,kl->rkil", a2, one).reshape(-1, *self.geometry.weight_shape[1:])
         return torch.cat([Wa.flatten(1).to(b1.dtype), b1], 1), torch.cat([each, b2.reshape(-1, *each.shape[1:])])
@@ -157,8 +160,10 @@ class GLoRA(Additive):
 
     def rescale_(self, ratio: float | Tensor) -> None:
         with torch.no_grad():
-            for name in self.spec.keys:
+            for name in FACTORS:
                 self.get_parameter(name).mul_(ratio**0.5)
+            if self.bias_parameter is not None:
+                self.bias_parameter.mul_(ratio)
 
     def pack(self) -> dict[str, Tensor]:
         packed = super().pack()
@@ -204,7 +209,7 @@ class GLoRA(Additive):
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
-        shapes = {name: tuple(tensors[suffix].shape) for name, suffix in cls.spec.keys.items()}
+        shapes = {name: tuple(tensors[cls.spec.keys[name]].shape) for name in FACTORS}
         dim = shapes["a2"][0]
         wanted = {name: shape[:2] for name, shape in cls.layout(geometry, dim).shapes.items()}
         if any(shape[:2] != wanted[name] for name, shape in shapes.items()):

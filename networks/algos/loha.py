@@ -58,7 +58,7 @@ class LoHa(Additive):
             return a, b
         return a.T, core_times_right(p[f"t{half}"], b).flatten(1)
 
-    def product(self) -> tuple[Tensor, Tensor]:
+    def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         P, Q = self._product(dict(self.named_parameters()))
         return P, Q.reshape(-1, *self.geometry.weight_shape[1:])
 

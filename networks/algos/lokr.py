@@ -136,7 +136,7 @@ class LoKr(Additive):
         blocks = torch.einsum("ac,bd...->abcd...", w1, w2)
         return blocks.reshape(self.geometry.weight_shape)
 
-    def product(self) -> tuple[Tensor, Tensor]:
+    def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of kron(l1, l2) and kron(r1, r2), of as few ranks as the factors' own shapes allow."""
         p = dict(self.named_parameters())
         l1, r1 = (p["w1_a"], p["w1_b"]) if "w1_a" in p else _thinner(p["w1"])

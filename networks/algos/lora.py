@@ -142,7 +142,7 @@ class LoRA(Additive):
             up_OR = up_OR * rank_mask_R
         return (up_OR @ self._right(p).flatten(1)).reshape(self.geometry.weight_shape)
 
-    def product(self) -> tuple[Tensor, Tensor]:
+    def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         p = self.values()
         return p["up"].flatten(1), self._right(p)
 
@@ -265,7 +265,8 @@ class LoRA(Additive):
         """The same without the Tucker form's core."""
         if "lora_mid.weight" not in tensors:
             return dict(tensors)
-        wide = {name: tensors[key].to(wide_dtype(tensors[key])) for name, key in cls.spec.keys.items()}
+        own = {name: tensors[key] for name, key in cls.spec.keys.items() if key in tensors}
+        wide = {name: tensor.to(wide_dtype(tensor)) for name, tensor in own.items()}
         return {"lora_down.weight": cls._right(wide), "lora_up.weight": tensors["lora_up.weight"]}
 
     @classmethod

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..records.norm import NORM
@@ -30,12 +29,8 @@ class Norm(Additive):
     w_norm: nn.Parameter
 
     @classmethod
-    def layout(cls, geometry: Geometry, dim: int, bias: bool | None = None) -> Layout:
-        """`bias` states outright what a file holds."""
-        shapes = {"w_norm": geometry.weight_shape}
-        if geometry.bias if bias is None else bias:
-            shapes["b_norm"] = geometry.weight_shape
-        return Layout(shapes, rank=None, rank_axis=False)
+    def layout(cls, geometry: Geometry, dim: int) -> Layout:
+        return Layout({"w_norm": geometry.weight_shape}, rank=None, rank_axis=False)
 
     def reset_parameters(self) -> None:
         for p in self.parameters():
@@ -44,19 +39,11 @@ class Norm(Additive):
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return self.w_norm
 
-    def bias_change(self) -> Tensor | None:
-        return self.values().get("b_norm")
-
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         return gate.output(self.geometry.op(x, self.w_norm))
 
     def flops(self, tokens: int) -> tuple[float, float]:
         return 8.0 * tokens * self.geometry.out_features, float("inf")
-
-    def rescale_(self, ratio: float | Tensor) -> None:
-        with torch.no_grad():
-            for p in self.parameters():
-                p.mul_(ratio)
 
     @classmethod
     def join(
@@ -72,10 +59,19 @@ class Norm(Additive):
         return {key: tensor[start:stop] for key, tensor in tensors.items()}, alpha
 
     @classmethod
+    def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
+        return "w_norm" in tensors or tensors["diff"].dim() == 1
+
+    @classmethod
+    def portable(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[dict[str, Tensor], float | None]:
+        own = {"diff": "w_norm", "diff_b": "b_norm"}
+        return {own.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}, alpha
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         for suffix, tensor in tensors.items():
             if tuple(tensor.shape) != geometry.weight_shape:
                 raise ValueError(f"{suffix} {tuple(tensor.shape)} does not fit a weight of {geometry.weight_shape}")
         if "b_norm" in tensors and not geometry.bias:
             raise ValueError("the file has b_norm, but this layer has no bias: it was trained on another model")
-        return 1, {"bias": "b_norm" in tensors}
+        return 1, {}

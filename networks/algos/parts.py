@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..tensors.geometry import Geometry, RowRanges
@@ -33,7 +34,9 @@ def layout_of(
     Raises:
         ValueError: layer, dim and options do not go together.
     """
-    return _together(algorithm, geometry, dim, options, sizes) if sizes else algorithm.layout(geometry, dim, **options)
+    return (
+        _together(algorithm, geometry, dim, options, sizes) if sizes else algorithm.whole_layout(geometry, dim, options)
+    )
 
 
 def make_adapter(
@@ -58,7 +61,7 @@ def _together(
 ) -> Layout:
     """Parameter names are those of the parts, numbered."""
     parts = [
-        algorithm.layout(replace(geometry, out_features=size), dim, **_of_part(options, i))
+        algorithm.whole_layout(replace(geometry, out_features=size), dim, _of_part(options, i))
         for i, size in enumerate(sizes)
     ]
     shapes = {f"parts.{i}.{name}": shape for i, part in enumerate(parts) for name, shape in part.shapes.items()}
@@ -169,7 +172,7 @@ class Parts(Adapter):
         packs = [part.pack() for part in self._each()]
         errors = [part.refactor_error for part in self._each() if part.refactor_error is not None]
         self.refactor_error = max(errors, default=None)
-        return self.algorithm.stack(packs)
+        return _stacked(self.algorithm, packs)
 
     def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         wanted = self.pack().keys()
@@ -177,10 +180,33 @@ class Parts(Adapter):
             raise ValueError(
                 f"the file has {', '.join(sorted(tensors))}; this network wants {', '.join(sorted(wanted))}"
             )
-        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
+        for part, own in zip(self._each(), _unstacked(self.algorithm, tensors, self.sizes), strict=True):
             part.check_fits(own)
 
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
         self.check_fits(tensors)
-        for part, own in zip(self._each(), self.algorithm.unstack(tensors, self.sizes), strict=True):
+        for part, own in zip(self._each(), _unstacked(self.algorithm, tensors, self.sizes), strict=True):
             part.unpack_(own)
+
+
+def _stacked(algorithm: type[Adapter], packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`stack`, with the changes of the biases."""
+    key = algorithm.spec.bias_key
+    biases = [pack[key] for pack in packs if key in pack]
+    return {**algorithm.stack(packs), **({key: torch.cat(biases)} if biases else {})}
+
+
+def _unstacked(
+    algorithm: type[Adapter], tensors: Mapping[str, Tensor], sizes: Sequence[int]
+) -> list[dict[str, Tensor]]:
+    """The inverse.
+
+    Raises:
+        ValueError: the tensors are no such stack.
+    """
+    key = algorithm.spec.bias_key
+    packs = algorithm.unstack({suffix: t for suffix, t in tensors.items() if suffix != key}, sizes)
+    if key in tensors:
+        for pack, bias in zip(packs, tensors[key].split([*sizes]), strict=True):
+            pack[key] = bias
+    return packs

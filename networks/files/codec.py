@@ -18,10 +18,12 @@ from torch import Tensor
 from ..algos import ALGOS, Adapter, make_adapter, recognise
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
+from ..records.lora import LORA
 from ..tensors.geometry import Geometry
 from . import dialects, dotted, twins
 
 _PORTABLE = dialects.FileFormat()
+BESIDE = ("diff", LORA.bias_key, dotted.MODULATION)  # what some programs write for every layer that has such a value
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,22 @@ class SavedLayer:
                 "into the base model in the program that trained it"
             )
         dim, options = self.algorithm.describe(geometry, self.tensors)
+        if self.algorithm.spec.bias_key:
+            options["bias"] = self._has_bias(geometry)
         if self.algorithm.spec.alpha_option:
             options[self.algorithm.spec.alpha_option] = self.alpha or 0.0
         return dim or (max(1, round(self.alpha)) if self.alpha and math.isfinite(self.alpha) else 1), options
+
+    def _has_bias(self, geometry: Geometry) -> bool:
+        """Whether it has a change of the bias.
+
+        Raises:
+            ValueError: which does not fit.
+        """
+        key, size = self.algorithm.spec.bias_key, math.prod(geometry.weight_shape[:1])
+        if key in self.tensors and self.algorithm.spec.family == Geometry.family and self.tensors[key].numel() != size:
+            raise ValueError(f"{key} {tuple(self.tensors[key].shape)} does not fit a weight of {geometry.weight_shape}")
+        return key in self.tensors
 
     @property
     def bias_change(self) -> Tensor | None:
@@ -147,8 +162,7 @@ def decode(
     flags = flags or dialects.Flags.of(tensors)
     layers: dict[str, SavedLayer] = {}
     unknown: list[str] = []
-    for name, written in twins.rightly_named(_groups(tensors, flags.dialect), own_class).items():
-        group = dialects.own_suffixes(written)
+    for name, group in twins.rightly_named(_groups(tensors, flags.dialect), own_class).items():
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
         magnitude = None if algorithm is None else group.pop(flags.dialect.magnitude, None)
@@ -162,14 +176,24 @@ def decode(
     return layers, unknown
 
 
+def _without_nothing(group: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without changes of biases, norms and the like which are 0 throughout. A whole difference of a matrix keeps its
+    own."""
+    if "diff" in group and group["diff"].dim() != 1:
+        return group
+    return {suffix: t for suffix, t in group.items() if suffix not in BESIDE or t.is_meta or bool(t.any())}
+
+
 def _groups(tensors: Mapping[str, Tensor], dialect: dialects.Dialect) -> dict[str, dict[str, Tensor]]:
-    """Saved name -> suffix -> tensor, without what is said of the whole file."""
+    """Saved name -> our suffix -> tensor, without what is said of the whole file, and layers of which nothing is
+    changed."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key not in dialect.flags and key != dialect.whole[0]:
             name, _, suffix = key.partition(".")
             groups.setdefault(dialects.own_name(name), {})[suffix] = tensor
-    return groups
+    found = {name: _without_nothing(dialects.own_suffixes(group)) for name, group in groups.items()}
+    return {name: group for name, group in found.items() if group}
 
 
 def _portable(

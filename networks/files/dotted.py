@@ -25,6 +25,13 @@ from ..records.lora import LORA
 
 DOWN, UP, MAGNITUDE, ALPHA = LORA.keys["down"], LORA.keys["up"], "dora_scale", "alpha"
 VECTOR = "lora_magnitude_vector"
+SCALED_BIAS = ("lora_B.bias", "lora_B.default.bias", "lora_up.bias")  # changes of biases that alpha / rank multiplies
+MODULATION = "diff_m"  # the change of a block's own `modulation`, which is no layer
+UNREAD = (  # what other programs have for a layer and no algorithm here: it is told, and not taken for no adapter
+    MODULATION, "set_weight", "reshape_weight", "lora_embedding_A", "lora_embedding_B", "lora_E", "vera_lambda_b",
+    "vera_lambda_d", "ia3_l", "boft_R", "boft_s", "oft_r", "hra_u", "bone_block", "miss_block", "fourierft_spectrum",
+    "shira_weight", "c3a_kernel", "delora_lambda", "randlora_lambda", "randlora_gamma", "road_theta", "road_alpha",
+)  # fmt: skip
 SUFFIXES = {  # as others write them -> ours
     "lora_A.weight": DOWN,
     "lora_B.weight": UP,
@@ -32,6 +39,11 @@ SUFFIXES = {  # as others write them -> ours
     "lora_B.default.weight": UP,
     "lora.down.weight": DOWN,
     "lora.up.weight": UP,
+    "lora_linear_layer.down.weight": DOWN,  # of older diffusers
+    "lora_linear_layer.up.weight": UP,
+    "down.weight": DOWN,  # behind XLabs' names and those of older diffusers
+    "up.weight": UP,
+    **dict.fromkeys(SCALED_BIAS, LORA.bias_key),
     VECTOR: MAGNITUDE,
     f"{VECTOR}.weight": MAGNITUDE,
     f"{VECTOR}.default.weight": MAGNITUDE,
@@ -41,10 +53,19 @@ SUFFIXES = {  # as others write them -> ours
     **{suffix: suffix for spec in ALGORITHMS.values() for suffix in spec.more_keys},
     MAGNITUDE: MAGNITUDE,
     ALPHA: ALPHA,
+    **{suffix: suffix for suffix in UNREAD},
 }
 OF_PEFT = {suffix: own for spec in ALGORITHMS.values() for suffix, own in spec.peft_keys.items()}
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
-_ENDING = re.compile(rf"\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
+# Stand-In's `q_loras.down.weight` acts on other tokens than the layer's: it is no adapter of that.
+_ENDING = re.compile(rf"(?<!_loras)\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
+# An adapter's name between the parts of a suffix, as PEFT saves those which are not called `default`.
+_OF_ADAPTER = re.compile(
+    rf"\.(lora_[AB]|oft_R|lora_magnitude_vector|hada_\w+|lokr_\w+|{'|'.join(UNREAD)})\.[^.]+(\.weight|\.bias)?$"
+)
+# Some converters turn dots which they do not know into underscores.
+_FLAT = re.compile(rf"_({'|'.join(re.escape(suffix.replace('.', '_')) for suffix in _LONGEST_FIRST)})$")
+_OF_FLAT = {suffix.replace(".", "_"): suffix for suffix in _LONGEST_FIRST}
 
 
 def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) -> dict[str, Tensor]:
@@ -71,6 +92,8 @@ def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) 
         for place, one in zip(where, pairs, strict=True):
             found[f"{place.path}.lora_A.weight"] = one[DOWN].contiguous().clone()  # files hold no shared tensors
             found[f"{place.path}.lora_B.weight"] = _turn(one[UP], place).contiguous()
+            if LORA.bias_key in layer:
+                found[f"{place.path}.lora_B.bias"] = _turn(layer[LORA.bias_key][place.start : place.stop], place)
             if MAGNITUDE in layer:
                 vector = _turn(layer[MAGNITUDE][place.start : place.stop], place).flatten()
                 found[f"{place.path}.{VECTOR}.weight"] = vector if up.dim() == 2 else vector.view(1, -1, *up.shape[2:])
@@ -88,8 +111,13 @@ def has_dots(tensors: Mapping[str, Tensor]) -> bool:
 
 def divide(key: str) -> tuple[str, str]:
     """(name of the layer, suffix); a suffix that nobody knows is "", and the name what stands before the first dot."""
-    match = _ENDING.search(key)
-    return (key[: match.start()], match[1]) if match else (key.partition(".")[0], "")
+    if (match := _ENDING.search(key)) is not None:
+        return key[: match.start()], match[1]
+    if (match := _OF_ADAPTER.search(key)) is not None and (suffix := match[1] + (match[2] or "")) in SUFFIXES:
+        return key[: match.start()], suffix
+    if "." not in key and (match := _FLAT.search(key)) is not None:
+        return key[: match.start()], _OF_FLAT[match[1]]
+    return key.partition(".")[0], ""
 
 
 def layers(keys: Iterable[str]) -> list[str]:

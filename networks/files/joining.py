@@ -11,18 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from .._errors import located
-from ..algos.additive import Additive
+from ..algos.base import Adapter
 from ..algos.full import Full
 from ..algos.lora import LoRA
 from ..algos.saved import concatenated, wide_dtype
 from ..tensors.norms import weight_geometry
-from ..tensors.products import OfWeight
 from .codec import SavedLayer
 from .merged import merged_weight
 
@@ -136,7 +134,8 @@ class _Part:
         key = saved.algorithm.spec.bias_key
         self.bias = saved.tensors.get(key)
         self.saved = replace(saved, tensors={name: t for name, t in saved.tensors.items() if name != key})
-        self.shape, self.weight = shape, weight
+        self.device = next(iter(self.saved.tensors.values())).device
+        self.shape, self.weight = shape, None if weight is None else weight.to(self.device)
 
     @property
     def folded(self) -> bool:
@@ -146,8 +145,7 @@ class _Part:
         saved = self.saved
         if saved.algorithm is LoRA and "lora_mid.weight" not in saved.tensors:
             return saved
-        adapter = self._built()
-        pair = None if adapter is None else adapter.product()
+        pair = self._built().product(self.weight) if self.shape else None
         if pair is None or _values(*pair) >= math.prod(self.shape):
             return None
         left, right = (factor.detach().contiguous() for factor in pair)
@@ -159,13 +157,14 @@ class _Part:
         saved = self.saved
         if saved.algorithm is Full and saved.magnitude is None:
             return saved
-        adapter = None if saved.magnitude is not None else self._built()
-        if adapter is not None:
-            diff = adapter.delta().detach() * saved.scale
+        adapter, weight = self._built(), torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        if adapter.spec.relative or saved.magnitude is not None:
+            weight = self._known_weight().double()
+        if saved.magnitude is not None:
+            diff = merged_weight(saved, weight) - weight
         else:
-            wide = self._known_weight().double()
-            diff = (merged_weight(saved, wide) - wide).to(self._dtype)
-        tensors = {Full.spec.keys["diff"]: diff}
+            diff = adapter.weight_change(weight, adapter.strength(1.0, saved.scale)).detach()
+        tensors = {Full.spec.keys["diff"]: diff.to(self._dtype)}
         return replace(saved, algorithm=Full, tensors=tensors, alpha=None, magnitude=None, folded=False)
 
     def rows(self, start: int, stop: int) -> tuple[SavedLayer, str]:
@@ -215,15 +214,18 @@ class _Part:
             return None
         return _lengths(merged_weight(self.saved, self.weight.double()))
 
-    def _built(self) -> Additive | None:
-        """Its adapter on its weight; None for one that is not additive."""
-        if not issubclass(self.saved.algorithm, Additive) or not self.shape:
-            return None
-        adapter = cast(Additive, self.saved.build(weight_geometry(self.shape)))
+    def _built(self) -> Adapter:
+        """Its adapter, which knows all that it needs."""
+        if not self.shape:
+            self._known_weight()
+        adapter = self.saved.build(weight_geometry(self.shape))
         if adapter.needs_base:
+            weight = self._known_weight()
             with torch.no_grad():
-                adapter.init_from_base(self._known_weight().to(wide_dtype(self._known_weight())))
-        return adapter.on(OfWeight(self._known_weight())) if adapter.spec.relative else adapter
+                adapter.init_from_base(weight.to(wide_dtype(weight)))
+        if adapter.spec.relative:
+            self._known_weight()
+        return adapter
 
     def _known_weight(self) -> Tensor:
         if self.weight is None:
@@ -311,7 +313,7 @@ class _Rows:
             if part is not None and (part in having or True not in folded):
                 lengths = part.lengths()
             else:  # nothing is changed, or a folded magnitude, which leaves the length of such rows as it was
-                lengths = None if weight is None else _lengths(weight)
+                lengths = None if weight is None else _lengths(weight.to(having[0].device))
             if lengths is None:
                 return None
             found.append(lengths)

@@ -49,7 +49,9 @@ def cut(saved: SavedLayer, dim: int, way: str) -> tuple[SavedLayer, Resized]:
         resized = (saved.algorithm.first_ranks if way == "first" else saved.algorithm.nearest)(saved.tensors, dim)
     before, after = resized.ranks
     alpha = (saved.alpha or float(before)) * (after / before if way == "nearest" else 1.0)
-    return replace(saved, tensors=dict(resized.tensors), alpha=alpha), resized
+    key = saved.algorithm.spec.bias_key
+    bias = {key: saved.tensors[key]} if key in saved.tensors else {}
+    return replace(saved, tensors={**resized.tensors, **bias}, alpha=alpha), resized
 
 
 def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], float]:
@@ -77,12 +79,13 @@ def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], fl
         smaller, resized = cut(saved, dim, way)
         before, after = resized.ranks
         assert smaller.alpha is not None
+        bias_key = saved.algorithm.spec.bias_key  # which stays as it stands there
         written = {
-            **smaller.tensors,
+            **{suffix: tensor for suffix, tensor in smaller.tensors.items() if suffix != bias_key},
             "alpha": torch.tensor(file_format.alpha(smaller.alpha, after), dtype=torch.float32),
         }
         path = name.replace("/", ".")
-        for suffix in saved.tensors:
+        for suffix in saved.tensors.keys() - {bias_key}:
             result.pop(keys.get((path, suffix), f"{path}.{suffix}"), None)
         for suffix, tensor in written.items():
             result[keys.get((path, suffix), f"{path}.{suffix}")] = tensor.contiguous()

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..algos import ALGOS, Adapter, recognise
@@ -105,19 +106,36 @@ def with_strengths(
     asked = dict(_sources(metadata, settings, source))
     layers: dict[str, dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
+    written: dict[str, set[str]] = {}
     for key, name, suffix in dotted.divided(tensors):
         own = dotted.SUFFIXES.get(suffix, suffix)
         layers.setdefault(name, {})[own], keys[name, own] = tensors[key], key
+        written.setdefault(name, set()).add(suffix)
     found, deciding = dict(tensors), Counter[str]()
     for name, layer in layers.items():
         algorithm = recognise(layer)
         if algorithm is not None and algorithm.spec.saves_alpha and not algorithm.spec.alpha_option:
             title, filled = _filled(name, layer, algorithm, asked, source)
+            filled = _with_scaled_bias(filled, algorithm, written[name])
             deciding[title] += 1
             found |= {keys.get((name, suffix), f"{name}.{suffix}"): tensor for suffix, tensor in filled.items()}
     if len(deciding) == 1:
         return found, SAID[next(iter(deciding))]
     return found, ", ".join(f"{SAID[title]} ({count} layers)" for title, count in deciding.items())
+
+
+def _with_scaled_bias(layer: dict[str, Tensor], algorithm: type[Adapter], written: set[str]) -> dict[str, Tensor]:
+    """A layer whose change of the bias is in full, where the file has one that is multiplied as the weight's is.
+
+    Args:
+        layer: our suffix -> tensor.
+        written: the suffixes of the file.
+    """
+    rank, key = algorithm.spec.shown_rank(layer), algorithm.spec.bias_key
+    alpha = float(layer[ALPHA]) if ALPHA in layer else 0.0
+    if not rank or not alpha or alpha == rank or written.isdisjoint(dotted.SCALED_BIAS):
+        return layer
+    return {**layer, key: layer[key].to(torch.promote_types(layer[key].dtype, torch.float32)) * (alpha / rank)}
 
 
 def _without_settings(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Mapping[str, Tensor]:

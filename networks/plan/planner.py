@@ -182,6 +182,9 @@ class _Planner:
             saved = replace(saved, algorithm=wanted)
         algorithm = saved.algorithm
         dim, options = saved.describe(c.geometry)
+        if saved.bias_change is not None and not c.geometry.bias:
+            key = algorithm.spec.bias_key
+            raise ValueError(f"the file has {key}, but this layer has no bias: it was trained on another model")
         side = saved.side(c.geometry)
         if split:
             algorithm.unstack(saved.tensors, split)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .spec import AlgoSpec, FileKind, Reads
+from .spec import BIAS, AlgoSpec, FileKind, Reads
 
 FULL = AlgoSpec(
     "full",
-    keys={"diff": "diff", "diff_b": "diff_b"},
+    keys={"diff": "diff", **BIAS},
     kinds=(
         FileKind(
             "whole difference",
@@ -18,4 +18,5 @@ FULL = AlgoSpec(
     features=frozenset(),  # lengths of its own would say nothing that diff cannot
     required=(frozenset({"diff"}),),
     bias_key="diff_b",
+    shifts=True,
 )

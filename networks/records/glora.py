@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .spec import AlgoSpec, FileKind, Reads
+from .spec import BIAS, AlgoSpec, FileKind, Reads
+
+_KEYS = {name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")}
 
 GLORA = AlgoSpec(
     "glora",
-    keys={name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")},
+    keys={**_KEYS, **BIAS},
     kinds=(
         FileKind(
             "GLoRA",
@@ -18,6 +20,8 @@ GLORA = AlgoSpec(
     options=frozenset({"use_scalar"}),
     no_starts={"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"},
     plus=frozenset({"a1", "b1"}),  # which lead out of the rank, as up does
+    required=(frozenset(_KEYS.values()),),
+    bias_key="diff_b",
     fold=("b2",),
     rank_shows=(("a2.weight", 0),),
     relative=True,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, NO_KERNEL, AlgoSpec, FileKind, Reads
+from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind, Reads
 
 LOHA = AlgoSpec(
     "loha",
-    keys={name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    keys={**{name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}, **BIAS},
     kinds=(
         FileKind(
             "LoHa",
@@ -24,6 +24,7 @@ LOHA = AlgoSpec(
     },
     plus=frozenset({"w2_a"}),
     required=(frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
+    bias_key="diff_b",
     fold=("w1_a",),
     rank_shows=(("hada_w1_b", 0),),
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .arg import FACTORS, Arg
-from .spec import NO_KERNEL, AlgoSpec, FileKind, Reads
+from .spec import BIAS, NO_KERNEL, AlgoSpec, FileKind, Reads
 
 _READS = Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="some", peft="yes", invokeai="yes")
 
 LOKR = AlgoSpec(
     "lokr",
-    keys={name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    keys={**{name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}, **BIAS},
     kinds=(
         FileKind(
             "LoKr in Tucker form",
@@ -53,6 +53,7 @@ LOKR = AlgoSpec(
         for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
         for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
     ),
+    bias_key="diff_b",
     fold=("w1", "w1_a"),
     rank_shows=(("lokr_w1_b", 0), ("lokr_w2_b", 0)),
 )

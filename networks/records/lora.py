@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, NO_KERNEL, AlgoSpec, FileKind, Reads
+from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind, Reads
 
 LORA = AlgoSpec(
     "lora",
-    keys={"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight"},
+    keys={"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight", **BIAS},
     kinds=(
         FileKind(
             "LoRA in Tucker form",
@@ -27,6 +27,7 @@ LORA = AlgoSpec(
     keeps_start=True,
     plus=frozenset({"up"}),
     required=(frozenset({"lora_up.weight", "lora_down.weight"}),),
+    bias_key="diff_b",
     fold=("up",),
     rank_shows=(("lora_down.weight", 0),),
     dora={

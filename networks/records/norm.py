@@ -22,7 +22,9 @@ NORM = AlgoSpec(
     order=90,
     family="norm",
     features=frozenset(),
-    required=(frozenset({"w_norm"}),),
+    required=(frozenset({"w_norm"}), frozenset({"diff"})),
+    more_keys=frozenset({"diff", "diff_b"}),  # as some programs call them, which have one name for all layers
     bias_key="b_norm",
+    shifts=True,
     saves_alpha=False,
 )

@@ -8,6 +8,8 @@ from typing import Any
 
 from .arg import Arg
 
+BIAS = {"diff_b": "diff_b"}  # the change of the bias: of `keys`
+
 # Arguments that the layer around an adapter obeys for every additive algorithm, unless its mathematics forbids one.
 ADDITIVE = frozenset({"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"})
 
@@ -81,6 +83,7 @@ class AlgoSpec:
         fold: the first of these parameters that exists takes up the learnt scalar, or a scale without rank, at save.
         rank_shows: (suffix, axis): the first that a file has is the rank that alpha is divided by.
         bias_key: suffix of the change of the layer's bias, where a file can have one.
+        shifts: a new adapter changes the bias of a layer that has one; others do where a file says so.
         saves_alpha: whether readers expect one.
         alpha_option: the option which a file holds as alpha, where alpha is no strength.
         near_one: parameters that a file holds as factors near 1.
@@ -121,6 +124,7 @@ class AlgoSpec:
     fold: tuple[str, ...] = ()
     rank_shows: tuple[tuple[str, int], ...] = ()
     bias_key: str = ""
+    shifts: bool = False
     saves_alpha: bool = True
     alpha_option: str = ""
     near_one: frozenset[str] = frozenset()
@@ -145,6 +149,11 @@ class AlgoSpec:
     def plus_keys(self) -> tuple[str, ...]:
         """Suffixes in a file of the plus parameters."""
         return tuple(key for name, key in self.keys.items() if name in self.plus)
+
+    @property
+    def bias_name(self) -> str:
+        """The parameter which is the change of the bias; "" = it has none."""
+        return next((name for name, key in self.keys.items() if key == self.bias_key), "")
 
     @property
     def nested(self) -> bool:

@@ -19,6 +19,7 @@ TLORA = replace(
     order=70,
     saved_as=LORA.name,
     keys=_KEYS,
+    bias_key="",
     required=(*LORA.required, frozenset(_KEYS.values())),
     kinds=(),  # of those keys; in its own files a layer is a LoRA
     dora=DORA,
