@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from toy_models import toy
 
 import networks.lora
+import networks.lora_flux
 from networks.cli import resize as resize_script
 from networks.cli import show as show_script
 from networks.files import places
@@ -591,3 +592,26 @@ def test_resize_keeps_dotted_names(tmp_path: Path) -> None:
     nearest = u[:, :2] * s[:2] @ vh[:2]
     low = smaller[f"{stem}.lora_B.weight"].double() @ smaller[f"{stem}.lora_A.weight"].double()
     torch.testing.assert_close(low * float(smaller[f"{stem}.alpha"]) / 2, nearest, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("transformer.blocks.0.attn1.to_q", "names of Wan 2.1 / 2.2 as diffusers has them"),
+        ("diffusion_model.layers.0.attention.qkv", "names of Z-Image as ComfyUI has them"),
+        ("lora_unet_down_blocks_1_attentions_0_proj_in", "names of Stable Diffusion XL as diffusers has them"),
+        ("somewhere.else", "somewhere.else, "),
+    ],
+)
+def test_names_of_another_model_are_told(name: str, words: str, tmp_path: Path) -> None:
+    """At both doors: what the file has, and whose names these are."""
+    tensors = pair(name)
+    model = toy("flux")["dit"]
+    made = networks.lora_flux.create_network(1.0, 2, 1, None, None, model)
+    for call in (
+        lambda: made.load_weights(str(written(tmp_path, tensors))),
+        lambda: networks.lora_flux.create_network_from_weights(1.0, str(written(tmp_path, tensors)), None, None, model),
+    ):
+        with pytest.raises(ValueError, match=f"names like {name}") as error:
+            call()
+        assert words in str(error.value)

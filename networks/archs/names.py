@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .spec import ArchSpec, Part
@@ -106,6 +107,18 @@ def row_sizes(arch: ArchSpec, name: str, rows: int, columns: int, count: int) ->
     if rows % count:
         raise ValueError(f"{name}: its {rows} rows cannot be divided into {count} projections")
     return (rows // count,) * count
+
+
+def nearest_layout(paths: Collection[str], archs: Iterable[ArchSpec]) -> str:
+    """In words, whose names of which architecture most of these are: `diffusers' names of FLUX.1`; "" if nobody's."""
+    counts = Counter[str]()
+    for arch in archs:
+        found = [_locate(path, arch) for path in paths]
+        for title, spelling in arch.denoiser.layouts_by_title:
+            rests = [one.rest for one in found if one.part is arch.denoiser]
+            counts[f"names of {arch.title} as {title} has them"] = sum(map(bool, map(spelling.flat.of, rests)))
+    best = counts.most_common(1)
+    return best[0][0] if best and 2 * best[0][1] > len(paths) else ""
 
 
 def _locate(path: str, arch: ArchSpec) -> _Found:

@@ -129,10 +129,21 @@ class Part:
         return replace(self, layouts=tuple(one for one in self.layouts if one.own not in self.swaps))
 
     @cached_property
+    def layouts_by_title(self) -> tuple[tuple[str, Spelling], ...]:
+        """(whose names they are, for people; the names) of all ways of naming its layers but the trainer's own."""
+        tables = (
+            ("another version of its library", subtrees(self.versions)),
+            ("diffusers", (*self.layouts, *subtrees(self.rename))),
+            ("the original release", self.release),
+            ("ComfyUI", self.comfyui),
+            *self.others,
+        )
+        return tuple((title, Spelling(table)) for title, table in tables if table)
+
+    @cached_property
     def spellings(self) -> tuple[Spelling, ...]:
-        """All ways of naming its layers but the trainer's own, each by itself."""
-        tables = (subtrees(self.versions), (*self.layouts, *subtrees(self.rename)), self.release, self.comfyui)
-        return tuple(Spelling(table) for table in (*tables, *(table for _, table in self.others)) if table)
+        """The same without titles."""
+        return tuple(spelling for _, spelling in self.layouts_by_title)
 
     def released_name(self, dotted_name: str) -> str:
         """The trainer's name for one in the original release; the same for other names."""

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..archs.names import Share, row_sizes, shares
+from ..archs import ARCHS
+from ..archs.names import Share, nearest_layout, row_sizes, shares
 from ..archs.spec import ArchSpec
 from . import codec, dialects, dotted, joining, reader, strengths
 from .codec import SavedLayer
@@ -131,6 +132,13 @@ class AdapterFile:
         """Saved name of each layer -> the kind of layer that it is for, "unknown" for what is not read."""
         known = {name: self.of(name)[0].algorithm.spec.family for name in (*self.layers, *self.portions)}
         return {**known, **dict.fromkeys(self.unread, "unknown")}
+
+    @property
+    def names_like(self) -> str:
+        """One of its names, and whose they are if that is known: for messages where none belongs to a model."""
+        names = dotted.layers(self.tensors)
+        layout = nearest_layout(names, ARCHS)
+        return next(iter([*names, *self.stray]), "no tensor") + (f" ({layout})" if layout else "")
 
     def of(self, name: str) -> tuple[SavedLayer, ...]:
         """What it has for a layer, whole or in parts."""

@@ -297,7 +297,14 @@ class Caller:
         flags, args = file.flags, request.args
         if flags.rs_lora is not None and "rs_lora" in args.given and flags.rs_lora != args.rs_lora:
             problems.add(rs_lora_differs(flags, args.rs_lora, source))
-        request = replace(request, saved=file.layers, source=source, unknown=file.unread, rs_lora=flags.rs_lora)
+        request = replace(
+            request,
+            saved=file.layers,
+            source=source,
+            unknown=file.unread,
+            rs_lora=flags.rs_lora,
+            names_like=lambda: file.names_like,
+        )
         network = self._build(kind, request, problems, multiplier, for_inference)
         network.made_from = file
         report = network.load_opened(file)

@@ -119,9 +119,8 @@ def _with_magnitudes(file: AdapterFile, found: Mapping[str, SavedLayer], places:
 
 
 def _nothing(file: AdapterFile, places: Places) -> str:
-    theirs = next(iter([*file.families, *file.stray]), "no tensor")
     ours = next(iter(places.layers), "-")
     return (
-        f"{file.source} has nothing for this network: it holds names like {theirs}, this network ({places.title}) has "
-        f"names like {ours}; choose a file of this architecture"
+        f"{file.source} has nothing for this network: it holds names like {file.names_like}, this network "
+        f"({places.title}) has names like {ours}; choose a file of this architecture"
     )

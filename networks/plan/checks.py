@@ -279,10 +279,10 @@ def _remarks(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:
 
 def _nothing(plan: Plan, request: Request) -> str:
     if request.saved is not None:
-        theirs, ours = next(iter(request.saved), "-"), plan.rows[0].saved_name if plan.rows else "-"
+        ours = plan.rows[0].saved_name if plan.rows else "-"
         return (
             f"no layer of {request.source} belongs to this model ({request.arch.title}): the file has names like "
-            f"{theirs}, the model like {ours}; choose a file of this architecture"
+            f"{request.names_like()}, the model like {ours}; choose a file of this architecture"
         )
     reasons = sorted({row.reason for row in plan.rows})
     return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -202,6 +202,7 @@ class Request:
         source: the file's name, for messages.
         unknown: layer name -> its suffixes that no algorithm of ours has, in that file.
         rs_lora: what the file says of RS-LoRA; None = nothing.
+        names_like: what names the file has, asked for where none belongs to the model.
     """
 
     arch: ArchSpec
@@ -213,3 +214,4 @@ class Request:
     source: str = "the file"
     unknown: Mapping[str, str] = field(default_factory=dict)
     rs_lora: bool | None = None
+    names_like: Callable[[], str] = lambda: "-"
