@@ -150,9 +150,9 @@ class AppliedNetwork(HostNetwork):
         roots = tuple((parts[name], root) for name, root in self._roots.items())
         request = Request(self.arch, roots, call.dim or DEFAULT_DIM, call.alpha, args, rs_lora=self.file_format.rs_lora)
         problems.raise_if_any()
-        file_format.review(self.plan.trained, request, problems)
+        form, _ = file_format.review(self.plan, request, problems)
         problems.raise_if_any()
-        return file_format.format_of(request, self.plan)
+        return form
 
 
 def apply(

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 import networks.loha
 import networks.lora
-from networks.archs.places import places
+from networks.archs.places import Layer, places, targets
 from networks.cli import merge
-from networks.files import codec, dotted
+from networks.files import codec
 from networks.files.adapter_file import FileTensors, Naming
+from networks.files.dialects import DIFFUSERS, FileFormat
+from networks.files.save_formats import translated
 
 FORM = {"save_format": "diffusers"}
 DORA = {"use_dora": "True"}
@@ -109,10 +111,13 @@ def test_text_encoders_have_the_level_that_transformers_dropped(tmp_path: Path) 
 
 def test_what_the_dialect_cannot_hold_is_refused() -> None:
     unet, flux = sd_unet(), model_of("flux")
-    with pytest.raises(ValueError, match="save_format=diffusers holds lora only, not loha"):
-        networks.loha.create_network(1.0, 4, 1, None, None, unet, **FORM)
-    with pytest.raises(ValueError, match="save_format=diffusers holds no Tucker form"):
-        networks.lora.create_network(1.0, 4, 1, None, None, unet, conv_dim="2", use_tucker="True", **FORM)
+    for algo in ("loha", "diag-oft", "ia3", "full"):
+        with pytest.raises(
+            ValueError, match=f"save_format=diffusers: the {algo} of lora_unet_\\S+ is no LoRA of fewer"
+        ):
+            networks.loha.create_network(1.0, 40, 1, None, None, unet, algo=algo, **FORM)
+    with pytest.raises(ValueError, match="the norm of lora_unet_"):
+        networks.lora.create_network(1.0, 4, 1, None, None, unet, train_norm="True", **FORM)
     with pytest.raises(ValueError, match="holds DoRA of output rows only"):
         networks.lora.create_network(1.0, 4, 1, None, None, flux, wd_on_output="False", **FORM, **DORA)
     with pytest.raises(ValueError, match="diffusers reads no adapter of the dit of HiDream-O1"):
@@ -205,13 +210,18 @@ def test_halves_are_in_the_trainers_order() -> None:
         assert torch.equal(read[f"{name}.lora_up.weight"], turn(theirs[f"{at.format(block)}.lora_B.weight"]))
         magnitude = theirs[f"{at.format(block)}.lora_magnitude_vector.weight"]
         assert torch.equal(read[f"{name}.dora_scale"].flatten(), turn(magnitude))
-    where = {
-        f"{ours.format(block)}context_block_adaLN_modulation_1": places(
-            spec, spec.denoiser, f"joint_blocks.{block}.context_block.adaLN_modulation.1", rows, wide
+    layers = [
+        Layer(
+            spec.denoiser,
+            f"joint_blocks.{block}.context_block.adaLN_modulation.1",
+            f"{ours.format(block)}context_block_adaLN_modulation_1",
+            (rows, wide),
         )
         for block, rows in SIX_AND_TWO
-    }
-    again = dotted.write(read, where)
+    ]
+    form = FileFormat(DIFFUSERS, targets=targets(spec, layers, DIFFUSERS.program))
+    written, _ = translated(codec.decode(read)[0].values(), form, lambda name: torch.empty(0))
+    again = codec.written(written, form)
     assert again.keys() == theirs.keys() and all(torch.equal(again[key], tensor) for key, tensor in theirs.items())
 
 

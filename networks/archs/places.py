@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from .spec import ArchSpec, Part
@@ -35,6 +36,111 @@ class Place:
     shares: int = 1
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the trainer's model.
+
+    Attributes:
+        part: of the architecture.
+        trainer_name, saved_name: dotted, and in the trainer's files.
+        shape: of its weight, [O, I, *kernel].
+        trained: whether an adapter's file has it.
+    """
+
+    part: Part
+    trainer_name: str
+    saved_name: str
+    shape: tuple[int, ...]
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a trainer's layer is of another program's.
+
+    Attributes:
+        saved_name: of the trainer's; "" = it is not trained.
+        start, stop: its output rows that are meant.
+        of: how many it has.
+        swapped: their halves are in the other order there.
+    """
+
+    saved_name: str
+    start: int
+    stop: int
+    of: int
+    swapped: bool = False
+
+    @property
+    def is_all(self) -> bool:
+        """All rows, in the trainer's order."""
+        return self.stop - self.start == self.of and not self.swapped
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of its rows, in the order that they have there."""
+        middle = (self.start + self.stop) // 2
+        return ((middle, self.stop), (self.start, middle)) if self.swapped else ((self.start, self.stop),)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer of another program's model.
+
+    Attributes:
+        name: what stands before the suffixes of its keys in a file.
+        shares: in the order of its rows; one of them at least is trained.
+        columns: the rest of its weight's shape, [I, *kernel].
+    """
+
+    name: str
+    shares: tuple[Share, ...]
+    columns: tuple[int, ...]
+
+
+def targets(arch: ArchSpec, layers: Iterable[Layer], program: str) -> tuple[Target, ...]:
+    """Another program's layers that the trained ones of these are, in their order.
+
+    In files for ComfyUI the trainers' names stay where it knows those of all trained layers of a part.
+
+    Args:
+        layers: of the model, those that are not trained included: some may be a part of one that is.
+
+    Raises:
+        ValueError: as `places`.
+    """
+    every, found = list(layers), dict[str, dict[int, tuple[Layer, Place]]]()
+    flat = {part for part in arch.parts if program == COMFYUI and _stays_flat(arch, part, every)}
+    for layer in every:
+        if layer.part in flat:
+            found[layer.saved_name] = {0: (layer, Place(layer.saved_name, 0, layer.shape[0]))}
+        elif layer.trained or program == COMFYUI:  # which alone may have a part of it in another layer
+            for place in _places_of(arch, layer, program):
+                found.setdefault(place.path, {})[place.piece] = layer, place
+    return tuple(
+        Target(name, tuple(_share(*pieces[i]) for i in sorted(pieces)), pieces[min(pieces)][0].shape[1:])
+        for name, pieces in found.items()
+        if any(layer.trained for layer, _ in pieces.values())
+    )
+
+
+def _places_of(arch: ArchSpec, layer: Layer, program: str) -> tuple[Place, ...]:
+    """By the names which a file has; a normalisation layer has one value for each feature."""
+    found = places(arch, layer.part, layer.trainer_name, layer.shape[0], (*layer.shape, 1)[1], program)
+    stem = "diffusion_model." if program == COMFYUI else ""
+    return tuple(replace(place, path=stem + place.path) for place in found)
+
+
+def _stays_flat(arch: ArchSpec, part: Part, layers: Iterable[Layer]) -> bool:
+    trained = [layer for layer in layers if layer.part is part and layer.trained]
+    return part is not arch.denoiser or all(is_read_flat(part, layer.trainer_name) for layer in trained)
+
+
+def _share(layer: Layer, place: Place) -> Share:
+    name = layer.saved_name if layer.trained else ""
+    return Share(name, place.start, place.stop, layer.shape[0], place.swapped)
+
+
 def places(
     arch: ArchSpec, part: Part, trainer_name: str, rows: int, columns: int, program: str = DIFFUSERS
 ) -> tuple[Place, ...]:
@@ -52,6 +158,8 @@ def places(
     if program == DIFFUSERS and not part.diffusers:
         raise ValueError(f"diffusers reads no adapter of the {part.name} of {arch.title}")
     layers = own_layers(part, trainer_name, program)
+    if program == COMFYUI and part.comfyui_divides and layers[0].pieces > 1:
+        layers = (Rename(trainer_name, trainer_name),)  # which it takes as rows of its own layer
     sizes = (rows,) if len(layers) == 1 else arch.split_of(trainer_name, rows, columns)
     assert len(sizes) == len(layers), f"{trainer_name}: {len(layers)} layers in {program}, {len(sizes)} projections"
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -68,6 +176,12 @@ def places(
         )
         for layer, start, size in zip(layers, starts, sizes, strict=True)
     )
+
+
+def is_read_flat(part: Part, trainer_name: str) -> bool:
+    """Whether ComfyUI knows a trainer's layer by the saved name: by its own layer's with underscores for dots."""
+    first, *more = own_layers(part, trainer_name, COMFYUI)
+    return not more and first.pieces == 1 and first.own.replace(".", "_") == trainer_name.replace(".", "_")
 
 
 def own_layers(part: Part, trainer_name: str, program: str = DIFFUSERS) -> tuple[Rename, ...]:

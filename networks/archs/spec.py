@@ -64,6 +64,8 @@ class Part:
         layouts: the same by regular expressions, for models that also divide layers otherwise; before `rename`.
         release: names in the original release's single file, for models which trainers load under others.
         comfyui: names in ComfyUI's own classes and in the files for it, where they are others.
+        comfyui_divides: where one of its layers is several of the trainer's, it takes adapters of these under the
+            trainer's dotted names.
         roots: what may stand before the names of its layers in a checkpoint.
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
@@ -84,6 +86,7 @@ class Part:
     layouts: tuple[Rename, ...] = ()
     release: tuple[Rename, ...] = ()
     comfyui: tuple[Rename, ...] = ()
+    comfyui_divides: bool = False
     roots: tuple[str, ...] = DENOISER_ROOTS
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()

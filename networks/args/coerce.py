@@ -122,6 +122,14 @@ def _choice(arg: Arg, raw: Any) -> str:
     return text
 
 
+def _choices(arg: Arg, raw: Any) -> tuple[str, ...]:
+    found = _structure(raw)
+    items = split_top(found) if isinstance(found, str) else found
+    if not isinstance(items, (list, tuple)) or not items:
+        raise ValueError(f"is no list of {', '.join(arg.choices)}")
+    return tuple(dict.fromkeys(_choice(arg, item) for item in items))
+
+
 def _word(arg: Arg, raw: Any) -> str:
     """A name which the architecture explains."""
     return _text(raw).lower()
@@ -333,6 +341,7 @@ KINDS: dict[str, Callable[[Arg, Any], Any]] = {
     "int": _integer,
     "float": _number,
     "choice": _choice,
+    "choices": _choices,
     "word": _word,
     "text": _name,
     "patterns": _patterns,

@@ -108,7 +108,8 @@ class Options(TypedDict, total=False):
     block_lr_zero_threshold: float
     ggpo_sigma: float
     ggpo_beta: float
-    save_format: Literal["portable", "blissful", "comfyui", "diffusers", "oft", "oft_flux"]
+    save_format: Literal["portable", "blissful", "comfyui", "diffusers", "peft", "oft", "oft_flux"]
+    save_also: str | Sequence[str]
     diagnose_steps: int
     bypass_mode: bool
     allow_missing: bool

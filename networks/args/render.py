@@ -32,6 +32,7 @@ _PYTHON = {  # besides the text that command lines have
     "word": "str",
     "text": "str",
     "patterns": "str | Sequence[str]",
+    "choices": "str | Sequence[str]",
     "regex_int": "str | Mapping[str, int]",
     "regex_float": "str | Mapping[str, float]",
     "blocks": "str | Sequence[int]",
@@ -93,7 +94,8 @@ def _type(arg: Arg) -> str:
 def _default(arg: Arg) -> str:
     if arg.name == "algo":
         return "the entry's"
-    plain = "-" if arg.default in (None, (), {}, "") or arg.kind == "rates" else str(arg.default)
+    listed = ",".join(arg.default) if arg.kind == "choices" else arg.default
+    plain = "-" if listed in (None, (), {}, "") or arg.kind == "rates" else str(listed)
     values = {host: f"`{value}`" if isinstance(value, str) else str(value) for host, value in arg.per_host}
     return "; ".join(
         [plain] * (not _TRAINERS.keys() <= values.keys()) + [f"{_HOSTS[host]}: {v}" for host, v in values.items()]
@@ -147,7 +149,7 @@ def typed() -> str:
 
 
 def _annotation(arg: Arg) -> str:
-    if not arg.choices:
+    if not arg.choices or arg.kind in _PYTHON:
         return _PYTHON[arg.kind]
     return ("bool | " if "true" in arg.choices else "") + _literal(arg)
 

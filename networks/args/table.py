@@ -429,17 +429,30 @@ _ROWS: tuple[Arg, ...] = (
         "save_format",
         "choice",
         "portable",
-        "how files are written: `portable` for every reader of alpha / rank; `blissful` as DustyL's blissful-tuner "
+        "how files are written: `portable` for every reader of alpha / rank; `comfyui`: with the names and forms that "
+        "ComfyUI reads of every layer, and the magnitudes of use_dora multiplied by the norm of the base weight over "
+        "that of the changed one, so that its formula gives what was trained; `diffusers` for its `load_lora_weights`: "
+        "LoRA, DoRA and what is a LoRA of few ranks, under the names of PEFT and of diffusers' models, the scale in "
+        "the second factor; `peft`: the folder NAME-peft for `PeftModel.from_pretrained` beside the file NAME, which "
+        "stays portable, since trainers remove and upload files; `blissful` as DustyL's blissful-tuner "
         "does, for LoRA: alpha as given under RS-LoRA, `use_rslora_flag`, `use_dora_flag`, `dora_layer.weight`, and "
-        "its errors and warnings when a file contradicts the arguments; `diffusers` for its `load_lora_weights`, for "
-        "LoRA: the names of PEFT and of diffusers' models, the scale in the second factor, with DoRA "
-        "`lora_magnitude_vector`; `comfyui` with the magnitudes of use_dora multiplied by the norm of the base weight "
-        "over that of the changed one, so that its formula gives what was trained; "
+        "its errors and warnings when a file contradicts the arguments; "
         "`oft` and `oft_flux` as those modules of sd-scripts do (`oft_unet_...`). Each is read "
         "back, whatever this says",
         _OTHER,
-        choices=("portable", "blissful", "comfyui", "diffusers", "oft", "oft_flux"),
+        choices=("portable", "blissful", "comfyui", "diffusers", "peft", "oft", "oft_flux"),
         per_host=(("oft", "oft"), ("oft_flux", "oft_flux")),
+    ),
+    Arg(
+        "save_also",
+        "choices",
+        ("auto",),
+        "further files at each save, `comfyui,diffusers,peft`: NAME-comfyui.safetensors and so on, in those forms "
+        "of save_format. `auto`: the one for ComfyUI on architectures of which it misses layers under the trainers' "
+        "names, unless a save_format is given; `none`: no further files. They go when the trainer has removed NAME",
+        _OTHER,
+        neutral=(("none",),),
+        choices=("auto", "none", "portable", "comfyui", "diffusers", "peft"),
     ),
     Arg(
         "diagnose_steps",

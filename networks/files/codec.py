@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,6 +123,10 @@ class SavedLayer:
         rank = self.algorithm.spec.shown_rank(self.tensors)
         return self.alpha / rank if rank and self.alpha else 1.0
 
+    def on_cpu(self) -> SavedLayer:
+        tensors = {suffix: tensor.detach().cpu() for suffix, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, magnitude=None if self.magnitude is None else self.magnitude.cpu())
+
     def _wide(self) -> bool:
         return all(t.dtype == torch.float64 for t in self.tensors.values() if t.is_floating_point())
 
@@ -210,20 +214,19 @@ def _portable(
     return dict(values), alpha
 
 
-def saved_layer(layer: AdaptedLayer, folds: bool = False) -> SavedLayer:
-    """A live layer as a file would have it; tensors on their device and in their dtype.
-
-    Args:
-        folds: the dialect has a fold_flag.
-    """
-    values, magnitude = layer.adapter.pack(), None
-    if layer.magnitude is not None:
-        magnitude = layer.folded(layer.magnitude.detach()) if folds else layer.magnitude.detach()
+def saved_layer(layer: AdaptedLayer) -> SavedLayer:
+    """A live layer as a file would have it; tensors on their device and in their dtype."""
+    values = layer.adapter.pack()
+    magnitude = None if layer.magnitude is None else layer.magnitude.detach()
     alpha = None
     if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, values):
         alpha = layer.alpha_at(layer.adapter.spec.shown_rank(values) or layer.adapter.laid_out.saved_rank)
-    algorithm = ALGOS[layer.adapter.spec.name]
-    return SavedLayer(layer.lora_name, algorithm, values, alpha, magnitude, magnitude is not None and folds)
+    return SavedLayer(layer.lora_name, ALGOS[layer.adapter.spec.name], values, alpha, magnitude)
+
+
+def written(layers: Iterable[SavedLayer], file_format: dialects.FileFormat) -> dict[str, Tensor]:
+    """The tensors of a file of layers that are named and formed as its dialect has them."""
+    return dotted.write(layers) if file_format.dialect.peft else write(layers, file_format)
 
 
 def write(layers: Iterable[SavedLayer], file_format: dialects.FileFormat = _PORTABLE) -> dict[str, Tensor]:
@@ -245,4 +248,4 @@ def write(layers: Iterable[SavedLayer], file_format: dialects.FileFormat = _PORT
 
 def encode(layers: Sequence[AdaptedLayer], file_format: dialects.FileFormat = _PORTABLE) -> dict[str, Tensor]:
     """The tensors of a file of live layers, on their device and in their dtype; alpha in fp32."""
-    return write([saved_layer(layer, bool(file_format.dialect.fold_flag)) for layer in layers], file_format)
+    return write([saved_layer(layer) for layer in layers], file_format)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..archs.places import Place
+from ..archs import places as other_names
+from ..archs.places import Target
 from ..archs.spec import ArchSpec
-from ..records import ALGORITHMS
+from ..records import ALGORITHMS, AlgoSpec
 from ..records.lora import LORA
 from ..records.oft import BLOCKS, DIAG_OFT
 from . import dotted
@@ -35,10 +37,10 @@ class Dialect:
             folded, so that alpha / rank is the scale.
         dora_flag: key that says whether there are magnitudes; "" = none.
         rank: (suffix, axis) where an RS-LoRA layer shows its rank.
-        algos: algorithms that it can hold; none = all.
+        algos: algorithms that it can hold; none = all. With a program others are converted.
         dora_kinds: kinds of layer that can have a magnitude; none = all.
         dora_sides: where magnitudes can be.
-        flat_only: it holds no Tucker form.
+        tucker: (algorithm, axes of the kernel) of which its program computes the Tucker form.
         prefixes: (beginning of a saved name, what stands for it in files).
         suffixes: (end of a key, what stands for it in files), where a layer has one such tensor.
         archs: architectures on which other programs read it; none = all.
@@ -47,7 +49,10 @@ class Dialect:
             alpha / longest side of the second, where all other programs know none.
         fold_flag: key that says that magnitudes of output rows are multiplied by ||W|| / ||W + s dW||, for readers that
             divide by the norm of the base weight alone; "" = they are as they act.
-        components: files are written with PEFT's names, see `dotted`; until then keys are the portable ones.
+        program: whose layers it has, under the names which that program reads; "" = the trainers'.
+        peft: keys have PEFT's suffixes, see `dotted`.
+        settings: of PEFT, beside those which follow from the layers.
+        folder: it is a folder beside the trainer's file, which stays in the portable form.
     """
 
     name: str
@@ -59,9 +64,12 @@ class Dialect:
     algos: tuple[str, ...] = ()
     dora_kinds: tuple[str, ...] = ()
     dora_sides: tuple[str, ...] = ("output", "input")
-    flat_only: bool = False
+    tucker: tuple[tuple[str, int], ...] = ()
     fold_flag: str = ""
-    components: bool = False
+    program: str = ""
+    peft: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+    folder: bool = False
     prefixes: tuple[tuple[str, str], ...] = ()
     suffixes: tuple[tuple[str, str], ...] = ()
     archs: tuple[str, ...] = ()
@@ -76,6 +84,17 @@ class Dialect:
     def own_name(self, name: str) -> str:
         """The saved name that stands behind one in its files."""
         return _own_name(name, self.prefixes)
+
+    def computes(self, spec: AlgoSpec, suffixes: Collection[str], axes: int) -> bool:
+        """Whether its program computes layers in their own form.
+
+        Args:
+            spec: of their algorithm.
+            suffixes: of their tensors.
+            axes: of their kernel.
+        """
+        is_tucker = spec.keys.get(spec.acts_on.get("use_tucker", ("", ""))[0]) in suffixes
+        return spec.file_algo in self.algos and (not is_tucker or (spec.file_algo, axes) in self.tucker)
 
     def written_suffix(self, suffix: str) -> str:
         return dict(self.suffixes).get(suffix, suffix)
@@ -105,10 +124,18 @@ BLISSFUL = Dialect(
     dora_sides=("output",),
     whole=("lokr_factor", "lokr_w1", "lokr_w2"),
 )
-COMFYUI = Dialect("comfyui", "dora_scale", fold_flag="use_folded_dora_flag")
-DIFFUSERS = Dialect(
-    "diffusers", "dora_scale", algos=(LORA.name,), dora_sides=("output",), flat_only=True, components=True
+COMFYUI = Dialect(
+    "comfyui",
+    "dora_scale",
+    algos=("lora", "loha", "lokr", "glora", "full", "norm"),
+    tucker=(("lora", 2), ("loha", 2)),
+    fold_flag="use_folded_dora_flag",
+    program=other_names.COMFYUI,
 )
+DIFFUSERS = Dialect(
+    "diffusers", "dora_scale", algos=(LORA.name,), dora_sides=("output",), program=other_names.DIFFUSERS, peft=True
+)
+PEFT = replace(DIFFUSERS, name="peft", folder=True)
 # What the modules networks.oft and networks.oft_flux of sd-scripts read and write.
 OFT = Dialect(
     "oft",
@@ -125,7 +152,7 @@ OFT_FLUX = replace(
     archs=("flux", "chroma"),
     lacks=("rescaled", "train_on_input"),
 )
-DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, COMFYUI, DIFFUSERS, OFT, OFT_FLUX)}
+DIALECTS = {dialect.name: dialect for dialect in (PORTABLE, BLISSFUL, COMFYUI, DIFFUSERS, PEFT, OFT, OFT_FLUX)}
 # Suffixes, in any dialect, of values of which what was learnt is a small part: bf16 rounds by up to 0.4 %, and 1 % of
 # change may be all that there is.
 MAGNITUDES = frozenset(
@@ -197,22 +224,20 @@ class FileFormat:
         rs_lora: whether alpha stays as the user wrote it, under the flag; only in a dialect with that flag.
         dims: of further files beside each, with the first ranks alone.
         arch: of its model, whose names files may have in several spellings.
-        places: saved name -> diffusers' layers, in a dialect with components.
+        targets: layers of the dialect's program.
+        also: forms of further files beside each.
     """
 
     dialect: Dialect = PORTABLE
     rs_lora: bool = False
     dims: tuple[int, ...] = ()
     arch: ArchSpec | None = None
-    places: Mapping[str, Sequence[Place]] = field(default_factory=dict)
+    targets: tuple[Target, ...] = ()
+    also: tuple[FileFormat, ...] = ()
 
     def alpha(self, alpha: float, rank: int | None) -> float:
         """The alpha to be written, for one that would be right for alpha / rank."""
         return alpha / math.sqrt(rank) if self.dialect.rs_flag and self.rs_lora and rank else alpha
-
-    def written(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What goes into a file for these keys."""
-        return dotted.write(tensors, self.places) if self.dialect.components else dict(tensors)
 
     def network_keys(self, magnitudes: bool) -> dict[str, Tensor]:
         """The flags, 0-d floats: they follow the layers' keys in a file, whose first key some programs look at."""
@@ -229,7 +254,7 @@ class FileFormat:
         Raises:
             ValueError: they differ.
         """
-        plain = metadata.get("networks_dialect") in (PORTABLE.name, COMFYUI.name, DIFFUSERS.name)
+        plain = metadata.get("networks_dialect") in (PORTABLE.name, COMFYUI.name, DIFFUSERS.name, PEFT.name)
         hint = _hint(flags) if flags.suspicious[0] * 2 > flags.suspicious[1] else ""
         if not flags.dialect.rs_flag and (plain or not self.dialect.rs_flag):
             if hint and self.rs_lora and "networks_dialect" not in metadata:

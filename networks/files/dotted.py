@@ -12,16 +12,18 @@ finds it too. Its files have no alpha unless their metadata say one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..algos import recognise
 from ..archs.names import PEFT
-from ..archs.places import Place
 from ..records import ALGORITHMS
 from ..records.lora import LORA
+
+if TYPE_CHECKING:
+    from .codec import SavedLayer
 
 DOWN, UP, MAGNITUDE, ALPHA = LORA.keys["down"], LORA.keys["up"], "dora_scale", "alpha"
 VECTOR = "lora_magnitude_vector"
@@ -66,42 +68,33 @@ _OF_ADAPTER = re.compile(
 # Some converters turn dots which they do not know into underscores.
 _FLAT = re.compile(rf"_({'|'.join(re.escape(suffix.replace('.', '_')) for suffix in _LONGEST_FIRST)})$")
 _OF_FLAT = {suffix.replace(".", "_"): suffix for suffix in _LONGEST_FIRST}
+_TO_PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight", LORA.bias_key: "lora_B.bias"}
 
 
-def write(tensors: Mapping[str, Tensor], places: Mapping[str, Sequence[Place]]) -> dict[str, Tensor]:
-    """Plain LoRA layers, with or without magnitude, as diffusers reads them; alpha / rank goes into the second factor.
+def write(layers: Iterable[SavedLayer]) -> dict[str, Tensor]:
+    """PEFT's keys of layers, named as in the file, whose scale goes into a factor: the file alone says it all.
 
     Args:
-        tensors: in the portable form.
-        places: saved name -> diffusers' layers.
+        layers: of algorithms that PEFT has, flat.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, suffix = key.partition(".")
-        layers.setdefault(name, {})[suffix] = tensor
     found: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        where, up = places[name], _scaled_up(layer)
-        pair = {DOWN: layer[DOWN], UP: up}
-        own = recognise(pair)
-        assert own is not None
-        try:  # an adapter of its own for each projection, or one for all
-            pairs = own.unstack(pair, [place.stop - place.start for place in where])
-        except ValueError:
-            pairs = [{DOWN: layer[DOWN], UP: up[place.start : place.stop]} for place in where]
-        for place, one in zip(where, pairs, strict=True):
-            found[f"{place.path}.lora_A.weight"] = one[DOWN].contiguous().clone()  # files hold no shared tensors
-            found[f"{place.path}.lora_B.weight"] = _turn(one[UP], place).contiguous()
-            if LORA.bias_key in layer:
-                found[f"{place.path}.lora_B.bias"] = _turn(layer[LORA.bias_key][place.start : place.stop], place)
-            if MAGNITUDE in layer:
-                vector = _turn(layer[MAGNITUDE][place.start : place.stop], place).flatten()
-                found[f"{place.path}.{VECTOR}.weight"] = vector if up.dim() == 2 else vector.view(1, -1, *up.shape[2:])
+    for layer in layers:
+        tensors = _settled(layer)
+        for suffix, tensor in tensors.items():  # files hold no shared tensors
+            found[f"{layer.name}.{_TO_PEFT.get(suffix, suffix)}"] = tensor.contiguous().clone()
+        if layer.magnitude is not None:
+            vector, axes = layer.magnitude.flatten(), tensors[UP].dim() - 2
+            found[f"{layer.name}.{VECTOR}.weight"] = vector.view(1, -1, *[1] * axes) if axes else vector
     return found
 
 
-def _turn(rows: Tensor, place: Place) -> Tensor:
-    return torch.cat(rows.chunk(2)[::-1]) if place.swapped else rows
+def _settled(layer: SavedLayer) -> dict[str, Tensor]:
+    """Tensors which act the same without alpha."""
+    spec, scale = layer.algorithm.spec, layer.scale
+    factor = next(spec.keys[name] for name in spec.fold if spec.keys[name] in layer.tensors)
+    tensor = layer.tensors[factor]
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return {**layer.tensors, factor: tensor if scale == 1 else tensor.to(wide) * scale}
 
 
 def has_dots(tensors: Mapping[str, Tensor]) -> bool:

@@ -41,10 +41,32 @@ def write_tensors(
     Raises:
         OSError: the file cannot be written; what was there before is untouched.
     """
+    file = checked_path(path)
+    chunks = content(tensors, dtype, metadata, health)
+    outputs.replace(file, chunks, sum(map(len, chunks)))
+    return file
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """Where a file goes that is to be saved there: pickled files are not written."""
     file = Path(path)
-    if file.suffix.lower() != ".safetensors":
-        log.warning("%s: saved as .safetensors instead, which every program reads", file.name)
-        file = file.with_name(file.name + ".safetensors")
+    if file.suffix.lower() == ".safetensors":
+        return file
+    log.warning("%s: saved as .safetensors instead, which every program reads", file.name)
+    return file.with_name(file.name + ".safetensors")
+
+
+def content(
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    health: Mapping[str, int] | None = None,
+) -> tuple[bytes, memoryview]:
+    """What `write_tensors` writes: header and payload.
+
+    Args:
+        tensors, dtype, metadata, health: as there.
+    """
     cast, losses = _cast(tensors, dtype)
     data = serialize(cast)
     length = int.from_bytes(data[:8], "little")
@@ -56,8 +78,7 @@ def write_tensors(
     known["sshs_model_hash"] = hashlib.sha256(payload).hexdigest()
     known["sshs_legacy_hash"] = _legacy_hash(safetensors_header(entries, training), payload)
     header = safetensors_header(entries, known)
-    outputs.replace(file, (header, payload), len(header) + len(payload))
-    return file
+    return header, payload
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, int]]:

@@ -26,7 +26,7 @@ from ..files.places import Allowance
 from ..network.diagnosis import Diagnosis
 from ..network.network import Network
 from ..network.optim import Groups, parameter_groups
-from ..plan.file_format import format_of, wanted_format
+from ..plan.file_format import wanted_format
 from ..plan.file_layers import on_model
 from ..plan.plan import Plan, Request
 from ..plan.planner import build_plan, explained_plan
@@ -385,9 +385,8 @@ class Caller:
         a = request.args
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
-        file_format = format_of(request, plan)
         roots = {part.name: model for part, model in request.parts}
-        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, file_format)
+        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, plan.file_format)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"
         network.allowance = Allowance(a.allow_missing)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +22,9 @@ from ..algos.clock import Clock, clock_of
 from ..archs.detect import unwrap
 from ..archs.spec import Timestep
 from ..args.coerce import named
-from ..files import codec, resize, twins, writer
+from ..files import codec, peft_folder, resize, save_formats, twins, writer
 from ..files.adapter_file import AdapterFile, Naming, open_adapter
+from ..files.codec import SavedLayer
 from ..files.dialects import FileFormat
 from ..files.places import Allowance
 from ..files.strengths import ALPHA, SAID
@@ -39,6 +42,7 @@ from ..plan.walk import Bases, is_own
 from ..tensors import base_weight
 from .diagnosis import Diagnosis
 from .loading import Places, match
+from .saving import Further
 from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)
@@ -87,6 +91,7 @@ class Network(nn.Module):
         self.plan = plan
         self.runtime = Runtime(for_inference=for_inference)
         self.made_from: AdapterFile | None = None  # until it acts, since hosts hand its tensors over again
+        self._further = Further()
         self._merged_at: float | Tensor | None = None  # the multiplier that the base weights have it at, if they do
         self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
         self.allowance = Allowance()  # what of a file may be without a place
@@ -342,7 +347,8 @@ class Network(nn.Module):
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write a file in the network's form, and those of lower dims (`save_dims`) beside it; whole or not at all.
+        """Write a file in the network's form; beside it those of lower dims (`save_dims`) and in other forms
+        (`save_also`). Each is written whole or not at all.
 
         Args:
             path: of the file.
@@ -350,20 +356,45 @@ class Network(nn.Module):
             metadata: of the host; ours is added.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: it cannot be written. What cannot be written of `save_also` is a warning.
+            ValueError: a layer has no form that the program of `save_format` computes.
         """
-        ours = {"networks_version": __version__, "networks_dialect": self.file_format.dialect.name}
-        saved = [codec.saved_layer(layer, bool(self.file_format.dialect.fold_flag)) for layer in self.adapted_layers]
-        tensors = self.file_format.written(codec.write(saved, self.file_format))
-        known = {**(metadata or {}), **ours, **_told_of_starts(self.layers)}
-        health = self.diagnosis.health()
-        writer.write_tensors(path, tensors, dtype, known, health)
-        for dim in self.file_format.dims:
+        self._further.remove_orphans()
+        saved, form = [codec.saved_layer(layer) for layer in self.adapted_layers], self.file_format
+        known, health = {**(metadata or {}), "networks_version": __version__}, self.diagnosis.health()
+        known |= _told_of_starts(self.layers)
+
+        def write(path: Path, form: FileFormat, layers: Sequence[SavedLayer], known: Mapping[str, str]) -> str:
+            named, told = self._translated(layers, form)
+            known = {**known, "networks_dialect": form.dialect.name}
+            if form.dialect.folder:
+                peft_folder.write(path, named, form, dtype, known, health)
+            else:
+                writer.write_tensors(path, codec.written(named, form), dtype, known, health)
+            return told
+
+        file = writer.checked_path(path)
+        told = write(file, form, saved, known)
+        if told:
+            log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
+        for dim in form.dims:
             smaller = [resize.cut(layer, dim, "first")[0] for layer in saved]
-            tensors = self.file_format.written(codec.write(smaller, self.file_format))
-            writer.write_tensors(
-                resize.numbered(path, dim), tensors, dtype, resize.resized_metadata(known, dim, "first"), health
-            )
+            write(resize.numbered(file, dim), form, smaller, resize.resized_metadata(known, dim, "first"))
+        for one in form.also:
+            self._further.write(file, one.dialect, functools.partial(write, form=one, layers=saved, known=known))
+
+    def _translated(self, saved: Sequence[SavedLayer], form: FileFormat) -> tuple[list[SavedLayer], str]:
+        """Layers as a file in this form has them, and in words what some were converted to."""
+        if form.dialect.fold_flag:
+            saved = [
+                one if one.magnitude is None else replace(one, magnitude=layer.folded(one.magnitude), folded=True)
+                for one, layer in zip(saved, self.adapted_layers, strict=True)
+            ]
+        if form.dialect.program:
+            saved = [one.on_cpu() for one in saved]
+        cpu = torch.device("cpu")
+        with torch.no_grad():
+            return save_formats.translated(saved, form, lambda name: self._layers[name][1].whole_weight(cpu))
 
     @property
     def _naming(self) -> Naming:

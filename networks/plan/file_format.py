@@ -1,73 +1,190 @@
-"""How the files of a network are written: what `save_format` can hold of a plan, and who reads it."""
+"""How the files of a network are written: what `save_format` and `save_also` can hold of a plan, and who reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from ..algos import ALGOS
 from ..archs import places as other_names
+from ..archs.places import Layer
 from ..archs.spec import ArchSpec
 from ..args.parse import NetArgs, Problems
-from ..files.dialects import DIALECTS, PORTABLE, Dialect, FileFormat
+from ..files.codec import SavedLayer
+from ..files.dialects import COMFYUI, DIALECTS, PORTABLE, Dialect, FileFormat
+from ..files.peft_folder import KINDS
+from ..files.save_formats import Foreseen, foreseen
+from ..layers.magnitude import magnitude_shape
+from ..tensors.seeding import seeded
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
 
+AUTO, NONE = "auto", "none"  # of save_also
+LARGE = 1 << 30  # bytes in half precision, above which no file is written that nobody asked for
 
-def format_of(request: Request, plan: Plan) -> FileFormat:
-    """What the network's files are like.
+
+def review(plan: Plan, request: Request, problems: Problems) -> tuple[FileFormat, list[str]]:
+    """What the network's files are like, and what they cannot hold.
 
     Args:
-        request: the call.
         plan: every layer decided.
-    """
-    dialect, places = _chosen(plan.trained, request)[0], {}
-    if dialect.components:
-        parts = {part.name: part for part, _ in request.parts}
-        places = {
-            row.saved_name: other_names.places(
-                request.arch, parts[row.part], row.trainer_name, row.geometry.out_features, row.geometry.in_features
-            )
-            for row in plan.trained
-        }
-    dims = tuple(filter(None, request.args.save_dims))
-    rs_lora = request.args.rs_lora if request.rs_lora is None else request.rs_lora
-    return FileFormat(dialect, rs_lora, dims, request.arch, places)
-
-
-def review(trained: Sequence[PlanRow], request: Request, problems: Problems) -> list[str]:
-    """Report what the files cannot hold.
-
-    Args:
-        trained: the plan's trained layers, one at least.
         request: the call.
         problems: takes the reports.
 
     Returns:
-        Notes for the user on who reads them, one sentence each.
+        The form, and notes for the user on who reads the files, one sentence each.
     """
-    _save_dims(trained, request.args, problems)
+    trained, args = plan.trained, request.args
+    rs_lora = args.rs_lora if request.rs_lora is None else request.rs_lora
+    plain = FileFormat(rs_lora=rs_lora, arch=request.arch)
+    if not trained:
+        return plain, []
+    _save_dims(trained, args, problems)
     dialect, reasons = _chosen(trained, request)
     notes = []
-    if dialect.name == request.args.save_format:
+    if dialect.name == args.save_format:
         for reason in reasons:
             problems.add(reason)
     else:
         notes.append(f"{reasons[0]}; files are written as save_format={dialect.name} instead")
-    if request.saved is not None:
-        return notes
+    forms = _Forms(plan, request, plain, problems)
+    form = replace(forms.of(PORTABLE if dialect.folder else dialect, notes), dims=tuple(filter(None, args.save_dims)))
+    form = replace(form, also=forms.beside(dialect, notes))
+    return form, notes if request.saved is not None else [*notes, *_readers(trained, dialect, request)]
+
+
+def _readers(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> list[str]:
+    """Notes on who reads a dialect's files."""
+    notes = []
     if dialect.prefixes:
         own, written = dialect.prefixes[0]
         why = f"as sd-scripts' {dialect.name} does" if dialect.lacks else "for readers that look for such names"
         notes.append(f"files name these layers {written}... instead of {own}..., {why}")
-    else:
+    elif not dialect.program:
         told = [{**row.options, "split_qkv": row.split, "kernel": row.geometry.has_kernel} for row in trained]
         notes += sorted({ALGOS[row.algo].spec.note(o) for row, o in zip(trained, told, strict=True)} - {""})
     if dialect.archs and request.arch.name not in dialect.archs:
         notes.append(f"save_format={dialect.name}: no other program reads such files of {request.arch.title}")
     return notes
+
+
+class _Forms:
+    """The forms of the files that a save writes.
+
+    Args:
+        plan, request, problems: as for `review`.
+        plain: form of all of them, in the portable dialect.
+    """
+
+    def __init__(self, plan: Plan, request: Request, plain: FileFormat, problems: Problems) -> None:
+        self.plan, self.request, self.plain, self.problems = plan, request, plain, problems
+
+    def of(self, dialect: Dialect, notes: list[str]) -> FileFormat:
+        """One of them; notes take what layers are converted to, and problems what has no such form."""
+        form = self._named(dialect)
+        try:
+            found = self._foreseen(form)
+        except ValueError as error:
+            self.problems.add(f"save_format={dialect.name}: {error}")
+            return form
+        if found.told:
+            notes.append(f"save_format={dialect.name}: {found.told}, {_size(found)} in half precision")
+        return form
+
+    def beside(self, dialect: Dialect, notes: list[str]) -> tuple[FileFormat, ...]:
+        """The further ones: those that were asked for, and the one which ComfyUI needs to load all layers."""
+        args, also = self.request.args, []
+        names = dict.fromkeys([*args.save_also, *([dialect.name] if dialect.folder else [])])
+        for one in (DIALECTS[name] for name in names if name not in (AUTO, NONE)):
+            if one is dialect and not dialect.folder:
+                self.problems.add(f"save_also={one.name}: files are written as save_format={one.name} already")
+                continue
+            for reason in _misfits(self.plan.trained, one, self.request):
+                self.problems.add(reason)
+            also.append(self.of(one, notes))
+        if (
+            AUTO in names
+            and COMFYUI.name not in names
+            and "save_format" not in args.given
+            and not self.problems.messages
+        ):
+            also += self._for_comfyui(notes)
+        return tuple(also)
+
+    def _for_comfyui(self, notes: list[str]) -> list[FileFormat]:
+        """The form of a second file, where that program misses layers under the trainers' names."""
+        part = self.request.arch.denoiser
+        rows = [row for row in self.plan.trained if row.part == part.name]
+        foreign = sum(not other_names.is_read_flat(part, row.trainer_name) for row in rows)
+        if not foreign:
+            return []
+        form = self._named(COMFYUI)
+        try:
+            found = self._foreseen(form)
+        except ValueError:  # of a layer that has no place there
+            return []
+        missed = f"ComfyUI knows {foreign} of {len(self.plan.trained)} layers under other names"
+        told = f" ({found.told}, {_size(found)} in half precision)" if found.told else ""
+        if found.asks or 2 * found.values > LARGE:
+            notes.append(f"{missed}: save_also=comfyui writes a second file for it, NAME-comfyui.safetensors{told}")
+            return []
+        notes.append(
+            f"{missed}: each save also writes NAME-comfyui.safetensors{told}, which it reads; save_also=none turns "
+            "that off"
+        )
+        return [form]
+
+    def _named(self, dialect: Dialect) -> FileFormat:
+        """With the layers of its program."""
+        form, plan = replace(self.plain, dialect=dialect), self.plan
+        if not dialect.program or self.problems.messages:
+            return form
+        parts = {part.name: part for part, _ in self.request.parts}
+        layers = (
+            Layer(parts[row.part], row.trainer_name, row.saved_name, row.geometry.weight_shape, row.trained)
+            for row in plan.rows
+        )
+        form = replace(form, targets=other_names.targets(self.request.arch, layers, dialect.program))
+        return replace(form, dialect=_peft_kind(form, plan.trained)) if dialect.folder else form
+
+    def _foreseen(self, form: FileFormat) -> Foreseen:
+        rows = {row.saved_name: row for row in self.plan.trained}
+        return foreseen({name: _kind(row) for name, row in rows.items()}, form, lambda name: _start(rows[name]))
+
+
+def _size(found: Foreseen) -> str:
+    return f"{2 * found.values / 2**20:.0f} MiB"
+
+
+def _kind(row: PlanRow) -> Hashable:
+    """What rows have in common whose layers are converted alike."""
+    return row.algo, row.dim, repr(sorted(row.options.items())), row.split, row.dora, row.geometry.kernel
+
+
+def _start(row: PlanRow) -> SavedLayer:
+    """A layer of a row's shapes, with values."""
+    with seeded(0), torch.device("cpu"), torch.no_grad():
+        adapter = replace(row, init="default", init_seed=None, plus_unit=1.0).make_adapter()
+        for p in adapter.parameters():
+            p.normal_()
+        rank = adapter.laid_out.saved_rank
+        magnitude = torch.ones(magnitude_shape(row.geometry, row.dora == "output")) if row.dora else None
+        return SavedLayer(row.saved_name, ALGOS[row.algo], adapter.pack(), rank and float(rank), magnitude)
+
+
+def _peft_kind(form: FileFormat, trained: Sequence[PlanRow]) -> Dialect:
+    """The kind of PEFT's adapters that all layers can be: their own, or LoRA."""
+    algos = {ALGOS[row.algo].spec.file_algo for row in trained}
+    kind = KINDS.get(next(iter(algos))) if len(algos) == 1 else None
+    if kind is None or not all(kind.takes(row.geometry, row.dora) for row in trained):
+        return form.dialect
+    whole = all(share.is_all for target in form.targets for share in target.shares)
+    settings = kind.common([(row.geometry, row.layout.shapes) for row in trained], whole)
+    return form.dialect if settings is None else replace(form.dialect, algos=tuple(algos), settings=settings)
 
 
 def wanted_format(args: NetArgs, arch: ArchSpec) -> Dialect:
@@ -100,25 +217,19 @@ def _names_of_its_own(trained: Sequence[PlanRow], dialect: Dialect, request: Req
 
 
 def _components(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
-    trained_parts = {row.part for row in trained} if dialect.components else set()
+    trained_parts = {row.part for row in trained} if dialect.program == other_names.DIFFUSERS else set()
     for part in (part for part, _ in request.parts if not part.diffusers and part.name in trained_parts):
         yield f": diffusers reads no adapter of the {part.name} of {request.arch.title}; leave it out"
 
 
 def _folds(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
-    if dialect.fold_flag and request.saved is None and not any(row.dora == "output" for row in trained):
-        yield " changes only DoRA magnitudes of output rows, and there are none: leave it out"
-    if dialect.fold_flag and any(request.args.save_dims):
+    if dialect.fold_flag and any(request.args.save_dims) and any(row.dora == "output" for row in trained):
         yield ": its magnitudes hold for the whole dim alone; leave out save_dims"
 
 
-def _tucker(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
-    if dialect.flat_only and any(row.obeys("use_tucker") for row in trained):
-        yield " holds no Tucker form: leave out use_tucker"
-
-
 def _algorithms(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> Iterator[str]:
-    others = {row.algo for row in trained if dialect.algos and ALGOS[row.algo].spec.file_algo not in dialect.algos}
+    held = () if dialect.program else dialect.algos  # what is converted is looked at layer by layer
+    others = {row.algo for row in trained if held and ALGOS[row.algo].spec.file_algo not in held}
     if others:
         yield (
             f" holds {', '.join(dialect.algos)} only, not {', '.join(sorted(others))}: that program reads the others "
@@ -147,7 +258,7 @@ def _options(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> 
         yield f": there the {', '.join(limits)} 0 means no rotation at all: 1 is next to no limit"
 
 
-_LIMITS = (_names_of_its_own, _components, _folds, _tucker, _algorithms, _magnitudes, _options)
+_LIMITS = (_names_of_its_own, _components, _folds, _algorithms, _magnitudes, _options)
 
 
 def _save_dims(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None:

@@ -14,6 +14,7 @@ from ..algos import ALGOS, Adapter, Layout, layout_of, make_adapter
 from ..archs.spec import ArchSpec, Part
 from ..args.parse import NetArgs
 from ..files.codec import SavedLayer
+from ..files.dialects import FileFormat
 from ..tensors.geometry import Geometry
 from ..tensors.seeding import seed_of, seeded
 from . import report
@@ -134,6 +135,7 @@ class Plan:
         notes: what a user should know, one sentence each.
         warnings: what looks wrong, one sentence each.
         explainer: what `why` asks; None in the plan of a network.
+        file_format: of the network's files.
     """
 
     title: str
@@ -141,6 +143,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     explainer: Explainer | None = field(default=None, compare=False, repr=False)
+    file_format: FileFormat = field(default=FileFormat(), compare=False, repr=False)
 
     @cached_property
     def trained(self) -> tuple[PlanRow, ...]:

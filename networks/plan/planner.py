@@ -98,9 +98,9 @@ class _Planner:
         plan = Plan(self.request.arch.title, tuple(rows))
         _check_dims(plan, self.request, self.problems)
         notes = checks.review(plan, self.request, self.used, self.problems)
-        notes += file_format.review(plan.trained, self.request, self.problems) if plan.trained else []
+        form, on_files = file_format.review(plan, self.request, self.problems)
         warnings = (*self._unusual(), *self.call.preset.warnings(), *checks.unmergeable(plan))
-        return replace(plan, notes=tuple(notes), warnings=warnings)
+        return replace(plan, notes=(*notes, *on_files), warnings=warnings, file_format=form)
 
     # -- one layer
 
