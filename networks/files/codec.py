@@ -221,7 +221,7 @@ def saved_layer(layer: AdaptedLayer) -> SavedLayer:
     alpha = None
     if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, values):
         alpha = layer.alpha_at(layer.adapter.spec.shown_rank(values) or layer.adapter.laid_out.saved_rank)
-    return SavedLayer(layer.lora_name, ALGOS[layer.adapter.spec.name], values, alpha, magnitude)
+    return SavedLayer(layer.lora_name, ALGOS[layer.adapter.spec.file_algo], values, alpha, magnitude)
 
 
 def written(layers: Iterable[SavedLayer], file_format: dialects.FileFormat) -> dict[str, Tensor]:

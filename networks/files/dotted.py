@@ -79,22 +79,14 @@ def write(layers: Iterable[SavedLayer]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for layer in layers:
-        tensors = _settled(layer)
+        tensors = layer.algorithm.settled(layer.tensors, layer.alpha)
+        assert tensors is not None, f"{layer.name}: no factor takes up its scale"
         for suffix, tensor in tensors.items():  # files hold no shared tensors
             found[f"{layer.name}.{_TO_PEFT.get(suffix, suffix)}"] = tensor.contiguous().clone()
         if layer.magnitude is not None:
             vector, axes = layer.magnitude.flatten(), tensors[UP].dim() - 2
             found[f"{layer.name}.{VECTOR}.weight"] = vector.view(1, -1, *[1] * axes) if axes else vector
     return found
-
-
-def _settled(layer: SavedLayer) -> dict[str, Tensor]:
-    """Tensors which act the same without alpha."""
-    spec, scale = layer.algorithm.spec, layer.scale
-    factor = next(spec.keys[name] for name in spec.fold if spec.keys[name] in layer.tensors)
-    tensor = layer.tensors[factor]
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return {**layer.tensors, factor: tensor if scale == 1 else tensor.to(wide) * scale}
 
 
 def has_dots(tensors: Mapping[str, Tensor]) -> bool:

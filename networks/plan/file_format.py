@@ -83,16 +83,16 @@ class _Forms:
     def __init__(self, plan: Plan, request: Request, plain: FileFormat, problems: Problems) -> None:
         self.plan, self.request, self.plain, self.problems = plan, request, plain, problems
 
-    def of(self, dialect: Dialect, notes: list[str]) -> FileFormat:
+    def of(self, dialect: Dialect, notes: list[str], argument: str = "save_format") -> FileFormat:
         """One of them; notes take what layers are converted to, and problems what has no such form."""
         form = self._named(dialect)
         try:
             found = self._foreseen(form)
         except ValueError as error:
-            self.problems.add(f"save_format={dialect.name}: {error}")
+            self.problems.add(f"{argument}={dialect.name}: {error}")
             return form
         if found.told:
-            notes.append(f"save_format={dialect.name}: {found.told}, {_size(found)} in half precision")
+            notes.append(f"{argument}={dialect.name}: {found.told}, {_size(found)} in half precision")
         return form
 
     def beside(self, dialect: Dialect, notes: list[str]) -> tuple[FileFormat, ...]:
@@ -103,9 +103,10 @@ class _Forms:
             if one is dialect and not dialect.folder:
                 self.problems.add(f"save_also={one.name}: files are written as save_format={one.name} already")
                 continue
-            for reason in _misfits(self.plan.trained, one, self.request):
-                self.problems.add(reason)
-            also.append(self.of(one, notes))
+            if one is not dialect:
+                for reason in _misfits(self.plan.trained, one, self.request, "save_also"):
+                    self.problems.add(reason)
+            also.append(self.of(one, notes, "save_format" if one is dialect else "save_also"))
         if (
             AUTO in names
             and COMFYUI.name not in names
@@ -173,7 +174,8 @@ def _start(row: PlanRow) -> SavedLayer:
             p.normal_()
         rank = adapter.laid_out.saved_rank
         magnitude = torch.ones(magnitude_shape(row.geometry, row.dora == "output")) if row.dora else None
-        return SavedLayer(row.saved_name, ALGOS[row.algo], adapter.pack(), rank and float(rank), magnitude)
+        algorithm = ALGOS[ALGOS[row.algo].spec.file_algo]
+        return SavedLayer(row.saved_name, algorithm, adapter.pack(), rank and float(rank), magnitude)
 
 
 def _peft_kind(form: FileFormat, trained: Sequence[PlanRow]) -> Dialect:
@@ -205,9 +207,11 @@ def _chosen(trained: Sequence[PlanRow], request: Request) -> tuple[Dialect, list
     return (wanted if not reasons or "save_format" in request.args.given else PORTABLE), reasons
 
 
-def _misfits(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> list[str]:
+def _misfits(
+    trained: Sequence[PlanRow], dialect: Dialect, request: Request, argument: str = "save_format"
+) -> list[str]:
     """What of the trained layers its files cannot hold."""
-    name = f"save_format={dialect.name}"
+    name = f"{argument}={dialect.name}"
     return [f"{name}{reason}" for check in _LIMITS for reason in check(trained, dialect, request)]
 
 
