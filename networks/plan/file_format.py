@@ -97,31 +97,26 @@ class _Forms:
 
     def beside(self, dialect: Dialect, notes: list[str]) -> tuple[FileFormat, ...]:
         """The further ones: those that were asked for, and the one which ComfyUI needs to load all layers."""
-        args, also = self.request.args, []
-        names = dict.fromkeys([*args.save_also, *([dialect.name] if dialect.folder else [])])
+        asked, also = self.request.args.save_also, []
+        names = dict.fromkeys([*asked, *([dialect.name] if dialect.folder else [])])
         for one in (DIALECTS[name] for name in names if name not in (AUTO, NONE)):
             if one is dialect and not dialect.folder:
                 self.problems.add(f"save_also={one.name}: files are written as save_format={one.name} already")
-                continue
-            if one is not dialect:
+            elif one is dialect:
+                also.append(self.of(one, notes))
+            else:
                 for reason in _misfits(self.plan.trained, one, self.request, "save_also"):
                     self.problems.add(reason)
-            also.append(self.of(one, notes, "save_format" if one is dialect else "save_also"))
-        if (
-            AUTO in names
-            and COMFYUI.name not in names
-            and "save_format" not in args.given
-            and not self.problems.messages
-        ):
-            also += self._for_comfyui(notes)
-        return tuple(also)
+                also.append(self.of(one, notes, "save_also"))
+        return (*also, *(self._for_comfyui(notes) if AUTO in names and COMFYUI.name not in names else ()))
 
     def _for_comfyui(self, notes: list[str]) -> list[FileFormat]:
-        """The form of a second file, where that program misses layers under the trainers' names."""
+        """The form of a second file, where that program misses layers under the trainers' names, and nobody has said
+        what files are to be like."""
         part = self.request.arch.denoiser
         rows = [row for row in self.plan.trained if row.part == part.name]
         foreign = sum(not other_names.is_read_flat(part, row.trainer_name) for row in rows)
-        if not foreign:
+        if not foreign or "save_format" in self.request.args.given or self.problems.messages:
             return []
         form = self._named(COMFYUI)
         try:
