@@ -104,7 +104,7 @@ WATCHING = {"diagnose_steps"}  # test_diagnosis.py
 IN_THE_FORM = {"bypass_mode"}  # test_lycoris_entry.py
 BETWEEN_NETWORKS = {"mask_group_id"}  # test_tlora.py
 AFTER_A_CAST = {"adapter_dtype"}  # test_half_precision.py
-IN_FILES = {"save_format", "save_dims"}  # test_dialects.py, test_resize.py
+IN_FILES = {"save_format", "save_also", "save_dims"}  # test_dialects.py, test_save_also.py, test_resize.py
 IN_LOADING = {"allow_missing"}  # test_adapter_file.py
 
 

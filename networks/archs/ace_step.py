@@ -34,6 +34,7 @@ ACE_STEP = ArchSpec(
         ),
         comfyui=subtrees((("decoder.", ""),)),
         file_roots=("lora_unet_decoder_", "lycoris_decoder_"),
+        comfyui_saved=True,
         # The decoder in a checkpoint of the whole model, and in ComfyUI's.
         roots=("decoder.", *(f"{root}decoder." for root in DENOISER_ROOTS if root), *DENOISER_ROOTS),
     ),

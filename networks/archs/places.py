@@ -179,7 +179,9 @@ def places(
 
 
 def is_read_flat(part: Part, trainer_name: str) -> bool:
-    """Whether ComfyUI knows a trainer's layer by the saved name: by its own layer's with underscores for dots."""
+    """Whether ComfyUI knows a trainer's layer by the saved name: as a rule, its own layer's with underscores."""
+    if part.comfyui_saved:
+        return True
     first, *more = own_layers(part, trainer_name, COMFYUI)
     return not more and first.pieces == 1 and first.own.replace(".", "_") == trainer_name.replace(".", "_")
 

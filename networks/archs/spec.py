@@ -66,6 +66,7 @@ class Part:
         comfyui: names in ComfyUI's own classes and in the files for it, where they are others.
         comfyui_divides: where one of its layers is several of the trainer's, it takes adapters of these under the
             trainer's dotted names.
+        comfyui_saved: it knows the saved names, although its own layers are called otherwise.
         roots: what may stand before the names of its layers in a checkpoint.
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
@@ -87,6 +88,7 @@ class Part:
     release: tuple[Rename, ...] = ()
     comfyui: tuple[Rename, ...] = ()
     comfyui_divides: bool = False
+    comfyui_saved: bool = False
     roots: tuple[str, ...] = DENOISER_ROOTS
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
