@@ -142,6 +142,21 @@ def dense_oft(t: Tensors, adapter: Adapter, W: Tensor) -> Tensor:
     return (T @ W.flatten(1)).reshape(W.shape)
 
 
+def dense_boft_input(t: Tensors, adapter: Adapter, W: Tensor) -> Tensor:
+    """s W R^T with R = P_p D_p P_p^T ... P_0 D_0 P_0^T of dense matrices, where P_i brings every second half block of
+    2^i blocks together."""
+    blocks = t["boft_R"]
+    n, half = blocks[0].shape[0] * blocks.shape[-1], blocks.shape[-1] // 2
+    R = torch.eye(n, dtype=W.dtype)
+    for i, stage in enumerate(blocks):
+        P = torch.eye(n, dtype=W.dtype)
+        if len(blocks) > 1:
+            P = P[torch.arange(n).reshape(-1, 2**i, 2, half).transpose(1, 2).flatten()]
+        R = P @ torch.block_diag(*(_cayley(-B / 2) for B in stage)) @ P.T @ R
+    s = 1 + t["boft_s"] if "boft_s" in t else 1  # of a live adapter, where it is a difference from 1
+    return (s * (W.flatten(1) @ R.T)).reshape(W.shape)
+
+
 def _cayley(B: Tensor) -> Tensor:
     Q = B - B.T
     one = torch.eye(len(Q), dtype=Q.dtype)
@@ -215,6 +230,14 @@ def _rotation_flops(a: Adapter, T: int) -> float:
         inverse *= 9
     turns = 6 * T * features * size
     return blocks[0] * (turns * 4 // 3 + inverse) if len(blocks) == 4 else turns + inverse
+
+
+def _column_flops(a: Adapter, T: int) -> float:
+    """The input is turned, or the columns of a weight with a kernel, whose change is a layer of its own."""
+    stages, _, size, _ = a.laid_out.shapes["blocks"]
+    O, J = a.geometry.out_features, a.geometry.columns
+    turned = 6 * T * J * size if a.side == "input" else 4 * O * J * size + 6 * T * O * J
+    return stages * (turned + 2 * J * size * size)
 
 
 def _reweighted_kept(a: Adapter, T: int) -> float:
@@ -357,6 +380,14 @@ ALGORITHMS: dict[str, AlgoData] = {
         rate=0.1,  # and are as wide as tiny layers
         rounding=2.0,  # five stages in a row
         unlike_lycoris="test_reweight.py compares it",
+    ),
+    "boft-input": AlgoData(
+        weight=dense_boft_input,
+        values={"butterflies": (2,)},
+        effects={"butterflies": ({}, "2")},
+        files=(({}, {"boft_R": (1, "I/4", 4, 4)}, None),),
+        flops=_column_flops,
+        unlike_lycoris="it has none",
     ),
     "ia3": AlgoData(
         weight=dense_ia3,

@@ -29,7 +29,7 @@ def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:
         model = toy(arch, blocks=7 if arch == "sdxl" else 1, shrink=1)[spec.denoiser.name]
     pattern = dotted.replace(".", r"\.")
     network = networks.lora.create_network(1.0, 4, 3, None, None, model, only_patterns=pattern, **kwargs)
-    sizes = {"O": O, "I": I, "O/8": O // 8, "I/8": I // 8, "O/4": O // 4}
+    sizes = {"O": O, "I": I, "O/8": O // 8, "I/8": I // 8, "O/4": O // 4, "I/4": I // 4}
     sizes["above the diagonal"] = (I // 4) * (I // 4 - 1) // 2
     expected = {f"{saved}.{k}": tuple(sizes.get(n, n) for n in shape) for k, shape in wanted.items()}
     tensors = codec.encode(network.adapted_layers)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from merge import main as merge_main
+from peft import IA3Config, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny_parts import sd_unet
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import networks.lora
 from networks.files import resize
 from networks.files.adapter_file import Naming, open_adapter
+from networks.files.merged import merged_weight
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 LAYER = f"{ATTENTION}.to_out.0"
@@ -208,6 +210,16 @@ def test_spellings_of_the_two_factors(program: str) -> None:
     check(changed(tensors), {f"{LAYER}.weight": change})
 
 
+def test_factors_of_inputs_as_peft_has_them(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    base = model[0].weight.detach().clone()
+    config = IA3Config(target_modules=["0"], feedforward_modules=["0"], init_ia3_weights=False)
+    wrapped = get_peft_model(model, config)
+    wrapped.save_pretrained(tmp_path)
+    (saved,) = open_adapter(tmp_path, Naming()).all_read().layers.values()
+    torch.testing.assert_close(merged_weight(saved, base), wrapped.merge_and_unload()[0].weight.detach())
+
+
 # -- what is not read
 
 
@@ -217,7 +229,7 @@ UNREAD = {
     "set_weight": lambda O, I: torch.ones(O, I),  # ComfyUI's form of FLUX control LoRAs
     "reshape_weight": lambda O, I: torch.tensor([O, I]),
     "vera_lambda_b": lambda O, I: torch.ones(O),  # PEFT's others
-    "ia3_l": lambda O, I: torch.ones(O, 1),
+    "ia3_l": lambda O, I: torch.ones(O, 1),  # of outputs, which are those of the bias as well
     "lora_embedding_A": lambda O, I: torch.ones(2, I),
 }  # fmt: skip
 

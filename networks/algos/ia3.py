@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..records.ia3 import IA3 as SPEC
+from ..records.ia3 import PEFT
 from ..tensors.geometry import Geometry, RowRanges
 from .multiplicative import Multiplicative, alike_inputs
-from .saved import Layout, concatenated, each, there
+from .saved import Layout, concatenated, each, there, wide_dtype
 
 
 class IA3(Multiplicative):
@@ -53,6 +54,18 @@ class IA3(Multiplicative):
         w, on_input = self.weight.detach(), self.side == "input"
         shape = (1, -1, *self.geometry.ones) if self.geometry.is_conv else (-1,)
         return {"weight": w.reshape(shape), "on_input": torch.tensor(int(on_input))}
+
+    @classmethod
+    def accepts(cls, tensors: Mapping[str, Tensor]) -> bool:
+        """PEFT's factors of outputs stand for its bias, too, and those of convolutions do not show their side."""
+        return PEFT not in tensors or (tensors[PEFT].dim() == 2 and len(tensors[PEFT]) == 1)
+
+    @classmethod
+    def portable(cls, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
+        if PEFT not in tensors:
+            return tensors, alpha
+        factors = tensors[PEFT].flatten()
+        return {"weight": factors.to(wide_dtype(factors)) - 1, "on_input": torch.tensor(1)}, None
 
     @classmethod
     def join(

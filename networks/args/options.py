@@ -17,6 +17,7 @@ Algo = Literal[
     "norm",
     "diag-oft",
     "boft",
+    "boft-input",
     "ia3",
 ]
 
@@ -51,6 +52,7 @@ class Options(TypedDict, total=False):
     rescaled: bool
     dim_is_count: bool
     train_on_input: bool
+    butterflies: int
     dropout: float
     rank_dropout: float
     rank_dropout_scale: bool

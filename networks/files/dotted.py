@@ -31,7 +31,7 @@ SCALED_BIAS = ("lora_B.bias", "lora_B.default.bias", "lora_up.bias")  # changes 
 MODULATION = "diff_m"  # the change of a block's own `modulation`, which is no layer
 UNREAD = (  # what other programs have for a layer and no algorithm here: it is told, and not taken for no adapter
     MODULATION, "set_weight", "reshape_weight", "lora_embedding_A", "lora_embedding_B", "lora_E", "vera_lambda_b",
-    "vera_lambda_d", "ia3_l", "boft_R", "boft_s", "oft_r", "hra_u", "bone_block", "miss_block", "fourierft_spectrum",
+    "vera_lambda_d", "oft_r", "hra_u", "bone_block", "miss_block", "fourierft_spectrum",
     "shira_weight", "c3a_kernel", "delora_lambda", "randlora_lambda", "randlora_gamma", "road_theta", "road_alpha",
 )  # fmt: skip
 SUFFIXES = {  # as others write them -> ours
@@ -63,7 +63,7 @@ _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 _ENDING = re.compile(rf"(?<!_loras)\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
 # An adapter's name between the parts of a suffix, as PEFT saves those which are not called `default`.
 _OF_ADAPTER = re.compile(
-    rf"\.(lora_[AB]|oft_R|lora_magnitude_vector|hada_\w+|lokr_\w+|{'|'.join(UNREAD)})\.[^.]+(\.weight|\.bias)?$"
+    rf"\.(lora_[AB]|oft_R|boft_[Rs]|ia3_l|lora_magnitude_vector|hada_\w+|lokr_\w+|{'|'.join(UNREAD)})\.[^.]+(\.weight|\.bias)?$"
 )
 # Some converters turn dots which they do not know into underscores.
 _FLAT = re.compile(rf"_({'|'.join(re.escape(suffix.replace('.', '_')) for suffix in _LONGEST_FIRST)})$")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .spec import AlgoSpec, FileKind, Reads
 
+PEFT = "ia3_l"  # the whole factors, in its files
+
 IA3 = AlgoSpec(
     "ia3",
     keys={"weight": "weight", "on_input": "on_input"},
@@ -17,6 +19,8 @@ IA3 = AlgoSpec(
     order=120,
     options=frozenset({"train_on_input"}),
     features=frozenset(),
+    required=(frozenset({"weight", "on_input"}), frozenset({PEFT})),
+    more_keys=frozenset({PEFT}),
     note=lambda options: "ia3 files: LyCORIS, A1111 and InvokeAI read them; ComfyUI, Forge and diffusers do not",
     relative=True,
 )

@@ -56,24 +56,25 @@ def apply_blocks(blocks_NBB: Tensor, t: Tensor, axis: int) -> Tensor:
     return torch.matmul(blocks_NBB, parts.flatten(axis + 2)).reshape(t.shape)
 
 
-def butterfly(t: Tensor, axis: int, distance: int, back: bool = False) -> Tensor:
+def butterfly(t: Tensor, axis: int, distance: int, back: bool = False, unit: int = 1) -> Tensor:
     """Bring features next to each other that lie apart.
 
     Args:
         t: any tensor.
-        axis: of the features, 2 * distance of them or a multiple.
-        distance: between two that come together.
+        axis: of the features, 2 * distance * unit of them or a multiple.
+        distance: between two that come together, in units.
         back: undo it.
+        unit: features that stay together.
 
     Returns:
         As t, in another order along the axis.
     """
     last = t.movedim(axis, -1)
     pair = (distance, 2) if back else (2, distance)
-    return last.unflatten(-1, (-1, *pair)).transpose(-1, -2).flatten(-3).movedim(-1, axis)
+    return last.unflatten(-1, (-1, *pair, unit)).transpose(-2, -3).flatten(-4).movedim(-1, axis)
 
 
-def butterfly_chain(t: Tensor, less_SNBB: Tensor, axis: int, distances: tuple[int, ...]) -> Tensor:
+def butterfly_chain(t: Tensor, less_SNBB: Tensor, axis: int, distances: tuple[int, ...], unit: int = 1) -> Tensor:
     """(T - 1) t for T = P_s^-1 R_s P_s ... P_0^-1 R_0 P_0.
 
     Only t is kept for backward, which goes through the stages once more: they would keep as many copies of t.
@@ -83,39 +84,40 @@ def butterfly_chain(t: Tensor, less_SNBB: Tensor, axis: int, distances: tuple[in
         less_SNBB: the blocks [N, B, B] of every R - 1, in order.
         axis: of the features.
         distances: of the butterflies P, one for each.
+        unit: of theirs.
     """
-    change: Tensor = _Chain.apply(t, less_SNBB, axis, distances)
+    change: Tensor = _Chain.apply(t, less_SNBB, axis, distances, unit)
     return change
 
 
 class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, less: Tensor, axis: int, distances: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, t: Tensor, less: Tensor, axis: int, distances: tuple[int, ...], unit: int) -> Tensor:
         ctx.save_for_backward(t, less)
-        ctx.axis, ctx.distances = axis, distances
-        return _stages(t, less, axis, distances)[0]
+        ctx.axis, ctx.distances, ctx.unit = axis, distances, unit
+        return _stages(t, less, axis, distances, unit)[0]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         (t, less), (G,) = ctx.saved_tensors, gradients
         axis, found, more = ctx.axis, [], torch.zeros_like(G)
-        inputs = _stages(t, less, axis, ctx.distances)[1] if ctx.needs_input_grad[1] else []
+        inputs = _stages(t, less, axis, ctx.distances, ctx.unit)[1] if ctx.needs_input_grad[1] else []
         for i in reversed(range(len(less))):
-            mixed = butterfly(G + more, axis, ctx.distances[i])
+            mixed = butterfly(G + more, axis, ctx.distances[i], unit=ctx.unit)
             if ctx.needs_input_grad[1]:
                 pair = (_in_blocks(whole, axis, less.shape[2]) for whole in (mixed, inputs[i]))
                 found.append(torch.einsum("...ni,...nj->nij", *pair))
             turned = apply_blocks(less[i].transpose(1, 2), mixed, axis)
-            more = more + butterfly(turned, axis, ctx.distances[i], back=True)
-        return more, torch.stack(found[::-1]) if found else None, None, None
+            more = more + butterfly(turned, axis, ctx.distances[i], back=True, unit=ctx.unit)
+        return more, torch.stack(found[::-1]) if found else None, None, None, None
 
 
-def _stages(t: Tensor, less: Tensor, axis: int, distances: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+def _stages(t: Tensor, less: Tensor, axis: int, distances: tuple[int, ...], unit: int) -> tuple[Tensor, list[Tensor]]:
     """(T - 1) t, and what goes into the blocks of each stage. Added up apart from t, whose digits are coarser."""
     inputs, change = [], torch.zeros_like(t)
     for blocks, distance in zip(less, distances, strict=True):
-        inputs.append(butterfly(t + change, axis, distance))
-        change = change + butterfly(apply_blocks(blocks, inputs[-1], axis), axis, distance, back=True)
+        inputs.append(butterfly(t + change, axis, distance, unit=unit))
+        change = change + butterfly(apply_blocks(blocks, inputs[-1], axis), axis, distance, back=True, unit=unit)
     return change, inputs
 
 
