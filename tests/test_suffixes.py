@@ -234,6 +234,17 @@ UNREAD = {
 }  # fmt: skip
 
 
+def test_a_block_s_own_parameter_can_be_left_out() -> None:
+    """Even one among many layers is an error: https://github.com/Comfy-Org/ComfyUI/issues/8922"""
+    tensors, change = pair()
+    many = {key.replace("to_out.0", name): t for key, t in tensors.items() for name in ("to_out.0", "to_q")}
+    many["unet.down_blocks.0.diff_m"] = torch.ones(1, 6, 8)
+    with pytest.raises(ValueError, match=r"lora_unet_down_blocks_0 has diff_m, .*; allow_missing=True goes on"):
+        changed(many)
+    found = changed(many, allow_missing="True")
+    check(found, {f"{ATTENTION}.{name}.weight": change for name in ("to_out.0", "to_q")})
+
+
 @pytest.mark.parametrize("suffix", UNREAD)
 @pytest.mark.parametrize("beside", [True, False], ids=["beside", "alone"])
 def test_what_no_algorithm_has_is_named(suffix: str, beside: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..files import codec
 from ..files.adapter_file import AdapterFile
 from ..files.codec import SavedLayer
-from ..files.places import Allowance, Missing, find_missing
+from ..files.places import Allowance, Missing, find_missing, part_of
 from ..layers.adapted import AdaptedLayer
 from ..plan.plan import PlanRow
 
@@ -50,9 +50,7 @@ def match(file: AdapterFile, places: Places) -> tuple[dict[str, SavedLayer], Mis
     Raises:
         ValueError: they do not fit, none or too few belong to this network, or magnitudes of DoRA are missing.
     """
-    for name, suffix in file.unread.items():
-        if places.own(name) in places.layers:
-            raise ValueError(codec.unknown_form(file.source, name, suffix))
+    _check_read(file, places)
     found = {own: saved for name, saved in file.layers.items() if (own := places.own(name)) in places.layers}
     _check_fit(file, found, places)
     if not found:
@@ -62,6 +60,16 @@ def match(file: AdapterFile, places: Places) -> tuple[dict[str, SavedLayer], Mis
     away = (places.held, places.known, places.unwanted)
     missing = find_missing(families, placed, *away, places.allowance, file.source, places.layers)
     return _with_magnitudes(file, found, places), missing
+
+
+def _check_read(file: AdapterFile, places: Places) -> None:
+    """What the file has for the parts that the network holds is understood, or left out by intention."""
+    for name, suffix in file.unread.items():
+        part, text = part_of(name), codec.unknown_form(file.source, name, suffix)
+        if places.own(name) in places.layers:
+            raise ValueError(text)
+        if part in places.held and name not in places.unwanted and not places.allowance.covers(part):
+            raise ValueError(f"{text}; {places.allowance.remedy} goes on without such layers")
 
 
 def _check_fit(file: AdapterFile, found: Mapping[str, SavedLayer], places: Places) -> None:
