@@ -137,11 +137,11 @@ class Part:
     def layouts_by_title(self) -> tuple[tuple[str, Spelling], ...]:
         """(whose names they are, for people; the names) of all ways of naming its layers but the trainer's own."""
         tables = (
+            *self.others,  # first: they say most of a name
             ("another version of its library", subtrees(self.versions)),
             ("diffusers", (*self.layouts, *subtrees(self.rename))),
             ("the original release", self.release),
             ("ComfyUI", self.comfyui),
-            *self.others,
         )
         return tuple((title, Spelling(table)) for title, table in tables if table)
 
