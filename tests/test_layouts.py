@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,8 +28,9 @@ from registry import dense_glora, dense_loha, dense_lokr, dense_lora
 from registry_archs import SPECS, data_of, is_unet
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from toy_models import KEPT, toy
+from toy_models import toy
 
+from networks.archs.places import COMFYUI, DIFFUSERS, places
 from networks.cli import merge as script
 from networks.files.checkpoint import Checkpoint
 
@@ -357,7 +359,7 @@ def models_of(arch: str) -> dict[str, nn.Module]:
     """The trainer's models at one block of each row, with the normalisation layers that have a weight."""
     models = toy(arch, blocks=1)
     for name, affine in data_of(arch).trainers_norms.items():
-        if affine and all(int(number) < 1 for number in KEPT.findall(name)):
+        if affine:
             at, (*parents, last) = models[SPECS[arch].denoiser.name], name.split(".")
             for parent in parents:
                 if parent not in dict(at.named_children()):
@@ -497,3 +499,51 @@ def test_text_encoders(arch: str, part: str, section: str, root: str, kind: str,
     file = make(models[part], read_list("ENCODERS")[section], form, kind, root)
     assert len(file.changes) >= 3
     load(arch, models, file, tmp_path, part)
+
+
+# -- what is written for another program
+
+
+def _own(line: Line, arch: str, shapes: Mapping[str, tuple[int, ...]], program: str) -> list[tuple[str, str, int]]:
+    """(trainer's layer, the program's, rows of the trainer's there), as the records have it."""
+    spec, found = SPECS[arch], []
+    for name, _ in line.trainer:
+        rows, columns, *_ = shapes[name]
+        for place in places(spec, spec.denoiser, name, rows, columns, program):
+            path = place.path.removeprefix(f"{spec.denoiser.diffusers}.") if program == DIFFUSERS else place.path
+            assert place.swapped == line.swapped, name
+            found.append((name, path, place.stop - place.start))
+    return found
+
+
+WRITTEN = {"diffusers": DIFFUSERS, "ComfyUI": COMFYUI}
+
+
+@pytest.mark.parametrize("arch,section", [(a, s) for a in SPECS for s in WRITTEN if s in _sections(a)])
+def test_names_for_other_programs_are_those_of_the_lists(arch: str, section: str) -> None:
+    """What is written for a program is what its list has, row by row."""
+    models = models_of(arch)
+    layers = dict(models[SPECS[arch].denoiser.name].named_modules())
+    shapes = {name: (*layer.weight.shape, 1) for name, layer in layers.items() if hasattr(layer, "weight")}
+    for line in _rest(models[SPECS[arch].denoiser.name], read_list(arch)[section]):
+        rows = [shapes[name][0] for name, _ in line.trainer]
+        if len(line.own) > 1:
+            total = sum(share for _, share in line.own)
+            wanted = [(line.trainer[0][0], own, rows[0] // total * share) for own, share in line.own]
+        else:
+            wanted = [(name, line.own[0][0], n) for (name, _), n in zip(line.trainer, rows, strict=True)]
+        assert _own(line, arch, shapes, WRITTEN[section]) == wanted
+
+
+@pytest.mark.parametrize(
+    "arch", [a for a in SPECS if "ComfyUI" in _sections(a)] if "COMFYUI_PATH" in os.environ else []
+)
+def test_the_lists_have_the_names_of_comfyuis_classes(arch: str) -> None:
+    """Where COMFYUI_PATH gives the program."""
+    from readers import comfyui_program
+
+    known = {key.removeprefix("diffusion_model.").rpartition(".")[0] for key in comfyui_program.weights(arch)}
+    maps = {key.removeprefix("diffusion_model.") for key in comfyui_program.key_map(arch)}
+    for section in ("ComfyUI", "ComfyUI fused"):
+        for line in read_list(arch).get(section, []):
+            assert line.own[0][0] in known | maps | {"*"}, line
