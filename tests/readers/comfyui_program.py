@@ -282,6 +282,22 @@ _HUNYUAN_NAMES = (
 )
 # Names of the trainers' layers in its classes, where they differ: by hand, beside the records of the package.
 OWN_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
+    "framepack": (
+        (r"^transformer_blocks", "double_blocks"),
+        (r"^single_transformer_blocks(\.\d+)\.(attn\.to_[qkv]|proj_mlp)$", r"single_blocks\1.linear1"),
+        (r"^single_transformer_blocks(\.\d+)\.proj_out$", r"single_blocks\1.linear2"),
+        (r"^single_transformer_blocks(\.\d+)\.norm\.linear$", r"single_blocks\1.modulation.lin"),
+        (r"\.attn\.to_[qkv]$", ".img_attn.qkv"),
+        (r"\.attn\.add_[qkv]_proj$", ".txt_attn.qkv"),
+        (r"\.attn\.to_out\.0$", ".img_attn.proj"),
+        (r"\.attn\.to_add_out$", ".txt_attn.proj"),
+        (r"\.ff\.net\.0\.proj$", ".img_mlp.0"),
+        (r"\.ff\.net\.2$", ".img_mlp.2"),
+        (r"\.ff_context\.net\.0\.proj$", ".txt_mlp.0"),
+        (r"\.ff_context\.net\.2$", ".txt_mlp.2"),
+        (r"\.norm1\.linear$", ".img_mod.lin"),
+        (r"\.norm1_context\.linear$", ".txt_mod.lin"),
+    ),
     "hunyuan_video": _HUNYUAN_NAMES,
     "hunyuan_image": _HUNYUAN_NAMES,
     "hv_1_5": _HUNYUAN_NAMES,
@@ -324,6 +340,29 @@ class Log(logging.Handler):
 
     def __exit__(self, *error: object) -> None:
         logging.getLogger().handlers[:] = self.before
+
+
+def of_trainer(arch: str, part: str, model: nn.Module) -> tuple[dict[str, Tensor], dict[nn.Module, tuple[str, slice]]]:
+    """Weights of a trainer's model under its own names, and where each module of the model is among them.
+
+    Args:
+        part: "" = the denoiser, otherwise its name of a text encoder.
+    """
+    pieces: dict[str, list[tuple[int, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            place = re.search(r"_([qkvm])(?:lp|_proj)?$", name)
+            own = f"{part}.{name}" if part else f"diffusion_model.{own_name(arch, name)}"
+            pieces.setdefault(f"{own}.weight", []).append(("qkvm".index(place[1]) if place else 0, module))
+    base, where = {}, {}
+    for key, found in pieces.items():
+        start, rows = 0, []
+        for _, module in sorted(found, key=lambda pair: pair[0]):
+            rows.append(module.weight.detach().float())
+            where[module] = key, slice(start, start + len(rows[-1]))
+            start += len(rows[-1])
+        base[key] = torch.cat(rows)
+    return base, where
 
 
 def patched(

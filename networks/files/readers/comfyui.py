@@ -41,7 +41,7 @@ def t5(*forms: str) -> Encoder:
 
 _ANY = ("diffusion_model.", "transformer.", "lycoris_", "")
 _DIT = ("transformer.", "lycoris_", "lora_transformer_", "")
-_FLUX_BLOCKS = (
+FLUX_BLOCKS = (
     r"(single_)?transformer_blocks\..*|x_embedder|context_embedder|proj_out|norm_out\.linear|time_text_embed\..*"
 )
 _LUMINA_BLOCKS = (
@@ -61,9 +61,9 @@ _PIPE = Names(
 MODELS: Mapping[str, Model] = {
     "sd": Model(UNET, (CLIP_L,)),
     "sdxl": Model(UNET, (CLIP_L, CLIP_G)),
-    "flux": Model((Names(_DIT, DIFFUSERS, _FLUX_BLOCKS),), (CLIP_L, t5("lora_te2_", "lora_te3_"))),
-    "chroma": Model((Names(_DIT, DIFFUSERS, _FLUX_BLOCKS),), (None, t5("lora_te1_"))),
-    "flux_2": Model((Names(_DIT, DIFFUSERS, _FLUX_BLOCKS),)),
+    "flux": Model((Names(_DIT, DIFFUSERS, FLUX_BLOCKS),), (CLIP_L, t5("lora_te2_", "lora_te3_"))),
+    "chroma": Model((Names(_DIT, DIFFUSERS, FLUX_BLOCKS),), (None, t5("lora_te1_"))),
+    "flux_2": Model((Names(_DIT, DIFFUSERS, FLUX_BLOCKS),)),
     "sd3": Model(
         (Names(("transformer.", "base_model.model.", "lora_transformer_", "lycoris_"), DIFFUSERS),),
         (CLIP_L, CLIP_G, t5("lora_te3_")),
@@ -73,13 +73,15 @@ MODELS: Mapping[str, Model] = {
     "hunyuan_video": Model((_PIPE,)),
     "hv_1_5": Model((_PIPE,)),
     "hunyuan_image": Model(),
+    # It has no model of FramePack; files are used with HunyuanVideo's, which has no layers for frames and images.
+    "framepack": Model((_PIPE,), hidden=r"(image_projection|clean_x_embedder)\..*"),
     "lumina": Model(
         (Names(("transformer.", "lycoris_", ""), only=_LUMINA_BLOCKS),),
         (Encoder("gemma2_2b.transformer.model.", ("lora_te_",)),),
     ),
     "zimage": Model((Names(_ANY, DIFFUSERS),)),
     "anima": Model((), (Encoder("qwen3_06b.transformer.model.", ("lora_te_",)),)),
-    "ace_step": Model((Names(("base_model.model.", "lycoris_"), change=((r"^decoder\.", ""),)),), root="decoder."),
+    "ace_step": Model((Names(("base_model.model.", "lycoris_"), change=((r"^decoder\.", ""),)),)),
     "kandinsky": Model((Names(("", "transformer.")),)),
     "krea2": Model(
         (

@@ -28,7 +28,7 @@ from .contract import STRENGTHS, Fate, Given, Reading
 ROUNDED = 1e-5  # an error that is none
 PROBE = 64  # columns that stand for those of the base weight
 OWN = "own"  # names of that program's own classes; others are DIFFUSERS
-PATHS = ("lora_unet_", "diffusion_model.")  # before its own names, on every architecture
+PATHS = ("lora_unet_", "diffusion_model.")  # what stands before ComfyUI's own names
 
 
 def _spelt(form: str, name: str) -> str:
@@ -66,8 +66,8 @@ class Encoder:
     """A text encoder.
 
     Attributes:
-        root: what stands before the trainer's names in that program.
-        forms: what stands before them in files, where it is not the whole root.
+        root: what stands before the trainer's names in that program, where files may have it, too.
+        forms: what else stands before them in files.
         only: regular expression on the names which have those forms; "" = all.
     """
 
@@ -77,8 +77,9 @@ class Encoder:
 
     def of(self, name: str) -> Iterator[str]:
         """All spellings of a trainer's name."""
-        yield f"text_encoders.{self.root}{name}"
-        if not self.root.startswith("clip_"):
+        if self.root:
+            yield f"text_encoders.{self.root}{name}"
+        if self.root and not self.root.startswith("clip_"):
             yield f"text_encoders.{self.root.partition('.')[2]}{name}"
         if not self.only or re.fullmatch(self.only, name):
             yield from (_spelt(form, name) for form in self.forms)
@@ -117,16 +118,16 @@ class Model:
     """An architecture, as such a program knows it.
 
     Attributes:
-        names: of the denoiser, beside `PATHS`.
+        names: of the denoiser.
         encoders: in the order of the architecture's text encoders; None = it has none there.
-        root: before all its own names of layers which the trainer has.
         hidden: regular expression on its own names: their tensors are not called weight, and no file can name them.
+        paths: what stands before its own names of layers, in any case.
     """
 
     names: tuple[Names, ...] = ()
     encoders: tuple[Encoder | None, ...] = ()
-    root: str = ""
     hidden: str = ""
+    paths: tuple[str, ...] = PATHS
 
 
 def slots(given: Given, model: Model) -> dict[str, Slot]:
@@ -139,7 +140,7 @@ def slots(given: Given, model: Model) -> dict[str, Slot]:
     for path, layers in _weights(given, model).items():
         shape = (sum(shape[0] for _, shape in layers), *layers[0][1][1:])
         whole = Slot(path, tuple(_saved(arch.denoiser, name) for name, _ in layers), shape)
-        for names in (Names(PATHS), *model.names):
+        for names in (Names(model.paths), *model.names):
             for name, slot in [(path, whole)] if names.layout == OWN else _pieces(given, whole, layers):
                 found |= dict.fromkeys(names.of(name), slot)
     return found
@@ -159,9 +160,8 @@ def _weights(given: Given, model: Model) -> dict[str, _Layers]:
     found: dict[str, dict[int, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in given.shapes.get(part.name, {}).items():
         layer = own_layers(part, name, COMFYUI)[0]
-        path = layer.own if layer.own.startswith(model.root) else model.root + layer.own
-        if not model.hidden or not re.fullmatch(model.hidden, path):
-            found.setdefault(path, {})[layer.piece] = name, shape
+        if not model.hidden or not re.fullmatch(model.hidden, layer.own):
+            found.setdefault(layer.own, {})[layer.piece] = name, shape
     return {path: [pieces[i] for i in sorted(pieces)] for path, pieces in found.items()}
 
 
@@ -282,20 +282,20 @@ class Form:
     stops: bool = False
 
 
-def _update(saved: SavedLayer, base: Tensor) -> Tensor:
+def update(saved: SavedLayer, base: Tensor) -> Tensor:
     """The change of a layer's weight without its magnitude."""
     return merged_weight(replace(saved, magnitude=None, folded=False), base, bias_too=True) - base
 
 
 def _without_magnitude(layer: Layer, base: Tensor, strength: float) -> Tensor:
-    return base + strength * _update(layer.saved, base)
+    return base + strength * update(layer.saved, base)
 
 
 def _by_norm_of_base(layer: Layer, base: Tensor, strength: float) -> Tensor:
     """m (W + dW) / ||W||, where ||W + dW|| is meant."""
     assert layer.saved.magnitude is not None
     rows = base.flatten(1).norm(dim=1).reshape(-1, *[1] * (base.dim() - 1))
-    turned = (base + _update(layer.saved, base)) * (layer.saved.magnitude.to(base) / rows)
+    turned = (base + update(layer.saved, base)) * (layer.saved.magnitude.to(base) / rows)
     return base + strength * (turned - base)
 
 
@@ -303,7 +303,7 @@ def _turned_twice(layer: Layer, base: Tensor, strength: float) -> Tensor:
     """The strength is multiplied in twice, factors by row are not read, and a limit is the norm itself."""
     blocks = layer.saved.tensors[BLOCKS]
     own = replace(layer.saved, tensors={BLOCKS: blocks}, alpha=(layer.saved.alpha or 0.0) / len(base))
-    return base + strength**2 * _update(own, base)
+    return base + strength**2 * update(own, base)
 
 
 def _stage_by_stage(layer: Layer, base: Tensor, strength: float) -> Tensor:
