@@ -30,7 +30,7 @@ Target = tuple[str, int, int, bool]  # weight, first row, number of rows, whethe
 # Packages which it imports and which these tests have no use for.
 ABSENT = (
     "comfy_aimdo", "comfy_kitchen", "torchsde", "kornia", "av", "torchvision", "torchaudio", "spandrel", "scipy",
-    "sentencepiece", "blake3", "aiohttp", "torchdiffeq", "alembic", "sqlalchemy", "cv2", "einops",
+    "sentencepiece", "blake3", "aiohttp", "torchdiffeq", "alembic", "sqlalchemy", "cv2", "einops", "gguf", "huggingface_guess",
 )  # fmt: skip
 
 _UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True}
@@ -171,7 +171,7 @@ class _Nothing(metaclass=_Permissive):
         return _Nothing if cls is _Nothing else object.__new__(cls)
 
 
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         top = name.partition(".")[0]
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if top in ABSENT else None
@@ -196,7 +196,7 @@ def program(name: str) -> Any:
     """A module of it, `lora` for comfy.lora."""
     if ROOT not in sys.path:
         sys.path.append(ROOT)
-        sys.meta_path.append(_StandIns())  # behind all others: only for what is not installed
+        sys.meta_path.append(StandIns())  # behind all others: only for what is not installed
         importlib.import_module("comfy.cli_args").args.cpu = True
         ace = importlib.import_module("comfy.ldm.ace.ace_step15")
         ace.FSQ = lambda *args, **kwargs: nn.Identity()  # counts its codes, which the meta device cannot

@@ -10,13 +10,13 @@ from pathlib import Path
 import comfyui_program as program
 import pytest
 import torch
-from common import KINDS, WIDE, Target, trained
+from common import KINDS, WIDE, Target, Trained, trained
 from registry_archs import SPECS, data_of
 from torch import Tensor, nn
 from toy_models import recorded, toy
 
 from networks.files.codec import decode
-from networks.files.readers import Given, comfyui
+from networks.files.readers import Given, Reader, comfyui
 from networks.files.readers.contract import STRENGTHS
 from networks.files.readers.patcher import Slot, slots
 
@@ -245,7 +245,16 @@ def check(arch: str, arguments: dict[str, str], folder: Path) -> None:
         key, rows = where[module]
         return changed[strength].get(key, base[key])[rows]
 
-    reading = READER.read(run.given)
+    assert_as_made(READER, run, weight_at)
+
+
+def assert_as_made(reader: Reader, run: Trained, weight_at: Callable[[nn.Module, float], Tensor]) -> None:
+    """A model says what the program did, layer by layer, to two digits.
+
+    Args:
+        weight_at: what the program makes of a module's weight, at a strength.
+    """
+    reading = reader.read(run.given)
     assert reading is not None and not reading.refused
     for name, fate in reading.fates.items():
         found = [errors(run.targets[name], weight_at, strength) for strength in STRENGTHS]

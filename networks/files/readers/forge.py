@@ -1,7 +1,7 @@
 """stable-diffusion-webui-forge: the loader of an earlier ComfyUI.
 
-It has no rotations, stops where that goes on without a layer, and takes nothing of a file with more than twelve keys that
-it does not know.
+It has no rotations, stops where that goes on without a layer, and takes nothing of a file with more than twelve keys
+that it does not know.
 """
 
 from __future__ import annotations
