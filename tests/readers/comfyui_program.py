@@ -30,7 +30,8 @@ Target = tuple[str, int, int, bool]  # weight, first row, number of rows, whethe
 # Packages which it imports and which these tests have no use for.
 ABSENT = (
     "comfy_aimdo", "comfy_kitchen", "torchsde", "kornia", "av", "torchvision", "torchaudio", "spandrel", "scipy",
-    "sentencepiece", "blake3", "aiohttp", "torchdiffeq", "alembic", "sqlalchemy", "cv2", "einops", "gguf", "huggingface_guess",
+    "sentencepiece", "blake3", "aiohttp", "torchdiffeq", "alembic", "sqlalchemy", "cv2", "einops", "gguf",
+    "huggingface_guess",
 )  # fmt: skip
 
 _UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True}

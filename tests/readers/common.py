@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from registry_archs import SPECS, data_of
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from networks.archs.places import Place
 from networks.archs.spec import ArchSpec
 from networks.files.adapter_file import FileTensors, Naming, open_adapter
-from networks.files.codec import SavedLayer
 from networks.files.readers import Given, Reader
 from networks.files.readers.contract import STRENGTHS
 from networks.network.network import Network
@@ -109,13 +106,14 @@ def trained(arch: str, models: Mapping[str, nn.Module], file: Path, std: float =
     targets: dict[str, tuple[Target, ...]] = {}
     base = {}
     for layer in network.adapted_layers:
-        whole = layer.whole_weight().detach()
+        whole = layer.whole_weight().detach().clone()  # programs merge into the model
         new = layer.new_weight(whole).detach()
         base[layer.lora_name] = whole
         pieces = [Target(site.module, site.select_rows(whole), site.select_rows(new)) for site in layer.sites]
-        where: tuple[Place, ...] = tuple(network.file_format.places.get(layer.lora_name, ()))
+        shares = ((share, one.path) for one in network.file_format.targets for share in one.shares)
+        where = sorted((share.start, path) for share, path in shares if share.saved_name == layer.lora_name)
         if where:
-            targets |= {place.path: (piece,) for place, piece in zip(where, pieces, strict=True)}
+            targets |= {path: (piece,) for (_, path), piece in zip(where, pieces, strict=True)}
         else:
             targets[layer.lora_name] = tuple(pieces)
     network.detach()
@@ -161,26 +159,14 @@ def given_of(
     spec: ArchSpec, models: Mapping[str, nn.Module], file: Path, base: Callable[[str], Tensor] | None = None
 ) -> Given:
     """A file as readers are given it, beside these models."""
-    tensors, metadata = read(file)
-    shapes = {}
+    tensors, shapes = FileTensors(file), {}
     for part in spec.parts:
         if part.name in models:
             found = candidates(part, models[part.name], norms=True)
             shapes[part.name] = {one.trainer_name: tuple(one.geometry.weight_shape) for one in found}
-    return Given(tensors, metadata, spec, shapes, meant(tensors, metadata), base)
-
-
-def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(file, "pt") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})
-
-
-def meant(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, SavedLayer]:
-    """Layer of a file, with the dots of its name -> what it is."""
-    given = FileTensors(tensors)
-    given.metadata.update(metadata)
-    opened = open_adapter(given, Naming()).all_read()
-    return {name.replace("/", "."): layer for name, layer in opened.layers.items()}
+    opened = open_adapter(tensors, Naming()).all_read()
+    meant = {name.replace("/", "."): layer for name, layer in opened.layers.items()}
+    return Given(dict(tensors), tensors.metadata, spec, shapes, meant, base, tensors.settings)
 
 
 def made(trained: Trained, weight_at: Callable[[nn.Module, float], Tensor]) -> Made:

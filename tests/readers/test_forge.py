@@ -41,7 +41,7 @@ KNOWN = {
     "sd3": "lora_unet_joint_blocks_0_x_block_attn_qkv lora_te2_text_model_encoder_layers_0_mlp_fc1",
 }
 UNKNOWN = {
-    "sd": "lora_te_text_model_encoder_layers_0_layer_norm1 text_encoders.clip_l.transformer.text_model.final_layer_norm",
+    "sd": "lora_te_text_model_encoder_layers_0_layer_norm1 transformer_blocks.0",
     "sdxl": "lora_te_text_model_encoder_layers_31_mlp_fc1",
     "flux": "lora_unet_double_blocks_0_img_attn_norm_query_norm transformer_blocks.0.attn.to_k",
     "chroma": "transformer.transformer_blocks.0.attn.to_k lora_unet_single_blocks_0_norm_key_norm",
