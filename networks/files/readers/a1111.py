@@ -76,4 +76,4 @@ FORMS = (
     ),
     *SCALES,
 )
-READERS = (Patcher("a1111", "A1111 1.10 (names read, layers run)", 50, MODELS, frozenset(SUFFIXES), FORMS),)
+READERS = (Patcher("a1111", "A1111 1.10 (names read)", 50, MODELS, frozenset(SUFFIXES), FORMS),)
