@@ -516,3 +516,22 @@ def test_as_lora(make: Make, kernel: Kernel) -> None:
     check(found, W, dense(saved, W))
     if make is lora:
         assert found.tensors == saved.tensors and found.alpha == saved.alpha
+
+
+def test_factors_without_their_start_take_it_from_the_base() -> None:
+    """T-LoRA of another program: its file has no start, which is the principal part of the base weight."""
+    W = torch.randn(40, I, generator=torch.Generator().manual_seed(14), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(W, full_matrices=False)
+    p, q, lam = u[:, :2] * 1.1, vh[:2] * 1.2, s[None, :2] * 0.9
+    saved = saved_of({"q_layer.weight": q, "p_layer.weight": p, "lambda_layer": lam, "alpha": torch.tensor(1.0)})
+    change = 0.5 * (p * lam @ q - u[:, :2] * s[:2] @ vh[:2])
+    with pytest.raises(ValueError, match="tlora would have to be converted"):
+        as_lora(saved, (40, I))
+    lora = as_lora(saved, (40, I), W)
+    assert lora is not None and lora.alpha == 2.0
+    check(lora, W, W + change)
+    check(as_diff(saved, (40, I), W), W, W + change)
+    whole = torch.cat([W, W])
+    found, words = joined("x", [saved, None], (40, 40), (I,), whole)
+    check(found, whole, torch.cat([W + change, W]))
+    assert words
