@@ -310,7 +310,8 @@ def make(
 
 def _add(file: File, layers: list[nn.Module], line: Line, form: Form, kind: str, root: str, bias: str) -> None:
     factors, dense = KINDS[kind]
-    whole = torch.cat([layer.weight.detach() for layer in layers]).double()
+    weights = [layer.get_parameter("weight").detach() for layer in layers]
+    whole = torch.cat(weights).double()
     change, shift = torch.zeros_like(whole), torch.zeros(len(whole), dtype=torch.float64)
     total, at = sum(share for _, share in line.own), 0
     assert len(whole) % total == 0, line
@@ -328,7 +329,7 @@ def _add(file: File, layers: list[nn.Module], line: Line, form: Form, kind: str,
             written[bias] = _random(len(base))
             shift[rows] = (_swap(written[bias]) if line.swapped else written[bias]).double()
         file.tensors.update({f"{root}{form.spelt(own)}.{key}": value for key, value in written.items()})
-    sizes = [len(layer.weight) for layer in layers]
+    sizes = [len(weight) for weight in weights]
     for (name, _), weight, moved in zip(line.trainer, change.split(sizes), shift.split(sizes), strict=True):
         file.changes[f"{name}.weight"] = weight
         if bias:
@@ -409,7 +410,7 @@ def file_of(arch: str, model: nn.Module, name: str, kind: str, **options: str) -
 # -- denoisers
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("arch,name,kind", CELLS)
 def test_a_network_reads_every_layout(arch: str, name: str, kind: str, tmp_path: Path) -> None:
     models = models_of(arch)
@@ -431,7 +432,7 @@ PARTIAL = [
 ]
 
 
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(12)
 @pytest.mark.parametrize("arch,part,name,kind", PARTIAL)
 def test_projections_may_be_missing(arch: str, part: str, name: str, kind: str, tmp_path: Path) -> None:
     """Rows without an adapter stay as they are."""
@@ -461,7 +462,7 @@ def test_normalisation_layers(arch: str, name: str, norm: str, tmp_path: Path) -
     load(arch, models, file, tmp_path)
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("arch,name,kind", [cell for cell in CELLS if cell[2] in ("lora", "lokr", "dora")])
 def test_a_checkpoint_takes_every_layout(arch: str, name: str, kind: str, tmp_path: Path) -> None:
     model = models_of(arch)[SPECS[arch].denoiser.name]
@@ -535,15 +536,19 @@ def test_names_for_other_programs_are_those_of_the_lists(arch: str, section: str
         assert _own(line, arch, shapes, WRITTEN[section]) == wanted
 
 
-@pytest.mark.parametrize(
-    "arch", [a for a in SPECS if "ComfyUI" in _sections(a)] if "COMFYUI_PATH" in os.environ else []
-)
-def test_the_lists_have_the_names_of_comfyuis_classes(arch: str) -> None:
-    """Where COMFYUI_PATH gives the program."""
-    from readers import comfyui_program
+# A file for ComfyUI has none of these layers, which the trainer's model has.
+LACKING = {"hidream_o1": r"visual\.deepstack_merger_list\..*"}
 
-    known = {key.removeprefix("diffusion_model.").rpartition(".")[0] for key in comfyui_program.weights(arch)}
-    maps = {key.removeprefix("diffusion_model.") for key in comfyui_program.key_map(arch)}
-    for section in ("ComfyUI", "ComfyUI fused"):
-        for line in read_list(arch).get(section, []):
-            assert line.own[0][0] in known | maps | {"*"}, line
+if "COMFYUI_PATH" in os.environ:
+
+    @pytest.mark.parametrize("arch", [arch for arch in SPECS if "ComfyUI" in _sections(arch)])
+    def test_the_lists_have_the_names_of_comfyuis_classes(arch: str) -> None:
+        """Of the program itself, and what its loader takes beside."""
+        from readers import comfyui_program
+
+        known = {key.removeprefix("diffusion_model.").rpartition(".")[0] for key in comfyui_program.weights(arch)}
+        known |= {key.removeprefix("diffusion_model.") for key in comfyui_program.key_map(arch)}
+        for section in ("ComfyUI", "ComfyUI fused"):
+            for line in read_list(arch).get(section, []):
+                own = line.own[0][0]
+                assert own == "*" or own in known or re.fullmatch(LACKING.get(arch, ""), own), line

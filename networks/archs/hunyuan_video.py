@@ -149,7 +149,6 @@ HV_1_5 = ArchSpec(
         comfyui=(*HV_1_5_COMFYUI, *COMFYUI_REST),
     ),
     axes=(BlockAxis("double_blocks."),),
-    fused_rows=(FusedRows(r"txt_in\..*_qkv", 1, 2),),
     # The trainer's default pattern, .*(_in).*, matches no layer of a block: it trains the modulation, too.
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod)\..*", trained_if=False, default=True),),
     usual=frozenset({756}),

@@ -160,8 +160,9 @@ def places(
     layers = own_layers(part, trainer_name, program)
     if program == COMFYUI and part.comfyui_divides and layers[0].pieces > 1:
         layers = (Rename(trainer_name, trainer_name),)  # which it takes as rows of its own layer
-    sizes = (rows,) if len(layers) == 1 else arch.split_of(trainer_name, rows, columns)
-    assert len(sizes) == len(layers), f"{trainer_name}: {len(layers)} layers in {program}, {len(sizes)} projections"
+    count = len(layers)
+    sizes = (rows,) if count == 1 else arch.split_of(trainer_name, rows, columns) or (rows // count,) * count
+    assert len(sizes) == count and sum(sizes) == rows, f"{trainer_name}: {count} layers in {program} of {rows} rows"
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     stem = f"{part.diffusers}." if program == DIFFUSERS else ""
     return tuple(
