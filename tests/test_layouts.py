@@ -216,6 +216,13 @@ FORMS: dict[str, Form] = {
     "XLabs": Form("XLabs", "", suffixes=XLABS),  # huggingface/diffusers issue 9914
     "XLabs, prefixed": Form("XLabs", "diffusion_model.", suffixes=XLABS),
     "DiffSynth's classes": Form("DiffSynth", "", suffixes=DEFAULT),  # modelscope/DiffSynth-Studio, FluxLoRAConverter
+    # FramePack takes files of HunyuanVideo: musubi-tuner issue 293
+    "HunyuanVideo": Form("HunyuanVideo", "lora_unet_", flat, kinds=("dora", "loha", "lokr", "full")),
+    "HunyuanVideo, dotted": Form("HunyuanVideo", "transformer."),
+    # Tencent-Hunyuan/HunyuanVideo-I2V issue 61
+    "HunyuanVideo-I2V": Form("trainer", "Hunyuan_video_I2V_lora_", flat, archs=("hunyuan_video",)),
+    # kohya-ss/sd-scripts issue 1463
+    "diffusers, underscore behind": Form("diffusers", "lora_unet_", lambda name: f"{flat(name)}_", archs=("flux",)),
     # LucianoCirino/efficiency-nodes-comfyui issue 104, ComfyUI issue 1144
     "older diffusers": Form("older diffusers", "unet.", suffixes=XLABS),
     "older diffusers, bare": Form("older diffusers", "", suffixes=XLABS),

@@ -69,6 +69,7 @@ HUNYUAN_VIDEO = ArchSpec(
         layouts=DIFFUSERS,
         comfyui=COMFYUI,
         others=(("OMI", OMI),),
+        file_roots=("Hunyuan_video_I2V_lora_",),  # of the trainer that came with the image-to-video model
     ),
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),

@@ -127,7 +127,7 @@ def _locate(path: str, arch: ArchSpec) -> _Found:
     for root, part in _roots(arch):
         if path.startswith(root) and len(path) > len(root):
             rest = path[len(root) :].removeprefix(PEFT)
-            return _Found(part, rest.lstrip("_").replace(".", "_"))
+            return _Found(part, rest.strip("_").replace(".", "_"))
     return _Found(None if _SAVED.fullmatch(path) else arch.denoiser, path.replace(".", "_"))
 
 
