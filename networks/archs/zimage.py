@@ -10,8 +10,6 @@ COMFYUI = (
     *below(
         r"(layers|noise_refiner|context_refiner)\.(\d+)\.attention\.",
         r"\1.\2.attention.",
-        # ComfyUI takes adapters of each projection as rows of its fused layer, whatever their algorithm.
-        *(Rename(f"to_{letter}", f"to_{letter}") for letter in "qkv"),
         *divided("qkv", ("to_q", "to_k", "to_v")),
         Rename("out", "to_out.0"),
         Rename("q_norm", "norm_q"),
