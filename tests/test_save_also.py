@@ -68,8 +68,7 @@ def test_what_is_written(kwargs: dict[str, str], wanted: set[str], tmp_path: Pat
     network = made(**kwargs)
     save(network, tmp_path, "a")
     assert names(tmp_path) == {"a.safetensors", *wanted}
-    first = [layer.lora_name for layer in network.adapted_layers][0]
-    prefixes = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "portable": first}
+    prefixes = {"comfyui": "diffusion_model.", "diffusers": "transformer.", "portable": "lora_unet_"}
     for name in names(tmp_path) - {"a-peft"}:
         form = name.partition("-")[2].partition(".")[0] or kwargs.get("save_format", "portable").replace(
             "peft", "portable"

@@ -26,7 +26,7 @@ from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right
 from .additive import Additive
-from .saved import Layout, alike, block_diagonal, concatenated, each, there, unstack_diagonal
+from .saved import Layout, alike, block_diagonal, concatenated, each, kept_ranks, there, unstack_diagonal
 
 
 class LoHa(Additive):
@@ -151,7 +151,15 @@ class LoHa(Additive):
     ) -> tuple[dict[str, Tensor], float | None]:
         axis = cls._row_axis(tensors)
         rows = {key: tensors[key].narrow(axis, start, stop - start) for key in ("hada_w1_a", "hada_w2_a")}
-        return {**tensors, **rows}, alpha
+        both = (
+            torch.stack([tensors["hada_w1_a"], tensors["hada_w2_a"]], -1).any(-1) if "hada_t1" not in tensors else None
+        )
+        kept = None if both is None else kept_ranks(both, start, stop)
+        if kept is None:
+            return {**tensors, **rows}, alpha
+        left = {key: tensor[:, kept] for key, tensor in rows.items()}
+        right = {key: tensors[key][kept] for key in ("hada_w1_b", "hada_w2_b")}
+        return {**tensors, **left, **right}, alpha and alpha * len(kept) / len(tensors["hada_w1_b"])
 
     @classmethod
     def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:

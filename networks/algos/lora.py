@@ -34,7 +34,18 @@ from ..tensors.low_rank import Gate, low_rank, product_error, product_norm_sq, r
 from ..tensors.tucker import core_times_right
 from .additive import Additive
 from .base import kaiming_
-from .saved import Layout, Resized, alike, block_diagonal, concatenated, each, there, unstack_diagonal, wide_dtype
+from .saved import (
+    Layout,
+    Resized,
+    alike,
+    block_diagonal,
+    concatenated,
+    each,
+    kept_ranks,
+    there,
+    unstack_diagonal,
+    wide_dtype,
+)
 
 
 class LoRA(Additive):
@@ -275,7 +286,12 @@ class LoRA(Additive):
     ) -> tuple[dict[str, Tensor], float | None] | None:
         if "lora_up.weight" not in tensors:
             return None
-        return {**tensors, "lora_up.weight": tensors["lora_up.weight"][start:stop]}, alpha
+        up = tensors["lora_up.weight"]
+        kept = kept_ranks(up.flatten(1), start, stop)
+        if "lora_mid.weight" in tensors or kept is None:
+            return {**tensors, "lora_up.weight": up[start:stop]}, alpha
+        pair = {"lora_down.weight": tensors["lora_down.weight"][kept], "lora_up.weight": up[start:stop, kept]}
+        return {**tensors, **pair}, alpha and alpha * len(kept) / up.shape[1]
 
     @classmethod
     def unstack(cls, tensors: Mapping[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:

@@ -107,6 +107,18 @@ def alike(packs: Sequence[Mapping[str, Tensor]], suffixes: Iterable[str]) -> boo
     )
 
 
+def kept_ranks(left: Tensor, start: int, stop: int) -> Tensor | None:
+    """Numbers of the ranks that some output rows have, where others are other rows' alone; None = all ranks stay.
+
+    Args:
+        left: the factor with the rows, [O, R].
+        start, stop: the rows.
+    """
+    own = left[start:stop].any(0)
+    idle = left.any(0) & ~own
+    return None if not bool(idle.any()) or not bool(own.any()) else torch.nonzero(~idle).flatten()
+
+
 def concatenated(parts: Sequence[Tensor | None], sizes: Sequence[int], axis: int = 0, rest: float = 0.0) -> Tensor:
     """Tensors with one value for each output row along an axis, one after the other.
 

@@ -201,6 +201,7 @@ SD = ArchSpec(
         CONVOLUTIONAL,
         release=_SD_RELEASE,
         comfyui=_SD_RELEASE,
+        comfyui_saved=True,
         diffusers="unet",
         others=((_OLDER_DIFFUSERS, of_processors((("", ""),))),),
     ),

@@ -143,6 +143,7 @@ def _settings(layers: Sequence[SavedLayer]) -> dict[str, Any]:
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
     dora = {"use_dora": any(layer.magnitude is not None for layer in layers)} if kind.dora else {}
+    dora |= {"lora_bias": any(layer.bias_change is not None for layer in layers)} if kind.dora else {}
     return {
         "peft_type": kind.peft_type,
         "base_model_name_or_path": None,

@@ -80,8 +80,10 @@ def foreseen(kinds: Mapping[str, Hashable], form: FileFormat, make: Callable[[st
     alike = _alike(kinds, form.targets)
     known = {s.saved_name for targets in alike for s in targets[0].shares} & kinds.keys()
     counts = {targets[0].name: len(targets) for targets in alike}
+    shapes = {share.saved_name: (share.of, *one.columns) for one in form.targets for share in one.shares}
+    base = _no_base if FULL.name in form.dialect.algos else lambda name: torch.ones(shapes[name])
     values, words, asks = 0, Counter[str](), False
-    for target, build in _targets({name: make(name) for name in known}, form, _no_base):
+    for target, build in _targets({name: make(name) for name in known}, form, base):
         count = counts.get(target.name, 0)
         try:
             layer, told = build()
@@ -109,7 +111,7 @@ def _alike(kinds: Mapping[str, Hashable], targets: Iterable[Target]) -> list[lis
 
 
 class _NoBaseError(Exception):
-    """A layer's new form follows from a base weight, which is not known yet."""
+    """A layer's new form follows from a base weight, which is not known yet: it is as large as that."""
 
 
 def _no_base(name: str) -> Tensor:
@@ -209,40 +211,17 @@ def _ways(
 
 def _pieces(known: Mapping[str, SavedLayer], targets: Iterable[Target], base: Base) -> dict[tuple[str, str], _Piece]:
     """(target's name, saved name) -> what that layer of the network is of the target."""
-    owners: dict[str, list[tuple[Target, Share]]] = {}
-    for target in targets:
-        for share in target.shares:
-            if share.saved_name in known:
-                owners.setdefault(share.saved_name, []).append((target, share))
     found = {}
-    for name, shares in owners.items():
-        for (target, share), saved in zip(shares, _divided(known[name], shares), strict=True):
-            shape = (share.stop - share.start, *target.columns)
-            found[target.name, name] = _Piece(saved, shape, functools.partial(_base_of, base, share))
+    for target, share in ((one, share) for one in targets for share in one.shares):
+        if share.saved_name in known:
+            shape, saved = (share.stop - share.start, *target.columns), _rows(known[share.saved_name], target, share)
+            found[target.name, share.saved_name] = _Piece(saved, shape, functools.partial(_base_of, base, share))
     return found
 
 
 def _base_of(base: Base, share: Share) -> Tensor:
     weight = base(share.saved_name)
     return weight if share.is_all else torch.cat([weight[start:stop] for start, stop in share.ranges])
-
-
-def _divided(saved: SavedLayer, owners: Sequence[tuple[Target, Share]]) -> list[SavedLayer]:
-    """The parts of a layer: what has an adapter for each projection falls into these."""
-    sizes, alpha = [share.stop - share.start for _, share in owners], saved.alpha
-    if len(owners) == 1 and owners[0][1].is_all:
-        return [saved]
-    try:
-        packs = saved.algorithm.unstack(saved.tensors, sizes)
-    except (ValueError, NotImplementedError):
-        return [_rows(saved, *owner) for owner in owners]
-    parts = []
-    for (_, share), tensors in zip(owners, packs, strict=True):
-        magnitude = None if saved.magnitude is None else saved.magnitude[share.start : share.stop]
-        alone = replace(saved, tensors=tensors, magnitude=magnitude, alpha=alpha and alpha / len(owners))
-        rows = share.stop - share.start
-        parts.append(_rows(alone, owners[0][0], replace(share, start=0, stop=rows, of=rows)))
-    return parts
 
 
 def _rows(saved: SavedLayer, target: Target, share: Share) -> SavedLayer:
