@@ -92,7 +92,12 @@ class _Forms:
             self.problems.add(f"{argument}={dialect.name}: {error}")
             return form
         if found.told:
-            notes.append(f"{argument}={dialect.name}: {found.told}, {_size(found)} in half precision")
+            way = (
+                ""
+                if argument == "save_also"
+                else f"; to train on, keep a portable file, too (save_also={dialect.name})"
+            )
+            notes.append(f"{argument}={dialect.name}: {found.told}, {_size(found)} in half precision{way}")
         return form
 
     def beside(self, dialect: Dialect, notes: list[str]) -> tuple[FileFormat, ...]:
@@ -103,7 +108,7 @@ class _Forms:
             if one is dialect and not dialect.folder:
                 self.problems.add(f"save_also={one.name}: files are written as save_format={one.name} already")
             elif one is dialect:
-                also.append(self.of(one, notes))
+                also.append(self.of(one, notes))  # its file is portable
             else:
                 for reason in _misfits(self.plan.trained, one, self.request, "save_also"):
                     self.problems.add(reason)
