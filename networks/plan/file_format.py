@@ -108,7 +108,7 @@ class _Forms:
             if one is dialect and not dialect.folder:
                 self.problems.add(f"save_also={one.name}: files are written as save_format={one.name} already")
             elif one is dialect:
-                also.append(self.of(one, notes))  # its file is portable
+                also.append(self.of(one, notes))
             else:
                 for reason in _misfits(self.plan.trained, one, self.request, "save_also"):
                     self.problems.add(reason)
