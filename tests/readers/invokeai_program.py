@@ -4,6 +4,7 @@ and the file is loaded and applied."""
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from inside import Models, main, stub
-from safetensors.torch import load_file
 from torch import nn
 
 stub("torchvision", "cv2", "onnx", "onnxruntime", "mediapipe", "compel", "spandrel", "kernels")
@@ -85,17 +85,20 @@ def build(arch: str) -> Models:
         return {**_encoders(arch), ("unet" if arch in ("sd", "sdxl") else "dit"): _denoiser(arch)}
 
 
-def identified(path: Path) -> list[str]:
-    """The base models for which some class of its model records takes the file."""
-    configs, found = _module("model_manager.configs.base").Config_Base.CONFIG_CLASSES, []
-    _module("model_manager.configs.factory")
-    on_disk = _module("model_manager.model_on_disk").ModelOnDisk(path)
-    fields = {"hash": "-", "path": str(path), "file_size": 1, "name": "a", "source": "a", "source_type": "path"}
-    for config in configs:
+def identified(path: Path, metadata: dict[str, str]) -> list[str]:
+    """The base models for which some class of its model records takes a file, of which keys and shapes are given."""
+    shapes = json.loads(path.read_text(encoding="utf-8"))
+    tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    factory = _module("model_manager.configs.factory").ModelConfigFactory
+    on_disk, found = _module("model_manager.model_on_disk").ModelOnDisk(path), []
+    on_disk._state_dict_cache |= {None: tensors, path: tensors}
+    on_disk._metadata_cache[path] = metadata
+    for config in _module("model_manager.configs.base").Config_Base.CONFIG_CLASSES:
         if not config.__name__.startswith(("LoRA_", "ControlLoRA_")):
             continue
         try:
-            found.append(config.from_model_on_disk(on_disk, dict(fields)).base.value)
+            fields = factory.build_common_fields(on_disk, {"hash": "-"})
+            found.append(config.from_model_on_disk(on_disk, fields).base.value)
         except _module("model_manager.configs.identification_utils").NotAMatchError:
             continue
     return sorted(set(found))
@@ -117,7 +120,7 @@ def _loaded(job: dict[str, Any]) -> Any:
 
 def read(job: dict[str, Any], models: Models, strength: float) -> None:
     if job["way"] == "identify":
-        raise RuntimeError(f"identified as {identified(Path(job['file']))}")
+        raise RuntimeError(f"identified as {identified(Path(job['file']), {'ss_x': '1'})}")
     patcher, patch = _module("patches.layer_patcher").LayerPatcher, _loaded(job)
     storage = _module("util.original_weights_storage").OriginalWeightsStorage
     for part, prefix in PREFIXES.get(job["arch"], {"dit": "lora_transformer-"}).items():

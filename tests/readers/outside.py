@@ -6,22 +6,25 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from common import KINDS, Made, Trained, made, trained
+from common import KINDS, Made, Target, Trained, trained
 from registry_archs import SPECS, data_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy_models import toy
 
+from networks.archs.places import places
+from networks.files.readers import Given, Reading
 from networks.files.readers.contract import STRENGTHS
 
 HERE = Path(__file__).parent
 Place = str  # `part|dotted name` in the program's models
+Places = dict[nn.Module, tuple[tuple[Place, int, int], ...]]  # a layer's, each with its rows, in their order
 
 
 @dataclass(frozen=True)
@@ -30,26 +33,31 @@ class Case:
 
     Attributes:
         way: which of the program's ways to read files.
-        places: module of ours -> the program's layers that are it, in the order of its rows.
+        places: module of ours -> the program's layers that are it.
     """
 
     arch: str
     kind: str
     way: str
     trained: Trained
-    places: Mapping[nn.Module, tuple[tuple[Place, int, int], ...]]
+    places: Places
+
+    def names(self, module: nn.Module) -> set[Place]:
+        return {place for place, _, _ in self.places[module]}
 
 
 @lru_cache
-def models_of(arch: str, encoders: bool = True) -> dict[str, nn.Module]:
+def models_of(arch: str, encoders: bool) -> dict[str, nn.Module]:
     models = toy(arch, blocks=1, shrink=data_of(arch).shrink)
     models = {name: model for name, model in models.items() if encoders or name == SPECS[arch].denoiser.name}
     for model in models.values():
         model.eval().requires_grad_(False)
+        for module in model.modules():
+            module.bias = None  # type: ignore[assignment]  # not all layers have one in the programs' classes
     return models
 
 
-def own_places(arch: str, encoders: bool = True) -> dict[nn.Module, tuple[tuple[Place, int, int], ...]]:
+def own_places(arch: str, encoders: bool = True) -> Places:
     """Where a program has the trainer's own classes."""
     found = {}
     for part, model in models_of(arch, encoders).items():
@@ -59,9 +67,57 @@ def own_places(arch: str, encoders: bool = True) -> dict[nn.Module, tuple[tuple[
     return found
 
 
+def diffusers_places(arch: str, own: frozenset[str] = frozenset(), root: str = "") -> Places:
+    """Where a program has diffusers' classes.
+
+    Args:
+        own: architectures of whose denoiser it has the trainer's class.
+        root: before the trainer's names of its text encoders.
+    """
+    spec, found = SPECS[arch], own_places(arch)
+    for part in spec.text_encoders:
+        for module, ((place, start, stop),) in list(found.items()):
+            if place.startswith(f"{part.name}|"):
+                found[module] = ((place.replace("|", f"|{root}"), start, stop),)
+    if arch in own:
+        return found
+    part = spec.denoiser
+    for name, module in models_of(arch, True)[part.name].named_modules():
+        if module in found:
+            rows, columns = module.weight.shape[:2]  # type: ignore[union-attr, misc]
+            there = places(spec, part, name, rows, columns)
+            found[module] = tuple(
+                (f"{part.name}|{one.path.removeprefix(part.diffusers + '.')}", one.start, one.stop) for one in there
+            )
+    return found
+
+
 def file_of(arch: str, kind: str, folder: Path, encoders: bool = True, **more: str) -> Trained:
     """A file of a kind for the small models of an architecture."""
-    return trained(arch, models_of(arch, encoders), folder / f"{arch} {kind}.safetensors", **{**KINDS[kind], **more})
+    wide = " wide" if more else ""
+    file = folder / f"{arch} {kind}{wide}.safetensors"
+    return trained(arch, models_of(arch, encoders), file, **{**KINDS[kind], **more})
+
+
+def assert_equal(reading: Reading, real: Made, given: Given, exact: float = 1e-4) -> None:
+    """A model of a program says of a file what the program made of it: the layers which load, by name; its words where
+    it refuses the file; the errors to two digits.
+
+    Args:
+        exact: an error that is rounding.
+    """
+    if real.refused or reading.refused:
+        assert reading.refused and reading.refused in real.refused, (reading.refused, real.refused)
+        return
+    assert reading.fates.keys() == given.meant.keys()
+    told = {name for name, fate in reading.fates.items() if fate.loaded}
+    assert told == real.loaded, sorted(told ^ real.loaded)
+    for name in told:
+        fate, errors = reading.fates[name], real.errors[name]
+        assert errors is not None
+        for one, other in zip(fate.errors, errors, strict=True):
+            assert one is not None and abs(one - other) < max(exact, 0.01 * other), (name, fate, errors)
+        assert bool(fate.reason) == (max(errors) > exact), (name, fate, errors)
 
 
 def run(program: str, environment: str, cases: Iterable[Case], folder: Path) -> list[Made]:
@@ -75,9 +131,9 @@ def run(program: str, environment: str, cases: Iterable[Case], folder: Path) -> 
     for number, case in enumerate(cases):
         if case.arch not in jobs:
             base = {
-                place: module.weight.detach()[start:stop].contiguous()  # type: ignore[index, union-attr, operator]
-                for module, places in case.places.items()
-                for place, start, stop in places
+                place: module.weight.detach()[start:stop].clone()  # type: ignore[index, union-attr, operator]
+                for module, where in case.places.items()
+                for place, start, stop in where
             }
             save_file(base, folder / f"{case.arch} base.safetensors")
             jobs[case.arch] = {"base": f"{case.arch} base.safetensors", "jobs": []}
@@ -96,7 +152,9 @@ def run(program: str, environment: str, cases: Iterable[Case], folder: Path) -> 
 
 
 def _made(case: Case, result: Mapping[str, object], number: str, weights: Mapping[str, Tensor]) -> Made:
-    assert not result["absent"], f"{case.arch}: the program's own classes have no {result['absent']}"
+    wanted = {place for targets in case.trained.targets.values() for one in targets for place in case.names(one.module)}
+    absent = sorted(wanted & set(result["absent"]))  # type: ignore[call-overload]
+    assert not absent, f"{case.arch}: the program's own classes have no {absent}"
     if result["refused"]:
         return Made(str(result["refused"]))
 
@@ -108,7 +166,19 @@ def _made(case: Case, result: Mapping[str, object], number: str, weights: Mappin
         ]
         return torch.cat(rows)
 
-    return made(case.trained, weight_at)
+    return Made("", {name: _errors(targets, weight_at) for name, targets in case.trained.targets.items()})
 
 
-ARCHS = tuple(SPECS)
+def _errors(targets: Sequence[Target], weight_at: Callable[[nn.Module, float], Tensor]) -> tuple[float, ...] | None:
+    """||W' as read - W' as meant|| / ||W' as meant - W|| at each strength; None = nothing has changed."""
+    found, changed = [], False
+    for strength in STRENGTHS:
+        off = size = 0.0
+        for target in targets:
+            new = weight_at(target.module, strength).double().reshape(target.base.shape)
+            base, meant = target.base.double(), strength * (target.wanted.double() - target.base.double())
+            changed |= bool((new - base).norm() > 1e-6 * base.norm())
+            off += float((new - base - meant).square().sum())
+            size += float(meant.square().sum())
+        found.append((off / size) ** 0.5)
+    return tuple(found) if changed else None

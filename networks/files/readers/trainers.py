@@ -162,7 +162,7 @@ def _fate(
 
 def _of_form(saved: SavedLayer, unread: set[str], base: Tensor | None, scale: float) -> Fate:
     if saved.magnitude is not None:
-        return Fate(True, "its magnitudes are not read: it acts as plain factors", off(saved, base, _plain, scale))
+        return Fate(True, "its magnitudes are not read: it acts as plain factors", off(saved, base, plain, scale))
     if "lora_mid.weight" in unread:
         reason = "the kernel between its factors is not read"
         return Fate(True, reason, off(saved, base, _without_kernel, scale))
@@ -192,7 +192,7 @@ def off(saved: SavedLayer, base: Tensor | None, change: Change, scale: float = 1
     return error, error
 
 
-def _plain(saved: SavedLayer, base: Tensor) -> Tensor:
+def plain(saved: SavedLayer, base: Tensor) -> Tensor:
     """The change without magnitudes."""
     return merged_weight(replace(saved, magnitude=None, folded=False), base, bias_too=True) - base
 
