@@ -89,6 +89,7 @@ def identified(path: Path, metadata: dict[str, str]) -> list[str]:
     """The base models for which some class of its model records takes a file, of which keys and shapes are given."""
     shapes = json.loads(path.read_text(encoding="utf-8"))
     tensors = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    _module("patches.layer_patcher")  # first: what follows imports it in a circle
     factory = _module("model_manager.configs.factory").ModelConfigFactory
     on_disk, found = _module("model_manager.model_on_disk").ModelOnDisk(path), []
     on_disk._state_dict_cache |= {None: tensors, path: tensors}

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from common import KINDS, Made, Target, Trained, trained
+from common import KINDS, Made, Target, Trained, meant, trained
 from registry_archs import SPECS, data_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from toy_models import toy
 from networks.archs.places import places
 from networks.files.readers import Given, Reading
 from networks.files.readers.contract import STRENGTHS
+from networks.files.readers.trainers import saved_names
 
 HERE = Path(__file__).parent
 Place = str  # `part|dotted name` in the program's models
@@ -67,14 +68,14 @@ def own_places(arch: str, encoders: bool = True) -> Places:
     return found
 
 
-def diffusers_places(arch: str, own: frozenset[str] = frozenset(), root: str = "") -> Places:
+def diffusers_places(arch: str, own: frozenset[str] = frozenset(), root: str = "", encoders: bool = True) -> Places:
     """Where a program has diffusers' classes.
 
     Args:
         own: architectures of whose denoiser it has the trainer's class.
         root: before the trainer's names of its text encoders.
     """
-    spec, found = SPECS[arch], own_places(arch)
+    spec, found = SPECS[arch], own_places(arch, encoders)
     for part in spec.text_encoders:
         for module, ((place, start, stop),) in list(found.items()):
             if place.startswith(f"{part.name}|"):
@@ -82,7 +83,7 @@ def diffusers_places(arch: str, own: frozenset[str] = frozenset(), root: str = "
     if arch in own:
         return found
     part = spec.denoiser
-    for name, module in models_of(arch, True)[part.name].named_modules():
+    for name, module in models_of(arch, encoders)[part.name].named_modules():
         if module in found:
             rows, columns = module.weight.shape[:2]  # type: ignore[union-attr, misc]
             there = places(spec, part, name, rows, columns)
@@ -94,9 +95,37 @@ def diffusers_places(arch: str, own: frozenset[str] = frozenset(), root: str = "
 
 def file_of(arch: str, kind: str, folder: Path, encoders: bool = True, **more: str) -> Trained:
     """A file of a kind for the small models of an architecture."""
-    wide = " wide" if more else ""
+    wide = " ".join(("", *more))
     file = folder / f"{arch} {kind}{wide}.safetensors"
     return trained(arch, models_of(arch, encoders), file, **{**KINDS[kind], **more})
+
+
+def renamed(before: Trained, form: str, folder: Path, peft: bool = False) -> Trained:
+    """The same file under other names.
+
+    Args:
+        form: what stands before the names: dotted ones if it ends with a dot.
+        peft: lora_A and lora_B, the strength in the factors.
+    """
+    given, new = before.given, {}
+    names = {
+        name: form + (path if form.endswith(".") else path.replace(".", "_"))
+        for name, (_, path) in saved_names(given.arch, given.shapes).items()
+        if name in given.meant
+    }
+    for key, tensor in given.tensors.items():
+        name, _, suffix = key.partition(".")
+        if peft and suffix == "lora_up.weight":
+            tensor = tensor * given.meant[name].scale
+        if not peft or suffix != "alpha":
+            suffix = suffix.replace("lora_down", "lora_A").replace("lora_up", "lora_B") if peft else suffix
+            new[f"{names[name]}.{suffix}"] = tensor.contiguous()
+    ordered = dict(sorted(new.items()))
+    file = folder / f"{before.file.stem} {form}{peft}.safetensors"
+    save_file(ordered, file)
+    said = {names[name]: saved for name, saved in given.meant.items()}
+    targets = {names[name]: found for name, found in before.targets.items()}
+    return Trained(file, replace(given, tensors=ordered, meant=said, metadata={}), targets)
 
 
 def assert_equal(reading: Reading, real: Made, given: Given, exact: float = 1e-4) -> None:
@@ -176,9 +205,51 @@ def _errors(targets: Sequence[Target], weight_at: Callable[[nn.Module, float], T
         off = size = 0.0
         for target in targets:
             new = weight_at(target.module, strength).double().reshape(target.base.shape)
-            base, meant = target.base.double(), strength * (target.wanted.double() - target.base.double())
+            base = target.base.double()
+            change = strength * (target.wanted.double() - base)
             changed |= bool((new - base).norm() > 1e-6 * base.norm())
-            off += float((new - base - meant).square().sum())
-            size += float(meant.square().sum())
+            off += float((new - base - change).square().sum())
+            size += float(change.square().sum())
         found.append((off / size) ** 0.5)
     return tuple(found) if changed else None
+
+
+# -- files written by hand
+
+_FACTORS: dict[str, dict[str, tuple[object, ...]]] = {
+    "lora": {"lora_down.weight": (2, "I"), "lora_up.weight": ("O", 2), "alpha": ()},
+    "lora without alpha": {"lora_down.weight": (2, "I"), "lora_up.weight": ("O", 2)},
+    "peft": {"lora_A.weight": (2, "I"), "lora_B.weight": ("O", 2)},
+    "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": ("O/2", 2), "lokr_w2_b": (2, "I/2"), "alpha": ()},
+    "lokr whole": {"lokr_w1": (2, 2), "lokr_w2": ("O/2", "I/2"), "alpha": ()},
+    "lokr both": {
+        "lokr_w1_a": (2, 1), "lokr_w1_b": (1, 2), "lokr_w2_a": ("O/2", 1), "lokr_w2_b": (1, "I/2"), "alpha": (),
+    },
+    "loha": {"hada_w1_a": ("O", 2), "hada_w1_b": (2, "I"), "hada_w2_a": ("O", 2), "hada_w2_b": (2, "I"), "alpha": ()},
+    "glora": {"a1.weight": ("I", 2), "a2.weight": (2, "I"), "b1.weight": ("O", 2), "b2.weight": (2, "I"), "alpha": ()},
+    "full": {"diff": ("O", "I")},
+    "diag-oft": {"oft_blocks": ("O/4", 4, 4), "alpha": ()},
+    "ia3": {"weight": ("O",), "on_input": ()},
+}  # fmt: skip
+_FACTORS |= {
+    "dora": {**_FACTORS["lora"], "dora_scale": ("O", 1)},
+    "dora input": {**_FACTORS["lora"], "dora_scale": (1, "I")},
+    "lokr dora": {**_FACTORS["lokr"], "dora_scale": ("O", 1)},
+}
+BY_HAND = tuple(_FACTORS)
+
+
+def by_hand(arch: str, kind: str, layers: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> Given:
+    """A file of a kind, without values.
+
+    Args:
+        layers: name in the file -> part, trainer's dotted name and shape of the weight.
+    """
+    tensors, shapes = dict[str, Tensor](), dict[str, dict[str, tuple[int, ...]]]()
+    for name, (part, path, (out, features, *_)) in layers.items():
+        shapes.setdefault(part, {})[path] = layers[name][2]
+        sizes = {"O": out, "I": features, "O/2": out // 2, "I/2": features // 2, "O/4": out // 4}
+        for suffix, shape in _FACTORS[kind].items():
+            size = [sizes.get(one, one) for one in shape]  # type: ignore[call-overload]
+            tensors[f"{name}.{suffix}"] = torch.ones(()) if not size else torch.empty(size, device="meta")
+    return Given(dict(sorted(tensors.items())), {}, SPECS[arch], shapes, meant(tensors))

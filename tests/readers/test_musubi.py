@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
-from outside import Case, assert_equal, file_of, own_places, run
-from registry_archs import data_of
+from common import Made
+from outside import Case, assert_equal, by_hand, file_of, own_places, run
+from registry_archs import SPECS, data_of
 
 from networks.files.readers.musubi import READERS
 from networks.files.readers.trainers import Trainer
@@ -33,7 +35,7 @@ if os.environ.get("MUSUBI_PATH"):
     ]
 
     @pytest.fixture(scope="module")
-    def real(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str, str], tuple[Case, object]]:
+    def real(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str, str], tuple[Case, Made]]:
         folder, files, cases = tmp_path_factory.mktemp("musubi"), {}, {}
         for arch, kind, reader in CASES:
             wide = data_of(arch).widest if kind == "lora" and arch != "hidream_o1" else {}
@@ -46,9 +48,87 @@ if os.environ.get("MUSUBI_PATH"):
 
     @pytest.mark.parametrize(("arch", "kind", "reader"), CASES)
     def test_the_program_itself(
-        arch: str, kind: str, reader: str, real: Mapping[tuple[str, str, str], tuple[Case, object]]
+        arch: str, kind: str, reader: str, real: Mapping[tuple[str, str, str], tuple[Case, Made]]
     ) -> None:
         case, made = real[arch, kind, reader]
         reading = BY_NAME[reader].read(case.trained.given)
         assert reading is not None
         assert_equal(reading, made, case.trained.given)
+
+
+# A layer of each architecture, and what the two ways made of LoRA and of LoKr with a whole first factor: + exact, - left
+# out, or the program's words.
+RECORDED = """
+hunyuan_video double_blocks.0.img_attn_qkv + + - -
+hunyuan_video single_blocks.0.linear1 + + - -
+hv_1_5 double_blocks.0.img_attn_q + + - +
+framepack transformer_blocks.0.attn.to_q + + - +
+wan blocks.0.self_attn.q + + - +
+wan blocks.0.cross_attn.k_img + + - +
+flux double_blocks.0.img_attn.qkv + + - -
+flux img_in - - - -
+flux_2 single_blocks.0.linear2 + + - +
+qwen_image transformer_blocks.0.attn.to_q + + - +
+zimage layers.0.attention.to_q + + - +
+kandinsky visual_transformer_blocks.0.self_attention.to_query + + - -
+krea2 first + + - +
+krea2 blocks.0.attn.wq + + - +
+ideogram4 layers.0.attention.qkv + + - No_LoRA_modules_found
+hidream_o1 model.language_model.layers.0.self_attn.q_proj + + - -
+"""
+
+
+@pytest.mark.parametrize("line", [line.split() for line in filter(None, RECORDED.splitlines())], ids=" ".join)
+def test_layers(line: list[str]) -> None:
+    arch, path, *verdicts = line
+    name = f"lora_unet_{path}".replace(".", "_")
+    for kind in ("lora", "lokr"):
+        for reader, trainer in BY_NAME.items():
+            wanted = verdicts.pop(0).replace("_", " ")
+            reading = trainer.read(by_hand(arch, kind, {name: ("dit", path, (8, 8))}))
+            assert reading is not None
+            assert (reading.refused or "-+"[reading.fates[name].loaded]) == wanted, (kind, reader)
+            assert reading.fates[name].reason == "" or wanted != "+"
+
+
+# Kind -> what its modules, and its merge while a model loads, made of it: ~ = changed otherwise.
+KINDS_READ = {
+    "lora": "+ +", "dora": "~ ~", "dora input": "~ ~", "lokr": "- +", "lokr whole": "- +", "lokr both": "- -",
+    "lokr dora": "- ~", "loha": "- +", "glora": "- -", "full": "- -", "diag-oft": "- -", "ia3": "- -",
+    "lora without alpha": "KeyError +",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS_READ)
+def test_kinds(kind: str) -> None:
+    name, path = "lora_unet_double_blocks_0_img_attn_proj", "double_blocks.0.img_attn.proj"
+    for reader, wanted in zip(("musubi", "musubi_generate"), KINDS_READ[kind].split(), strict=True):
+        reading = BY_NAME[reader].read(by_hand("flux_2", kind, {name: ("dit", path, (8, 8))}))
+        assert reading is not None
+        fate = reading.fates[name]
+        assert (reading.refused or ("-" if not fate.loaded else "~" if fate.reason else "+")) == wanted
+        assert fate.errors == {"+": (0.0, 0.0), "~": (None, None)}.get(wanted, fate.errors)
+
+
+def test_only_its_own_names() -> None:
+    """Names with dots are those of its converter's other side."""
+    name, path = "diffusion_model.double_blocks.0.img_attn.proj", "double_blocks.0.img_attn.proj"
+    for reader in READERS:
+        reading = reader.read(by_hand("flux_2", "lora", {name: ("dit", path, (8, 8))}))
+        assert reading is not None and reading.loaded == 0 and not reading.refused
+
+
+def test_the_first_key_decides_for_the_whole_file() -> None:
+    first, second = "lora_unet_blocks_0_self_attn_k", "lora_unet_blocks_0_self_attn_q"
+    layers = {name: ("dit", f"blocks.0.self_attn.{name[-1]}", (8, 8)) for name in (first, second)}
+    one, two = (by_hand("wan", kind, layers) for kind in ("lora", "lokr"))
+    tensors = {key: t for given, name in ((one, first), (two, second)) for key, t in given.tensors.items() if name in key}
+    given = replace(one, tensors=tensors, meant={first: one.meant[first], second: two.meant[second]})
+    reading = BY_NAME["musubi_generate"].read(given)
+    assert reading is not None and reading.fates[first].loaded and not reading.fates[second].loaded
+
+
+def test_architectures_which_it_has_not() -> None:
+    for arch in ("sd", "sdxl", "sd3", "lumina", "anima", "chroma", "hunyuan_image", "ace_step"):
+        part = SPECS[arch].denoiser.name
+        assert all(reader.read(by_hand(arch, "lora", {"lora_unet_a": (part, "a", (8, 8))})) is None for reader in READERS)

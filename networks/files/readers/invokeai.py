@@ -10,13 +10,14 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ...archs import ARCHS
 from ...archs.places import DIFFUSERS, places
 from ...archs.spec import Part
 from ..codec import SavedLayer
 from .contract import Fate, Given, Reading
 from .trainers import Change, off, plain, suffixes_of
 
-UNKNOWN = "not recognised: it is kept as a model of an unknown kind"
+UNKNOWN = "it does not recognise the file, and keeps it as a model of an unknown kind"
 FORMAT = "Unsupported lora format"
 OWN = "own"  # the trainer's names; others are DIFFUSERS
 FLAT = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_")
@@ -451,6 +452,7 @@ def _inexact(layer: _Layer, reason: str, change: Change) -> Fate:
     return Fate(True, reason, off(layer.saved, layer.base, change))
 
 
+_TITLES = {arch.name: arch.title for arch in ARCHS}
 _Known = Mapping[str, tuple[Names, tuple[int, ...]]]
 
 
@@ -466,7 +468,9 @@ class InvokeAI:
             return None
         file = File(given, suffixes_of(given))
         if not base.is_one(file):
-            return Reading(dict.fromkeys(given.meant, Fate(False, UNKNOWN, (1.0, 1.0))), UNKNOWN)
+            taken = next((name for name, other in BASES.items() if other.is_one(file)), "")
+            words = f"it takes the file for one of {_TITLES[taken]}" if taken else UNKNOWN
+            return Reading(dict.fromkeys(given.meant, Fate(False, words, (1.0, 1.0))), words)
         return self.applied(file, base)
 
     def applied(self, file: File, base: Base) -> Reading:

@@ -23,6 +23,6 @@ READERS = (
         81,
         dict.fromkeys(_MERGED, _MODULES)
         | dict.fromkeys(_LOADED, _LOADING)
-        | {"ideogram4": Route(alpha=True, strict=True, outside=False)},
+        | {"ideogram4": Route(alpha=True, strict=True, nothing="No LoRA modules found", outside=False)},
     ),
 )

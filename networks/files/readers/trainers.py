@@ -59,6 +59,7 @@ class Route:
         forms: which it computes.
         alpha: it raises for a LoRA layer without one.
         strict: it raises for every key that is none of its own.
+        nothing: its words where it knows no layer of a file; "" = it says nothing.
         one_form: the first key that shows a form decides for the whole file.
         outside: whether it finds layers outside the containers that the trainer trains.
         scale: (layer, its weight) -> by how much its strength is off; 1 = not.
@@ -68,6 +69,7 @@ class Route:
     forms: tuple[Form, ...] = (LORA,)
     alpha: bool = False
     strict: bool = False
+    nothing: str = ""
     one_form: bool = False
     outside: bool = True
     scale: Callable[[SavedLayer, tuple[int, ...]], float] | None = None
@@ -208,6 +210,8 @@ def _refusal(fates: Mapping[str, Fate], suffixes: Mapping[str, set[str]], route:
     """The trainer's own words where it takes nothing of a file."""
     if route.alpha and any("lora_down.weight" in own and dotted.ALPHA not in own for own in suffixes.values()):
         return "KeyError"
+    if route.nothing and not any(fate.loaded for fate in fates.values()):
+        return route.nothing
     own = LORA.reads
     if route.strict and any(not fate.loaded or suffixes[name] - own for name, fate in fates.items()):
         return "Unexpected key(s) in state_dict"
