@@ -1,5 +1,5 @@
-"""Files read by InvokeAI itself. Ways: `identify`, what it takes a file for; else the architecture's base model is given,
-and the file is loaded and applied."""
+"""Files read by InvokeAI itself. Ways: `identify`, what it takes a file for (keys and shapes, as JSON); else the base
+model is given, and the file is loaded and applied."""
 
 from __future__ import annotations
 

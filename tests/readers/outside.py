@@ -190,8 +190,7 @@ def _made(case: Case, result: Mapping[str, object], number: str, weights: Mappin
     def weight_at(module: nn.Module, strength: float) -> Tensor:
         whole: Tensor = module.weight.detach()  # type: ignore[union-attr, assignment, operator]
         rows = [
-            weights.get(f"{number}|{strength}|{place}", whole[start:stop])
-            for place, start, stop in case.places[module]
+            weights.get(f"{number}|{strength}|{place}", whole[start:stop]) for place, start, stop in case.places[module]
         ]
         return torch.cat(rows)
 

@@ -131,7 +131,9 @@ def _by_scripts(job: dict[str, Any], models: Models, strength: float) -> None:
     elif job["arch"] == "sdxl":
         module = importlib.import_module("networks.sdxl_merge_lora")
         encoders = models["text_encoder1"], models["text_encoder2"]
-        module.merge_to_sdxl_model(*encoders, models["unet"], [job["file"]], [strength], None, torch.float32, torch.float32)
+        module.merge_to_sdxl_model(
+            *encoders, models["unet"], [job["file"]], [strength], None, torch.float32, torch.float32
+        )
 
 
 def read(job: dict[str, Any], models: Models, strength: float) -> None:

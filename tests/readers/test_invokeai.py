@@ -59,8 +59,8 @@ if os.environ.get("INVOKEAI_PATH"):
         assert_equal(INVOKEAI.applied(File(given, suffixes_of(given)), BASES[arch]), made, given)
 
 
-# Architecture, part, trainer's name (and shape of its weight, where that counts), name in a file: + where InvokeAI found
-# it, - where it left it out.
+# Architecture, part, trainer's name (and shape of its weight, where that counts); names in files: + where InvokeAI found
+# the layer, - where it left it out.
 FOUND = """
 sd unet down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
     + lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q

@@ -1,5 +1,5 @@
-"""The models of musubi-tuner: against lists recorded from runs of it, and against itself where MUSUBI_PATH is the folder
-that holds musubi_tuner (with MUSUBI_PYTHON, if that is another Python than this one)."""
+"""The models of musubi-tuner: against lists recorded from runs of it, and against itself where MUSUBI_PATH is the
+folder that holds its package (with MUSUBI_PYTHON, if that is another Python than this one)."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ if os.environ.get("MUSUBI_PATH"):
         assert_equal(reading, made, case.trained.given)
 
 
-# A layer of each architecture, and what the two ways made of LoRA and of LoKr with a whole first factor: + exact, - left
-# out, or the program's words.
+# A layer of each architecture, and what the two ways made of LoRA and of LoKr with a whole first factor: + exact, -
+# left out, or the program's words.
 RECORDED = """
 hunyuan_video double_blocks.0.img_attn_qkv + + - -
 hunyuan_video single_blocks.0.linear1 + + - -
@@ -122,7 +122,9 @@ def test_the_first_key_decides_for_the_whole_file() -> None:
     first, second = "lora_unet_blocks_0_self_attn_k", "lora_unet_blocks_0_self_attn_q"
     layers = {name: ("dit", f"blocks.0.self_attn.{name[-1]}", (8, 8)) for name in (first, second)}
     one, two = (by_hand("wan", kind, layers) for kind in ("lora", "lokr"))
-    tensors = {key: t for given, name in ((one, first), (two, second)) for key, t in given.tensors.items() if name in key}
+    tensors = {
+        key: t for given, name in ((one, first), (two, second)) for key, t in given.tensors.items() if name in key
+    }
     given = replace(one, tensors=tensors, meant={first: one.meant[first], second: two.meant[second]})
     reading = BY_NAME["musubi_generate"].read(given)
     assert reading is not None and reading.fates[first].loaded and not reading.fates[second].loaded
@@ -131,4 +133,6 @@ def test_the_first_key_decides_for_the_whole_file() -> None:
 def test_architectures_which_it_has_not() -> None:
     for arch in ("sd", "sdxl", "sd3", "lumina", "anima", "chroma", "hunyuan_image", "ace_step"):
         part = SPECS[arch].denoiser.name
-        assert all(reader.read(by_hand(arch, "lora", {"lora_unet_a": (part, "a", (8, 8))})) is None for reader in READERS)
+        assert all(
+            reader.read(by_hand(arch, "lora", {"lora_unet_a": (part, "a", (8, 8))})) is None for reader in READERS
+        )

@@ -43,7 +43,9 @@ if os.environ.get("SD_SCRIPTS_PATH"):
             more = tucker or (data_of(arch).widest if kind == "lora" else {})
             if (arch, kind) not in files:
                 files[arch, kind] = file_of(arch, "lora" if tucker else kind, folder, **more)
-            cases[arch, kind, reader] = Case(arch, kind, _way(reader, arch, kind), files[arch, kind], own_places(arch, True))
+            cases[arch, kind, reader] = Case(
+                arch, kind, _way(reader, arch, kind), files[arch, kind], own_places(arch, True)
+            )
         made = run("sd_scripts_program.py", "SD_SCRIPTS_PATH", cases.values(), folder)
         return dict(zip(cases, zip(cases.values(), made, strict=True), strict=True))
 
@@ -57,8 +59,8 @@ if os.environ.get("SD_SCRIPTS_PATH"):
         assert_equal(reading, made, case.trained.given)
 
 
-# A layer of each architecture, and what its modules, its inference scripts and the modules of LoHa and LoKr made of LoRA
-# and of LoKr: + exact, - left out, . no such way, ! refused.
+# A layer of each architecture, and what its modules, its inference scripts and the modules of LoHa and LoKr made of
+# LoRA and of LoKr: + exact, - left out, . no such way, ! refused.
 RECORDED = """
 sd unet down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q + + . - - .
 sd unet down_blocks.0.resnets.0.conv1 + + . - - .
@@ -97,8 +99,8 @@ def test_layers(line: list[str]) -> None:
 
 # Kind -> what the three made of a layer of Anima: ~ = changed otherwise.
 KINDS_READ = {
-    "lora": "+ + -", "dora": "~ ~ -", "dora input": "~ ~ -", "lokr": "- + +", "lokr whole": "- + +", "lokr both": "- - -",
-    "lokr dora": "- ~ ~", "loha": "- + +", "glora": "- - -", "full": "- - -", "diag-oft": "- - -", "ia3": "- - -",
+    "lora": "+ + -", "dora": "~ ~ -", "dora input": "~ ~ -", "lokr": "- + +", "lokr whole": "- + +",
+    "lokr both": "- - -", "lokr dora": "- ~ ~", "loha": "- + +", "glora": "- - -", "full": "- - -", "diag-oft": "- - -", "ia3": "- - -",
     "lora without alpha": "KeyError + -",
 }  # fmt: skip
 

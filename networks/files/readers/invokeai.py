@@ -1,5 +1,6 @@
-"""InvokeAI: it takes a file for one of its base models by names, suffixes and shapes, then looks for each layer in that
-model. What it does not recognise it keeps as a model of an unknown kind; a form that it does not know refuses the file."""
+"""InvokeAI: it takes a file for one of its base models by names, suffixes and shapes, then looks for each layer there.
+
+What it does not recognise it keeps as a model of an unknown kind; a form that it does not know refuses the file."""
 
 from __future__ import annotations
 
@@ -67,7 +68,6 @@ class File:
         return None
 
 
-
 @dataclass(frozen=True)
 class Names:
     """Names under which it finds layers of a model.
@@ -131,28 +131,27 @@ class Base:
     divided: tuple[str, frozenset[str]] = ("$", frozenset())
     plain: str = ""
 
+
 # -- Stable Diffusion
 
 
+_SHOWS_WIDTH = r"lora_unet_.*(_attn2_to_[kv]\.|time_emb_proj\.lora_down)|lora_te[12]?_.*_self_attn_"
+
+
 def _tokens(file: File) -> int | None:
-    """Width of the text that the first layers show which tell it."""
-    first = second = None
+    """Width of the text, or of both texts, that the first layers show which tell it."""
+    halves: dict[str, int | None] = {"lora_te1": None, "lora_te2": None}
     for key, tensor in file.given.tensors.items():
-        found: int | None = None
+        if not re.match(_SHOWS_WIDTH, key):
+            continue
         layer, _, suffix = key.partition(".")
-        if layer.startswith("lora_unet_") and ("_attn2_to_k." in key or "_attn2_to_v." in key):
-            found = _width(file, layer, suffix, tensor)
-        elif layer.startswith("lora_unet_") and "time_emb_proj.lora_down" in key:
-            found = _width(file, layer, suffix, tensor)
-        elif layer.startswith("lora_te") and "_self_attn_" in key:
-            width = _width(file, layer, suffix, tensor)
-            found = width if layer.startswith("lora_te_") else None
-            first = width if layer.startswith("lora_te1_") else first
-            second = width if layer.startswith("lora_te2_") else second
-        if first is not None and second is not None:
-            found = first + second
-        if found is not None:
-            return found
+        width = _width(file, layer, suffix, tensor)
+        if layer[:8] in halves:
+            halves[layer[:8]] = width
+            first, second = halves.values()
+            width = None if first is None or second is None else first + second
+        if width is not None:
+            return width
     return None
 
 
@@ -192,6 +191,7 @@ _KOHYA_FLUX = (
     r"|lora_te2_encoder_block_\d+_layer_\d+_(DenseReluDense|SelfAttention)_\w"
 )
 _BFL = ("diffusion_model.double_blocks.", "diffusion_model.single_blocks.")
+_BFL_ROOTS = ("diffusion_model.", "base_model.model.")
 _PEFT_BFL = tuple(name.replace("diffusion_model.", "base_model.model.") for name in _BFL)
 _BFL_ENDINGS = (A, B, *LOKR, *LOHA, "lokr_t2", "alpha", "dora_scale", "diff")
 _FIRST_FLUX = tuple(
@@ -202,23 +202,32 @@ _FIRST_FLUX = tuple(
 _SECOND_FLUX = ("to_qkv_mlp_proj", "ff.linear_in", "ff_context.linear_in")
 
 
+def _in_diffusers(file: File) -> bool:
+    return all(key.endswith((A, B, "lora.down.weight", "lora.up.weight")) for key in file.keys)
+
+
+def _is_first_flux(file: File) -> bool:
+    roots = ("transformer.", "base_model.model.")
+    return _in_diffusers(file) and any(all(root + key in file.keys for key in _FIRST_FLUX) for root in roots)
+
+
+def _in_bfl(file: File) -> bool:
+    named = all(key.endswith(_BFL_ENDINGS) and key.startswith(_BFL_ROOTS) for key in file.keys)
+    return named and file.starts(*_BFL, *_PEFT_BFL)
+
+
+_FLUX_FORMATS: Mapping[str, Callable[[File], bool]] = {  # the first that a file has
+    "kohya": lambda file: all(re.match(_KOHYA_FLUX, key) for key in file.keys),
+    "diffusers": _is_first_flux,
+    "diffusers 2": lambda file: _in_diffusers(file) and any(name in key for key in file.keys for name in _SECOND_FLUX),
+    "ai-toolkit": lambda file: file.starts(*_BFL) and not (file.ends(*LOKR, *LOHA, "lokr_t2") or file.given.metadata),
+    "BFL": _in_bfl,
+}
+
+
 def _flux_format(file: File) -> str:
     """Which of its layouts of FLUX files it is; "" = none."""
-    keys = file.keys
-    if all(re.match(_KOHYA_FLUX, key) for key in keys):
-        return "kohya"
-    if all(key.endswith((A, B, "lora.down.weight", "lora.up.weight")) for key in keys):
-        if any(all(root + key in keys for key in _FIRST_FLUX) for root in ("transformer.", "base_model.model.")):
-            return "diffusers"
-        if any(name in key for key in keys for name in _SECOND_FLUX):
-            return "diffusers 2"
-    if file.starts(*_BFL) and not file.ends(*LOKR, *LOHA, "lokr_t2") and not file.given.metadata:
-        return "ai-toolkit"
-    if file.starts(*_BFL, *_PEFT_BFL) and all(
-        key.endswith(_BFL_ENDINGS) and key.startswith(("diffusion_model.", "base_model.model.")) for key in keys
-    ):
-        return "BFL"
-    return ""
+    return next((title for title, shown in _FLUX_FORMATS.items() if shown(file)), "")
 
 
 def _is_second(file: File) -> bool:
@@ -251,7 +260,9 @@ _WAN = (
     r"|(^|(diffusion_model|transformer|base_model\.model\.transformer)\.)blocks\.\d+\."
     r"(attn1\.|attn2\.|ffn\.net\.|(self|cross)_attn\.[qkvo](\.|$)|ffn\.\d+\.)"
 )
-_NOT_WAN = r"blocks[._]\d+[._](mlp|adaln_modulation)|(self|cross)_attn[._]([qkv]_proj|output_proj)|transformer_blocks\.\d"
+_NOT_WAN = (
+    r"blocks[._]\d+[._](mlp|adaln_modulation)|(self|cross)_attn[._]([qkv]_proj|output_proj)|transformer_blocks\.\d"
+)
 _MARKS = (*PAIRS, "dora_scale")
 _MORE_MARKS = (*_MARKS, ".lokr_w1", ".lokr_w2")
 _KREA2_LAYERS = (
@@ -286,8 +297,6 @@ _ZIMAGE = (
 
 def _is_zimage(file: File) -> bool:
     return file.has("^lora_unet__" + _ZIMAGE_FLAT.replace(r"\.", "_")) or (file.starts(*_ZIMAGE) and file.ends(*_MARKS))
-
-
 
 
 def _sdxl_refuses(file: File) -> str:
@@ -442,7 +451,9 @@ def _fate(layer: _Layer, base: Base) -> Fate:
     if layer.saved.magnitude is not None and (dropped or "dora_scale" not in layer.suffixes):
         return _inexact(layer, "its magnitudes are not read: it acts as plain factors", plain)
     if layer.on_rows:
-        return _inexact(layer, "DoRA on the output side: it takes the magnitudes for those of the input side", _by_columns)
+        return _inexact(
+            layer, "DoRA on the output side: it takes the magnitudes for those of the input side", _by_columns
+        )
     if layer.saved.bias_change is not None and layer.suffixes.isdisjoint({"diff", "w_norm"}):
         return Fate(True, "its change of the bias is not read")
     return Fate()

@@ -178,7 +178,9 @@ def _of_form(saved: SavedLayer, unread: set[str], base: Tensor | None, scale: fl
 Change = Callable[[SavedLayer, Tensor], Tensor]
 
 
-def off(saved: SavedLayer, base: Tensor | None, change: Change, scale: float = 1.0) -> tuple[float | None, float | None]:
+def off(
+    saved: SavedLayer, base: Tensor | None, change: Change, scale: float = 1.0
+) -> tuple[float | None, float | None]:
     """The error of a change of the weight that is in proportion to the strength, as `Fate.errors`.
 
     Args:
@@ -216,5 +218,3 @@ def _refusal(fates: Mapping[str, Fate], suffixes: Mapping[str, set[str]], route:
     if route.strict and any(not fate.loaded or suffixes[name] - own for name, fate in fates.items()):
         return "Unexpected key(s) in state_dict"
     return ""
-
-
