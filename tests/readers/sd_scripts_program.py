@@ -1,6 +1,5 @@
 """Files read by sd-scripts itself. Ways: `modules`, its network modules' merge; `strict`, those loaded as its inference
-scripts do; `loha`, `lokr`, those of its branch; `loading`, the merge while a checkpoint loads; `scripts`, the merge
-scripts."""
+scripts do; `loha`, `lokr`, those of its branch; `loading`, the merge while a checkpoint loads."""
 
 from __future__ import annotations
 
@@ -120,25 +119,8 @@ def _by_loading(job: dict[str, Any], models: Models, strength: float) -> None:
                 p.data = merged[name].clone()
 
 
-def _by_scripts(job: dict[str, Any], models: Models, strength: float) -> None:
-    """What its merge scripts do with the models, apart from loading and saving those."""
-    import transformers
-
-    transformers.CLIPFeatureExtractor = transformers.CLIPImageProcessor  # of older versions; imported, not used
-    if job["arch"] == "sd":
-        module: Any = importlib.import_module("networks.merge_lora")
-        module.merge_to_sd_model(models["text_encoder"], models["unet"], [job["file"]], [strength], torch.float32)
-    elif job["arch"] == "sdxl":
-        module = importlib.import_module("networks.sdxl_merge_lora")
-        encoders = models["text_encoder1"], models["text_encoder2"]
-        module.merge_to_sdxl_model(
-            *encoders, models["unet"], [job["file"]], [strength], None, torch.float32, torch.float32
-        )
-
-
 def read(job: dict[str, Any], models: Models, strength: float) -> None:
-    ways = {"loading": _by_loading, "scripts": _by_scripts}
-    ways.get(job["way"], _by_modules)(job, models, strength)
+    (_by_loading if job["way"] == "loading" else _by_modules)(job, models, strength)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ if os.environ.get("INVOKEAI_PATH"):
         assert_equal(INVOKEAI.applied(File(given, suffixes_of(given)), BASES[arch]), made, given)
 
 
-# Architecture, part, trainer's name (and shape of its weight, where that counts); names in files: + where InvokeAI found
-# the layer, - where it left it out.
+# Architecture, part, trainer's name (and shape of its weight, where that counts); names in files: + where InvokeAI
+# found the layer, - where it left it out.
 FOUND = """
 sd unet down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
     + lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q
@@ -196,6 +196,42 @@ def test_kinds(arch: str, kind: str) -> None:
         assert fate.errors == {"": (0.0, 0.0), "+": (None, None), "-": (1.0, 1.0)}[wanted]
     else:
         assert reading.refused.startswith(wanted)
+
+
+# Names with dots: layer, its name, kind, and what became of it.
+WITH_DOTS = """
+flux double_blocks.0.img_attn.qkv diffusion_model. peft +
+flux double_blocks.0.img_attn.qkv diffusion_model. lora Unsupported lora format
+flux double_blocks.0.img_attn.qkv diffusion_model. lokr +
+flux double_blocks.0.img_attn.qkv diffusion_model. loha +
+flux double_blocks.0.img_attn.qkv diffusion_model. full Unsupported lora format
+flux_2 double_blocks.0.img_attn.qkv diffusion_model. peft +
+flux_2 double_blocks.0.img_attn.qkv diffusion_model. lokr +
+flux_2 double_blocks.0.img_attn.qkv diffusion_model. loha -
+zimage layers.0.attention.to_q diffusion_model. lora +
+zimage layers.0.attention.to_q diffusion_model. dora_input +
+zimage layers.0.attention.to_q diffusion_model. lokr Unsupported lora format
+zimage layers.0.attention.to_q lora_unet__ lora +
+zimage layers.0.attention.to_q lora_unet__ lokr Unsupported lora format
+qwen_image transformer_blocks.0.attn.to_q transformer. lora +
+qwen_image transformer_blocks.0.attn.to_q transformer. lokr Unsupported lora format
+wan blocks.0.self_attn.q diffusion_model. lora +
+wan blocks.0.self_attn.q diffusion_model. lokr Unsupported lora format
+krea2 blocks.0.attn.wq diffusion_model. lora +
+anima blocks.0.self_attn.q_proj diffusion_model. lora +
+anima blocks.0.self_attn.q_proj diffusion_model. lokr +
+anima blocks.0.self_attn.q_proj diffusion_model. loha Unsupported lora format
+"""
+
+
+@pytest.mark.parametrize("line", [line.split(" ", 4) for line in filter(None, WITH_DOTS.splitlines())], ids=" ".join)
+def test_names_with_dots(line: list[str]) -> None:
+    arch, path, form, kind, wanted = line
+    name = form + (path if form.endswith(".") else path.replace(".", "_"))
+    shape = (24, 8) if path.endswith("qkv") else (8, 8)
+    reading = read(arch, kind.replace("_", " "), {name: ("dit", path, shape)})
+    assert (reading.refused or "-+"[reading.fates[name].loaded]) == wanted
+    assert wanted != "+" or reading.exact
 
 
 # Of full size: name, shape of the weight, kind, and the base model for which InvokeAI took the file ("" = for none).

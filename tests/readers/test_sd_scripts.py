@@ -76,7 +76,7 @@ sd3 dit joint_blocks.0.x_block.attn.qkv + + . - ! .
 sd3 dit x_embedder.proj + + . - ! .
 lumina dit layers.0.attention.qkv + + . - ! .
 lumina text_encoder layers.0.self_attn.q_proj + + . - ! .
-hunyuan_image dit double_blocks.0.img_attn_qkv + + . - - .
+hunyuan_image dit double_blocks.0.img_attn_qkv + + . - + .
 anima dit blocks.0.self_attn.q_proj + + - - + +
 anima dit llm_adapter.blocks.0.mlp.0 + + - - + +
 anima text_encoder layers.0.self_attn.q_proj + + - - + +
@@ -100,7 +100,8 @@ def test_layers(line: list[str]) -> None:
 # Kind -> what the three made of a layer of Anima: ~ = changed otherwise.
 KINDS_READ = {
     "lora": "+ + -", "dora": "~ ~ -", "dora input": "~ ~ -", "lokr": "- + +", "lokr whole": "- + +",
-    "lokr both": "- - -", "lokr dora": "- ~ ~", "loha": "- + +", "glora": "- - -", "full": "- - -", "diag-oft": "- - -", "ia3": "- - -",
+    "lokr both": "- - -", "lokr dora": "- ~ ~", "loha": "- + +", "glora": "- - -", "full": "- - -",
+    "diag-oft": "- - -", "ia3": "- - -",
     "lora without alpha": "KeyError + -",
 }  # fmt: skip
 

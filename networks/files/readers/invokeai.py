@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -118,8 +118,8 @@ class Base:
         refuses: why it cannot read the names of a file after all, in its own words; "" = it can.
         pairs: it knows lora_A and lora_B beside lora_down and lora_up.
         alphas: it takes the alpha beside those two.
-        divided: (regular expression on a file's names, suffixes): of layers that it divides, it leaves out those that
-            have none of these.
+        divided: regular expression on a file's names -> of these layers, which it divides, it leaves out those that
+            have none of these suffixes.
         plain: the suffix at which it drops the magnitudes of a layer; "" = it does not.
     """
 
@@ -128,7 +128,7 @@ class Base:
     refuses: Callable[[File], str] = lambda file: ""
     pairs: bool = True
     alphas: bool = False
-    divided: tuple[str, frozenset[str]] = ("$", frozenset())
+    divided: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     plain: str = ""
 
 
@@ -299,6 +299,14 @@ def _is_zimage(file: File) -> bool:
     return file.has("^lora_unet__" + _ZIMAGE_FLAT.replace(r"\.", "_")) or (file.starts(*_ZIMAGE) and file.ends(*_MARKS))
 
 
+def _flux_refuses(file: File) -> str:
+    """It looks again, without the metadata, at a file that it has taken for one of FLUX, and divides every name with
+    dots before its last two parts, if there is no LoKr or LoHa."""
+    if not file.starts(*_BFL) or file.ends(*LOKR, *LOHA, "lokr_t2"):
+        return ""
+    return FORMAT if any("." not in suffix for own in file.layers.values() for suffix in own) else ""
+
+
 def _sdxl_refuses(file: File) -> str:
     if not all(layer.startswith(("lora_unet_", "lora_te1_", "lora_te2_")) for layer in file.layers):
         return "Unrecognized SDXL LoRA key prefix"
@@ -311,12 +319,11 @@ _DOTTED = ("base_model.model.transformer.", "transformer.", "diffusion_model.")
 _FLUX_BLOCKS = r"(double|single)_blocks\.\d+\..*"
 _FLUX = (
     Names(("lora_unet_",), OWN, _FLUX_BLOCKS),
-    Names(("diffusion_model.", "base_model.model."), OWN, endings=PAIRS | LOKR | LOHA | {"dora_scale", "diff"}),
+    Names(("diffusion_model.", "base_model.model.")),
 )
 _FLUX_2_LAYERS = (
     _FLUX_BLOCKS + r"|img_in|txt_in|(double|single)_stream_modulation.*|final_layer\.linear|time_in\..*_layer"
 )
-_QKV = r".*_attn[._]qkv"
 
 BASES: Mapping[str, Base] = {
     "sd": Base(
@@ -343,6 +350,7 @@ BASES: Mapping[str, Base] = {
             Names(("lora_te1_",), encoder=0),
             Names(("lora_te2_",), encoder=1),
         ),
+        _flux_refuses,
     ),
     "flux_2": Base(
         lambda file: bool(_flux_format(file)) and _is_second(file),
@@ -351,12 +359,13 @@ BASES: Mapping[str, Base] = {
             replace(_FLUX[1], only=_FLUX_2_LAYERS),
             Names(("transformer.", "base_model.model.", ""), DIFFUSERS, endings=PAIRS),
         ),
-        divided=(_QKV, frozenset({UP, B})),
+        _flux_refuses,
+        divided={r"lora_unet_.*_attn_qkv": (UP,), r".*\..*_attn\.qkv": (UP, B, "lokr_w1", "lokr_w1_a")},
     ),
     "zimage": Base(
         _is_zimage,
         (
-            Names(("lora_unet__",), OWN, _ZIMAGE_FLAT),
+            Names(("lora_unet__",), OWN, _ZIMAGE_FLAT, FACTORS),
             Names(_DOTTED, endings=FACTORS),
         ),
     ),
@@ -519,9 +528,9 @@ def _missing(name: str, suffixes: set[str], known: _Known, base: Base) -> str:
     wanted = known[name][0].suffixes
     if wanted and not suffixes <= wanted:
         return "it does not find this name beside these suffixes"
-    pattern, divided = base.divided
-    if re.fullmatch(pattern, name) and (suffixes.isdisjoint(divided) or "dora_scale" in suffixes):
-        return "it divides this layer in three, and knows how for plain LoRA alone"
+    kinds = next((own for pattern, own in base.divided.items() if re.fullmatch(pattern, name)), None)
+    if kinds is not None and (suffixes.isdisjoint(kinds) or "dora_scale" in suffixes):
+        return "it divides this layer in three, and does not know how in this form"
     return ""
 
 

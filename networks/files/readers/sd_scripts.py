@@ -27,7 +27,7 @@ _STRICT = "With --merge_lora_weights the script merges instead, and leaves out w
 READERS = (
     Trainer(
         "sd_scripts",
-        "sd-scripts 2026-02, its network modules and merge scripts",
+        "sd-scripts 2026-02, its network modules",
         70,
         dict.fromkeys(("sd", "sdxl"), Route()) | dict.fromkeys((*_LORA_FLUX, *_LOADED), Route(alpha=True)),
     ),
@@ -37,7 +37,7 @@ READERS = (
         71,
         dict.fromkeys(("sd", "sdxl"), Route())
         | dict.fromkeys(_LORA_FLUX, Route(alpha=True, strict=True, notes=(_STRICT,)))
-        | {"hunyuan_image": Route(one_form=True), "anima": Route((LORA, LOHA, LOKR), one_form=True)},
+        | dict.fromkeys(_LOADED, Route((LORA, LOHA, LOKR), one_form=True)),
     ),
     Trainer("sd_scripts_lokr", "sd-scripts' branch with LoHa and LoKr 2026-02, its network modules", 72, _BRANCH),
 )
