@@ -12,13 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from common import KINDS, Made, Target, Trained, meant, trained
+from common import KINDS, Made, Target, Trained, trained
 from registry_archs import SPECS, data_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from toy_models import toy
 
 from networks.archs.places import places
+from networks.files.adapter_file import Naming, open_adapter
+from networks.files.codec import SavedLayer
 from networks.files.readers import Given, Reading
 from networks.files.readers.contract import STRENGTHS
 from networks.files.readers.trainers import saved_names
@@ -236,6 +238,12 @@ _FACTORS |= {
     "lokr dora": {**_FACTORS["lokr"], "dora_scale": ("O", 1)},
 }
 BY_HAND = tuple(_FACTORS)
+
+
+def meant(tensors: Mapping[str, Tensor]) -> dict[str, SavedLayer]:
+    """Layer of a file, with the dots of its name -> what it is."""
+    layers = open_adapter(tensors, Naming()).all_read().layers
+    return {name.replace("/", "."): layer for name, layer in layers.items()}
 
 
 def by_hand(arch: str, kind: str, layers: Mapping[str, tuple[str, str, tuple[int, ...]]]) -> Given:

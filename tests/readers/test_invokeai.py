@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import KINDS, Made, meant
-from outside import Case, assert_equal, by_hand, diffusers_places, file_of, renamed, run
+from common import KINDS, Made
+from outside import Case, assert_equal, by_hand, diffusers_places, file_of, meant, renamed, run
 
 from networks.files.readers import Reading
 from networks.files.readers.invokeai import BASES, READERS, File

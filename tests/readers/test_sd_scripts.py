@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common import Made, meant
-from outside import Case, assert_equal, by_hand, file_of, own_places, run
+from common import Made
+from outside import Case, assert_equal, by_hand, file_of, meant, own_places, run
 from registry_archs import SPECS, data_of
 
 from networks.files.readers.sd_scripts import READERS
