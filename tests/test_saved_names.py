@@ -8,13 +8,13 @@ import re
 from typing import Any
 
 import pytest
-import torch
 from registry_archs import RELEASED, SPECS, data_of, is_unet, release_of
 from test_arch_names import trainer_models
 from torch import nn
 
 import networks.lora
-from networks.files import dotted, weight_names
+from networks.archs.names import shares
+from networks.files import weight_names
 from networks.models.skeleton import skeleton
 from networks.plan.walk import candidates
 
@@ -131,12 +131,8 @@ def test_a_checkpoint_is_read_by_all_of_its_keys(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "transformer."])
-def test_a_file_with_dots_is_read_by_all_of_its_keys(prefix: str) -> None:
+def test_a_file_is_read_by_all_of_its_names(prefix: str) -> None:
     for keys, order in ((TRAINERS_KEYS, (1, 2, 3)), (THEIR_KEYS, (1, 3, 2))):
-        tensors = {f"{prefix}{key}.w_norm": torch.tensor(i) for i, key in enumerate(keys) if i}
-        tensors |= {
-            f"{prefix}{keys[0]}.lora_A.weight": torch.ones(1, 1),
-            f"{prefix}{keys[0]}.lora_B.weight": torch.ones(1, 1),
-        }
-        read = dotted.read(tensors, SPECS["wan"])
-        assert [int(read[f"lora_unet_blocks_0_norm{i}.w_norm"]) for i in (1, 2, 3)] == [*order]
+        read = shares([f"{prefix}{key}" for key in keys], SPECS["wan"])
+        found = [share.name for key in keys[1:] for share in read[f"{prefix}{key}"]]
+        assert found == [f"lora_unet_blocks_0_norm{i}" for i in order]
