@@ -231,7 +231,7 @@ FORMS: dict[str, Form] = {
 
 
 BIASED = ("the trainers, dotted", "diffusers", "ComfyUI")
-WITH_NORMS = ("diffusers, with alpha", "LyCORIS", "ComfyUI", "ComfyUI, flat")
+WITH_NORMS = ("the trainers", "the trainers, dotted, with alpha", "diffusers, with alpha", "LyCORIS", "ComfyUI")
 
 
 def _sections(arch: str) -> dict[str, list[Line]]:
