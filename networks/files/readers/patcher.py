@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...archs.places import COMFYUI, own_layers, places
+from ...archs.places import COMFYUI, DIFFUSERS, own_layers, places
 from ...archs.spec import Part
 from ...records.boft import BOFT
 from ...records.glora import GLORA
@@ -27,7 +27,7 @@ from .contract import STRENGTHS, Fate, Given, Reading
 
 ROUNDED = 1e-5  # an error that is none
 PROBE = 64  # columns that stand for those of the base weight
-OWN = "own"  # names of that program's own classes; others are DIFFUSERS
+OWN = "own"  # names of that program's own classes; the others are DIFFUSERS
 PATHS = ("lora_unet_", "diffusion_model.")  # what stands before ComfyUI's own names
 
 
@@ -91,7 +91,7 @@ class Slot:
 
     Attributes:
         path: of the weight.
-        sources: saved names of the trainer's layers which it holds, in the order of its rows.
+        sources: (saved name, number of rows) of the trainer's layers which it holds, in the order of its rows.
         shape: of these rows.
         start: the first of them.
         whole: they are all of its rows.
@@ -99,7 +99,7 @@ class Slot:
     """
 
     path: str
-    sources: tuple[str, ...]
+    sources: tuple[tuple[str, int], ...]
     shape: tuple[int, ...]
     start: int = 0
     whole: bool = True
@@ -109,7 +109,12 @@ class Slot:
         """These rows of the base weight, in fp32 or wider; None if it is not known."""
         if given.base is None:
             return None
-        rows = torch.cat([given.base(name) for name in self.sources])[self.start : self.start + self.shape[0]]
+        found, at, stop = list[Tensor](), 0, self.start + self.shape[0]
+        for name, size in self.sources:
+            if at < stop and self.start < at + size:
+                found.append(given.base(name)[max(self.start - at, 0) : stop - at])
+            at += size
+        rows = torch.cat(found)
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
@@ -136,12 +141,15 @@ def slots(given: Given, model: Model) -> dict[str, Slot]:
     encoders = ((part, one) for part, one in zip(arch.text_encoders, model.encoders, strict=False) if one)
     for part, encoder in encoders:
         for name, shape in given.shapes.get(part.name, {}).items():
-            found |= dict.fromkeys(encoder.of(name), Slot(f"{encoder.root}{name}", (_saved(part, name),), shape))
+            slot = Slot(f"{encoder.root}{name}", ((_saved(part, name), shape[0]),), shape)
+            found |= dict.fromkeys(encoder.of(name), slot)
     for path, layers in _weights(given, model).items():
         shape = (sum(shape[0] for _, shape in layers), *layers[0][1][1:])
-        whole = Slot(path, tuple(_saved(arch.denoiser, name) for name, _ in layers), shape)
-        for names in (Names(model.paths), *model.names):
-            for name, slot in [(path, whole)] if names.layout == OWN else _pieces(given, whole, layers):
+        whole = Slot(path, tuple((_saved(arch.denoiser, name), shape[0]) for name, shape in layers), shape)
+        every = (Names(model.paths), *model.names)
+        pieces = [*_pieces(given, whole, layers)] if any(names.layout == DIFFUSERS for names in every) else []
+        for names in every:
+            for name, slot in pieces if names.layout == DIFFUSERS else [(path, whole)]:
                 found |= dict.fromkeys(names.of(name), slot)
     return found
 
@@ -156,7 +164,8 @@ _Layers = list[tuple[str, tuple[int, ...]]]  # trainer's dotted names and shapes
 def _weights(given: Given, model: Model) -> dict[str, _Layers]:
     """Its own name of every weight of the denoiser that the trainer has, too -> the layers which it holds."""
     part = given.arch.denoiser
-    part = replace(part, comfyui=part.comfyui or part.release)
+    renames = tuple(one for one in part.comfyui if one.template != one.trainer)  # without names of rows in files
+    part = replace(part, comfyui=renames or part.release)
     found: dict[str, dict[int, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in given.shapes.get(part.name, {}).items():
         layer = own_layers(part, name, COMFYUI)[0]
