@@ -383,6 +383,17 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def asked_as(cls, geometry: Geometry, dim: int, options: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """Which arguments may have made a layer of a file: `dim` and options -> their possible values, the likeliest
+        first.
+
+        Args:
+            geometry: of the layer.
+            dim, options: what `describe` says of it.
+        """
+        return {"dim": (dim,), **{name: (value,) for name, value in options.items() if name in cls.spec.options}}
+
     def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
         """Check saved tensors against this adapter. 1x1 convolutions and Linears may stand for each other.
 

@@ -308,6 +308,14 @@ class LoKr(Additive):
         dim = t["w1_b"][0] if not whole[0] else t["w2_b"][0] if not whole[1] else 0
         return int(dim), {"use_tucker": tucker, "split": ((A, B), (C, D)), "whole": whole}
 
+    @classmethod
+    def asked_as(cls, geometry: Geometry, dim: int, options: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """A factor is the larger bound of A and C, or of B and D, where these are the smaller ones."""
+        (A, B), (C, D) = options["split"]
+        found = super().asked_as(geometry, dim or 1, options)
+        switches = dict.fromkeys(("full_matrix", "decompose_both", "unbalanced_factorization"), (False, True))
+        return {**found, "factor": (-1, *dict.fromkeys((max(A, C), A, C, B, D))), **switches}
+
 
 def _thinner(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The matrix as a product with the identity, on its smaller side."""

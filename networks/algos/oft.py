@@ -284,6 +284,14 @@ class DiagOFT(Rotation):
         sizes = tuple(b.shape[1] for b in blocks)
         return sizes[0], {"size": sizes if BLOCKS not in tensors else sizes[0], **rescaled}
 
+    @classmethod
+    def asked_as(cls, geometry: Geometry, dim: int, options: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """The dim is the size of a block, or their number."""
+        sizes = options["size"] if isinstance(options["size"], tuple) else (options["size"],)
+        features = geometry.in_features if options.get("train_on_input") else geometry.out_features
+        count = features // len(sizes) // sizes[0]
+        return {**super().asked_as(geometry, dim, options), "dim": (dim, count), "dim_is_count": (False, True)}
+
     def _blocks_of(self, tensors: Mapping[str, Tensor]) -> oft_input.Blocks:
         """The rotation of a file as this one has it on the input side.
 

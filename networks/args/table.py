@@ -18,6 +18,7 @@ _WHERE = "which layers"
 _LR = "learning rates"
 _KIND = "layers by kind, where an architecture has them"
 _OTHER = "other"
+SHOWN = (_RANK, _WHERE, _KIND)  # groups of arguments whose effect the tensors of a file show
 _PLUS = ", ".join(dict.fromkeys(key.removesuffix(".weight") for spec in ALGORITHMS.values() for key in spec.plus_keys))
 _STARTS = [spec for spec in ALGORITHMS.values() if "init" in spec.features]
 _NOT_ORTHOGONAL = " and ".join(spec.name for spec in _STARTS if "orthogonal" in spec.no_starts)

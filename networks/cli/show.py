@@ -4,19 +4,28 @@
     kohya-networks show my-lora.safetensors --layers
 
 Only what the file itself says; no model is needed.
+
+    kohya-networks show my-lora.safetensors --as_args
+
+prints the options that make this network again, for new weights: layers, dims, strengths and form as in the file, in
+bash, PowerShell and TOML. What no tensor shows (dropout, start values, learning rates) is there if metadata tell it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .command_line import program, run_program
+from ..models.releases import RELEASES
+from .command_line import program, run_program, set_log_level
+from .plan import HOSTS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,6 +33,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="FILE", type=Path)
     parser.add_argument("--layers", action="store_true", help="one line per layer, too")
     parser.add_argument("--metadata", action="store_true", help="all metadata, too")
+    parser.add_argument("--as_args", action="store_true", help="the trainer's options for such a network, instead")
+    parser.add_argument(
+        "--model",
+        help=f"what it is for, where names and metadata leave that open: {', '.join(RELEASES)}; a diffusers folder; a "
+        "checkpoint",
+    )
+    parser.add_argument(
+        "--host", choices=HOSTS, default="sd-scripts", help="whose defaults count for --as_args; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable, everything")
     return parser
 
@@ -33,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
+    if args.as_args:
+        print("\n".join(_as_args(args)))
+        return 0
     from ..files.explain import explain
 
     found = explain(args.file)
@@ -41,6 +62,26 @@ def show(args: argparse.Namespace) -> int:
         return 0
     print("\n".join(lines(found, args.layers, args.metadata)))
     return 0
+
+
+def _as_args(args: argparse.Namespace) -> list[str]:
+    """The options of a trainer, in each way to write them."""
+    from ..files.adapter_file import FileTensors
+    from ..hosts.file_arguments import arguments_of
+    from ..models.adapters import model_of
+    from ..models.skeleton import skeleton
+
+    set_log_level(logging.ERROR)  # it is the user's model that is planned, not a network to train
+    file = FileTensors(args.file)
+    model = skeleton(args.model) if args.model else model_of(file)
+    encoders = model.text_encoders if args.host == "sd-scripts" else None
+    found = arguments_of(file, encoders, model.unet, HOSTS[args.host])
+    if args.json:
+        return [json.dumps({"model": model.title, **asdict(found)}, indent=1)]
+    remarks = [f"# not alike: {text}" for text in found.differences]
+    ways = {"bash": found.line.bash, "PowerShell": found.line.powershell, "TOML": found.line.toml}
+    text = [f"# {model.title}, {args.host}", *remarks]
+    return [*text, *(line for name, write in ways.items() for line in ("", f"# {name}", *write().splitlines()))]
 
 
 def lines(found: dict[str, Any], layers: bool, metadata: bool) -> list[str]:

@@ -20,7 +20,7 @@ from ..archs.spec import ArchSpec, Part
 from ..args.coerce import named, whole
 from ..args.parse import NetArgs, Problems, parse
 from ..args.table import OWN_STYLES
-from ..files.adapter_file import Naming, open_adapter
+from ..files.adapter_file import AdapterFile, Naming, open_adapter
 from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance
 from ..network.diagnosis import Diagnosis
@@ -285,32 +285,36 @@ class Caller:
             ValueError: all mistakes of the call in one message.
         """
         problems = Problems(self.name)
-        request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
-        own_class = is_own(request.arch.denoiser, unet)
-        file = open_adapter(tensors, Naming(request.arch, wanted_format(request.args, request.arch), own_class), source)
-        if not file.families:
-            problems.add(file.problem)
-        try:
-            file = on_model(file, request.parts)
-        except ValueError as error:
-            problems.add(str(error))
-        flags, args = file.flags, request.args
-        if flags.rs_lora is not None and "rs_lora" in args.given and flags.rs_lora != args.rs_lora:
-            problems.add(rs_lora_differs(flags, args.rs_lora, source))
-        request = replace(
-            request,
-            saved=file.layers,
-            source=source,
-            unknown=file.unread,
-            rs_lora=flags.rs_lora,
-            names_like=lambda: file.names_like,
-        )
+        request, file = self._file_request(host, tensors, text_encoder, unet, raw, source, problems)
         network = self._build(kind, request, problems, multiplier, for_inference)
         network.made_from = file
         report = network.load_opened(file)
         if report.strength and not report.incomplete:
             log.info("%s", report)
         return network
+
+    def plan_from_weights(
+        self,
+        tensors: Mapping[str, Tensor],
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        host: str = "sd_scripts",
+        **kwargs: Any,
+    ) -> Plan:
+        """What `from_weights` would build; models may be on the meta device.
+
+        Args:
+            tensors, text_encoder, unet, host: as for `from_weights`.
+            kwargs: the network arguments.
+
+        Raises:
+            ValueError: as the call itself.
+        """
+        problems = Problems(self.name)
+        request, _ = self._file_request(host, tensors, text_encoder, unet, kwargs, "the file", problems)
+        plan, _ = build_plan(request, problems)
+        problems.raise_if_any()
+        return plan
 
     def plan(
         self,
@@ -335,6 +339,38 @@ class Caller:
         plan = explained_plan(request, problems)
         problems.raise_if_any()
         return plan
+
+    def _file_request(
+        self,
+        host: str,
+        tensors: Mapping[str, Tensor],
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        raw: Mapping[str, Any],
+        source: str,
+        problems: Problems,
+    ) -> tuple[Request, AdapterFile]:
+        request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
+        own_class = is_own(request.arch.denoiser, unet)
+        file = open_adapter(tensors, Naming(request.arch, wanted_format(request.args, request.arch), own_class), source)
+        if not file.families:
+            problems.add(file.problem)
+        try:
+            file = on_model(file, request.parts)
+        except ValueError as error:
+            problems.add(str(error))
+        flags, args = file.flags, request.args
+        if flags.rs_lora is not None and "rs_lora" in args.given and flags.rs_lora != args.rs_lora:
+            problems.add(rs_lora_differs(flags, args.rs_lora, source))
+        request = replace(
+            request,
+            saved=file.layers,
+            source=source,
+            unknown=file.unread,
+            rs_lora=flags.rs_lora,
+            names_like=lambda: file.names_like,
+        )
+        return request, file
 
     def _request(
         self,

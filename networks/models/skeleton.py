@@ -154,7 +154,7 @@ def _has_added(release: Release, present: set[str]) -> bool:
 
 
 @functools.cache
-def _layers_of(name: str) -> tuple[str, dict[str, tuple[tuple[int, ...], bool]]]:
+def layers_of(name: str) -> tuple[str, dict[str, tuple[tuple[int, ...], bool]]]:
     """Prefix of the saved names of a release's denoiser; saved name -> shape, and whether it is trained by default."""
     denoiser = recorded(name)
     part = detect(denoiser).denoiser
@@ -170,7 +170,7 @@ def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[st
     Args:
         present: every saved name that the checkpoint's keys may have.
     """
-    prefix, own = _layers_of(name)
+    prefix, own = layers_of(name)
     default = {saved for saved, (_, trained) in own.items() if trained}
     if not default <= present:
         return 0, 0.0
