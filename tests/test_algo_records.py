@@ -16,9 +16,7 @@ from registry import data_of
 
 from networks.algos import ALGOS, Adapter
 from networks.args.table import BY_NAME, TABLE
-from networks.files.kinds import READERS, VERDICTS
 from networks.records import ALGORITHMS, AlgoSpec
-from networks.records.spec import Reads
 from networks.tensors.geometry import Geometry
 from networks.tensors.norms import NormGeometry
 
@@ -84,15 +82,6 @@ def test_names_in_the_record_are_those_of_its_parameters_and_files(algo: str) ->
     assert spec.unsaved <= spec.options | AlgoSpec.__dataclass_fields__["unsaved"].default
     assert spec.family in (Geometry.family, NormGeometry.family) and spec.start_error >= 0
     assert all((PACKAGE / f"{entry}.py").is_file() for entry in spec.own_entries)
-
-
-@every_algo
-def test_what_readers_do_is_one_of_the_verdicts(algo: str) -> None:
-    spec = ALGORITHMS[algo]
-    for reads in (*(kind.reads for kind in spec.kinds), *spec.dora.values()):
-        assert set(vars(reads).values()) <= VERDICTS.keys(), algo
-    assert Reads.__dataclass_fields__.keys() == READERS.keys()
-    assert all(kind.marks for kind in spec.kinds), f"{algo}: no kind of layer is for every file"
 
 
 @every_algo

@@ -67,11 +67,6 @@ def test_other_programs_compute_the_same_from_the_file(kind: str, rs_lora: bool)
     assert_close(layer.new_weight(W) - W, theirs, kind)
 
 
-def test_the_plan_says_who_reads_it() -> None:
-    notes = networks.lora.plan(4, 2, None, sd_unet(), algo="glora").notes
-    assert any("ComfyUI and Forge read them" in note for note in notes), notes
-
-
 def test_a_file_of_the_layout_before_2024_is_refused() -> None:
     base = nn.Linear(8, 12)
     a, b, c, d = torch.randn(2, 8), torch.randn(8, 2), torch.randn(2, 8), torch.randn(12, 2)

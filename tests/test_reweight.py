@@ -214,16 +214,16 @@ def lycoris_weight(layer: AdaptedLayer, kind: str, strength: float) -> Tensor:
     ids=str,
 )
 def test_lycoris_reads_the_same_weight(algo: str, options: dict[str, Any], kind: str) -> None:
-    """At strength 1; at others, too, where it is in proportion there. The notes say which."""
+    """At strength 1; at others, too, where it is in proportion there: not in stages, and not with factors by row."""
     layer, _ = single(kind, algo, options)
     W = layer.base.weight
     for strength in (1.0, 0.5):
         wanted = layer.new_weight(W, strength).detach() - W
         theirs = lycoris_weight(layer, kind, strength) - W
-        if strength == 1 or "at strength 1 alone" not in ALGOS[algo].spec.note(options):
+        if strength == 1 or not (algo == "boft" or options.get("rescaled")):
             assert_close(theirs, wanted, algo, 1e-5)
         else:
-            assert float((theirs - wanted).norm() / wanted.norm()) > 0.02, "the note is not true any more"
+            assert float((theirs - wanted).norm() / wanted.norm()) > 0.02
 
 
 @pytest.mark.parametrize("algo", MULTIPLICATIVE)
@@ -318,7 +318,6 @@ def test_a_file_of_the_input_side(tmp_path: Path) -> None:
     """Saved under keys of its own, loaded, merged, and refused where the output is rotated."""
     unet = sd_unet()
     network = networks.lora.create_network(1.0, 4, 1, None, None, unet, algo="diag-oft", train_on_input="True")
-    assert any("sd-scripts' networks.oft_v2" in note for note in network.plan.notes)
     network.apply_to(None, unet, False, True)
     randomise_network(network)
     wanted, file = draw(unet).detach(), str(tmp_path / "a.safetensors")

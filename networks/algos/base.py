@@ -352,6 +352,12 @@ class Adapter(nn.Module):
         """What is taken for granted of a layer that programs write in several ways, for the log; "" if nothing is."""
         return ""
 
+    def alpha_at(self, scale: float, rank: int | None) -> float:
+        """The alpha of a layer of this scale, in a file that holds it with this rank."""
+        if self.spec.alpha_option:
+            return float(self.chosen.get(self.spec.alpha_option) or 0.0)
+        return scale * rank if rank is not None else float(max(1, self.dim))
+
     @property
     def saves_alpha(self) -> bool:
         """Whether its files have an alpha."""

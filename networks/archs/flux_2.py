@@ -54,7 +54,6 @@ FLUX_2 = ArchSpec(
     name="flux_2",
     title="FLUX.2",
     entry="lora_flux_2",
-    diffusers_lokr=True,
     signatures=(Signature("Flux2"), Signature("Flux2Transformer2DModel")),
     timestep=Timestep(("timesteps", "timestep"), noise=1.0),
     denoiser=Part(

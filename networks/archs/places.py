@@ -12,6 +12,7 @@ from .spec import ArchSpec, Part
 from .spellings import Rename
 
 DIFFUSERS, COMFYUI = "diffusers", "comfyui"
+_KEPT = 1 << 14  # layers whose names are kept: several programs ask for those of one model
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,7 @@ def _share(layer: Layer, place: Place) -> Share:
     return Share(name, place.start, place.stop, layer.shape[0], place.swapped)
 
 
+@functools.lru_cache(_KEPT)
 def places(
     arch: ArchSpec, part: Part, trainer_name: str, rows: int, columns: int, program: str = DIFFUSERS
 ) -> tuple[Place, ...]:
@@ -187,6 +189,7 @@ def is_read_flat(part: Part, trainer_name: str) -> bool:
     return not more and first.pieces == 1 and first.own.replace(".", "_") == trainer_name.replace(".", "_")
 
 
+@functools.lru_cache(_KEPT)
 def own_layers(part: Part, trainer_name: str, program: str = DIFFUSERS) -> tuple[Rename, ...]:
     """The records of a trainer's layer in the names of a program, filled in, in the order of its rows; a layer that has
     the trainer's name there is one of its own."""

@@ -283,7 +283,6 @@ class ArchSpec:
         usual: numbers of denoiser layers that are trained by default, over the released models.
         regions: (role in regional prompts, regular expression on the trainer's dotted name) of denoiser layers, see
             layers.region; none = the architecture has no regional prompts.
-        diffusers_lokr: whether diffusers' own loader reads LoKr files of it.
         releases: released models of every size, in diffusers' classes.
     """
 
@@ -305,7 +304,6 @@ class ArchSpec:
     fused_rows: tuple[FusedRows, ...] = ()
     usual: frozenset[int] = frozenset()
     regions: Pairs = ()
-    diffusers_lokr: bool = False
     releases: tuple[Release, ...] = field(default=(), hash=False)
 
     def __hash__(self) -> int:  # as of Part

@@ -28,7 +28,6 @@ ZIMAGE = ArchSpec(
     name="zimage",
     title="Z-Image",
     entry="lora_zimage",
-    diffusers_lokr=True,
     signatures=(Signature("ZImageTransformer2DModel"),),
     timestep=Timestep(("t",), noise=0.0, clean=1.0),
     denoiser=Part("dit", "lora_unet", ("ZImageTransformerBlock",), comfyui=COMFYUI, comfyui_divides=True),

@@ -3,7 +3,7 @@
     kohya-networks show my-lora.safetensors
     kohya-networks show my-lora.safetensors --layers
 
-Only what the file itself says; no model is needed.
+Names, shapes and metadata say which model it is for; --model CHECKPOINT gives the errors that depend on its weights.
 
     kohya-networks show my-lora.safetensors --as_args
 
@@ -57,6 +57,7 @@ def show(args: argparse.Namespace) -> int:
     from ..files.explain import explain
 
     found = explain(args.file)
+    found["model"], found["readers"] = _readers(args)
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -102,7 +103,7 @@ def lines(found: dict[str, Any], layers: bool, metadata: bool) -> list[str]:
     ]
     if layers:
         text += _layers(found["layers"])
-    text += _readers(found)
+    text += _read_by(found)
     if metadata:
         text += ["metadata", *(f"  {key}: {value}" for key, value in sorted(found["metadata"].items()))]
     return text
@@ -129,10 +130,30 @@ def _layers(layers: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
-def _readers(found: dict[str, Any]) -> list[str]:
-    text = ["read by", f"  this package, and the trainers with it: {found['verdict']}"]
-    text += [f"  {found['note']}"] if found["note"] else []
-    for reader, (verdict, kind) in found["readers"].items():
-        text.append(f"  {reader}: {verdict}" + (f" ({kind})" if kind else ""))
-    text += ["  (where the program knows the model, and layers under these names)"] if found["readers"] else []
-    return text
+def _readers(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    """The model that a file is for, and what other programs make of it there; "" and [] where it is not known."""
+    from ..files.adapter_file import FileTensors
+    from ..files.verdicts import verdicts
+    from ..models.adapters import given_of, model_of
+    from ..models.skeleton import skeleton
+
+    file = FileTensors(args.file)
+    try:
+        model = skeleton(args.model) if args.model else model_of(file)
+    except ValueError:
+        if args.model:
+            raise
+        return "", []
+    checkpoint = Path(args.model) if args.model and Path(args.model).is_file() else None
+    return model.title, [verdict.to_json() for verdict in verdicts(given_of(file, model, checkpoint))]
+
+
+def _read_by(found: dict[str, Any]) -> list[str]:
+    text = [f"this package, and the trainers with it: {found['verdict']}"]
+    if not found["model"]:
+        text.append(
+            "other programs: not known, since names and metadata leave open what it is for; say it with --model"
+        )
+        return ["read by", *(f"  {line}" for line in text)]
+    text += [reader["sentence"] for reader in found["readers"]]
+    return [f"read by, on {found['model']}", *(f"  {line}" for line in text)]

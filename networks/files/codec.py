@@ -95,6 +95,11 @@ class SavedLayer:
             raise ValueError(f"{key} {tuple(self.tensors[key].shape)} does not fit a weight of {geometry.weight_shape}")
         return key in self.tensors
 
+    def without_values(self) -> SavedLayer:
+        """On the meta device, but for what says how the others are to be read."""
+        tensors = {suffix: t if t.numel() <= 1 else t.to("meta") for suffix, t in self.tensors.items()}
+        return replace(self, tensors=tensors, magnitude=None if self.magnitude is None else self.magnitude.to("meta"))
+
     @property
     def bias_change(self) -> Tensor | None:
         """[O], what it adds to the layer's bias; None if that is nothing."""
@@ -216,12 +221,23 @@ def _portable(
 
 def saved_layer(layer: AdaptedLayer) -> SavedLayer:
     """A live layer as a file would have it; tensors on their device and in their dtype."""
-    values = layer.adapter.pack()
     magnitude = None if layer.magnitude is None else layer.magnitude.detach()
-    alpha = None
-    if layer.adapter.saves_alpha or twins.is_marked(layer.lora_name, values):
-        alpha = layer.alpha_at(layer.adapter.spec.shown_rank(values) or layer.adapter.laid_out.saved_rank)
-    return SavedLayer(layer.lora_name, ALGOS[layer.adapter.spec.file_algo], values, alpha, magnitude)
+    return saved_adapter(layer.lora_name, layer.adapter, layer.scale, magnitude)
+
+
+def saved_adapter(name: str, adapter: Adapter, scale: float, magnitude: Tensor | None = None) -> SavedLayer:
+    """An adapter as a file would have it.
+
+    Args:
+        name: saved name of its layer.
+        adapter: on any device, the meta device too.
+        scale: of the layer.
+        magnitude: of DoRA.
+    """
+    values, alpha = adapter.pack(), None
+    if adapter.saves_alpha or twins.is_marked(name, values):
+        alpha = adapter.alpha_at(scale, adapter.spec.shown_rank(values) or adapter.laid_out.saved_rank)
+    return SavedLayer(name, ALGOS[adapter.spec.file_algo], values, alpha, magnitude)
 
 
 def written(layers: Iterable[SavedLayer], file_format: dialects.FileFormat) -> dict[str, Tensor]:

@@ -1,16 +1,20 @@
-"""What an adapter file says of itself: layers, ranks, real strengths, origin, and who reads it."""
+"""What an adapter file says of itself: layers, ranks, real strengths, origin, and where it contradicts itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dialects, kinds, reader
-from .adapter_file import AdapterFile, Naming, open_adapter
+from ..records import ALGORITHMS
+from ..tensors.geometry import Geometry
+from . import dialects, reader
+from .adapter_file import Naming, open_adapter
 from .codec import SavedLayer
 from .places import part_of
 
@@ -26,6 +30,9 @@ ORIGIN = {  # metadata -> what it tells
     "networks_resized": "resized",
     "networks_health": "health at the last save",
 }
+
+_DORA = ("use_dora", "dora", "dora_wd", "weight_decompose")  # the trainers' words for it
+_ON = ("true", "1", "yes", "on")
 
 
 def explain(path: Path) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def explain(path: Path) -> dict[str, Any]:
         "file": str(path),
         "bytes": reader.checked_path(path).stat().st_size,
         "dtypes": sorted({str(t.dtype).removeprefix("torch.") for key, t in tensors.items() if key[-5:] != "alpha"}),
-        "warnings": _warnings(tensors),
+        "warnings": [*_rounded(tensors), *contradictions(layers.values(), metadata)],
         "dialect": dialect.name,
         "origin": {
             title: metadata[key] for key, title in ORIGIN.items() if metadata.get(key) not in (None, "", "None")
@@ -53,19 +60,11 @@ def explain(path: Path) -> dict[str, Any]:
         "strength": file.strength,
         "unknown": [*(f"{name.replace('/', '.')}.{suffix}" for name, suffix in file.unread.items()), *file.stray],
         "verdict": f"no: {file.problem}" if file.problem else "exactly",
-        "readers": _readers(file, dialect),
-        "note": kinds.OTHER_FORMS.get(dialect.name, ""),
         "metadata": metadata,
     }
 
 
-def _readers(file: AdapterFile, dialect: dialects.Dialect) -> dict[str, tuple[str, str]]:
-    """Program -> its verdict and a word on it, where the form of the file is one that they share."""
-    reading = kinds.reading(file.layers.values()) if dialect is dialects.PORTABLE and not file.problem else {}
-    return {name: (kinds.VERDICTS[verdict], kind) for name, (verdict, kind) in reading.items()}
-
-
-def _warnings(tensors: Mapping[str, Tensor]) -> list[str]:
+def _rounded(tensors: Mapping[str, Tensor]) -> list[str]:
     """What is lost of values of which a small part was learnt, where they are stored with few bits."""
     own = [t.dtype for key, t in tensors.items() if dialects.is_magnitude(key) and t.dtype.itemsize < 4]
     if not own:
@@ -82,10 +81,95 @@ def _row(saved: SavedLayer) -> dict[str, Any]:
     return {
         "name": saved.name.replace("/", "."),
         "part": part_of(saved.name),
-        "kind": kinds.kind_of(saved).title,
+        "kind": kind_of(saved),
         "dim": saved.algorithm.spec.shown_rank(saved.tensors),
         "alpha": saved.alpha,
         "scale": saved.scale,
-        "dora": kinds.side_of(saved),
+        "dora": side_of(saved),
         "shapes": {suffix: list(t.shape) for suffix, t in saved.tensors.items()},
     }
+
+
+def kind_of(saved: SavedLayer) -> str:
+    """What a layer is, for people."""
+    spec = saved.algorithm.spec
+    limited = bool(spec.alpha_option and saved.alpha)
+    own = (kind for kind in spec.kinds if kind.marks <= saved.tensors.keys() and (limited or not kind.constrained))
+    return next((kind.title for kind in own), spec.name)
+
+
+def side_of(saved: SavedLayer) -> str:
+    """Of its DoRA magnitude, "output" or "input" by the shape alone; "" without one."""
+    if saved.magnitude is None:
+        return ""
+    shape = saved.magnitude.shape
+    return "input" if len(shape) > 1 and shape[0] == 1 and saved.magnitude.numel() > 1 else "output"
+
+
+def contradictions(layers: Iterable[SavedLayer], metadata: Mapping[str, str]) -> list[str]:
+    """What the metadata say of the training and the tensors do not bear out, one sentence each."""
+    found = [saved for saved in layers if saved.algorithm.spec.family == Geometry.family]
+    said = trained_by(metadata)
+    checks = (_of_algorithm(found, said), _of_magnitudes(found, said), _of_dim(found, said), _of_alpha(found, said))
+    return [text for text in checks if text] if found else []
+
+
+def trained_by(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The network arguments of which metadata tell, by their names in the table, with network_dim and network_alpha."""
+    try:
+        given = json.loads(metadata.get("ss_network_args") or "{}")
+    except ValueError:
+        given = {}
+    module = metadata.get("ss_network_module", "").rpartition(".")[2]
+    found: dict[str, Any] = {"algo": module if module in ALGORITHMS else None}
+    found |= given if isinstance(given, dict) else {}
+    return found | {name: metadata.get(f"ss_{name}") for name in ("network_dim", "network_alpha")}
+
+
+def _of_algorithm(layers: Sequence[SavedLayer], said: Mapping[str, Any]) -> str:
+    algo = str(said["algo"] or "").lower()
+    forms = {saved.algorithm.spec.file_algo for saved in layers}
+    if algo not in ALGORITHMS or ALGORITHMS[algo].file_algo in forms:
+        return ""
+    return f"the metadata say it was trained as {algo}, and its tensors are those of {', '.join(sorted(forms))}"
+
+
+def _of_magnitudes(layers: Sequence[SavedLayer], said: Mapping[str, Any]) -> str:
+    on = any(str(said.get(name)).lower() in _ON for name in _DORA)
+    if not on or any(saved.magnitude is not None for saved in layers):
+        return ""
+    return "the metadata say use_dora, and it has no magnitudes: they are lost, and a part of the update with them"
+
+
+def _of_dim(layers: Sequence[SavedLayer], said: Mapping[str, Any]) -> str:
+    dim, ranks = _number(said["network_dim"]), {rank for saved in layers if (rank := _rank(saved))}
+    if not dim or not ranks or any(rank % dim == 0 for rank in ranks):  # stacks and differences have several times it
+        return ""
+    return f"the metadata say network_dim={dim:g}, and its layers have {', '.join(map(str, sorted(ranks)))}"
+
+
+def _of_alpha(layers: Sequence[SavedLayer], said: Mapping[str, Any]) -> str:
+    alpha, dim = _number(said["network_alpha"]), _number(said["network_dim"])
+    scales = {saved.scale for saved in layers if _rank(saved)}
+    if not alpha or not dim or not scales:
+        return ""
+    if any(math.isclose(scale, alpha / one, rel_tol=0.01) for scale in scales for one in (dim, math.sqrt(dim))):
+        return ""
+    found = ", ".join(f"{scale:g}" for scale in sorted(scales)[:4])
+    return (
+        f"the metadata say network_alpha={alpha:g} of network_dim={dim:g}, a strength of {alpha / dim:g}, and its "
+        f"tensors have {found}, which counts"
+    )
+
+
+def _rank(saved: SavedLayer) -> int | None:
+    return saved.algorithm.spec.shown_rank(saved.tensors)
+
+
+def _number(text: object) -> float:
+    """Of metadata; 0 for what is none."""
+    try:
+        number = float(str(text))
+    except ValueError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0

@@ -7,7 +7,6 @@ compute the layer's own, and in words, since that is one-way and may make a file
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..algos import recognise
 from ..archs.places import Share, Target
 from ..records.full import FULL
 from . import joining
@@ -59,11 +59,13 @@ class Foreseen:
         values: how many, in all tensors.
         told: as of `translated`.
         asks: for base weights.
+        layers: of it, without values.
     """
 
     values: int
     told: str
     asks: bool
+    layers: tuple[SavedLayer, ...] = ()
 
 
 def foreseen(kinds: Mapping[str, Hashable], form: FileFormat, make: Callable[[str], SavedLayer]) -> Foreseen:
@@ -79,21 +81,29 @@ def foreseen(kinds: Mapping[str, Hashable], form: FileFormat, make: Callable[[st
     """
     alike = _alike(kinds, form.targets)
     known = {s.saved_name for targets in alike for s in targets[0].shares} & kinds.keys()
-    counts = {targets[0].name: len(targets) for targets in alike}
+    groups = {targets[0].name: targets for targets in alike}
     shapes = {share.saved_name: (share.of, *one.columns) for one in form.targets for share in one.shares}
     base = _no_base if FULL.name in form.dialect.algos else lambda name: torch.ones(shapes[name])
-    values, words, asks = 0, Counter[str](), False
+    values, words, asks, layers = 0, Counter[str](), False, list[SavedLayer]()
     for target, build in _targets({name: make(name) for name in known}, form, base):
-        count = counts.get(target.name, 0)
+        group = groups.get(target.name, [])
         try:
             layer, told = build()
-            size = sum(tensor.numel() for tensor in layer.tensors.values())
         except _NoBaseError:
-            told, asks = DIFFERENCES, True
-            size = sum(share.stop - share.start for share in target.shares) * math.prod(target.columns)
-        values += count * size
-        words[told] += count
-    return Foreseen(values, _in_words(words), asks)
+            told, asks, layer = DIFFERENCES, True, _difference(target)
+        values += len(group) * sum(tensor.numel() for tensor in layer.tensors.values())
+        words[told] += len(group)
+        layers += [replace(layer.without_values(), name=one.name) for one in group]
+    return Foreseen(values, _in_words(words), asks, tuple(layers))
+
+
+def _difference(target: Target) -> SavedLayer:
+    """Its change of the weight, without values."""
+    rows = sum(share.stop - share.start for share in target.shares)
+    tensors = {"diff": torch.empty(rows, *target.columns, device="meta")}
+    algorithm = recognise(tensors)
+    assert algorithm is not None
+    return SavedLayer(target.name, algorithm, tensors, None)
 
 
 def _alike(kinds: Mapping[str, Hashable], targets: Iterable[Target]) -> list[list[Target]]:

@@ -13,6 +13,7 @@ from ..args.coerce import coerce
 from ..args.shells import CommandLine
 from ..args.table import BY_NAME, SHOWN
 from ..files.adapter_file import FileTensors
+from ..files.explain import trained_by
 from ..plan.plan import Plan
 from ..plan.recover import ENCODERS_ONLY, UNET_ONLY, Recovered, before_differences, recover
 from .contract import Caller, TextEncoders
@@ -51,11 +52,12 @@ def arguments_of(file: FileTensors, text_encoder: TextEncoders, unet: nn.Module,
 
 def _said(metadata: Mapping[str, str]) -> dict[str, str]:
     """The network arguments of which metadata tell; but for the algorithm, those that choose no layer, dim or alpha."""
-    given: dict[str, Any] = {"algo": metadata.get("ss_network_module", "").rpartition(".")[2]}
-    given |= {"dropout": metadata.get("ss_network_dropout"), "save_format": metadata.get("networks_dialect")}
+    given: dict[str, Any] = {
+        "dropout": metadata.get("ss_network_dropout"), "save_format": metadata.get("networks_dialect")
+    }  # fmt: skip
     starts = _json(metadata.get(_STARTS))
     given |= {"init": next(iter(starts.get("init", ())), None), "init_seed": starts.get("init_seed")}
-    given |= _json(metadata.get("ss_network_args"))
+    given |= trained_by(metadata)
     found: dict[str, str] = {}
     for key, value in given.items():
         arg = BY_NAME.get(key)

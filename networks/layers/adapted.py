@@ -386,10 +386,7 @@ class AdaptedLayer(nn.Module):
 
     def alpha_at(self, rank: int | None) -> float:
         """The same in a file that holds the adapter with this rank."""
-        option = self.adapter.spec.alpha_option
-        if option:
-            return float(self.adapter.chosen.get(option) or 0.0)
-        return self.scale * rank if rank is not None else float(max(1, self.adapter.dim))
+        return self.adapter.alpha_at(self.scale, rank)
 
     def set_alpha(self, alpha: float | None, file_rank: int | None = None) -> None:
         """The effective scale of a file: its alpha / its rank. None and 0 stand for the rank, as everywhere."""

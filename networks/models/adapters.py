@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from torch import nn
 
 from ..archs import ARCHS
+from ..archs.detect import detect
 from ..archs.spec import ArchSpec
-from ..files.adapter_file import FileTensors, Naming
-from ..files.codec import SavedLayer
-from ..plan.walk import candidates
+from ..files import dotted
+from ..files.adapter_file import AdapterFile, FileTensors, Naming
+from ..files.base_weights import BaseWeights
+from ..files.readers import Given
+from ..plan.walk import Candidate, candidates
 from .skeleton import Skeleton, layers_of, skeleton
 
 SAID = ("ss_base_model_version", "modelspec.architecture")  # keys of metadata that name the model
@@ -35,6 +39,24 @@ def model_of(file: FileTensors) -> Skeleton:
     return fitting[0]
 
 
+def given_of(file: FileTensors, model: Skeleton, checkpoint: Path | None = None) -> Given:
+    """A file as other programs meet it, beside its model.
+
+    Args:
+        model: that it is for.
+        checkpoint: of that model, for errors that depend on the base weights; None = these are not known.
+    """
+    arch = detect(model.unet)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for c in _layers(arch, model):
+        shapes.setdefault(c.part.name, {})[c.trainer_name] = c.geometry.weight_shape
+    own = file.opened(Naming()).layers
+    names = {f"{part.prefix}_{name}".replace(".", "_") for part in arch.parts for name in shapes.get(part.name, ())}
+    base = BaseWeights(checkpoint, names) if checkpoint is not None and own.keys() <= names else None
+    meant = {name.replace("/", "."): saved for name, saved in own.items()}
+    return Given(file, file.metadata, arch, shapes, meant, base, file.settings)
+
+
 def _likeliest(file: FileTensors) -> list[ArchSpec]:
     """The architectures that have most of its layers; of them those of which its metadata speak, if there are any."""
     released = [arch for arch in ARCHS if arch.releases]
@@ -47,10 +69,7 @@ def _likeliest(file: FileTensors) -> list[ArchSpec]:
 def _names_there(file: FileTensors, arch: ArchSpec) -> int:
     """How many layers of a file an architecture has."""
     prefixes = tuple(f"{part.prefix}_" for part in arch.text_encoders)
-    try:
-        names = {key.partition(".")[0] for key in Naming(arch).apply(file, file.source)}
-    except ValueError:
-        return 0
+    names = {share.name for found in Naming(arch).shares(dotted.layers(file)).values() for share in found}
     encoders = sum(name.startswith(prefixes) for name in names) if prefixes else 0
     return encoders + len(names & layers_of(arch.releases[0].name)[1].keys())
 
@@ -66,31 +85,30 @@ def _plain(text: str) -> str:
 
 def _fitting(file: FileTensors, arch: ArchSpec) -> Skeleton | None:
     """The first release of an architecture whose layers have the shapes which a file needs."""
-    try:
-        layers = file.opened(Naming(arch)).layers
-    except ValueError:
-        return None
+    opened = file.opened(Naming(arch))
     found = {}
     for release in arch.releases:
         model = skeleton(release.name)
-        found[release.name] = _fits(layers, arch, model)
-        if found[release.name] == len(layers):
+        found[release.name] = _fits(opened, arch, model)
+        if found[release.name] == len(opened.families):
             return model
     best = max(found, key=lambda name: found[name])
     return skeleton(best) if found[best] else None
 
 
-def _fits(layers: Mapping[str, SavedLayer], arch: ArchSpec, model: Skeleton) -> int:
+def _fits(file: AdapterFile, arch: ArchSpec, model: Skeleton) -> int:
     """How many layers of a file fit a model; 0 if one does not."""
-    models: list[nn.Module | None] = [*model.text_encoders, *[None] * len(arch.text_encoders)]
-    pairs = [*zip(arch.text_encoders, models, strict=False), (arch.denoiser, model.unet)]
-    count = 0
-    for c in (c for part, one in pairs if one is not None for c in candidates(part, one, norms=True)):
-        saved = layers.get(c.saved_name)
-        try:
-            if saved is not None:
-                saved.describe(c.geometry)
-                count += 1
-        except ValueError:
-            return 0
-    return count
+    there = {c.saved_name: c for c in _layers(arch, model)}
+    try:
+        layers = file.on(lambda name: there[name].geometry.weight_shape if name in there else None).layers
+        fitting = [saved.describe(there[name].geometry) for name, saved in layers.items() if name in there]
+    except ValueError:
+        return 0
+    return len(fitting)
+
+
+def _layers(arch: ArchSpec, model: Skeleton) -> Iterator[Candidate]:
+    """All layers that have a weight."""
+    encoders: list[nn.Module | None] = [*model.text_encoders, *[None] * len(arch.text_encoders)]
+    pairs = [*zip(arch.text_encoders, encoders, strict=False), (arch.denoiser, model.unet)]
+    return (c for part, one in pairs if one is not None for c in candidates(part, one, norms=True))

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.runtime import Runtime
 from ..layers.site import Site
+from ..plan.forecast import forecast
 from ..plan.plan import Plan, PlanRow
 from ..plan.report import LoadReport, progress
 from ..plan.walk import Bases, is_own
@@ -44,6 +45,9 @@ from .diagnosis import Diagnosis
 from .loading import Places, match
 from .saving import Further
 from .watching import Watch, time_reader
+
+if TYPE_CHECKING:
+    from ..files.verdicts import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +102,7 @@ class Network(nn.Module):
         self._roots = dict(roots)
         self.timesteps: dict[str, Timestep] = {}  # part name -> how the forward of its root is told the time
         self.clock = Clock()
+        self._forecasts: dict[tuple[int, str], Sequence[Verdict]] = {}
         self._hooks: list[Any] = []
         self._region_hooks: list[Any] = []
         chosen = Dropouts(**(dropouts or {}))
@@ -377,11 +382,13 @@ class Network(nn.Module):
         told = write(file, form, saved, known)
         if told:
             log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
+        self._tell_readers(file.name, form)
         for dim in form.dims:
             smaller = [resize.cut(layer, dim, "first")[0] for layer in saved]
             write(resize.numbered(file, dim), form, smaller, resize.resized_metadata(known, dim, "first"))
         for one in form.also:
             self._further.write(file, one.dialect, functools.partial(write, form=one, layers=saved, known=known))
+            self._tell_readers(f"{file.stem}-{one.dialect.name}", one, one.dialect.name)
 
     def _translated(self, saved: Sequence[SavedLayer], form: FileFormat) -> tuple[list[SavedLayer], str]:
         """Layers as a file in this form has them, and in words what some were converted to."""
@@ -395,6 +402,16 @@ class Network(nn.Module):
         cpu = torch.device("cpu")
         with torch.no_grad():
             return save_formats.translated(saved, form, lambda name: self._layers[name][1].whole_weight(cpu))
+
+    def _tell_readers(self, name: str, form: FileFormat, program: str = "") -> None:
+        """What other programs make of a file, or one of them; once for each form, since no value decides it."""
+
+        key = len(self.plan.trained), form.dialect.name
+        if key not in self._forecasts:
+            self._forecasts[key] = forecast(self.plan, form)
+        told = [verdict.short for verdict in self._forecasts[key] if program in ("", verdict.name)]
+        if told:
+            log.info("%s: %s", name, "; ".join(told))
 
     @property
     def _naming(self) -> Naming:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..algos import ALGOS, Adapter
 from ..args.parse import NetArgs, Problems
 from ..args.table import BY_NAME, OWN_STYLES
-from ..files.dialects import DIALECTS
 from ..tensors.norms import NormGeometry
 from .values import ALPHA, DIM
 
@@ -171,12 +170,6 @@ def _dora_notes(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:
     on, off, notes = [row for row in trained if row.dora], _plain(trained), []
     if args.use_dora and on:
         notes.append(f"DoRA on {len(on)} layers" + (f", off on {off}" if off else ""))
-    if any(row.dora == "output" for row in on) and not DIALECTS[args.save_format].fold_flag:
-        notes.append(
-            "DoRA on the output side is exact in LyCORIS and PEFT; ComfyUI and Forge divide by the norm of the base "
-            "weight alone, A1111 and InvokeAI misread it: wd_on_output=False is exact in all of these but PEFT, "
-            "save_format=comfyui in ComfyUI"
-        )
     return notes
 
 

@@ -64,9 +64,6 @@ def _readers(trained: Sequence[PlanRow], dialect: Dialect, request: Request) -> 
         own, written = dialect.prefixes[0]
         why = f"as sd-scripts' {dialect.name} does" if dialect.lacks else "for readers that look for such names"
         notes.append(f"files name these layers {written}... instead of {own}..., {why}")
-    elif not dialect.program:
-        told = [{**row.options, "split_qkv": row.split, "kernel": row.geometry.has_kernel} for row in trained]
-        notes += sorted({ALGOS[row.algo].spec.note(o) for row, o in zip(trained, told, strict=True)} - {""})
     if dialect.archs and request.arch.name not in dialect.archs:
         notes.append(f"save_format={dialect.name}: no other program reads such files of {request.arch.title}")
     return notes
@@ -87,7 +84,7 @@ class _Forms:
         """One of them; notes take what layers are converted to, and problems what has no such form."""
         form = self._named(dialect)
         try:
-            found = self._foreseen(form)
+            found = foreseen_of(self.plan, form)
         except ValueError as error:
             self.problems.add(f"{argument}={dialect.name}: {error}")
             return form
@@ -125,7 +122,7 @@ class _Forms:
             return []
         form = self._named(COMFYUI)
         try:
-            found = self._foreseen(form)
+            found = foreseen_of(self.plan, form)
         except ValueError:  # of a layer that has no place there
             return []
         missed = f"ComfyUI knows {foreign} of {len(self.plan.trained)} layers under other names"
@@ -152,9 +149,15 @@ class _Forms:
         form = replace(form, targets=other_names.targets(self.request.arch, layers, dialect.program))
         return replace(form, dialect=_peft_kind(form, plan.trained)) if dialect.folder else form
 
-    def _foreseen(self, form: FileFormat) -> Foreseen:
-        rows = {row.saved_name: row for row in self.plan.trained}
-        return foreseen({name: _kind(row) for name, row in rows.items()}, form, lambda name: _start(rows[name]))
+
+def foreseen_of(plan: Plan, form: FileFormat) -> Foreseen:
+    """What a file in this form will hold, before anything is trained.
+
+    Raises:
+        ValueError: a layer has no form that its program computes.
+    """
+    rows = {row.saved_name: row for row in plan.trained}
+    return foreseen({name: _kind(row) for name, row in rows.items()}, form, lambda name: _start(rows[name]))
 
 
 def _size(found: Foreseen) -> str:

@@ -179,6 +179,12 @@ class Plan:
         )
         return replace(self, rows=rows)
 
+    def readers(self) -> list[str]:
+        """One line for each program that will not read the network's files whole and exactly, with what helps."""
+        from .forecast import told  # the models of all programs take longer to import than a plan takes
+
+        return told(self)
+
     def only_trained(self) -> Plan:
         """The plan without the rows of layers that are left out."""
         return replace(self, rows=self.trained)

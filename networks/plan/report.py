@@ -38,7 +38,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         entry |= {"shape": list(row.shape), "trained": row.trained}
         entry |= {"parameters": row.parameters, "bytes": row.bytes} if row.trained else {"reason": row.reason}
         rows.append(entry)
-    return {"architecture": plan.title, "rows": rows, "totals": totals(plan), "notes": list(plan.notes)}
+    return {
+        "architecture": plan.title,
+        "rows": rows,
+        "totals": totals(plan),
+        "notes": list(plan.notes),
+        "readers": plan.readers(),
+    }
 
 
 def totals(plan: Plan) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def plan_text(plan: Plan) -> str:
         else:
             *first, reason = cells
             text.append("  ".join([*(c.ljust(w) for c, w in zip(first, widths, strict=False)), f"- {reason}"]))
-    return "\n".join([*text, "", *summary(plan)]) + "\n"
+    return "\n".join([*text, "", *summary(plan), *plan.readers()]) + "\n"
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:

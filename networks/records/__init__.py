@@ -9,7 +9,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .arg import Arg
-from .spec import AlgoSpec, FileKind, Reads
+from .spec import AlgoSpec, FileKind
 
 
 def _found() -> dict[str, AlgoSpec]:
@@ -25,4 +25,4 @@ def _found() -> dict[str, AlgoSpec]:
 
 ALGORITHMS = _found()  # by `algo=`, in the order of lists
 
-__all__ = ["ALGORITHMS", "AlgoSpec", "Arg", "FileKind", "Reads"]
+__all__ = ["ALGORITHMS", "AlgoSpec", "Arg", "FileKind"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .oft import BLOCKS, DIAG_OFT, ROTATIONS, rotation_note
+from .oft import BLOCKS, DIAG_OFT, ROTATIONS
 from .spec import AlgoSpec
 
 BOFT = AlgoSpec(
@@ -15,6 +15,5 @@ BOFT = AlgoSpec(
     required=(frozenset({BLOCKS}),),
     alpha_option=DIAG_OFT.alpha_option,
     near_one=DIAG_OFT.near_one,
-    note=lambda options: rotation_note("boft", options, proportional=False),
     relative=True,
 )

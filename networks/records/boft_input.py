@@ -30,9 +30,5 @@ BOFT_INPUT = AlgoSpec(
     saves_alpha=False,
     near_one=frozenset({CHANGE}),
     peft_type="BOFT",
-    note=lambda options: (
-        "boft-input files: sd-scripts' networks.boft (SD 1.x, 2.x, SDXL) and PEFT read them, ComfyUI, A1111, Forge and "
-        "diffusers do not: merge them into the base model for those"
-    ),
     relative=True,
 )

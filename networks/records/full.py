@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from .spec import BIAS, AlgoSpec, FileKind, Reads
+from .spec import BIAS, AlgoSpec, FileKind
 
 FULL = AlgoSpec(
     "full",
     keys={"diff": "diff", **BIAS},
-    kinds=(
-        FileKind(
-            "whole difference",
-            frozenset({"diff"}),
-            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="refused", peft="no", invokeai="yes"),
-        ),
-    ),
+    kinds=(FileKind("whole difference", frozenset({"diff"})),),
     order=80,
     features=frozenset(),  # lengths of its own would say nothing that diff cannot
     required=(frozenset({"diff"}),),

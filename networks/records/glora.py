@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from .spec import BIAS, AlgoSpec, FileKind, Reads
+from .spec import BIAS, AlgoSpec, FileKind
 
 _KEYS = {name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")}
 
 GLORA = AlgoSpec(
     "glora",
     keys={**_KEYS, **BIAS},
-    kinds=(
-        FileKind(
-            "GLoRA",
-            frozenset({"a1.weight"}),
-            Reads(comfyui="yes", a1111="skipped", forge="yes", diffusers="refused", peft="no", invokeai="refused"),
-        ),
-    ),
+    kinds=(FileKind("GLoRA", frozenset({"a1.weight"})),),
     order=60,
     options=frozenset({"use_scalar"}),
     no_starts={"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"},
@@ -25,7 +19,4 @@ GLORA = AlgoSpec(
     fold=("b2",),
     rank_shows=(("a2.weight", 0),),
     relative=True,
-    note=lambda options: (
-        "glora files: LyCORIS, ComfyUI and Forge read them; A1111, InvokeAI, PEFT and diffusers do not"
-    ),
 )

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from .spec import AlgoSpec, FileKind, Reads
+from .spec import AlgoSpec, FileKind
 
 PEFT = "ia3_l"  # the whole factors, in its files
 
 IA3 = AlgoSpec(
     "ia3",
     keys={"weight": "weight", "on_input": "on_input"},
-    kinds=(
-        FileKind(
-            "IA3",
-            frozenset({"on_input"}),
-            Reads(comfyui="skipped", a1111="yes", forge="no", diffusers="refused", peft="no", invokeai="yes"),
-        ),
-    ),
+    kinds=(FileKind("IA3", frozenset({"on_input"})),),
     order=120,
     options=frozenset({"train_on_input"}),
     features=frozenset(),
     required=(frozenset({"weight", "on_input"}), frozenset({PEFT})),
     more_keys=frozenset({PEFT}),
-    note=lambda options: "ia3 files: LyCORIS, A1111 and InvokeAI read them; ComfyUI, Forge and diffusers do not",
     relative=True,
 )

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind, Reads
+from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind
 
 LOHA = AlgoSpec(
     "loha",
     keys={**{name: f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}, **BIAS},
-    kinds=(
-        FileKind(
-            "LoHa",
-            frozenset({"hada_w1_a"}),
-            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="refused", peft="yes", invokeai="yes"),
-        ),
-    ),
+    kinds=(FileKind("LoHa", frozenset({"hada_w1_a"})),),
     order=20,
     options=frozenset({"use_tucker", "use_scalar"}),
     features=ADDITIVE | {"split_qkv"},

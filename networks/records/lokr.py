@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from .arg import FACTORS, Arg
-from .spec import BIAS, NO_KERNEL, AlgoSpec, FileKind, Reads
-
-_READS = Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="some", peft="yes", invokeai="yes")
+from .spec import BIAS, NO_KERNEL, AlgoSpec, FileKind
 
 LOKR = AlgoSpec(
     "lokr",
     keys={**{name: f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}, **BIAS},
     kinds=(
-        FileKind(
-            "LoKr in Tucker form",
-            frozenset({"lokr_t2"}),
-            Reads(comfyui="skipped", a1111="yes", forge="refused", diffusers="refused", peft="no", invokeai="yes"),
-        ),
-        FileKind("LoKr", frozenset({"lokr_w1"}), _READS),
-        FileKind("LoKr", frozenset({"lokr_w1_a"}), _READS),
+        FileKind("LoKr in Tucker form", frozenset({"lokr_t2"})),
+        FileKind("LoKr", frozenset({"lokr_w1"})),
+        FileKind("LoKr", frozenset({"lokr_w1_a"})),
     ),
     order=30,
     options=frozenset(

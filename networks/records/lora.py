@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind, Reads
+from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind
 
 LORA = AlgoSpec(
     "lora",
     keys={"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight", **BIAS},
     kinds=(
-        FileKind(
-            "LoRA in Tucker form",
-            frozenset({"lora_mid.weight"}),
-            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="refused", peft="no", invokeai="yes"),
-        ),
-        FileKind(
-            "LoRA",
-            frozenset({"lora_up.weight"}),
-            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="yes", peft="yes", invokeai="yes"),
-        ),
+        FileKind("LoRA in Tucker form", frozenset({"lora_mid.weight"})),
+        FileKind("LoRA", frozenset({"lora_up.weight"})),
     ),
     order=10,
     options=frozenset({"use_tucker", "use_scalar"}),
@@ -30,10 +22,4 @@ LORA = AlgoSpec(
     bias_key="diff_b",
     fold=("up",),
     rank_shows=(("lora_down.weight", 0),),
-    dora={
-        "input": Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="wrong", peft="no", invokeai="yes"),
-        "output": Reads(
-            comfyui="nearly", a1111="wrong", forge="nearly", diffusers="wrong", peft="yes", invokeai="wrong"
-        ),
-    },
 )

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from .spec import AlgoSpec, FileKind, Reads
+from .spec import AlgoSpec, FileKind
 
 NORM = AlgoSpec(
     "norm",
     keys={"w_norm": "w_norm", "b_norm": "b_norm"},
     kinds=(
-        FileKind(
-            "norm",
-            frozenset({"w_norm", "b_norm"}),
-            Reads(comfyui="yes", a1111="yes", forge="yes", diffusers="refused", peft="no", invokeai="yes"),
-        ),
-        FileKind(
-            "norm without bias",
-            frozenset({"w_norm"}),
-            Reads(comfyui="yes", a1111="refused", forge="yes", diffusers="refused", peft="no", invokeai="yes"),
-        ),
+        FileKind("norm", frozenset({"w_norm", "b_norm"})),
+        FileKind("norm without bias", frozenset({"w_norm"})),
     ),
     order=90,
     family="norm",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from .arg import FACTORS, Arg
-from .spec import AlgoSpec, FileKind, Reads
+from .spec import AlgoSpec, FileKind
 
 BLOCKS, RESCALE, CHANGE = "oft_blocks", "rescale", "rescale_change"
 # Keys of the input side, see algos.oft_input.
@@ -19,48 +16,17 @@ SCALED = "oft_R.scaled_oft"  # G is divided by 2 sqrt(B - 1)
 LIMITED, LIMIT = "oft_coft_metadata", "coft_eps_metadata"
 BUFFERS = frozenset({LIMITED, LIMIT, "oft_block_size_metadata", "oft_block_share_metadata", "scaled_oft_metadata"})
 
-_ROTATION = Reads(comfyui="strength 1", a1111="yes", forge="no", diffusers="refused", peft="no", invokeai="refused")
-_LIMITED = Reads(comfyui="wrong", a1111="yes", forge="no", diffusers="refused", peft="no", invokeai="refused")
-_NOBODY = Reads(comfyui="no", a1111="no", forge="no", diffusers="no", peft="no", invokeai="no")
 ROTATIONS = (
-    FileKind("rescaled rotation", frozenset({BLOCKS, RESCALE}), _LIMITED),
-    FileKind("constrained rotation", frozenset({BLOCKS}), _LIMITED, constrained=True),
-    FileKind("rotation", frozenset({BLOCKS}), _ROTATION),
+    FileKind("rescaled rotation", frozenset({BLOCKS, RESCALE})),
+    FileKind("constrained rotation", frozenset({BLOCKS}), constrained=True),
+    FileKind("rotation", frozenset({BLOCKS})),
 )
-
-
-def rotation_note(algo: str, options: Mapping[str, Any], proportional: bool) -> str:
-    """Who reads a rotation of the output side.
-
-    Args:
-        proportional: whether LyCORIS takes it in proportion to the strength.
-    """
-    own = [name for name in ("constraint", "rescaled") if options.get(name)]
-    comfy = f"ComfyUI ignores its {' and '.join(own)}" if own else "ComfyUI does at strength 1"
-    lycoris = "" if proportional and not options.get("rescaled") else ", LyCORIS at strength 1 alone"
-    return f"{algo} files: LyCORIS and A1111 read them exactly{lycoris}; {comfy}; Forge and diffusers read none"
-
-
-def _note(options: Mapping[str, Any]) -> str:
-    if options.get("split_qkv"):
-        return "OFT of split projections: sd-scripts' oft_flux alone reads it, from files of save_format=oft_flux"
-    if not options.get("train_on_input"):
-        return rotation_note("diag-oft", options, proportional=True)
-    if options.get("kernel"):
-        return (
-            "OFT on the input side of convolutions with a kernel: other programs turn it alike where dim is small; "
-            "where their form would take more room than the weight it is saved for this package alone (oft_R.turn)"
-        )
-    return (
-        "OFT on the input side: sd-scripts' networks.oft_v2 (SD 1.x, 2.x, SDXL) and OneTrainer turn its files "
-        "(oft_R.weight) alike; ComfyUI, A1111, Forge and diffusers read none: merge it into the base model for them"
-    )
 
 
 DIAG_OFT = AlgoSpec(
     "diag-oft",
     keys={"blocks": BLOCKS, CHANGE: RESCALE},
-    kinds=(*ROTATIONS, *(FileKind("rotation of the input", frozenset({key}), _NOBODY) for key in FORMS)),
+    kinds=(*ROTATIONS, *(FileKind("rotation of the input", frozenset({key})) for key in FORMS)),
     order=100,
     options=frozenset({"constraint", "rescaled", "dim_is_count", "train_on_input"}),
     arguments=(
@@ -102,7 +68,6 @@ DIAG_OFT = AlgoSpec(
     near_one=frozenset({CHANGE}),
     peft_type="OFT",
     peft_keys={FIELD: PEFT, "oft_R.default.weight": PEFT},
-    note=_note,
     relative=True,
     own_entries=("oft", "oft_flux"),
 )

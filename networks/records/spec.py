@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,44 +17,18 @@ NO_KERNEL = "no trained layer has a low-rank kernel above 1x1; conv_dim trains c
 
 
 @dataclass(frozen=True)
-class Reads:
-    """What each program makes of a kind of layer: words of files.kinds.VERDICTS."""
-
-    comfyui: str
-    a1111: str
-    forge: str
-    diffusers: str
-    peft: str
-    invokeai: str
-
-
-@dataclass(frozen=True)
 class FileKind:
     """A kind of layer in a file.
 
     Attributes:
         title: for people.
-        marks: suffixes that a layer must have to be of this kind; none = the kind that no other program knows.
-        reads: who reads it, and how.
+        marks: suffixes that a layer must have to be of this kind.
         constrained: only where alpha stands for a limit of the rotation and is not 0.
     """
 
     title: str
     marks: frozenset[str]
-    reads: Reads
     constrained: bool = False
-
-
-UNREAD = FileKind("form of this package alone", frozenset(), Reads("no", "no", "no", "no", "no", "no"))
-# Side of a DoRA magnitude -> how it is read, beside factors other than LoRA's.
-DORA = {
-    "input": Reads("yes", "yes", "yes", "refused", "no", "refused"),
-    "output": Reads("nearly", "wrong", "nearly", "refused", "no", "wrong"),
-}
-
-
-def _nothing(options: Mapping[str, Any]) -> str:
-    return ""
 
 
 @dataclass(frozen=True)
@@ -90,9 +64,6 @@ class AlgoSpec:
         unsaved: options that do not show in a file.
         peft_type: in PEFT's adapter_config.json, where its files cannot be read alike without.
         peft_keys: suffix in a file of PEFT -> what stands for it in that of any program.
-        dora: side of a DoRA magnitude -> how programs read it beside these factors.
-        note: options of a layer -> what a user should know of the programs that read its files; "" where all of them
-            do, and alike. The options of a layer come with `split_qkv` and `kernel` (a convolution above 1x1).
         keeps_start: beside values that come from the base weight, it keeps what they amount to, to subtract it.
         stepwise: a training step uses other values than the rest: `begin` and `end` of its class.
         timed: options that act by the time of the denoising pass, which the attribute `clock` of its class tells.
@@ -131,8 +102,6 @@ class AlgoSpec:
     unsaved: frozenset[str] = frozenset({"use_scalar"})
     peft_type: str = ""
     peft_keys: Mapping[str, str] = field(default_factory=dict)
-    dora: Mapping[str, Reads] = field(default_factory=lambda: DORA)
-    note: Callable[[Mapping[str, Any]], str] = _nothing
     keeps_start: bool = False
     stepwise: bool = False
     timed: frozenset[str] = frozenset()

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from .arg import FACTORS, Arg
 from .lora import LORA
-from .spec import DORA
 
 _OWN = dict.fromkeys(("orthogonal", "pissa"), "it has start values of its own")
 _OPTIONS = frozenset({"sig_type", "use_data_init", "mask_group_id", "min_rank", "alpha_rank_scale"})
@@ -22,7 +21,6 @@ TLORA = replace(
     bias_key="",
     required=(*LORA.required, frozenset(_KEYS.values())),
     kinds=(),  # of those keys; in its own files a layer is a LoRA
-    dora=DORA,
     rank_shows=(*LORA.rank_shows, ("q_layer.weight", 0)),
     options=_OPTIONS,
     unsaved=_OPTIONS,

@@ -1,0 +1,108 @@
+"""What other programs will make of the files of a plan, before anything is trained: on the meta device, where every
+kind of layer is made once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..archs import places as other_names
+from ..archs.places import Layer
+from ..files import codec
+from ..files.codec import SavedLayer
+from ..files.dialects import DIALECTS, Dialect, FileFormat
+from ..files.readers import Given
+from ..files.verdicts import Verdict, verdicts
+from ..layers.magnitude import magnitude_shape
+from .file_format import foreseen_of
+
+if TYPE_CHECKING:
+    from .plan import Plan, PlanRow
+
+
+def given_of(plan: Plan, form: FileFormat) -> Given:
+    """The file that a network of a plan saves, without values.
+
+    Args:
+        plan: of the network.
+        form: of its file, with the architecture.
+    """
+    assert form.arch is not None
+    layers = foreseen_of(plan, form).layers if form.dialect.program else saved_layers(plan.trained)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for row in plan.rows:
+        shapes.setdefault(row.part, {})[row.trainer_name] = row.shape
+    meant = {form.dialect.written_name(layer.name): layer for layer in layers}
+    metadata = {"networks_dialect": form.dialect.name}
+    return Given(codec.written(layers, form), metadata, form.arch, shapes, meant)
+
+
+def saved_layers(rows: Sequence[PlanRow]) -> list[SavedLayer]:
+    """The layers of a file in the trainers' names, without values."""
+    made: dict[tuple[object, ...], SavedLayer] = {}
+    found = []
+    for row in rows:
+        kind = (row.algo, row.geometry, row.dim, row.scale, row.split, row.dora, str(row.options))
+        if kind not in made:
+            made[kind] = _saved_layer(row)
+        found.append(replace(made[kind], name=row.saved_name))
+    return found
+
+
+def _saved_layer(row: PlanRow) -> SavedLayer:
+    with torch.device("meta"):
+        adapter = row.make_adapter()
+        magnitude = torch.empty(magnitude_shape(row.geometry, row.dora == "output")) if row.dora else None
+    return codec.saved_adapter(row.saved_name, adapter, row.scale, magnitude)
+
+
+def forecast(plan: Plan, form: FileFormat) -> tuple[Verdict, ...]:
+    """What each program that knows the architecture will make of a file; () where such a file does not exist."""
+    if not plan.trained or form.arch is None:
+        return ()
+    try:
+        return verdicts(given_of(plan, form))
+    except ValueError:
+        return ()
+
+
+def told(plan: Plan) -> list[str]:
+    """One line for each program that will not read the files whole and exactly, with what helps."""
+    return [
+        f"{verdict.sentence}{_remedy(verdict, plan)}"
+        for verdict in forecast(plan, plan.file_format)
+        if not verdict.exact
+    ]
+
+
+def _remedy(verdict: Verdict, plan: Plan) -> str:
+    """The form of file that stands for the program, if it is read better."""
+    own = plan.file_format
+    also = next((one for one in own.also if one.dialect.name == verdict.name), None)
+    dialect = DIALECTS.get(verdict.name)
+    if also is None and (dialect is None or dialect.name == own.dialect.name or not dialect.program):
+        return ""
+    form = also or _form_of(plan, dialect or own.dialect)
+    better = next((one for one in forecast(plan, form) if one.name == verdict.name), verdict)
+    if better.rank <= verdict.rank:
+        return ""
+    what = f"the file of save_also={verdict.name}" if also else f"save_format={verdict.name}"
+    return f"; {what} gives {better.count}{'' if better.exact else ', not all of them exact'}"
+
+
+def _form_of(plan: Plan, dialect: Dialect) -> FileFormat:
+    arch = plan.file_format.arch
+    assert arch is not None
+    parts = {part.name: part for part in arch.parts}
+    layers = [
+        Layer(parts[row.part], row.trainer_name, row.saved_name, row.geometry.weight_shape, row.trained)
+        for row in plan.rows
+    ]
+    try:
+        targets = other_names.targets(arch, layers, dialect.program)
+    except ValueError:  # the program has no such part
+        targets = ()
+    return replace(plan.file_format, dialect=dialect, targets=targets, also=())
