@@ -359,6 +359,8 @@ ALGORITHMS: dict[str, AlgoData] = {
             "rescaled": ({}, "True"),
             "dim_is_count": ({"network_reg_dims": ".*=2"}, "True"),
             "train_on_input": ({}, "True"),
+            "dim_is_size": ({"train_on_input": "True", "network_reg_dims": ".*=8"}, "True"),
+            "block_share": ({"train_on_input": "True"}, "True"),
         },
         files=(
             ({}, {"oft_blocks": ("O/4", 4, 4)}, 0),

@@ -93,8 +93,8 @@ class DiagOFT(Rotation):
     @classmethod
     def layout(
         cls, geometry: Geometry, dim: int, constraint: float = 0.0, rescaled: bool = False, dim_is_count: bool = False,
-        train_on_input: bool = False, size: int = 0, terms: int = oft_input.SERIES, shared: bool = False,
-        columns: bool = False,
+        train_on_input: bool = False, dim_is_size: bool = False, block_share: bool = False, size: int = 0,
+        terms: int = oft_input.SERIES, columns: bool = False,
     ) -> Layout:  # fmt: skip
         """Shapes of its blocks and factors.
 
@@ -104,22 +104,24 @@ class DiagOFT(Rotation):
             constraint, rescaled: see the file's head.
             dim_is_count: dim is the number of blocks.
             train_on_input: blocks of columns, not of rows.
+            dim_is_size: dim is the size of a block of columns, with `train_on_input`.
+            block_share: one block stands for all, likewise.
             size: of a block, what a file holds; 0 = by dim.
-            terms, shared, columns: what a file of the input side says, see `oft_input.Blocks`.
+            terms, columns: what a file of the input side says, see `oft_input.Blocks`.
 
         Raises:
-            ValueError: blocks would mix the groups of a convolution, or rescaled is asked of the input side.
+            ValueError: blocks would mix the groups of a convolution, or an option is asked of the other side.
         """
+        if (dim_is_size or block_share) and not train_on_input:
+            raise ValueError(f"{'dim_is_size' if dim_is_size else 'block_share'} goes with train_on_input=True alone")
         features = geometry.in_features if train_on_input else geometry.out_features
-        features = geometry.columns if columns else features
-        if not size and dim_is_count:
-            size = features // max(n for n in range(1, dim + 1) if features % n == 0)
-        size = size or factorization(features, dim)[0]
+        features = geometry.columns if columns or dim_is_size else features
+        size = size or _block_size(features, dim, dim_is_count, dim_is_size)
         if not train_on_input and features // geometry.groups % size:
             raise ValueError(f"diag-oft: blocks of {size} rows would mix the {geometry.groups} groups of a convolution")
         if train_on_input and rescaled:
             raise ValueError("rescaled gives factors to output rows: leave it out, or train_on_input")
-        return cls._with_rescale({"blocks": (1 if shared else features // size, size, size)}, geometry, rescaled)
+        return cls._with_rescale({"blocks": (1 if block_share else features // size, size, size)}, geometry, rescaled)
 
     @classmethod
     def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
@@ -142,7 +144,8 @@ class DiagOFT(Rotation):
 
     @property
     def side(self) -> str:  # type: ignore[override]
-        return "columns" if self.chosen.get("columns") else "input" if self.on_input else "output"
+        by_columns = self.chosen.get("columns") or (self.chosen.get("dim_is_size") and self.geometry.has_kernel)
+        return "columns" if by_columns else "input" if self.on_input else "output"
 
     def _less(self) -> Tensor:
         """T - 1 as blocks [N, B, B] that act on features."""
@@ -201,7 +204,7 @@ class DiagOFT(Rotation):
             return super().pack()
         Q = generator(self.blocks.detach(), self.limit)
         triangles = oft_input.above_diagonal(Q).to(self.blocks.dtype)
-        shared = bool(self.chosen.get("shared"))
+        shared = bool(self.chosen.get("block_share"))
         blocks = oft_input.Blocks(triangles, self.terms, shared, self.side == "columns")
         return oft_input.write(self.geometry, blocks, limited=bool(self.limit))
 
@@ -275,7 +278,7 @@ class DiagOFT(Rotation):
         if oft_input.is_input(tensors):
             found = oft_input.read(geometry, tensors)
             found = found.by_channels(geometry.kernel_size) or found
-            form = {"terms": found.terms, "shared": found.shared, "columns": found.columns}
+            form = {"terms": found.terms, "block_share": found.shared, "columns": found.columns}
             return found.size, {"size": found.size, "train_on_input": True, **form, **rescaled}
         blocks = _numbered(tensors) or [tensors[BLOCKS]]
         if any(b.dim() != 3 for b in blocks) or sum(b.shape[0] * b.shape[1] for b in blocks) != geometry.out_features:
@@ -290,7 +293,8 @@ class DiagOFT(Rotation):
         sizes = options["size"] if isinstance(options["size"], tuple) else (options["size"],)
         features = geometry.in_features if options.get("train_on_input") else geometry.out_features
         count = features // len(sizes) // sizes[0]
-        return {**super().asked_as(geometry, dim, options), "dim": (dim, count), "dim_is_count": (False, True)}
+        found = {**super().asked_as(geometry, dim, options), "dim": (dim, count), "dim_is_count": (False, True)}
+        return {**found, "dim_is_size": (False, True)} if options.get("train_on_input") else found
 
     def _blocks_of(self, tensors: Mapping[str, Tensor]) -> oft_input.Blocks:
         """The rotation of a file as this one has it on the input side.
@@ -393,3 +397,13 @@ def _within(blocks: Tensor, constraint: float) -> Tensor:
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _block_size(features: int, dim: int, is_count: bool, is_size: bool) -> int:
+    """By what network_dim means, see `DiagOFT.layout`."""
+    if is_size:  # of two that are as near, the smaller one
+        near = (n for distance in range(features + dim) for n in (dim - distance, dim + distance))
+        return next(n for n in near if 0 < n <= features and features % n == 0)
+    if is_count:
+        return features // max(n for n in range(1, dim + 1) if features % n == 0)
+    return factorization(features, dim)[0]

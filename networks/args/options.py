@@ -52,6 +52,8 @@ class Options(TypedDict, total=False):
     rescaled: bool
     dim_is_count: bool
     train_on_input: bool
+    dim_is_size: bool
+    block_share: bool
     butterflies: int
     dropout: float
     rank_dropout: float

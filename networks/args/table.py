@@ -504,3 +504,4 @@ def _takers(name: str) -> tuple[str, ...] | None:
 TABLE = tuple(replace(arg, algos=_takers(arg.name)) for arg in _ROWS)
 BY_NAME: dict[str, Arg] = {name: arg for arg in TABLE for name in arg.names}
 OWN_STYLES = tuple(entry for spec in ALGORITHMS.values() for entry in spec.own_entries)  # see AlgoSpec
+UNET_STYLES = tuple(entry for spec in ALGORITHMS.values() for entry in spec.unet_entries)

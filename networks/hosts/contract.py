@@ -19,7 +19,7 @@ from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
 from ..args.coerce import named, whole
 from ..args.parse import NetArgs, Problems, parse
-from ..args.table import OWN_STYLES
+from ..args.table import UNET_STYLES
 from ..files.adapter_file import AdapterFile, Naming, open_adapter
 from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance
@@ -222,7 +222,7 @@ class Caller:
         algo: the algorithm it stands for.
         archs: architectures that the name asserts; none = every one.
         style: whose defaults go before the host's; "" = nobody's.
-        alpha: the network_alpha of a call without one.
+        alpha, dim: the network_alpha and network_dim of a call without them.
     """
 
     name: str
@@ -230,6 +230,7 @@ class Caller:
     archs: tuple[str, ...] = ()
     style: str = ""
     alpha: float = 1.0
+    dim: int = DEFAULT_DIM
 
     def new(
         self,
@@ -248,7 +249,7 @@ class Caller:
             kind: the host's class of networks.
             host: whose defaults apply, a column of the argument table.
             multiplier: strength of the update, any finite number.
-            dim: rank of the layers for which no argument says another; None = DEFAULT_DIM.
+            dim: rank of the layers for which no argument says another; None = the entry's own.
             alpha: numerator of their scale alpha / dim, 0 = the dim; None = the entry's own.
             text_encoder: a model, a list of models and None in the order of the architecture's encoders, or None.
             unet: the denoiser.
@@ -385,17 +386,17 @@ class Caller:
     ) -> Request:
         dim, alpha = self._dim(dim, problems), self._alpha(alpha, problems)
         args = parse(raw, self.algo, problems, host, {"network_dim": dim, "network_alpha": alpha}, self.style)
-        if args.style in OWN_STYLES and not from_file:
+        if args.style in UNET_STYLES and not from_file:
             text_encoder = None
         return _Models.of(self, unet, text_encoder, problems).request(dim, alpha, args)
 
     def _dim(self, dim: int | None, problems: Problems) -> int:
         """--network_dim, or the default."""
         try:
-            return DEFAULT_DIM if dim is None else int(named("network_dim", dim, 1, whole))
+            return self.dim if dim is None else int(named("network_dim", dim, 1, whole))
         except ValueError as error:
             problems.add(str(error))
-            return DEFAULT_DIM
+            return self.dim
 
     def _alpha(self, alpha: float | None, problems: Problems) -> float:
         """--network_alpha, or the default."""

@@ -28,7 +28,7 @@ DIAG_OFT = AlgoSpec(
     keys={"blocks": BLOCKS, CHANGE: RESCALE},
     kinds=(*ROTATIONS, *(FileKind("rotation of the input", frozenset({key})) for key in FORMS)),
     order=100,
-    options=frozenset({"constraint", "rescaled", "dim_is_count", "train_on_input"}),
+    options=frozenset({"constraint", "rescaled", "dim_is_count", "train_on_input", "dim_is_size", "block_share"}),
     arguments=(
         Arg(
             "constraint",
@@ -58,6 +58,24 @@ DIAG_OFT = AlgoSpec(
             "act on the input features instead of the output's: the factors of IA3; the rotation of OFT, then as in "
             "OFT v2 (2506.19847). Quantised bases train either way without being decoded",
             FACTORS,
+            per_host=(("oft_v2", True),),
+        ),
+        Arg(
+            "dim_is_size",
+            "bool",
+            False,
+            "with train_on_input, network_dim is the size of a block of columns, channels times positions of a kernel "
+            "(as in sd-scripts' oft_v2); a width which it does not divide gets the nearest size that does",
+            FACTORS,
+            per_host=(("oft_v2", True),),
+        ),
+        Arg(
+            "block_share",
+            "bool",
+            False,
+            "with train_on_input, one block for all of a layer",
+            FACTORS,
+            aliases=("oft_block_share",),
         ),
     ),
     features=frozenset({"split_qkv"}),
@@ -69,5 +87,6 @@ DIAG_OFT = AlgoSpec(
     peft_type="OFT",
     peft_keys={FIELD: PEFT, "oft_R.default.weight": PEFT},
     relative=True,
-    own_entries=("oft", "oft_flux"),
+    own_entries=("oft", "oft_flux", "oft_v2"),
+    unet_entries=("oft", "oft_flux"),
 )

@@ -71,7 +71,7 @@ class AlgoSpec:
             not).
         relative: the change of the weight is a function of the base weight, which its norm needs.
         own_entries: entries whose defaults are for this algorithm alone: with another `algo=` they are as any entry.
-            Their networks leave the text encoders alone.
+        unet_entries: those of them whose networks leave the text encoders alone.
     """
 
     name: str
@@ -108,6 +108,7 @@ class AlgoSpec:
     acts_on: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     relative: bool = False
     own_entries: tuple[str, ...] = ()
+    unet_entries: tuple[str, ...] = ()
 
     @property
     def takes(self) -> frozenset[str]:
