@@ -62,16 +62,21 @@ def _likeliest(file: FileTensors) -> list[ArchSpec]:
     released = [arch for arch in ARCHS if arch.releases]
     counts = [_names_there(file, arch) for arch in released]
     most = max(counts)
-    best = [arch for arch, count in zip(released, counts, strict=True) if count == most and count]
+    best = [arch for arch, count in zip(released, counts, strict=True) if count == most and count[0]]
     return [arch for arch in best if _is_said(arch, file.metadata)] or best
 
 
-def _names_there(file: FileTensors, arch: ArchSpec) -> int:
-    """How many layers of a file an architecture has."""
+def _names_there(file: FileTensors, arch: ArchSpec) -> tuple[int, int]:
+    """How many layers of a file an architecture has, and how many of them under the trainer's names."""
     prefixes = tuple(f"{part.prefix}_" for part in arch.text_encoders)
-    names = {share.name for found in Naming(arch).shares(dotted.layers(file)).values() for share in found}
-    encoders = sum(name.startswith(prefixes) for name in names) if prefixes else 0
-    return encoders + len(names & layers_of(arch.releases[0].name)[1].keys())
+    own = layers_of(arch.releases[0].name)[1].keys()
+    spoken = Naming(arch).shares(dotted.layers(file))
+    there = [
+        (path, found)
+        for path, found in spoken.items()
+        if all(share.name in own or (prefixes and share.name.startswith(prefixes)) for share in found)
+    ]
+    return len(there), sum(found[0].name == path for path, found in there)
 
 
 def _is_said(arch: ArchSpec, metadata: Mapping[str, str]) -> bool:
