@@ -1,5 +1,5 @@
-"""Write what is generated from the records and the code: parts of README.md and CONTRIBUTING.md, and the types of
-networks.api's keywords. With --check, only say whether they are up to date.
+"""Write what is generated from the records and the code: parts of README.md and CONTRIBUTING.md, docs/readers.md, and
+the types of networks.api's keywords. With --check, only say whether they are up to date.
 
     python scripts/docs.py [--check]
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
 import imports  # noqa: E402
+import readers_table  # noqa: E402
 
 from networks.archs.render import markdown as architectures  # noqa: E402
 from networks.archs.render import owners  # noqa: E402
@@ -33,10 +34,12 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "architectures": architectures,
         "algorithms": algorithms,
         "selection": selection,
+        "readers": readers_table.worst,
     },
     CONTRIBUTING: {"imports": lambda: f"```mermaid\n{imports.mermaid()}\n```\n"},
 }
 TYPES = ROOT / "networks" / "args" / "options.py"
+READERS = ROOT / "docs" / "readers.md"
 
 
 def rendered(file: Path) -> str:
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     args = parser.parse_args(argv)
-    fresh = {**{file: rendered(file) for file in PARTS}, TYPES: typed()}
+    fresh = {**{file: rendered(file) for file in PARTS}, TYPES: typed(), READERS: readers_table.document()}
     old = [file for file, text in fresh.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     if not old:
         print("generated documentation is up to date")
@@ -69,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{names}: out of date; run python scripts/docs.py", file=sys.stderr)
         return 1
     for file in old:
+        file.parent.mkdir(exist_ok=True)
         file.write_text(fresh[file], encoding="utf-8", newline="\n")
     print(f"{names} updated")
     return 0

@@ -51,9 +51,7 @@ def test_sizes_of_blocks(width: int, dim: int, size: int) -> None:
 def test_files_are_those_of_the_trainer(tmp_path: Path) -> None:
     """One tensor a layer and no alpha; the width of a convolution is channels times positions."""
     unet, encoders = sdxl_unet(), [text_encoder(), text_encoder(True)]
-    network = networks.oft_v2.create_network(
-        1.0, 4, 1.0, None, encoders, unet, enable_conv="True"
-    )
+    network = networks.oft_v2.create_network(1.0, 4, 1.0, None, encoders, unet, enable_conv="True")
     network.apply_to(encoders, unet)
     randomise(network)
     network.save_weights(str(tmp_path / "a.safetensors"), None, {})
@@ -74,9 +72,7 @@ def test_files_are_those_of_the_trainer(tmp_path: Path) -> None:
 
 
 def test_the_default_is_32(tmp_path: Path) -> None:
-    network = networks.oft_v2.create_network(
-        1.0, None, None, None, None, toy("sdxl", shrink=8)["unet"]
-    )
+    network = networks.oft_v2.create_network(1.0, None, None, None, None, toy("sdxl", shrink=8)["unet"])
     assert {row.dim for row in network.plan.trained} == {32}
     linear = next(row for row in network.plan.trained if row.shape[1] % 32 == 0)
     assert linear.layout.shapes["blocks"] == (linear.shape[1] // 32, 32, 32)
@@ -90,13 +86,7 @@ def rotated(W: Tensor, triangles: Tensor, size: int, conv: bool) -> Tensor:
         rows, columns = torch.triu_indices(size, size, 1)
         Q[rows, columns] = triangles[min(n, len(triangles) - 1)].double()
         Q = Q - Q.T
-        R = (
-            torch.eye(size, dtype=torch.float64)
-            + 2 * Q
-            + 2 * Q @ Q
-            + 2 * Q @ Q @ Q
-            + Q @ Q @ Q @ Q
-        )
+        R = torch.eye(size, dtype=torch.float64) + 2 * Q + 2 * Q @ Q + 2 * Q @ Q @ Q + Q @ Q @ Q @ Q
         parts.append(flat[:, n * size : (n + 1) * size] @ (R if conv else R.T))
     return torch.cat(parts, 1).reshape(W.shape)
 
@@ -105,9 +95,7 @@ def rotated(W: Tensor, triangles: Tensor, size: int, conv: bool) -> Tensor:
 def test_it_acts_as_the_trainer_turns_its_files(share: bool, tmp_path: Path) -> None:
     unet = sd_unet()
     arguments = {"block_share": "True"} if share else {}
-    network = networks.oft_v2.create_network(
-        1.0, 4, None, None, None, unet, enable_conv="True", **arguments
-    )
+    network = networks.oft_v2.create_network(1.0, 4, None, None, None, unet, enable_conv="True", **arguments)
     network.apply_to(None, unet, False, True)
     randomise(network, 0.02)
     network.save_weights(str(tmp_path / "a.safetensors"), None, {})
@@ -117,14 +105,10 @@ def test_it_acts_as_the_trainer_turns_its_files(share: bool, tmp_path: Path) -> 
         assert len(triangles) == (1 if share else row.geometry.columns // 4)
         W = layer.whole_weight().detach()
         wanted = rotated(W, triangles, 4, row.geometry.is_conv)
-        torch.testing.assert_close(
-            layer.new_weight(W).double(), wanted, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(layer.new_weight(W).double(), wanted, rtol=1e-4, atol=1e-5)
     pictured = draw(unet).detach()
     network.detach()
-    again, _ = networks.oft_v2.create_network_from_weights(
-        1.0, str(tmp_path / "a.safetensors"), None, None, unet
-    )
+    again, _ = networks.oft_v2.create_network_from_weights(1.0, str(tmp_path / "a.safetensors"), None, None, unet)
     again.apply_to(None, unet, False, True)
     torch.testing.assert_close(draw(unet), pictured)
 
@@ -144,15 +128,11 @@ def test_a_file_of_the_trainer_by_its_keys() -> None:
 def test_what_goes_with_it_alone() -> None:
     unet = sd_unet()
     for option in ("dim_is_size", "block_share"):
-        with pytest.raises(
-            ValueError, match=f"{option} goes with train_on_input=True alone"
-        ):
+        with pytest.raises(ValueError, match=f"{option} goes with train_on_input=True alone"):
             networks.lora.plan(4, 1, None, unet, algo="diag-oft", **{option: "True"})
     other = networks.oft_v2.plan(4, 1, None, unet, algo="lora")  # as any entry then
     assert other.trained and {row.algo for row in other.trained} == {"lora"}
-    assert {
-        row.part for row in networks.oft_v2.plan(4, 1, text_encoder(), unet).trained
-    } == {"unet", "text_encoder"}
+    assert {row.part for row in networks.oft_v2.plan(4, 1, text_encoder(), unet).trained} == {"unet", "text_encoder"}
 
 
 READS = """
@@ -174,9 +154,7 @@ if HOST.is_file():
 
     def test_the_trainers_module_reads_our_file(tmp_path: Path) -> None:
         unet = sd_unet()
-        network = networks.oft_v2.create_network(
-            1.0, 4, None, None, None, unet, enable_conv="True"
-        )
+        network = networks.oft_v2.create_network(1.0, 4, None, None, None, unet, enable_conv="True")
         network.apply_to(None, unet, False, True)
         randomise(network, 0.02)
         ours, theirs = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
@@ -196,6 +174,4 @@ if HOST.is_file():
             env={**os.environ, "PYTHONPATH": ""},
         )
         for key, tensor in load_file(theirs).items():
-            torch.testing.assert_close(
-                tensor, unet.state_dict()[key], rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(tensor, unet.state_dict()[key], rtol=1e-4, atol=1e-5)

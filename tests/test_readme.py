@@ -7,10 +7,10 @@ import re
 import shlex
 from pathlib import Path
 
-import docs
 import pytest
 from toy_models import toy
 
+import docs
 from networks.archs import ARCHS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import readers_table
 import torch
 from registry import ALGORITHMS
-from registry_archs import RELEASED, release_of
+from registry_archs import RELEASED, SPECS, release_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_parts import randomise, sd_unet, text_encoder
@@ -108,7 +109,6 @@ def test_a_forecast_is_of_the_file(algo: str, save_format: str, tmp_path: Path) 
 def test_a_forecast_has_all_layers_of_the_model(arch: str) -> None:
     model = skeleton(release_of(arch))
     plan = networks.lora.plan(4, 1, model.text_encoders, model.unet)
-    assert plan.file_format is not None
     given = forecast.given_of(plan, plan.file_format)
     assert given.meant.keys() == {row.saved_name for row in plan.trained}
     assert sum(map(len, given.shapes.values())) == len(plan.rows)
@@ -221,12 +221,53 @@ def saved(folder: Path, release: str, count: int = 8, **arguments: str) -> Path:
     """A file of the first layers of a released model."""
     model = skeleton(release)
     plan = networks.lora.plan(4, 1, None, model.unet, **arguments)
-    given = forecast.given_of(plan, plan.file_format)  # type: ignore[arg-type]
+    given = forecast.given_of(plan, plan.file_format)
     names = tuple(f"{name}." for name in [*given.meant][:count])
     kept = {key: t for key, t in given.tensors.items() if key.startswith(names)}
     path = folder / f"{release}.safetensors"
     save_file({key: torch.ones(t.shape) if t.is_meta else t for key, t in kept.items()}, path)
     return path
+
+
+def test_a_model_that_fails_ends_no_training(programs: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fails(given: Given, name: str) -> Fate:
+        raise RuntimeError("cannot be called on meta tensors")
+
+    programs(Program("broken", fails), Program("other", no_to_q, 2))
+    with caplog.at_level(logging.INFO):
+        network = networks.lora.create_network(1.0, 4, 1, None, None, sd_unet())
+        network.save_weights(str(tmp_path / "a.safetensors"), None, {})
+    assert "broken 1.0: not known (RuntimeError: cannot be called on meta tensors); please report it" in messages(
+        caplog
+    )
+    assert any(text.startswith("a.safetensors: broken 1.0: not known; other 1.0: ") for text in messages(caplog))
+
+
+# -- the table of the documentation
+
+
+def test_the_table_counts_all_layers(programs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are like others, and are not looked at."""
+    programs(Program("mine", no_to_q), Program("other", doubtful, 2), Program("third", all_of_it, 3, "no such file"))
+    monkeypatch.setattr(readers_table, "ARCHS", (SPECS["sd"], SPECS["wan"]))
+    readers_table.cells.cache_clear()
+    found = readers_table.cells()
+    model = skeleton("sd15")
+    trained = networks.lora.plan(4, 1, model.text_encoders, model.unet).trained
+    left = sum(not row.saved_name.endswith("to_q") for row in trained)
+    arch = SPECS["sd"].title
+    assert found["mine 1.0"].keys() == {arch}
+    assert all(
+        str(cell) == f"{left}/{len(trained)}, it knows no such name" for cell in found["mine 1.0"][arch].values()
+    )
+    assert str(found["other 1.0"][arch]["DoRA"]) == f"{len(trained)}/{len(trained)}, another norm"
+    assert str(found["other 1.0"][arch]["LoKr"]) == f"{len(trained)}/{len(trained)} exact"
+    assert str(found["third 1.0"][arch]["IA3"]) == "refused: no such file"
+    lines = readers_table.worst().splitlines()
+    assert lines[2] == f"| mine 1.0 |{f' layers lost on {arch} {left}/{len(trained)} |' * 3}"
+    assert lines[3] == "| other 1.0 | all, exactly | not exact | all, exactly |"
+    assert f"| {arch} | {left}/{len(trained)}, it knows" in readers_table.document()
+    readers_table.cells.cache_clear()
 
 
 # -- metadata that contradict the tensors

@@ -48,9 +48,7 @@ class Rotation(Multiplicative):
     @property
     def features_of_side(self) -> int:
         """O, or I where the input is rotated."""
-        return {
-            "output": self.geometry.out_features, "input": self.geometry.in_features, "columns": self.geometry.columns
-        }[self.side]  # fmt: skip
+        return _features(self.geometry, self.side)
 
     @property
     def limit(self) -> float:
@@ -112,15 +110,11 @@ class DiagOFT(Rotation):
         Raises:
             ValueError: blocks would mix the groups of a convolution, or an option is asked of the other side.
         """
-        if (dim_is_size or block_share) and not train_on_input:
-            raise ValueError(f"{'dim_is_size' if dim_is_size else 'block_share'} goes with train_on_input=True alone")
-        features = geometry.in_features if train_on_input else geometry.out_features
-        features = geometry.columns if columns or dim_is_size else features
+        _check_side(train_on_input, {"dim_is_size": dim_is_size, "block_share": block_share}, rescaled)
+        features = _features(geometry, "columns" if columns or dim_is_size else "input" if train_on_input else "output")
         size = size or _block_size(features, dim, dim_is_count, dim_is_size)
         if not train_on_input and features // geometry.groups % size:
             raise ValueError(f"diag-oft: blocks of {size} rows would mix the {geometry.groups} groups of a convolution")
-        if train_on_input and rescaled:
-            raise ValueError("rescaled gives factors to output rows: leave it out, or train_on_input")
         return cls._with_rescale({"blocks": (1 if block_share else features // size, size, size)}, geometry, rescaled)
 
     @classmethod
@@ -407,3 +401,16 @@ def _block_size(features: int, dim: int, is_count: bool, is_size: bool) -> int:
     if is_count:
         return features // max(n for n in range(1, dim + 1) if features % n == 0)
     return factorization(features, dim)[0]
+
+
+def _features(geometry: Geometry, side: str) -> int:
+    """That are rotated: O, I, or I times the positions of the kernel."""
+    return {"output": geometry.out_features, "input": geometry.in_features, "columns": geometry.columns}[side]
+
+
+def _check_side(on_input: bool, of_input: Mapping[str, bool], rescaled: bool) -> None:
+    """Raises ValueError for an option that is asked of the other side."""
+    for name in (name for name, on in of_input.items() if on and not on_input):
+        raise ValueError(f"{name} goes with train_on_input=True alone")
+    if on_input and rescaled:
+        raise ValueError("rescaled gives factors to output rows: leave it out, or train_on_input")

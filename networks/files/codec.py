@@ -104,7 +104,7 @@ class SavedLayer:
     def bias_change(self) -> Tensor | None:
         """[O], what it adds to the layer's bias; None if that is nothing."""
         change = self.tensors.get(self.algorithm.spec.bias_key)
-        return change if change is not None and bool(change.any()) else None
+        return change if change is not None and (change.is_meta or bool(change.any())) else None
 
     @property
     def parts(self) -> tuple[int, ...] | None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .readers import READERS, Given, Reading
+from .readers import READERS, Given, Reader, Reading
 from .readers.contract import STRENGTHS
+
+log = logging.getLogger(__name__)
 
 _MOST = 3  # reasons that are told one by one
 
@@ -50,20 +53,26 @@ class Verdict:
     @property
     def short(self) -> str:
         """Name and number, for a line with all programs."""
-        if self.reading.refused:
-            return f"{self.title}: refused"
+        if self.reading.refused or self.reading.failed:
+            return f"{self.title}: {'refused' if self.reading.refused else 'not known'}"
         return f"{self.title}: {self.count}" + (f", {self.inexact} not exact" if self.inexact else "")
 
     @property
     def sentence(self) -> str:
         """With the reasons and the errors that are known."""
-        if self.reading.refused:
-            return f"{self.title} refuses the file: {self.reading.refused}"
+        if self.reading.refused or self.reading.failed:
+            return self._without_layers
         fates = self.reading.fates
         parts = [f"{self.title}: {self.count}" + (", exactly" if self.exact else "")]
         parts += _reasons(((f.reason, name) for name, f in fates.items() if not f.loaded), "not loaded")
         parts += _reasons(((f.reason, name) for name, f in fates.items() if f.loaded and f.reason), "not exact")
         return "; ".join([*parts, *self._errors(), *self.reading.notes])
+
+    @property
+    def _without_layers(self) -> str:
+        if self.reading.refused:
+            return f"{self.title} refuses the file: {self.reading.refused}"
+        return f"{self.title}: not known ({self.reading.failed}); please report it"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -102,13 +111,17 @@ def _reasons(found: Iterable[tuple[str, str]], what: str) -> list[str]:
 
 def verdicts(given: Given) -> tuple[Verdict, ...]:
     """Of all programs that know the architecture, in their order."""
-    readings = ((reader, reader.read(given)) for reader in READERS)
+    found = ((reader, _read(reader, given)) for reader in READERS)
     return tuple(
-        Verdict(reader.name, reader.title, found, len(given.meant)) for reader, found in readings if found is not None
+        Verdict(reader.name, reader.title, reading, len(given.meant))
+        for reader, reading in found
+        if reading is not None
     )
 
 
-def line(source: str, found: Iterable[Verdict]) -> str:
-    """All programs in one line; "" for none."""
-    texts = [verdict.short for verdict in found]
-    return f"{source}: {'; '.join(texts)}" if texts else ""
+def _read(reader: Reader, given: Given) -> Reading | None:
+    try:
+        return reader.read(given)
+    except Exception as error:  # what is said of other programs must end no training
+        log.debug("%s: its model fails", reader.title, exc_info=True)
+        return Reading(failed=f"{type(error).__name__}: {error}")

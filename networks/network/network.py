@@ -36,7 +36,6 @@ from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
 from ..layers.runtime import Runtime
 from ..layers.site import Site
-from ..plan.forecast import forecast
 from ..plan.plan import Plan, PlanRow
 from ..plan.report import LoadReport, progress
 from ..plan.walk import Bases, is_own
@@ -405,6 +404,7 @@ class Network(nn.Module):
 
     def _tell_readers(self, name: str, form: FileFormat, program: str = "") -> None:
         """What other programs make of a file, or one of them; once for each form, since no value decides it."""
+        from ..plan.forecast import forecast  # not where a network is only used
 
         key = len(self.plan.trained), form.dialect.name
         if key not in self._forecasts:

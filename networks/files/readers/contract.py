@@ -66,11 +66,13 @@ class Reading:
         fates: layer of the file, as in `Given.meant` -> what becomes of it; all of them.
         refused: the program's own words where it takes no part of the file; "" = it loads.
         notes: what else a user should know, one sentence each.
+        failed: why the model itself has no answer; never of a model's own making.
     """
 
     fates: Mapping[str, Fate] = field(default_factory=dict)
     refused: str = ""
     notes: tuple[str, ...] = ()
+    failed: str = ""
 
     @property
     def loaded(self) -> int:
@@ -79,7 +81,11 @@ class Reading:
     @property
     def exact(self) -> bool:
         """Whether the whole update arrives, in proportion to the strength."""
-        return not self.refused and all(fate.loaded and not fate.reason for fate in self.fates.values())
+        return (
+            not self.refused
+            and not self.failed
+            and all(fate.loaded and not fate.reason for fate in self.fates.values())
+        )
 
     @property
     def errors(self) -> tuple[float | None, float | None]:
