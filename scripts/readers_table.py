@@ -122,7 +122,7 @@ def document() -> str:
         "",
         "Made by `python scripts/docs.py` from the models of these programs (`networks/files/readers/`), which are",
         "tested against the programs themselves. A cell has the layers that a program loads of those which a network",
-        "trains by default, in the trainers' names (`save_format=portable`), and what is wrong with the others, or all.",
+        "trains by default, in the trainers' names (`save_format=portable`), and what is wrong with the rest or all.",
         "`kohya-networks show FILE` says it of one file, with the errors.",
     ]
     for title, rows in cells().items():
@@ -140,13 +140,15 @@ def worst() -> str:
 
 
 def _lost(rows: Mapping[str, Mapping[str, Cell]], kind: str) -> str:
-    here = {arch: row[kind] for arch, row in rows.items() if kind in row}
-    short = {arch: f"{arch} {cell.loaded}/{cell.total}" for arch, cell in here.items() if cell.is_short}
-    found = {
-        "refused": [arch for arch, cell in here.items() if cell.refused],
-        "layers lost": [*short.values()],
-        "not exact": [arch for arch, cell in here.items() if cell.inexact],
-    }
-    acting = [arch for arch, cell in here.items() if cell.loaded]
-    texts = (what if archs == acting else f"{what} on {', '.join(archs)}" for what, archs in found.items() if archs)
+    here = [(arch, row[kind]) for arch, row in rows.items() if kind in row]
+    acting, inexact = _where(here, "loaded"), _where(here, "inexact")
+    short = [f"{arch} {cell.loaded}/{cell.total}" for arch, cell in here if cell.is_short]
+    found = {"refused on": _where(here, "refused"), "layers lost on": short, "not exact on": inexact}
+    texts = [f"{what} {', '.join(archs)}" for what, archs in found.items() if archs]
+    if inexact and inexact == acting:
+        texts[-1] = "not exact"
     return "; ".join(texts) or "all, exactly"
+
+
+def _where(here: Sequence[tuple[str, Cell]], what: str) -> list[str]:
+    return [arch for arch, cell in here if getattr(cell, what)]

@@ -13,7 +13,7 @@ from ..archs import places as other_names
 from ..archs.places import Layer
 from ..archs.spec import ArchSpec
 from ..args.parse import NetArgs, Problems
-from ..files.codec import SavedLayer
+from ..files.codec import SavedLayer, saved_adapter
 from ..files.dialects import COMFYUI, DIALECTS, PORTABLE, Dialect, FileFormat
 from ..files.peft_folder import KINDS
 from ..files.save_formats import Foreseen, foreseen
@@ -175,10 +175,8 @@ def _start(row: PlanRow) -> SavedLayer:
         adapter = replace(row, init="default", init_seed=None, plus_unit=1.0).make_adapter()
         for p in adapter.parameters():
             p.normal_()
-        rank = adapter.laid_out.saved_rank
         magnitude = torch.ones(magnitude_shape(row.geometry, row.dora == "output")) if row.dora else None
-        algorithm = ALGOS[ALGOS[row.algo].spec.file_algo]
-        return SavedLayer(row.saved_name, algorithm, adapter.pack(), rank and float(rank), magnitude)
+        return saved_adapter(row.saved_name, adapter, row.scale, magnitude)
 
 
 def _peft_kind(form: FileFormat, trained: Sequence[PlanRow]) -> Dialect:

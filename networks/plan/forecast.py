@@ -13,7 +13,7 @@ from ..archs import places as other_names
 from ..archs.places import Layer
 from ..files import codec
 from ..files.codec import SavedLayer
-from ..files.dialects import DIALECTS, Dialect, FileFormat
+from ..files.dialects import DIALECTS, FileFormat
 from ..files.readers import Given
 from ..files.verdicts import Verdict, verdicts
 from ..layers.magnitude import magnitude_shape
@@ -31,7 +31,11 @@ def given_of(plan: Plan, form: FileFormat) -> Given:
         form: of its file, with the architecture.
     """
     assert form.arch is not None
-    layers = foreseen_of(plan, form).layers if form.dialect.program else saved_layers(plan.trained)
+    layers: Sequence[SavedLayer] = (
+        foreseen_of(plan, form).layers if form.dialect.program else saved_layers(plan.trained)
+    )
+    if form.dialect.fold_flag:
+        layers = [replace(layer, folded=layer.magnitude is not None) for layer in layers]
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for row in plan.rows:
         shapes.setdefault(row.part, {})[row.trainer_name] = row.shape
@@ -80,22 +84,20 @@ def told(plan: Plan) -> list[str]:
 
 def _remedy(verdict: Verdict, plan: Plan) -> str:
     """The form of file that stands for the program, if it is read better."""
-    own = plan.file_format
-    also = next((one for one in own.also if one.dialect.name == verdict.name), None)
-    dialect = DIALECTS.get(verdict.name)
-    if also is None and (dialect is None or dialect.name == own.dialect.name or not dialect.program):
-        return ""
-    form = also or _form_of(plan, dialect or own.dialect)
-    better = next((one for one in forecast(plan, form) if one.name == verdict.name), verdict)
+    also = next((one for one in plan.file_format.also if one.dialect.name == verdict.name), None)
+    form = also or _form_of(plan, verdict.name)
+    better = next((one for one in forecast(plan, form) if one.name == verdict.name), verdict) if form else verdict
     if better.rank <= verdict.rank:
         return ""
     what = f"the file of save_also={verdict.name}" if also else f"save_format={verdict.name}"
     return f"; {what} gives {better.count}{'' if better.exact else ', not all of them exact'}"
 
 
-def _form_of(plan: Plan, dialect: Dialect) -> FileFormat:
-    arch = plan.file_format.arch
-    assert arch is not None
+def _form_of(plan: Plan, name: str) -> FileFormat | None:
+    """The form of that name, if it is the form of a program's files, and another than the plan has."""
+    arch, dialect = plan.file_format.arch, DIALECTS.get(name)
+    if arch is None or dialect is None or not dialect.program or dialect.name == plan.file_format.dialect.name:
+        return None
     parts = {part.name: part for part in arch.parts}
     layers = [
         Layer(parts[row.part], row.trainer_name, row.saved_name, row.geometry.weight_shape, row.trained)
@@ -104,5 +106,5 @@ def _form_of(plan: Plan, dialect: Dialect) -> FileFormat:
     try:
         targets = other_names.targets(arch, layers, dialect.program)
     except ValueError:  # the program has no such part
-        targets = ()
+        return None
     return replace(plan.file_format, dialect=dialect, targets=targets, also=())
