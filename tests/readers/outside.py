@@ -221,6 +221,7 @@ _FACTORS: dict[str, dict[str, tuple[object, ...]]] = {
     "lora": {"lora_down.weight": (2, "I"), "lora_up.weight": ("O", 2), "alpha": ()},
     "lora without alpha": {"lora_down.weight": (2, "I"), "lora_up.weight": ("O", 2)},
     "peft": {"lora_A.weight": (2, "I"), "lora_B.weight": ("O", 2)},
+    "peft with alpha": {"lora_A.weight": (2, "I"), "lora_B.weight": ("O", 2), "alpha": ()},
     "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": ("O/2", 2), "lokr_w2_b": (2, "I/2"), "alpha": ()},
     "lokr whole": {"lokr_w1": (2, 2), "lokr_w2": ("O/2", "I/2"), "alpha": ()},
     "lokr both": {

@@ -419,12 +419,14 @@ class _Layer:
 
     Attributes:
         suffixes: as it takes them.
+        strength: by which its own is off.
         kernel: the model's layer is a convolution.
         base: its weight; None = not known.
     """
 
     saved: SavedLayer
     suffixes: set[str]
+    strength: float
     kernel: bool
     base: Tensor | None
 
@@ -459,6 +461,8 @@ def _fate(layer: _Layer, base: Base) -> Fate:
     dropped = base.plain and base.plain in layer.suffixes
     if layer.saved.magnitude is not None and (dropped or "dora_scale" not in layer.suffixes):
         return _inexact(layer, "its magnitudes are not read: it acts as plain factors", plain)
+    if layer.strength != 1:
+        return Fate(True, "it does not read an alpha beside lora_A", (abs(layer.strength - 1),) * 2)
     if layer.on_rows:
         return _inexact(
             layer, "DoRA on the output side: it takes the magnitudes for those of the input side", _by_columns
@@ -500,7 +504,9 @@ class InvokeAI:
         for name, saved in file.given.meant.items():
             suffixes = _taken(file.layers[name], base)
             weight = file.given.base(saved.name) if file.given.base else None
-            layer = _Layer(saved, suffixes, name in known and len(known[name][1]) > 2, weight)
+            dropped = "alpha" in file.layers[name] - suffixes
+            strength = 1 / saved.scale if dropped else 1.0
+            layer = _Layer(saved, suffixes, strength, name in known and len(known[name][1]) > 2, weight)
             refused = refused or _misdivided(name, file.layers[name], known) or _refusal(layer, base)
             missing = _missing(name, file.layers[name], known, base)
             fates[name] = Fate(False, missing, (1.0, 1.0)) if missing else _fate(layer, base)
