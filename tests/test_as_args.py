@@ -48,7 +48,8 @@ class Model:
         return networks.lora.create_network(1.0, dim, alpha, None, self.encoders, self.unet, **args)
 
     def recovered(self, network: LoRANetwork, host: str = "sd_scripts", **metadata: str) -> Recovered:
-        file = FileTensors(network.file_format.written(codec.encode(network.adapted_layers, network.file_format)))
+        saved, form = [codec.saved_layer(layer) for layer in network.adapted_layers], network.file_format
+        file = FileTensors(codec.written(network._translated(saved, form)[0], form))
         file.metadata = metadata
         return arguments_of(file, self.encoders, self.unet, host)
 
