@@ -12,7 +12,7 @@ import pkgutil
 
 from .contract import Fate, Given, Reader, Reading
 
-_OTHERS = {"contract", "patcher", "trainers"}  # modules without a reader
+_OTHERS = {"contract", "errors", "patcher", "trainers"}  # modules without a reader
 
 
 def _found() -> tuple[Reader, ...]:
