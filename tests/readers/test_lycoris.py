@@ -64,7 +64,7 @@ def test_convolutions(arguments: dict[str, str], tmp_path: Path) -> None:
     ("arch", "arguments"),
     [
         ("zimage", {"algo": "lokr", "factor": "2", "unbalanced_factorization": "True"}),
-        ("zimage", {"use_dora": "True", "save_format": "comfyui"}),
+        ("qwen_image", {"use_dora": "True", "save_format": "comfyui"}),
         ("zimage", {"algo": "boft", "dim": "64", "rescaled": "True"}),
         ("zimage", {"algo": "boft", "dim": "64", "constraint": "0.01"}),
         ("flux", {"split_qkv": "True"}),
