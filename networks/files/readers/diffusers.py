@@ -302,7 +302,9 @@ class _Sitting:
     @cached_property
     def named(self) -> dict[str, Named]:
         """Name in a file, in every way -> layer."""
-        found = {one.place.path: one for one in at_paths(self.given) if one.place}
+        flat_only = all("." not in name and not name.startswith(WRAPPER) for name in self.layers)
+        paths = () if flat_only else at_paths(self.given)  # which takes its time
+        found = {one.place.path: one for one in paths if one.place}
         for path, one in [*found.items()]:
             found[WRAPPER + path.partition(".")[2].replace(".", "_")] = replace(one, way=WRAPPER)
         for part in self.given.arch.parts:
@@ -378,28 +380,27 @@ class _Sitting:
 
     def _no_scale(self) -> str:
         common = self.road is not None and self.road.common_alpha
-        return TWO_STRENGTHS if common and METADATA in self.given.metadata and self._alphas else ""
+        return TWO_STRENGTHS if common and METADATA in self.given.metadata and self._common else ""
 
     # -- how strong
 
     @cached_property
-    def _alphas(self) -> dict[str, dict[str, float]]:
-        """Part -> layer -> alpha."""
-        found: dict[str, dict[str, float]] = {}
+    def _common(self) -> dict[str, float]:
+        """Part -> the alpha that most of its layers have, of those which have any."""
+        alphas: dict[str, list[float]] = {}
         for name in self.converted:
             alpha = self.given.meant[name].alpha
             if alpha is not None:
-                found.setdefault(self.named[name].part.name, {})[name] = alpha
-        return found
+                alphas.setdefault(self.named[name].part.name, []).append(alpha)
+        return {part: Counter(values).most_common(1)[0][0] for part, values in alphas.items()}
 
     def _factor(self, name: str) -> float:
         """By how much a layer is stronger than it is meant to be."""
-        place, alpha = self.named[name], self.given.meant[name].alpha
+        one, alpha = self.named[name], self.given.meant[name].alpha
         if not self.road or not self.road.common_alpha or not alpha:
             return 1.0
-        own = place.part is not self.given.arch.denoiser or ".attn" in place.trainer_name
-        (common, _), *_ = Counter(self._alphas[place.part.name].values()).most_common(1)
-        return common / alpha if own else 1.0
+        own = one.part is not self.given.arch.denoiser or ".attn" in one.trainer_name
+        return self._common[one.part.name] / alpha if own else 1.0
 
     def _fate(self, name: str) -> Fate:
         saved = self.given.meant[name]
