@@ -38,10 +38,14 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_grouped": (lambda: nn.Conv2d(40, 48, 3, groups=2), (2, 40, 4, 5)),
 }
 MULTIPLICATIVE = [algo for algo, cls in ALGOS.items() if issubclass(cls, Multiplicative)]
+NEEDED = dict.fromkeys(("dim_is_size", "block_share"), {"train_on_input": True})  # beside an option
 CASES: list[tuple[str, dict[str, Any]]] = [
     (algo, options)
     for algo in MULTIPLICATIVE
-    for options in ({}, *({o: v} for o in sorted(ALGOS[algo].spec.options) for v in values_of(ALGOS[algo], o)))
+    for options in (
+        {},
+        *({**NEEDED.get(o, {}), o: v} for o in sorted(ALGOS[algo].spec.options) for v in values_of(ALGOS[algo], o)),
+    )
 ]
 CASES.append(("diag-oft", {"train_on_input": True, "constraint": 2**-7, "dim_is_count": True}))
 

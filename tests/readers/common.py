@@ -188,7 +188,7 @@ def _errors(targets: Iterable[Target], weight_at: Callable[[nn.Module, float], T
             changed |= bool((new - base).norm() > 1e-6 * base.norm())
             off += float((new - base - strength * (wanted - base)).square().sum())
             size += float((wanted - base).square().sum())
-        found.append((off / size) ** 0.5 if size else off**0.5)
+        found.append((off / size) ** 0.5 / strength if size else off**0.5)
     return tuple(found) if changed else None
 
 

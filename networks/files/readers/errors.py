@@ -27,7 +27,8 @@ def errors(saved: SavedLayer, base: Tensor | None, acts: Callable[[SavedLayer, T
         return UNKNOWN
     new = merged_weight(saved, base, bias_too=True)
     first, second = (
-        relative(acts(saved, base, strength) - base - strength * (new - base), new - base) for strength in STRENGTHS
+        relative(acts(saved, base, strength) - base - strength * (new - base), strength * (new - base))
+        for strength in STRENGTHS
     )
     return first, second
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from registry_archs import SPECS
-from test_comfyui import given, values
+from test_reads_comfyui import given, values
 from torch import Tensor, nn
 
 from networks.files.codec import decode

@@ -12,7 +12,7 @@ import torch
 from comfyui_program import of_trainer
 from common import KINDS, WIDE, trained
 from registry_archs import SPECS, data_of
-from test_comfyui import assert_as_made, given, target, values
+from test_reads_comfyui import assert_as_made, given, target, values
 from torch import Tensor, nn
 from toy_models import toy
 
