@@ -45,7 +45,7 @@ _TRAINERS = {"sd_scripts": "sd-scripts", "musubi": "musubi-tuner"}
 _HOSTS = {
     **_TRAINERS,
     "preset": "with a preset that trains convolutions",
-    **{name: f"networks.{name}" for name in ("api", "lycoris", "oft", "oft_flux", "oft_v2")},
+    **{name: f"networks.{name}" for name in ("api", "lycoris", "oft", "oft_flux", "oft_v2", "boft")},
 }
 
 

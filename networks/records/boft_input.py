@@ -31,4 +31,5 @@ BOFT_INPUT = AlgoSpec(
     near_one=frozenset({CHANGE}),
     peft_type="BOFT",
     relative=True,
+    own_entries=("boft",),
 )

@@ -41,7 +41,14 @@ DIAG_OFT = AlgoSpec(
             minimum=0,
             per_host=(("oft", "network_alpha"), ("oft_flux", "network_alpha")),
         ),
-        Arg("rescaled", "bool", False, "a learnt factor for every row after the rotation", FACTORS),
+        Arg(
+            "rescaled",
+            "bool",
+            False,
+            "a learnt factor for every row after the rotation",
+            FACTORS,
+            per_host=(("boft", True),),
+        ),
         Arg(
             "dim_is_count",
             "bool",
