@@ -97,8 +97,8 @@ def diffusers_places(arch: str, own: frozenset[str] = frozenset(), root: str = "
 
 def file_of(arch: str, kind: str, folder: Path, encoders: bool = True, **more: str) -> Trained:
     """A file of a kind for the small models of an architecture."""
-    wide = " ".join(("", *more))
-    file = folder / f"{arch} {kind}{wide}.safetensors"
+    name = " ".join((arch, kind, *more, *([] if encoders else ["denoiser"])))
+    file = folder / f"{name}.safetensors"
     return trained(arch, models_of(arch, encoders), file, **{**KINDS[kind], **more})
 
 
