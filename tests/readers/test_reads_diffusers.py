@@ -19,7 +19,7 @@ from networks.files.readers.diffusers import PIPELINES as MODELLED
 READER = next(reader for reader in READERS if reader.name == "diffusers")
 OTHERS = [kind for kind in KINDS if kind not in WIDE]
 # One architecture for each kind of converter: by the whole file, by block, with words of its own, none.
-SOME = ("sd", "flux", "flux_2", "qwen_image", "wan", "zimage", "hunyuan_video", "krea2")
+SOME = ("sd", "ace_step", "flux", "flux_2", "qwen_image", "wan", "zimage", "hunyuan_video", "krea2")
 # What stands before the trainer's dotted names, and whether the factors have PEFT's names.
 ROOTS = (("diffusion_model.", False), ("diffusion_model.", True), ("base_model.model.", True))
 

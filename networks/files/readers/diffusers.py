@@ -138,7 +138,7 @@ PIPELINES = {  # by architecture
     "ace_step": Pipeline(
         (
             Road(r"\.alpha$", rest=INVALID),
-            Road(r"^(?!base_model\.model\.).*[qk]_proj", rest=NO_MATCH),
+            Road(r"^(?!base_model\.model\.).*[qk]_proj\.lora_", rest=NO_MATCH),
             Road(r"[qk]_proj", (PEFT,), AB, alphas=False, rest=INVALID),
         )
     ),

@@ -86,7 +86,7 @@ def _refused(saved: SavedLayer) -> str:
 
 def _is_input_side(saved: SavedLayer) -> bool:
     shape = () if saved.magnitude is None else tuple(saved.magnitude.shape)
-    return len(shape) > 1 and shape[0] == 1
+    return len(shape) > 1 and shape[0] == 1 < max(shape)
 
 
 def _refused_kronecker(tensors: dict[str, Tensor]) -> str:
