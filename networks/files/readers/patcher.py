@@ -164,8 +164,7 @@ _Layers = list[tuple[str, tuple[int, ...]]]  # trainer's dotted names and shapes
 def _weights(given: Given, model: Model) -> dict[str, _Layers]:
     """Its own name of every weight of the denoiser that the trainer has, too -> the layers which it holds."""
     part = given.arch.denoiser
-    renames = tuple(one for one in part.comfyui if one.template != one.trainer)  # without names of rows in files
-    part = replace(part, comfyui=renames or part.release)
+    part = replace(part, comfyui=part.comfyui or part.release)
     found: dict[str, dict[int, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in given.shapes.get(part.name, {}).items():
         layer = own_layers(part, name, COMFYUI)[0]
