@@ -51,16 +51,16 @@ def test_auto_is_for_architectures_of_which_comfyui_misses_layers(
 @pytest.mark.parametrize(
     ("kwargs", "wanted"),
     [
-        ({"save_also": "none"}, set()),
-        ({"save_format": "portable"}, set()),
-        ({"save_format": "diffusers"}, set()),
-        ({"save_also": "diffusers"}, {"a-diffusers.safetensors"}),
-        ({"save_also": "auto,diffusers"}, {"a-comfyui.safetensors", "a-diffusers.safetensors"}),
-        ({"save_also": "comfyui,diffusers,peft"}, {"a-comfyui.safetensors", "a-diffusers.safetensors", "a-peft"}),
-        ({"save_format": "comfyui", "save_also": "portable"}, {"a-portable.safetensors"}),
-        ({"algo": "diag-oft"}, set()),  # whole differences are not written unasked
-        ({"algo": "diag-oft", "save_also": "comfyui"}, {"a-comfyui.safetensors"}),
-        ({"save_format": "peft"}, {"a-peft"}),
+        ({"save_also": "none"}, ()),
+        ({"save_format": "portable"}, ()),
+        ({"save_format": "diffusers"}, ()),
+        ({"save_also": "diffusers"}, ("a-diffusers.safetensors",)),
+        ({"save_also": "auto,diffusers"}, ("a-comfyui.safetensors", "a-diffusers.safetensors")),
+        ({"save_also": "comfyui,diffusers,peft"}, ("a-comfyui.safetensors", "a-diffusers.safetensors", "a-peft")),
+        ({"save_format": "comfyui", "save_also": "portable"}, ("a-portable.safetensors",)),
+        ({"algo": "diag-oft"}, ()),  # whole differences are not written unasked
+        ({"algo": "diag-oft", "save_also": "comfyui"}, ("a-comfyui.safetensors",)),
+        ({"save_format": "peft"}, ("a-peft",)),
     ],
     ids=str,
 )
