@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,7 +106,7 @@ def _cell(verdict: Verdict, weights: Mapping[str, float], total: int) -> Cell:
     reading = verdict.reading
     assert not reading.failed, f"{verdict.title}: {reading.failed}"
     if reading.refused:
-        return Cell(0, 0, total, re.sub(r"\s+", " ", reading.refused).replace("|", "\\|")[:80], True)
+        return Cell(0, 0, total, textwrap.shorten(reading.refused, 80, placeholder=" ...").replace("|", "\\|"), True)
     lost, inexact = Counter[str](), Counter[str]()
     for name, fate in reading.fates.items():
         counts = inexact if fate.loaded else lost
@@ -147,6 +148,10 @@ def _lost(rows: Mapping[str, Mapping[str, Cell]], kind: str) -> str:
     texts = [f"{what} {', '.join(archs)}" for what, archs in found.items() if archs]
     if inexact and inexact == acting:
         texts[-1] = "not exact"
+    if len(found["refused on"]) == len(here):
+        return "refused on all"
+    if here and not acting and not found["refused on"]:
+        return "loads no layer"
     return "; ".join(texts) or "all, exactly"
 
 
