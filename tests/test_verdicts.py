@@ -20,6 +20,7 @@ from tiny_parts import randomise, sd_unet, text_encoder
 from toy_models import toy
 
 import networks.lora
+from networks.cli import plan as plan_script
 from networks.cli import show as script
 from networks.files import verdicts
 from networks.files.adapter_file import FileTensors, Naming
@@ -122,7 +123,7 @@ def test_a_forecast_has_all_layers_of_the_model(arch: str) -> None:
 # -- where it is told
 
 
-def test_the_plan_tells_who_does_not_read_it_all(programs: Any) -> None:
+def test_the_plan_tells_who_does_not_read_it_all(programs: Any, capsys: pytest.CaptureFixture[str]) -> None:
     programs(
         Program("second", no_to_q, 2), Program("first", all_of_it, 1), Program("third", all_of_it, 3, "no such file"),
     )  # fmt: skip
@@ -132,7 +133,10 @@ def test_the_plan_tells_who_does_not_read_it_all(programs: Any) -> None:
     second, third = plan.readers()
     assert second.startswith(f"second 1.0: {count - without}/{count} layers; {without} not loaded (it knows no such")
     assert third == "third 1.0 refuses the file: no such file"
-    assert second in plan.to_text() and plan.to_json()["readers"] == [second, third]
+    assert plan_script.main(["sd15", "--readers", "--trained"]) == 0
+    assert "second 1.0: " in (text := capsys.readouterr().out) and text.endswith(f"{third}\n")
+    assert plan_script.main(["sd15", "--readers", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["readers"][1] == third
     assert networks.lora.plan(4, 1, None, toy("flux")["dit"]).readers() == []  # they do not know it
 
 
@@ -152,7 +156,7 @@ def test_creation_and_each_save(programs: Any, tmp_path: Path, caplog: pytest.Lo
         Program("first", all_of_it), Program("second", no_to_q, 2), Program("third", all_of_it, 3, "no such file")
     )
     unet = sd_unet()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "networks"):
         network = networks.lora.create_network(1.0, 4, 1, None, [text_encoder()], unet)
     assert sum(text.startswith("second 1.0: ") for text in messages(caplog)) == 1
     assert not any(text.startswith("first 1.0") for text in messages(caplog))
@@ -161,7 +165,7 @@ def test_creation_and_each_save(programs: Any, tmp_path: Path, caplog: pytest.Lo
     without = sum(row.saved_name.endswith("to_q") for row in network.plan.trained)
     caplog.clear()
     seen = len(mine.seen)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "networks"):
         for name in ("a", "b"):
             network.save_weights(str(tmp_path / f"{name}.safetensors"), torch.float16, {})
     lines = [text for text in messages(caplog) if "first 1.0" in text]
@@ -175,7 +179,7 @@ def test_generation_is_not_told(programs: Any, tmp_path: Path, caplog: pytest.Lo
     unet = sd_unet()
     networks.lora.create_network(1.0, 4, 1, None, None, unet).save_weights(str(tmp_path / "a.safetensors"), None, {})
     programs(Program("second", no_to_q))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "networks"):
         file = str(tmp_path / "a.safetensors")
         networks.lora.create_network_from_weights(1.0, file, None, None, unet, for_inference=True)
     assert not any(text.startswith("second") for text in messages(caplog))
@@ -237,7 +241,7 @@ def test_a_model_that_fails_ends_no_training(programs: Any, tmp_path: Path, capl
         raise RuntimeError("cannot be called on meta tensors")
 
     programs(Program("broken", fails), Program("other", no_to_q, 2))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "networks"):
         network = networks.lora.create_network(1.0, 4, 1, None, None, sd_unet())
         network.save_weights(str(tmp_path / "a.safetensors"), None, {})
     assert "broken 1.0: not known (RuntimeError: cannot be called on meta tensors); please report it" in messages(

@@ -42,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--network_train_text_encoder_only", action="store_true")
     parser.add_argument("--trained", action="store_true", help="leave out the rows of layers that are not trained")
     parser.add_argument("--why", metavar="NAME", help="explain these layers instead: every rule, every value")
+    parser.add_argument(
+        "--readers", action="store_true", help="also which programs will not read the files whole and exactly"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     return parser
 
@@ -59,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explained(layers: Sequence[Any], as_json: bool) -> str:
     """What --why prints of the answers of `Plan.why`."""
     return json.dumps([layer.to_json() for layer in layers], indent=1) if as_json else "\n\n".join(map(str, layers))
+
+
+def _printed(plan: Any, readers: bool, as_json: bool) -> str:
+    lines = plan.readers() if readers else []
+    if as_json:
+        return json.dumps(plan.to_json() | ({"readers": lines} if readers else {}), indent=1)
+    return "".join([plan.to_text(), *(f"{line}\n" for line in lines)])
 
 
 def show(args: argparse.Namespace) -> int:
@@ -89,5 +99,5 @@ def show(args: argparse.Namespace) -> int:
         return 0
     if args.trained:
         plan = plan.only_trained()
-    print(json.dumps(plan.to_json(), indent=1) if args.json else plan.to_text(), end="")
+    print(_printed(plan, args.readers, args.json), end="")
     return 0

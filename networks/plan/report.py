@@ -73,7 +73,7 @@ def plan_text(plan: Plan) -> str:
         else:
             *first, reason = cells
             text.append("  ".join([*(c.ljust(w) for c, w in zip(first, widths, strict=False)), f"- {reason}"]))
-    return "\n".join([*text, "", *summary(plan), *plan.readers()]) + "\n"
+    return "\n".join([*text, "", *summary(plan)]) + "\n"
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
