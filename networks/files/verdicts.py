@@ -24,12 +24,14 @@ class Verdict:
         name, title: of the program.
         reading: by its model.
         total: layers of the file.
+        unasked: it is told at creation and at saves, too.
     """
 
     name: str
     title: str
     reading: Reading
     total: int
+    unasked: bool = True
 
     @property
     def exact(self) -> bool:
@@ -113,7 +115,7 @@ def verdicts(given: Given) -> tuple[Verdict, ...]:
     """Of all programs that know the architecture, in their order."""
     found = ((reader, _read(reader, given)) for reader in READERS)
     return tuple(
-        Verdict(reader.name, reader.title, reading, len(given.meant))
+        Verdict(reader.name, reader.title, reading, len(given.meant), reader.unasked)
         for reader, reading in found
         if reading is not None
     )

@@ -409,7 +409,8 @@ class Network(nn.Module):
         key = len(self.plan.trained), form.dialect.name
         if key not in self._forecasts:
             self._forecasts[key] = forecast(self.plan, form)
-        told = [verdict.short for verdict in self._forecasts[key] if program in ("", verdict.name)]
+        shown = [one for one in self._forecasts[key] if one.name == program or (one.unasked and not program)]
+        told = [verdict.short for verdict in shown]
         if told:
             log.info("%s: %s", name, "; ".join(told))
 

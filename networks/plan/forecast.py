@@ -78,7 +78,7 @@ def told(plan: Plan) -> list[str]:
     return [
         f"{verdict.sentence}{_remedy(verdict, plan)}"
         for verdict in forecast(plan, plan.file_format)
-        if not verdict.exact
+        if verdict.unasked and not verdict.exact
     ]
 
 

@@ -106,11 +106,13 @@ class Reader(Protocol):
         name: for machines: `comfyui`.
         title: with the version that was run: `ComfyUI 0.19.3`.
         order: its place in lists.
+        unasked: it is spoken of at creation and at saves, too; few people need to know of the others.
     """
 
     name: str
     title: str
     order: int
+    unasked: bool
 
     def read(self, given: Given) -> Reading | None:
         """What it makes of a file; None where it has no such model at all, so that the file is none of its business."""

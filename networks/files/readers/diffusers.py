@@ -269,6 +269,7 @@ class Diffusers:
     name: str = "diffusers"
     title: str = "diffusers 0.42.1"
     order: int = 40
+    unasked: bool = True
 
     def read(self, given: Given) -> Reading | None:
         """What `load_lora_weights` of the architecture's pipeline makes of a file."""

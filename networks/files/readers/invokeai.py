@@ -485,6 +485,7 @@ class InvokeAI:
     name: str = "invokeai"
     title: str = "InvokeAI 6.14.2"
     order: int = 50
+    unasked: bool = True
 
     def read(self, given: Given) -> Reading | None:
         base = BASES.get(given.arch.name)

@@ -42,6 +42,7 @@ class Lycoris:
     name: str = "lycoris"
     title: str = "LyCORIS 4.1.3"
     order: int = 60
+    unasked: bool = True
 
     def read(self, given: Given) -> Reading | None:
         """What it makes of a file on the trainer's class."""

@@ -427,6 +427,7 @@ class Patcher:
     suffixes: frozenset[str]
     forms: tuple[Form, ...]
     unmatched: int | None = None
+    unasked: bool = True
 
     def read(self, given: Given) -> Reading | None:
         model = self.models.get(given.arch.name)

@@ -29,6 +29,7 @@ class Peft:
     name: str = "peft"
     title: str = "PEFT 0.21.2"
     order: int = 50
+    unasked: bool = False  # it reads folders alone: save_also=peft, save_format=peft
 
     def read(self, given: Given) -> Reading | None:
         """What `PeftModel.from_pretrained` makes of the folder."""

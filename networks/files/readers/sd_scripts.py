@@ -39,5 +39,7 @@ READERS = (
         | dict.fromkeys(_LORA_FLUX, Route(alpha=True, strict=True, notes=(_STRICT,)))
         | dict.fromkeys(_LOADED, Route((LORA, LOHA, LOKR), one_form=True)),
     ),
-    Trainer("sd_scripts_lokr", "sd-scripts' branch with LoHa and LoKr 2026-02, its network modules", 72, _BRANCH),
+    Trainer(
+        "sd_scripts_lokr", "sd-scripts' branch with LoHa and LoKr 2026-02, its network modules", 72, _BRANCH, False
+    ),
 )

@@ -91,6 +91,7 @@ class Trainer:
     title: str
     order: int
     routes: Mapping[str, Route]
+    unasked: bool = True
 
     def read(self, given: Given) -> Reading | None:
         route = self.routes.get(given.arch.name)
