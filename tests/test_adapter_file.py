@@ -392,6 +392,7 @@ def test_the_trainers_doors(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     large = networks.lora.create_network(1.0, 2, 1, None, encoder, unet)
     large.save_weights(tmp_path / "large.safetensors", None, None)
     path, tensors = str(tmp_path / "large.safetensors"), load_file(tmp_path / "large.safetensors")
+    caplog.clear()  # what programs make of the file
     caplog.set_level(logging.WARNING, logger="networks")
     only_unet = networks.lora.create_network(1.0, 2, 1, None, encoder, unet)
     only_unet.apply_to(encoder, unet, False, True)  # --network_train_unet_only

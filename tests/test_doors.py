@@ -352,9 +352,10 @@ def test_a_file_is_opened_once_at_every_door(doors: Any, tmp_path: Path, monkeyp
         calls.clear()
         decoded.clear()
         door(file)
-        assert decoded == dict.fromkeys(keys, 1), name
+        times = 2 if name == "show.py" else 1  # under its own names, and under those of the model that it is for
+        assert decoded == dict.fromkeys(keys, times), name
         if name != "weight by weight":
-            assert calls.pop("decode") == calls.pop("_check_values") == 1, name
+            assert calls.pop("decode") == calls.pop("_check_values") == times, name
             assert calls == ({} if name in OF_TENSORS else {"read_tensors": 1}), name
 
 

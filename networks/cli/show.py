@@ -21,11 +21,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..models.releases import RELEASES
 from .command_line import program, run_program, set_log_level
 from .plan import HOSTS
+
+if TYPE_CHECKING:
+    from ..files.adapter_file import FileTensors
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,10 +57,12 @@ def show(args: argparse.Namespace) -> int:
     if args.as_args:
         print("\n".join(_as_args(args)))
         return 0
+    from ..files.adapter_file import FileTensors
     from ..files.explain import explain
 
-    found = explain(args.file)
-    found["model"], found["readers"] = _readers(args)
+    file = FileTensors(args.file)
+    found = explain(file)
+    found["model"], found["readers"] = _readers(file, args)
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -130,14 +135,12 @@ def _layers(layers: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
-def _readers(args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+def _readers(file: FileTensors, args: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
     """The model that a file is for, and what other programs make of it there; "" and [] where it is not known."""
-    from ..files.adapter_file import FileTensors
     from ..files.verdicts import verdicts
     from ..models.adapters import given_of, model_of
     from ..models.skeleton import skeleton
 
-    file = FileTensors(args.file)
     try:
         model = skeleton(args.model) if args.model else model_of(file)
     except ValueError:

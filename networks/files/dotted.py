@@ -11,6 +11,7 @@ finds it too. Its files have no alpha unless their metadata say one.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -59,16 +60,24 @@ SUFFIXES = {  # as others write them -> ours
 }
 OF_PEFT = {suffix: own for spec in ALGORITHMS.values() for suffix, own in spec.peft_keys.items()}
 _LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
+
 # Stand-In's `q_loras.down.weight` acts on other tokens than the layer's: it is no adapter of that.
-_ENDING = re.compile(rf"(?<!_loras)\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$")
+_ENDING = rf"(?<!_loras)\.({'|'.join(map(re.escape, _LONGEST_FIRST))})$"
 # An adapter's name between the parts of a suffix, as PEFT saves those which are not called `default`.
-_OF_ADAPTER = re.compile(
-    rf"\.(lora_[AB]|oft_R|boft_[Rs]|ia3_l|lora_magnitude_vector|hada_\w+|lokr_\w+|{'|'.join(UNREAD)})\.[^.]+(\.weight|\.bias)?$"
+_OF_ADAPTER = (
+    rf"\.(lora_[AB]|oft_R|boft_[Rs]|ia3_l|lora_magnitude_vector|hada_\w+|lokr_\w+|{'|'.join(UNREAD)})"
+    r"\.[^.]+(\.weight|\.bias)?$"
 )
 # Some converters turn dots which they do not know into underscores.
-_FLAT = re.compile(rf"_({'|'.join(re.escape(suffix.replace('.', '_')) for suffix in _LONGEST_FIRST)})$")
+_FLAT = rf"_({'|'.join(re.escape(suffix.replace('.', '_')) for suffix in _LONGEST_FIRST)})$"
 _OF_FLAT = {suffix.replace(".", "_"): suffix for suffix in _LONGEST_FIRST}
 _TO_PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight", LORA.bias_key: "lora_B.bias"}
+
+
+@functools.cache
+def _endings() -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """Of known suffixes, of those with an adapter's name in them, and of flat ones: compiled where a file is opened."""
+    return re.compile(_ENDING), re.compile(_OF_ADAPTER), re.compile(_FLAT)
 
 
 def write(layers: Iterable[SavedLayer]) -> dict[str, Tensor]:
@@ -96,11 +105,12 @@ def has_dots(tensors: Mapping[str, Tensor]) -> bool:
 
 def divide(key: str) -> tuple[str, str]:
     """(name of the layer, suffix); a suffix that nobody knows is "", and the name what stands before the first dot."""
-    if (match := _ENDING.search(key)) is not None:
+    ending, of_adapter, flat = _endings()
+    if (match := ending.search(key)) is not None:
         return key[: match.start()], match[1]
-    if (match := _OF_ADAPTER.search(key)) is not None and (suffix := match[1] + (match[2] or "")) in SUFFIXES:
+    if (match := of_adapter.search(key)) is not None and (suffix := match[1] + (match[2] or "")) in SUFFIXES:
         return key[: match.start()], suffix
-    if "." not in key and (match := _FLAT.search(key)) is not None:
+    if "." not in key and (match := flat.search(key)) is not None:
         return key[: match.start()], _OF_FLAT[match[1]]
     return key.partition(".")[0], ""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..records import ALGORITHMS
 from ..tensors.geometry import Geometry
 from . import dialects, reader
-from .adapter_file import Naming, open_adapter
+from .adapter_file import FileTensors, Naming, open_adapter
 from .codec import SavedLayer
 from .places import part_of
 
@@ -35,13 +35,17 @@ _DORA = ("use_dora", "dora", "dora_wd", "weight_decompose")  # the trainers' wor
 _ON = ("true", "1", "yes", "on")
 
 
-def explain(path: Path) -> dict[str, Any]:
+def explain(given: Path | FileTensors) -> dict[str, Any]:
     """Plain values only, for printing and for JSON.
+
+    Args:
+        given: path of the file, or what was read of it.
 
     Raises:
         ValueError: the file is unreadable, or no adapter that we know.
     """
-    file = open_adapter(path, Naming())
+    file = open_adapter(given, Naming())
+    path = file.source
     tensors, layers, metadata = file.tensors, file.layers, file.metadata
     if not layers:
         raise ValueError(file.problem)

@@ -163,8 +163,8 @@ def layers_of(name: str) -> tuple[str, dict[str, tuple[tuple[int, ...], bool]]]:
     return part.prefix, {c.saved_name: (c.geometry.weight_shape, c.default) for c in held}
 
 
-def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[str]) -> tuple[int, float]:
-    """How many of a checkpoint's weights are layers of a release, and what share of the release they are; 0 unless all
+def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[str]) -> tuple[int, int]:
+    """How many of a checkpoint's weights are layers of a release, and how many layers it lacks, negative; 0 unless all
     layers that are trained by default are there, and no more of a kind.
 
     Args:
@@ -173,11 +173,11 @@ def _layers_in(name: str, shapes: Mapping[str, tuple[int, ...]], present: set[st
     prefix, own = layers_of(name)
     default = {saved for saved, (_, trained) in own.items() if trained}
     if not default <= present:
-        return 0, 0.0
+        return 0, 0
     targets = weight_names.find(shapes, own, prefix)
     found = {saved: one.keys for saved, one in targets.items() if one.shape(shapes) == own[saved][0]}
     kinds = {_NUMBER.sub("#", saved) for saved in default}
     more = any(_NUMBER.sub("#", saved) in kinds for saved in present - own.keys())
     if more or not default <= found.keys():
-        return 0, 0.0
-    return len({key for keys in found.values() for key in keys}), len(found) / len(own)
+        return 0, 0
+    return len({key for keys in found.values() for key in keys}), len(found) - len(own)

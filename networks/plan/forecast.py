@@ -58,7 +58,8 @@ def saved_layers(rows: Sequence[PlanRow]) -> list[SavedLayer]:
 
 def _saved_layer(row: PlanRow) -> SavedLayer:
     with torch.device("meta"):
-        adapter = row.make_adapter()
+        # what starts from base weights, or from values of its own, is saved in the same form
+        adapter = replace(row, init="default", init_seed=None).make_adapter()
         magnitude = torch.empty(magnitude_shape(row.geometry, row.dora == "output")) if row.dora else None
     return codec.saved_adapter(row.saved_name, adapter, row.scale, magnitude)
 
