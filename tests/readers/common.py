@@ -110,7 +110,7 @@ def trained(arch: str, models: Mapping[str, nn.Module], file: Path, std: float =
         new = layer.new_weight(whole).detach()
         base[layer.lora_name] = whole
         pieces = [Target(site.module, site.select_rows(whole), site.select_rows(new)) for site in layer.sites]
-        shares = ((share, one.path) for one in network.file_format.targets for share in one.shares)
+        shares = ((share, one.name) for one in network.file_format.targets for share in one.shares)
         where = sorted((share.start, path) for share, path in shares if share.saved_name == layer.lora_name)
         if where:
             targets |= {path: (piece,) for (_, path), piece in zip(where, pieces, strict=True)}
