@@ -23,7 +23,7 @@ from ...tensors.factor import factorization
 from .. import dotted
 from ..codec import SavedLayer
 from ..strengths import METADATA
-from .contract import STRENGTHS, Fate, Given, Reading
+from .contract import Fate, Given, Reading
 from .errors import UNKNOWN, below_the_norm, errors, plain
 
 # Ways in which a layer is named.
@@ -415,8 +415,7 @@ class _Sitting:
         if saved.magnitude is None:
             if abs(factor - 1) < 1e-6:
                 return Fate()
-            off = abs(factor - 1)
-            return Fate(True, "it gets the alpha which most layers have", (off * STRENGTHS[0], off * STRENGTHS[1]))
+            return Fate(True, "it gets the alpha which most layers have", (abs(factor - 1), abs(factor - 1)))
         if self.layers[name].keys() & VECTORS:
             told = errors(saved, self.named[name].base(self.given), below_the_norm)
             return Fate(True, "the strength of its DoRA acts below the norm", (0.0, told[1]))
