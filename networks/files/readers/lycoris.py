@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...records.boft import BOFT
 from ...records.ia3 import IA3
+from ...records.loha import LOHA
 from ...records.lokr import LOKR
 from ...records.norm import NORM
 from ...records.oft import BLOCKS, DIAG_OFT, FORMS, RESCALE
@@ -29,6 +30,7 @@ from .errors import UNKNOWN, Errors, errors, plain
 NEVER = {"sd": "AssertionError: duplicated lora name: lora_unet_time_embedding_linear_1"}
 WRAPPER = "lycoris_"  # before the names of the wrapper's files
 SCALED = ("lora", "loha", "lokr", "glora", DIAG_OFT.name, BOFT.name, TLORA.name)  # it wants an alpha
+MERGED_TWICE = (LOHA.name, LOKR.name)  # by alpha / rank, see TWICE
 NO_CLASS = "'NoneType' object has no attribute 'make_module_from_state_dict'"
 TWICE = (
     "merged into the weights (merge_to, as --base_weights and musubi-tuner's --lycoris do) it takes alpha / rank of "
@@ -167,7 +169,7 @@ def _rows(saved: SavedLayer, base: Tensor) -> Tensor:
 
 
 def _notes(given: Given) -> Iterator[str]:
-    if any(saved.algorithm.spec.name in ("loha", "lokr") and saved.scale != 1 for saved in given.meant.values()):
+    if any(saved.algorithm.spec.name in MERGED_TWICE and saved.scale != 1 for saved in given.meant.values()):
         yield TWICE
     if any(name.startswith("lora_te") and "text_model" in name for name in given.meant):
         yield FLATTENED
