@@ -34,6 +34,8 @@ from networks.plan import forecast
 class Program:
     """Knows Stable Diffusion 1.x; `fate` says what becomes of a layer of a file."""
 
+    unasked = True
+
     def __init__(self, name: str, fate: Callable[[Given, str], Fate], order: int = 1, refused: str = "") -> None:
         self.name, self.title, self.order, self.fate, self.refused = name, f"{name} 1.0", order, fate, refused
         self.seen: list[Given] = []
