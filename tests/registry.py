@@ -120,14 +120,18 @@ def dense_tlora(t: Tensors, shape: tuple[int, ...]) -> Tensor:
 
 def dense_oft(t: Tensors, adapter: Adapter, W: Tensor) -> Tensor:
     """T W, T made of dense matrices: Cayley's rotations of blocks, in stages for BOFT; or W T on the input side, where
-    their series is cut off."""
-    on_input, blocks = adapter.side == "input", t["oft_blocks"]
+    their series is cut off: of channels, or of columns, where one block may stand for all."""
+    blocks = t["oft_blocks"]
+    turned = {"output": W.flatten(1).T, "input": W.transpose(1, -1), "columns": W.flatten(1)}[adapter.side]
+    features = turned.shape[-1]
     Q = blocks - blocks.transpose(-1, -2)
-    constraint = adapter.chosen.get("constraint", 0) * W.shape[1 if on_input else 0]
+    constraint = adapter.chosen.get("constraint", 0) * features
     if constraint and Q.norm() > constraint:
         blocks = blocks * constraint / Q.norm()
-    if on_input:
-        return torch.einsum("oj...,ji->oi...", W, torch.block_diag(*(_series(B) for B in blocks)))
+    if adapter.side != "output":
+        times = features // len(blocks) // blocks.shape[-1]
+        turned = turned @ torch.block_diag(*[_series(B) for B in blocks] * times)
+        return turned.transpose(1, -1) if adapter.side == "input" else turned.reshape(W.shape)
     T = torch.eye(len(W), dtype=W.dtype)
     for i, stage in enumerate(blocks[None] if blocks.dim() == 3 else blocks):
         R = torch.block_diag(*(_cayley(B) for B in stage))

@@ -243,6 +243,29 @@ def test_a_kernel_whose_blocks_would_be_larger_than_the_weight_has_a_form_of_its
     assert_close(layer.new_weight(W, 1.0).detach(), wanted, "live")
 
 
+@pytest.mark.parametrize("outputs", [8, 400])  # a weight smaller, and larger, than a block of columns in the file
+@pytest.mark.parametrize("terms", [5, 0])
+@pytest.mark.parametrize("size", [4, 6, 12])
+@pytest.mark.parametrize(("kernel", "columns"), [(1, False), (3, False), (3, True)])
+def test_one_block_for_all_goes_through_a_file(kernel: int, columns: bool, size: int, terms: int, outputs: int) -> None:
+    """Also where the file must hold it as many times as it acts: of 12 channels, or of 12 times 9 columns."""
+    base = nn.Conv2d(12, outputs, kernel).double().requires_grad_(False)
+    W = base.weight.clone()
+    options = {"train_on_input": True, "block_share": True, "size": size, "terms": terms, "columns": columns}
+    trained, other = (ALGOS["diag-oft"](Geometry.of(base), size, options).double() for _ in range(2))
+    nn.init.normal_(trained.blocks, std=0.2)
+    (B,) = trained.blocks.detach()
+    R = (series if terms else cayley)(B - B.T)
+    by_block = (W.flatten(1) if columns else W.transpose(1, 3)).unflatten(-1, (-1, size)) @ R
+    wanted = by_block.reshape(W.shape) if columns else by_block.flatten(-2).transpose(1, 3)
+    file = decoded(trained.pack())
+    assert_close(trained.weight_change(W).detach(), wanted - W, "live")
+    assert_close(merged_weight(file, W), wanted, "from the file alone")
+    other.check_fits(file.tensors)
+    other.unpack_(file.tensors)
+    assert_close(other.weight_change(W).detach(), wanted - W, "in a network of such blocks")
+
+
 def test_groups_of_a_convolution_turn_alike() -> None:
     """Each group has its own 6 channels, and the weight has them once."""
     base = nn.Conv2d(12, 30, 3, groups=2).double().requires_grad_(False)

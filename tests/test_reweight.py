@@ -48,6 +48,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     )
 ]
 CASES.append(("diag-oft", {"train_on_input": True, "constraint": 2**-7, "dim_is_count": True}))
+CASES.append(("diag-oft", {"train_on_input": True, "dim_is_size": True, "block_share": True}))
 
 
 def has_form(kind: str, algo: str, options: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ Parameters (saved as oft_blocks, rescale = r; those of the input side as `oft_in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -304,6 +305,8 @@ class DiagOFT(Rotation):
         theirs = "columns" if found.columns else "channels"
         if own != theirs:
             raise ValueError(f"the file turns the {theirs} of a convolution with a kernel, this network its {own}")
+        if len(self.blocks) == 1 and bool((found.triangles == found.triangles[:1]).all()):
+            found = replace(found, triangles=found.triangles[:1])  # one for all, written as many alike
         if found.size != size:
             raise ValueError(f"the file has blocks of {found.size} features, this network has blocks of {size}")
         if len(found.triangles) != len(self.blocks):

@@ -68,7 +68,7 @@ class Blocks:
 
     def by_channels(self, positions: int) -> Blocks | None:
         """The inverse of `by_columns`; None if positions are not turned alike, or each other's."""
-        if not self.columns or self.shared or self.size % positions:
+        if not self.columns or self.size % positions:
             return None
         first = self.matrices().unflatten(2, (-1, positions)).unflatten(1, (-1, positions))[:, :, 0, :, 0]
         found = replace(self, triangles=above_diagonal(first), columns=False)
@@ -132,8 +132,11 @@ def write(geometry: Geometry, blocks: Blocks, limited: bool) -> dict[str, Tensor
     if blocks.terms == SERIES and (positions == 1 or theirs.columns):
         found = {FIELD: theirs.triangles if geometry.is_conv else -theirs.triangles}
         return {**found, TERMS: torch.tensor(SERIES)} if limited else found
-    # One block for all would be taken for the one of the channels if it is as large as these.
-    alike = geometry.kernel_size if blocks.shared and blocks.size == geometry.in_features else 1
+    # One block for all, of channels, would be taken for one of columns, and one of columns for one of channels if it is
+    # as large as these: then all are written.
+    features = geometry.columns if blocks.columns else geometry.in_features
+    alone = not blocks.shared or positions == 1 or (blocks.columns and blocks.size != geometry.in_features)
+    alike = 1 if alone else features // blocks.size
     return {OWN: blocks.triangles.repeat(alike, 1), TERMS: torch.tensor(blocks.terms)}
 
 
