@@ -347,7 +347,8 @@ def test_layout_and_keys_describe_the_adapter(case: Case) -> None:
         found = recognise(packed)
         assert found is not None and found.spec.file_algo == adapter.spec.file_algo, kind
         dim, options = type(adapter).describe(geometry, packed)
-        described = type(adapter).layout(geometry, dim or case.dim, **options)
+        options |= {"bias": adapter.spec.bias_key in packed} if adapter.spec.bias_key else {}
+        described = type(adapter).whole_layout(geometry, dim or case.dim, options)
         scalar = {"scalar": ()} if adapter.scalar is not None else {}
         assert described.shapes | scalar == shapes, kind
         assert described.rank == adapter.laid_out.rank, kind
