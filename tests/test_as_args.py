@@ -169,7 +169,8 @@ def test_what_metadata_tell_beside() -> None:
     network = model.network(blocks="0")
     metadata = {"ss_network_args": json.dumps(args), "ss_network_dropout": "None", "networks_dialect": "comfyui"}
     line = model.recovered(network, **metadata).line
-    assert line.args == {"blocks": "0", "rank_dropout": "0.1", "loraplus_lr_ratio": "4", "init_seed": "7"}
+    told = {"rank_dropout": "0.1", "loraplus_lr_ratio": "4", "init_seed": "7"}
+    assert line.args == {"blocks": "0", "save_format": "comfyui", **told}
     wrong = model.recovered(network, ss_network_args='{"use_dora": "True", "algo": "lokr", "factor": "8"}').line
     assert wrong.args == {"blocks": "0"}  # the tensors contradict them
 
