@@ -166,7 +166,15 @@ def _size(found: Foreseen) -> str:
 
 def _kind(row: PlanRow) -> Hashable:
     """What rows have in common whose layers are converted alike."""
-    return row.algo, row.dim, repr(sorted(row.options.items())), row.split, row.dora, row.geometry.kernel, tuple(row.layout.shapes)
+    return (
+        row.algo,
+        row.dim,
+        repr(sorted(row.options.items())),
+        row.split,
+        row.dora,
+        row.geometry.kernel,
+        tuple(row.layout.shapes),
+    )
 
 
 def _start(row: PlanRow) -> SavedLayer:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..algos import ALGOS
 from ..archs import places as other_names
 from ..archs.places import Layer
 from ..files import codec
@@ -95,9 +96,12 @@ def _remedy(verdict: Verdict, plan: Plan) -> str:
 
 
 def _form_of(plan: Plan, name: str) -> FileFormat | None:
-    """The form of that name, if it is the form of a program's files, and another than the plan has."""
+    """The form of that name, if it is the form of a program's files, and another than the plan has. What would have to
+    be converted is not tried for a hint: with large layers that takes seconds."""
     arch, dialect = plan.file_format.arch, DIALECTS.get(name)
     if arch is None or dialect is None or not dialect.program or dialect.name == plan.file_format.dialect.name:
+        return None
+    if not all(ALGOS[row.algo].spec.file_algo in dialect.algos for row in plan.trained):
         return None
     parts = {part.name: part for part in arch.parts}
     layers = [
