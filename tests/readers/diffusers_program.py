@@ -101,6 +101,9 @@ def models(arch: str, full_rows: bool = True) -> dict[str, nn.Module]:
     return parts
 
 
+_another_encoder = functools.cache(text_encoder)  # for which no file has layers
+
+
 class _Pipeline(SimpleNamespace):
     """What the loaders want of a pipeline."""
 
@@ -121,7 +124,7 @@ def load(arch: str, models: Mapping[str, nn.Module], trained: Trained) -> Made:
     host: Any = type("Host", (_Pipeline, mixin), {})(components=components, **components)
     for encoder in ("text_encoder", "text_encoder_2"):
         if encoder not in components and not hasattr(host, encoder):
-            setattr(host, encoder, text_encoder())
+            setattr(host, encoder, _another_encoder())
     try:
         host.load_lora_weights(str(trained.file), adapter_name="read")
         layers = {
