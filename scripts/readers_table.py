@@ -150,7 +150,7 @@ def _lost(rows: Mapping[str, Mapping[str, Cell]], kind: str) -> str:
         texts[-1] = "not exact"
     if len(found["refused on"]) == len(here):
         return "refused on all"
-    if here and not acting and not found["refused on"]:
+    if not acting and not found["refused on"]:
         return "loads no layer"
     return "; ".join(texts) or "all, exactly"
 
