@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from helpers_numeric import KINDS, assert_close, learn_lengths, make_input, make_layer
 from registry_archs import data_of
 from safetensors.torch import load_file, save_file
+from test_key_merge import LORA_UTILS
 from tiny_parts import draw, inputs, randomise, sd_unet, text_encoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -588,8 +590,12 @@ def test_files_of_lycoris_after_others_start_from_the_base(tmp_path: Path) -> No
     CheckpointMerge(Checkpoint(tmp_path / "base.safetensors"), files).write(tmp_path / "out.safetensors")
     merged = load_file(tmp_path / "out.safetensors")["x.weight"]
     torch.testing.assert_close(merged, W + alone[0] + alone[1], atol=1e-4, rtol=1e-4)
-    layers = [(codec.decode(tensors)[0][name], 1.0) for tensors in (first, second)]
-    torch.testing.assert_close(key_merge._merge(W, layers, "cpu"), merged, atol=1e-4, rtol=1e-4)
+    trainer = ModuleType("lora_utils")
+    exec(LORA_UTILS, vars(trainer))
+    key_merge.extend(trainer)
+    model = str(tmp_path / "base.safetensors")
+    found = trainer.load_safetensors_with_lora_and_fp8(model, [first, second], [1.0, 1.0], False, torch.device("cpu"))
+    torch.testing.assert_close(found["x.weight"], merged, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.reference
