@@ -1,4 +1,5 @@
-"""For every test: one thread, and accelerate as in a new process. And what a usual run leaves out of the long sweeps.
+"""For every test: one thread, accelerate and log levels as in a new process. And what a usual run leaves out of the long
+sweeps.
 
 The models are tiny, and thread pools of parallel test processes, or of programs that a test starts, only wait for each
 other. accelerate keeps one state per process, with the precision that came first.
@@ -9,10 +10,11 @@ enough, it takes about every fourth, chosen by its name. `--full` takes all, and
 `scripts/check.py --full` and a test that is asked for by its name.
 """
 
+import logging
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -59,3 +61,13 @@ def _no_accelerator_of_an_earlier_test() -> None:
     state = sys.modules.get("accelerate.state")
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_of_its_own() -> Iterator[None]:
+    """Programs of ours set those of our modules for the whole process."""
+    loggers = [logging.getLogger(name) for name in ("networks", "kohya_networks")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -559,11 +559,3 @@ def test_the_plug_in_installs_no_handler() -> None:
         "assert before == [signal.getsignal(n) for n in signal.valid_signals()]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-@pytest.fixture(autouse=True)
-def _other_loggers(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """run_program sets the level of ours."""
-    level = logging.getLogger("networks").level
-    yield
-    logging.getLogger("networks").setLevel(level)
