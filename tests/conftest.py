@@ -1,4 +1,4 @@
-"""For every test: one thread, accelerate and log levels as in a new process. And what a usual run leaves out of the long
+"""For every test: one thread, accelerate and log levels as in a new process. And what a usual run leaves out of long
 sweeps.
 
 The models are tiny, and thread pools of parallel test processes, or of programs that a test starts, only wait for each

@@ -74,11 +74,12 @@ class _Planner:
     Attributes:
         used: what decided something on a trained layer, or left one out.
         modules: saved name -> base modules of the trained layers.
+        misfits: of layers of the file, why they do not fit those of the model.
     """
 
     def __init__(self, request: Request, problems: Problems) -> None:
         self.request, self.args, self.problems = request, request.args, problems
-        self.used, self.modules = set[By](), dict[str, Bases]()
+        self.used, self.modules, self.misfits = set[By](), dict[str, Bases](), list[str]()
         norms = speaks_of_norms(request)
         self.layers = [c for part, model in request.parts for c in candidates(part, model, norms)]
         self.call = Call.of(request, self.layers, problems)
@@ -95,6 +96,7 @@ class _Planner:
                 self.problems.add(f"two layers would be saved as {row.saved_name}; one is {row.dotted_name}")
             if row.trained:
                 self.modules[row.saved_name] = c.bases
+        self._tell_misfits()
         plan = Plan(self.request.arch.title, tuple(rows))
         _check_dims(plan, self.request, self.problems)
         notes = checks.review(plan, self.request, self.used, self.problems)
@@ -117,7 +119,10 @@ class _Planner:
         try:
             choice = self._by_arguments(c, a) if saved is None else self._by_file(c, saved, a)
         except ValueError as error:
-            self.problems.add(f"{c.saved_name if saved is None else saved.name}: {error}")
+            if saved is None:
+                self.problems.add(f"{c.saved_name}: {error}")
+            else:
+                self.misfits.append(f"{saved.name}: {error}")
             return replace(row, reason="the file does not fit it")
         try:
             layout = layout_of(choice.algorithm, g, choice.dim, choice.options, choice.split)
@@ -223,6 +228,16 @@ class _Planner:
         if call.exclude.first(c) or call.switched_off.first(c):
             return True
         return (c.default or verdict.admitted) and bool(call.include.first(c) or not call.by_record.first(c))
+
+    def _tell_misfits(self) -> None:
+        """What layers of the file do not fit is one mistake: another model's file, most likely."""
+        if len(self.misfits) == 1:
+            self.problems.add(self.misfits[0])
+        elif self.misfits:
+            self.problems.add(
+                f"{self.request.source} does not fit this model ({self.request.arch.title}) in {len(self.misfits)} "
+                f"layers, e.g. {self.misfits[0]}; choose a file of this architecture"
+            )
 
     def _name_unknown(self, c: Candidate, saved: SavedLayer | None) -> None:
         """A layer of which the file has something that no algorithm of ours knows is a mistake."""
