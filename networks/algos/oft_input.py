@@ -132,12 +132,16 @@ def write(geometry: Geometry, blocks: Blocks, limited: bool) -> dict[str, Tensor
     if blocks.terms == SERIES and (positions == 1 or theirs.columns):
         found = {FIELD: theirs.triangles if geometry.is_conv else -theirs.triangles}
         return {**found, TERMS: torch.tensor(SERIES)} if limited else found
-    # One block for all, of channels, would be taken for one of columns, and one of columns for one of channels if it is
-    # as large as these: then all are written.
-    features = geometry.columns if blocks.columns else geometry.in_features
-    alone = not blocks.shared or positions == 1 or (blocks.columns and blocks.size != geometry.in_features)
-    alike = 1 if alone else features // blocks.size
-    return {OWN: blocks.triangles.repeat(alike, 1), TERMS: torch.tensor(blocks.terms)}
+    return {OWN: blocks.triangles.repeat(_alike(geometry, blocks), 1), TERMS: torch.tensor(blocks.terms)}
+
+
+def _alike(geometry: Geometry, blocks: Blocks) -> int:
+    """How often one block that stands for all is written: one of channels would be taken for one of columns, and one of
+    columns for one of channels if it is as large as these."""
+    told = blocks.columns and blocks.size != geometry.in_features
+    if not blocks.shared or geometry.kernel_size == 1 or told:
+        return 1
+    return (geometry.columns if blocks.columns else geometry.in_features) // blocks.size
 
 
 def portable(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[dict[str, Tensor], float | None]:
