@@ -1,7 +1,7 @@
 """Adapter files as other programs lay them out, on every architecture.
 
-tests/layouts/ARCH.txt has the names of its denoiser's layers, written from the programs' own classes and files, none of
-them by our tables:
+tests/layouts/ARCH.txt has the names of its denoiser's layers, as data that no table of ours changes; ComfyUI's are held
+to its classes where COMFYUI_PATH gives them, diffusers' to its conversions in test_diffusers_layouts.py:
 
     trainer's layer = the file's layers, in the order of the rows      `:3` = so many shares of the rows, `-` = no layer
     trainer's layers = the file's layer that is all of them            `~` = its halves of rows are in the other order
