@@ -259,6 +259,7 @@ def test_multiplier_zero_is_the_base_bit_exactly(case: Case) -> None:
         assert torch.equal(p, weights[name]), name
 
 
+@pytest.mark.sweep(2)
 @every_case
 def test_one_multiplier_per_sample_is_a_loop_over_samples(case: Case) -> None:
     """Two values for a batch of four (guidance stacks the batch twice), in both forms."""

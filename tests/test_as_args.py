@@ -99,6 +99,7 @@ def test_every_option_of_an_algorithm(algo: str) -> None:
         assert_alike(model, network, found.line)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("host", ["sd_scripts", "musubi"])
 @pytest.mark.parametrize("arch", DATA)
 def test_every_architecture(arch: str, host: str) -> None:
@@ -135,6 +136,7 @@ CASES: dict[str, tuple[str, bool, dict[str, str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("told", [True, False])
 def test_choices(case: str, told: bool) -> None:

@@ -417,7 +417,7 @@ def file_of(arch: str, model: nn.Module, name: str, kind: str, **options: str) -
 # -- denoisers
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("arch,name,kind", CELLS)
 def test_a_network_reads_every_layout(arch: str, name: str, kind: str, tmp_path: Path) -> None:
     models = models_of(arch)
@@ -439,7 +439,7 @@ PARTIAL = [
 ]
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(24)
 @pytest.mark.parametrize("arch,part,name,kind", PARTIAL)
 def test_projections_may_be_missing(arch: str, part: str, name: str, kind: str, tmp_path: Path) -> None:
     """Rows without an adapter stay as they are."""
@@ -450,7 +450,7 @@ def test_projections_may_be_missing(arch: str, part: str, name: str, kind: str, 
     load(arch, models, file, tmp_path)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("bias", ["diff_b", "lora_B.bias"])
 @pytest.mark.parametrize("arch,name", [cell[:2] for cell in CELLS if cell[2] == "lora" and cell[1] in BIASED])
 def test_changes_of_biases(arch: str, name: str, bias: str, tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_changes_of_biases(arch: str, name: str, bias: str, tmp_path: Path) -> N
     load(arch, models, file_of(arch, models[SPECS[arch].denoiser.name], name, "lora", bias=bias), tmp_path)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("norm", ["w_norm", "diff"])
 @pytest.mark.parametrize("arch,name", [cell[:2] for cell in CELLS if cell[2] == "lora" and cell[1] in WITH_NORMS])
 def test_normalisation_layers(arch: str, name: str, norm: str, tmp_path: Path) -> None:
@@ -498,7 +498,7 @@ def _encoders() -> list[tuple[str, str, str, str]]:
     return found
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("kind", ["lora", "lokr"])
 @pytest.mark.parametrize("arch,part,section,root", _encoders())
 def test_text_encoders(arch: str, part: str, section: str, root: str, kind: str, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 # -- what a program is given before anything is trained is the file
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("save_format", ["portable", "comfyui", "diffusers", "blissful"])
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_forecast_is_of_the_file(algo: str, save_format: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ kind of layer is made once."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,6 +23,10 @@ from .file_format import foreseen_of
 
 if TYPE_CHECKING:
     from .plan import Plan, PlanRow
+
+
+# Creation and the first save ask for the same.
+_latest: deque[tuple[Plan, FileFormat, tuple[Verdict, ...]]] = deque(maxlen=4)
 
 
 def given_of(plan: Plan, form: FileFormat) -> Given:
@@ -69,10 +74,14 @@ def forecast(plan: Plan, form: FileFormat) -> tuple[Verdict, ...]:
     """What each program that knows the architecture will make of a file; () where such a file does not exist."""
     if not plan.trained or form.arch is None:
         return ()
-    try:
-        return verdicts(given_of(plan, form))
-    except ValueError:
-        return ()
+    known = next((found for its, of, found in _latest if its is plan and of is form), None)
+    if known is None:
+        try:
+            known = verdicts(given_of(plan, form))
+        except ValueError:
+            known = ()
+        _latest.append((plan, form, known))
+    return known
 
 
 def told(plan: Plan) -> list[str]:
