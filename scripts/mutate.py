@@ -511,7 +511,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "merge: a second file starts from what the first made",
-        f"{FILES_}/merge.py",
+        f"{FILES_}/merged.py",
         "adapter.init_from_base(start)",
         "adapter.init_from_base(weight)",
         ("tests/test_tlora.py", "-k", "start_from_the_base"),
@@ -554,8 +554,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "merge: by key, a second file starts from what the first made",
         f"{HOSTS}/key_merge.py",
-        "wide = merged(layer, wide, multiplier, start)",
-        "wide = merged(layer, wide, multiplier, wide)",
+        "rows.piece.cut(start), bias_too=True)",
+        "own, bias_too=True)",
         ("tests/test_tlora.py", "-k", "start_from_the_base"),
     ),
     # hosts
