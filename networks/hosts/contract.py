@@ -430,7 +430,8 @@ class Caller:
         log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
         for line in plan.to_text().splitlines() if a.verbose else summary(plan):
             log.info("%s", line)
-        for line in [] if for_inference or a.verbose else plan.readers():
+        told = log.isEnabledFor(logging.INFO) and not for_inference and not a.verbose  # it takes longer than a plan
+        for line in plan.readers() if told else []:
             log.info("%s", line)
         for warning in plan.warnings:
             log.warning("%s", warning)

@@ -404,6 +404,8 @@ class Network(nn.Module):
 
     def _tell_readers(self, name: str, form: FileFormat, program: str = "") -> None:
         """What other programs make of a file, or one of them; once for each form, since no value decides it."""
+        if not log.isEnabledFor(logging.INFO):
+            return
         from ..plan.forecast import forecast  # not where a network is only used
 
         key = len(self.plan.trained), form.dialect.name
