@@ -117,7 +117,6 @@ def test_kinds_of_layers() -> None:
         ({"in_dims": "2,2"}, "in_dims has 2 values and wants 5: img_in"),
         ({"train_blocks": "doubl"}, r"train_blocks=doubl is none of all, double, single; did you mean double\?"),
         ({"train_single_block_indices": "0-7"}, "this model has the blocks 0 to 1 of single_blocks"),
-        ({"conv_dim": "4"}, "conv_dim has no effect"),
         ({"emb_dims": "1,1,1,1,1,1"}, "emb_dims has no effect on FLUX.1; it belongs to Stable Diffusion 3"),
         ({"down_lr_weight": "zeros"}, "down_lr_weight has no effect on FLUX.1; it belongs to Stable Diffusion"),
         ({"img_attn_dim": "8", "train_blocks": "single"}, "img_attn_dim has no effect: no such layer is left"),

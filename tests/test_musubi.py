@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -176,10 +177,11 @@ def test_conv_defaults_follow_the_host() -> None:
     assert {(row.dim, row.alpha) for row in half if row.geometry.has_kernel} == {(8, 3.0)}
 
 
-def test_a_model_without_convolutions_does_not_mind_the_default() -> None:
+def test_a_model_without_convolutions_does_not_mind(caplog: pytest.LogCaptureFixture) -> None:
     assert create(dit()).layers
-    with pytest.raises(ValueError, match="conv_dim has no effect"):
-        create(dit(), "conv_dim=4")
+    with caplog.at_level(logging.WARNING, logger="networks"):
+        assert create(dit(), "conv_dim=4").layers
+    assert "networks.lora: without effect here, so not used: conv_dim (no trained layer is in" in caplog.text
 
 
 # -- values with "=", and how they get through

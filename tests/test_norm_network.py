@@ -230,7 +230,6 @@ def test_what_cannot_be_is_told() -> None:
     refused(r"network_reg_dims: '\.\*norm1' decides no layer", train_norm="True", network_reg_dims="{'.*norm1': 8}")
     refused("loraplus_lr_ratio has no effect with norm", algo="norm", loraplus_lr_ratio="4")
     refused("use_dora=True has no effect with algo=norm", algo="norm", use_dora="True")
-    refused("no trained layer has a rank activation", algo="norm", rank_dropout="0.1")
     refused("save_format=blissful holds lora only, not norm", train_norm="True", save_format="blissful")
     with pytest.raises(ValueError, match="train_norm=true has no effect.*this model has none"):
         networks.lora.plan(4, 1, None, toy("flux")["dit"], train_norm="True")

@@ -13,6 +13,7 @@ from torch import nn
 import networks.loha
 import networks.lokr
 import networks.lora
+from networks import api
 from networks.plan.plan import Plan, PlanRow
 
 
@@ -142,8 +143,6 @@ def test_blocks(models: Any) -> None:
         ({"network_reg_lrs": ".*mid_block.*=0.1", "blocks": "1"}, ["network_reg_lrs", "decides no layer"]),
         ({"exclude_patterns": ".*attn1.*", "include_patterns": ".*attn1.*"}, ["exclude_patterns", "decides no layer"]),
         ({"algo": "lokr", "full_matrix": "True", "network_reg_alphas": ".*=2"}, ["network_reg_alphas", "no layer"]),
-        ({"conv_dim": "4", "only_patterns": ".*attn1.*"}, ["conv_dim has no effect"]),
-        ({"algo": "lokr", "full_matrix": "True", "rank_dropout": "0.1"}, ["no trained layer has a rank activation"]),
         ({"blocks": "none", "exclude_patterns": ".*self_attn.*,.*mlp.*"}, ["no layer is left"]),
     ],
 )
@@ -152,6 +151,26 @@ def test_no_argument_without_effect(models: Any, kwargs: dict[str, str], words: 
         networks.lora.plan(8, 4, *models, **kwargs)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "kwargs,words",
+    [
+        ({"conv_dim": "4", "only_patterns": ".*attn1.*"}, "conv_dim (no trained layer is in a convolutional block"),
+        (
+            {"algo": "lokr", "full_matrix": "True", "rank_dropout": "0.1"},
+            "rank_dropout (no trained layer has a rank activation)",
+        ),
+        ({"dropout": "0.1", "algo": "full"}, "dropout (no trained layer has a rank activation)"),
+    ],
+)
+def test_what_the_host_lists_is_told_where_it_has_no_effect(models: Any, kwargs: dict[str, str], words: str) -> None:
+    """In one line, and the call goes on; the same argument elsewhere is a mistake."""
+    plan = networks.lora.plan(8, 4, *models, **kwargs)
+    lines = [line for line in plan.warnings if line.startswith("networks.lora: without effect here, so not used: ")]
+    assert len(lines) == 1 and words in lines[0]
+    with pytest.raises(ValueError, match="has no effect"):
+        api.plan(models[1], **kwargs)
 
 
 def test_conv_dim_alone_may_let_a_linear_in(models: Any) -> None:

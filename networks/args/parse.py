@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,42 @@ class Problems:
 
     Args:
         where: the entry as the user typed it, `networks.lokr`.
+        documented: arguments which the documents of the host, or of what the entry stands for, list for this call:
+            working command lines have them, so that without effect they are told, while others are mistakes.
     """
 
     where: str
-    messages: list[str] = field(default_factory=list)
+    documented: Collection[str] = ()
+    mistakes: list[str] = field(default_factory=list)
+    without_effect: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, message: str) -> None:
-        if message not in self.messages:
-            self.messages.append(message)
+        if message not in self.mistakes:
+            self.mistakes.append(message)
+
+    def idle(self, name: str, why: str, shown: str = "") -> None:
+        """An argument that was given acts on nothing.
+
+        Args:
+            name: of the argument, as the table has it.
+            why: how "... has no effect" goes on, with what stands between: `: this model has no such layer`.
+            shown: as the user wrote it; "" = the name.
+        """
+        self.without_effect.setdefault(name, (shown or name, why))
+
+    @property
+    def messages(self) -> list[str]:
+        """All mistakes, one sentence each."""
+        idle = (one for name, one in self.without_effect.items() if name not in self.documented)
+        return [*self.mistakes, *(f"{shown} has no effect{why}" for shown, why in idle)]
+
+    def warnings(self) -> list[str]:
+        """One sentence about all documented arguments without effect, if there are any."""
+        idle = [one for name, one in self.without_effect.items() if name in self.documented]
+        if not idle:
+            return []
+        told = ", ".join(f"{shown} ({why.strip(': ')})" for shown, why in idle)
+        return [f"{self.where}: without effect here, so not used: {told}"]
 
     def raise_if_any(self) -> None:
         """Raise what was collected.
@@ -37,12 +65,13 @@ class Problems:
         Raises:
             ValueError: if there is anything.
         """
-        if not self.messages:
+        messages = self.messages
+        if not messages:
             return
-        if len(self.messages) == 1:
-            raise ValueError(f"{self.where}: {self.messages[0]}")
-        lines = "".join(f"\n  - {message}" for message in self.messages)
-        raise ValueError(f"{self.where}: {len(self.messages)} problems:{lines}")
+        if len(messages) == 1:
+            raise ValueError(f"{self.where}: {messages[0]}")
+        lines = "".join(f"\n  - {message}" for message in messages)
+        raise ValueError(f"{self.where}: {len(messages)} problems:{lines}")
 
 
 @dataclass(frozen=True)
@@ -174,10 +203,9 @@ def _inapplicable(args: NetArgs, spelled: Mapping[str, str], problems: Problems)
     for name, key in spelled.items():
         arg: Arg = BY_NAME[name]
         if arg.algos is not None and algos.isdisjoint(arg.algos) and args.asks(name):
-            problems.add(
-                f"{key}={args.values[name]} has no effect with algo={args.algo}; it works with {', '.join(arg.algos)}"
-            )
+            why = f" with algo={args.algo}; it works with {', '.join(arg.algos)}"
+            problems.idle(name, why, f"{key}={args.values[name]}")
     if args.enable_conv is False and args.conv_dim:
         problems.add(f"enable_conv=False contradicts conv_dim={args.conv_dim}: leave one of the two out")
     if "conv_alpha" in spelled and args.values["conv_alpha"] not in (0.0, 1.0) and not args.conv_dim:
-        problems.add("conv_alpha is given without conv_dim: give both, or neither")
+        problems.idle("conv_alpha", " without conv_dim: give both, or neither")

@@ -34,6 +34,7 @@ from ..plan.report import LoadReport, summary
 from ..plan.walk import is_own
 from . import trainer_options
 from .beside import origin
+from .documented import documented
 from .zero_masters import masters_follow
 
 log = logging.getLogger("networks")
@@ -388,7 +389,10 @@ class Caller:
         args = parse(raw, self.algo, problems, host, {"network_dim": dim, "network_alpha": alpha}, self.style)
         if args.style in UNET_STYLES and not from_file:
             text_encoder = None
-        return _Models.of(self, unet, text_encoder, problems).request(dim, alpha, args)
+        models = _Models.of(self, unet, text_encoder, problems)
+        short = self.name.rpartition(".")[2]
+        problems.documented = documented(host, short, args.algo, self.style, models.arch.name)
+        return models.request(dim, alpha, args)
 
     def _dim(self, dim: int | None, problems: Problems) -> int:
         """--network_dim, or the default."""
@@ -444,9 +448,7 @@ class Caller:
             return kind
         noisy = kind.with_noise()
         if noisy is None:
-            problems.add(
-                "ggpo_sigma has no effect here: this trainer does not tell a network when a step is over; leave it out"
-            )
+            problems.idle("ggpo_sigma", " here: this trainer does not tell a network when a step is over; leave it out")
             return kind
         assert issubclass(noisy, kind)
         return noisy

@@ -98,7 +98,7 @@ class BlockChoices:
         a, levels = self.args, self.arch.levels
         if levels is None or not (a.down_lr_weight or a.mid_lr_weight or a.up_lr_weight):
             if levels is not None and a.block_lr_zero_threshold:
-                self.problems.add("block_lr_zero_threshold has no effect without down_, mid_ or up_lr_weight")
+                self.problems.idle("block_lr_zero_threshold", " without down_, mid_ or up_lr_weight")
             return None
         lists = []
         for argument, count in (
@@ -120,7 +120,7 @@ class BlockChoices:
         for name in sorted(self.args.given & (everyone - self.arch.arguments)):
             if self.args.asks(name):
                 owners = ", ".join(arch.title for arch in ARCHS if name in arch.arguments)
-                self.problems.add(f"{name} has no effect on {self.arch.title}; it belongs to {owners}")
+                self.problems.idle(name, f" on {self.arch.title}; it belongs to {owners}")
 
     def _lengths(self) -> None:
         for argument in ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas"):

@@ -57,7 +57,7 @@ def review(plan: Plan, request: Request, used: Collection[By], problems: Problem
     notes += _start_notes(trained)
     for argument, why in _may_be_idle(request, trained).items():
         if args.asks(argument) and (_STANDS_FOR.get(argument, argument), "") not in used:
-            problems.add(f"{argument} has no effect: {why}")
+            problems.idle(argument, f": {why}")
     notes += _limits(trained, args)
     if (args.ggpo_sigma is None) != (args.ggpo_beta is None):
         problems.add("ggpo_sigma and ggpo_beta work together: give both, or neither")
@@ -118,12 +118,14 @@ def _expressions(request: Request, used: Collection[By], problems: Problems) -> 
 def _dropouts(trained: Sequence[PlanRow], args: NetArgs, problems: Problems, notes: list[str]) -> None:
     usual = BY_NAME["rank_dropout_scale"].default_at((args.style, args.host), {})
     if args.rank_dropout_scale != usual and not args.rank_dropout:
-        problems.add(f"rank_dropout_scale={args.rank_dropout_scale} has no effect without rank_dropout")
+        problems.idle("rank_dropout_scale", " without rank_dropout", f"rank_dropout_scale={args.rank_dropout_scale}")
     if not (args.dropout or args.rank_dropout):
         return
     without = sum(not row.rank_axis for row in trained)
     if without == len(trained):
-        problems.add("dropout and rank_dropout have no effect: no trained layer has a rank activation")
+        for name in ("dropout", "rank_dropout"):
+            if args.asks(name):
+                problems.idle(name, ": no trained layer has a rank activation")
     elif without:
         notes.append(f"{without} of {len(trained)} layers have no rank activation: no dropout, rank_dropout")
 
@@ -134,7 +136,7 @@ def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems, 
     alone = [row.algo for row in trained if not ALGOS[row.algo].spec.plus]
     algos, words = ", ".join(sorted(set(alone))), "such layers have no pair of factors, so one learning rate"
     if given and len(alone) == len(trained):
-        problems.add(f"{given[0]} has no effect with {algos}: {words}")
+        problems.idle(given[0], f" with {algos}: {words}")
     elif given and alone:
         notes.append(
             f"{given[0]} acts on {len(trained) - len(alone)} of {len(trained)} layers, not on {algos}: {words}"
@@ -145,14 +147,16 @@ def _loraplus_parts(trained: Sequence[PlanRow], request: Request, problems: Prob
     parts = {row.part == request.arch.denoiser.name for row in trained}
     for argument, here in (("loraplus_unet_lr_ratio", True), ("loraplus_text_encoder_lr_ratio", False)):
         if getattr(request.args, argument) not in (None, 1.0) and here not in parts:
-            problems.add(f"{argument} has no effect: no layer of that part is trained")
+            problems.idle(argument, ": no layer of that part is trained")
 
 
 def _loraplus_mode(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None:
     if args.loraplus_mode != "reparam":
         return
     if all(row.plus_unit == 1 for row in trained):
-        problems.add("loraplus_mode=reparam has no effect without a ratio: give loraplus_lr_ratio=8 or the like")
+        problems.idle(
+            "loraplus_mode", " without a ratio: give loraplus_lr_ratio=8 or the like", "loraplus_mode=reparam"
+        )
     if any(row.plus_unit == 0 for row in trained):
         problems.add("a LoRA+ ratio of 0 cannot be folded in: leave out loraplus_mode=reparam")
 
@@ -161,9 +165,9 @@ def _dora(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None
     on = any(row.dora for row in trained)
     off = _plain(trained)
     if off and not on:
-        problems.add(f"use_dora is left on no layer: off on {off}; leave one of the two out")
+        problems.idle("use_dora", f": it is left on no layer, off on {off}; leave one of the two out")
     if args.asks("wd_on_output") and not on:
-        problems.add("wd_on_output has no effect without use_dora")
+        problems.idle("wd_on_output", " without use_dora")
 
 
 def _dora_notes(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:
@@ -182,10 +186,8 @@ def _norms(plan: Plan, args: NetArgs, problems: Problems) -> None:
     if args.train_norm == "false" or any(isinstance(row.geometry, NormGeometry) for row in plan.trained):
         return
     reasons = sorted({row.reason for row in plan.rows if isinstance(row.geometry, NormGeometry)})
-    problems.add(
-        f"train_norm={args.train_norm} has no effect: no normalisation layer is left to train"
-        + (f"; the reasons: {'; '.join(reasons[:4])}" if reasons else ", this model has none")
-    )
+    why = f"; the reasons: {'; '.join(reasons[:4])}" if reasons else ", this model has none"
+    problems.idle("train_norm", f": no normalisation layer is left to train{why}", f"train_norm={args.train_norm}")
 
 
 def unmergeable(plan: Plan) -> list[str]:

@@ -101,7 +101,8 @@ class _Planner:
         _check_dims(plan, self.request, self.problems)
         notes = checks.review(plan, self.request, self.used, self.problems)
         form, on_files = file_format.review(plan, self.request, self.problems)
-        warnings = (*self._unusual(), *self.call.preset.warnings(), *checks.unmergeable(plan))
+        idle = self.problems.warnings()
+        warnings = (*idle, *self._unusual(), *self.call.preset.warnings(), *checks.unmergeable(plan))
         return replace(plan, notes=(*notes, *on_files), warnings=warnings, file_format=form)
 
     # -- one layer
@@ -297,7 +298,7 @@ class _Planner:
         there = frozenset[str]().union(*(c.classes for c in self.layers))
         for name, classes in (pair for part, _ in self.request.parts for pair in part.optional):
             if getattr(self.args, name) and there.isdisjoint(classes):
-                self.problems.add(f"{name}=True has no effect: this model has no {', '.join(classes)}; leave it out")
+                self.problems.idle(name, f": this model has no {', '.join(classes)}; leave it out", f"{name}=True")
 
 
 def _strength(choice: Choice, rank: int | None, rs_lora: bool) -> tuple[float, float]:
