@@ -9,7 +9,7 @@ from typing import Any
 
 from ..records import Arg
 from ..records.arg import NUMBERS
-from . import presets
+from . import hints, presets
 from .coerce import NOT_GIVEN, coerce, nearest
 from .table import BY_NAME, OWN_STYLES, TABLE
 
@@ -143,16 +143,16 @@ def parse(
     return args
 
 
-def _read(raw: Mapping[str, Any], values: dict[str, Any], problems: Problems) -> tuple[dict[str, str], list[str]]:
-    """Put what was given into `values`; name -> its spelling, and what no argument is called."""
+def _read(raw: Mapping[str, Any], values: dict[str, Any], problems: Problems) -> tuple[dict[str, str], dict[str, Any]]:
+    """Put what was given into `values`; name -> its spelling, and what no argument is called, with its value."""
     spelled: dict[str, str] = {}
-    unknown: list[str] = []
+    unknown: dict[str, Any] = {}
     for key, text in ((key.strip(), text) for key, text in raw.items()):  # hosts cut at "=" and ";", blanks stay
         if text is None:
             continue
         arg = BY_NAME.get(key)
         if arg is None:
-            unknown.append(key)
+            unknown[key] = text
             continue
         if arg.kind in NUMBERS and isinstance(text, str) and text.strip().lower() in NOT_GIVEN:
             log.warning("%s=%s: taken as not given", key, text)
@@ -160,7 +160,7 @@ def _read(raw: Mapping[str, Any], values: dict[str, Any], problems: Problems) ->
         try:
             value = coerce(arg, text)
         except ValueError as error:
-            problems.add(f"{key}={text} {error}")
+            problems.add(f"{key}={text} {hints.of_value(arg.name, text) or error}")
             continue
         if arg.name in spelled and values[arg.name] != value:
             problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
@@ -188,13 +188,14 @@ def _preset(raw: Mapping[str, Any], default: str, problems: Problems) -> presets
         return None
 
 
-def _unknown(keys: list[str], args: NetArgs, problems: Problems) -> None:
+def _unknown(unknown: Mapping[str, Any], args: NetArgs, problems: Problems) -> None:
     allowed = args.allow_unknown
-    for key in keys:
+    for key, value in unknown.items():
         if allowed:
             log.warning("unknown argument %s: ignored, because allow_unknown=True", key)
         else:
-            hint = nearest(key, BY_NAME) or "; the README lists all arguments"
+            known = hints.of_name(key, value)
+            hint = f": {known}" if known else nearest(key, BY_NAME) or "; kohya-networks args lists all arguments"
             problems.add(f"no argument is called {key}{hint}")
 
 

@@ -5,6 +5,8 @@ The calls themselves, by name and signature, are in sd_scripts.py and musubi.py.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..archs.detect import detect
 from ..archs.spec import ArchSpec, Part
+from ..args import hints
 from ..args.coerce import named, whole
 from ..args.parse import NetArgs, Problems, parse
 from ..args.table import UNET_STYLES
@@ -80,7 +83,10 @@ class HostNetwork(Network):
         """
         parts = [self.arch.denoiser.name] if apply_unet else []
         parts += [part.name for part in self.arch.text_encoders] if apply_text_encoder else []
+        told = len(self.plan.warnings)
         self.attach(parts)
+        for warning in self.plan.warnings[told:]:
+            log.warning("%s", warning)
 
     def prepare_network(self, options: Any) -> None:
         """See the trainer's own options.
@@ -212,6 +218,23 @@ def learning_rate(name: str, value: Any) -> float:
 
 
 Kind = TypeVar("Kind", bound=HostNetwork)
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def given_once(call: Call) -> Call:
+    """A function of an entry, with an error for what it is given twice: hosts hand over options of their own by
+    position, and network_args by name; Python's own error would name neither."""
+    _, *names = inspect.signature(call).parameters
+
+    @functools.wraps(call)
+    def checked(self: Caller, *args: Any, **kwargs: Any) -> Any:
+        for name in names[: len(args)]:
+            if name in kwargs:
+                known = hints.of_name(name, kwargs[name]) or "the trainer hands that over itself, so leave it out"
+                raise ValueError(f"{self.name}: {name} is among the network_args: {known}")
+        return call(self, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

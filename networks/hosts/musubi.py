@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..network.optim import Groups
-from .contract import Caller, HostNetwork, learning_rate
+from .contract import Caller, HostNetwork, given_once, learning_rate
 
 HOST = "musubi"
 
@@ -29,6 +29,7 @@ class MusubiNetwork(HostNetwork):
 class MusubiCalls(Caller):
     """The functions which these hosts call in an entry."""
 
+    @given_once
     def create_arch_network(
         self,
         multiplier: float,
@@ -62,6 +63,7 @@ class MusubiCalls(Caller):
         """That an entry has this name makes the trainer call it on the network."""
         network.prepare_network(options)
 
+    @given_once
     def create_arch_network_from_weights(
         self,
         multiplier: float,

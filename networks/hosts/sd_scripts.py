@@ -15,7 +15,7 @@ from ..archs.detect import unwrap
 from ..files.adapter_file import FileTensors
 from ..network.changes import times_changed
 from ..network.optim import Groups, text_encoder_rates
-from .contract import Caller, HostNetwork, TextEncoders, learning_rate
+from .contract import Caller, HostNetwork, TextEncoders, given_once, learning_rate
 
 log = logging.getLogger("networks")
 
@@ -208,6 +208,7 @@ class SdScriptsCalls(Caller):
         """The class of the networks."""
         return LoRANetwork
 
+    @given_once
     def create_network(
         self,
         multiplier: float,
@@ -240,6 +241,7 @@ class SdScriptsCalls(Caller):
         raw = {"neuron_dropout": neuron_dropout or None, **kwargs}
         return self.new(self.kind, HOST, multiplier, network_dim, network_alpha, text_encoder, unet, raw)
 
+    @given_once
     def create_network_from_weights(
         self,
         multiplier: float,

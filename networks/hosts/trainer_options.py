@@ -37,6 +37,8 @@ def check(network: HostNetwork, options: Any) -> None:
         ValueError: DoRA with two experts, or a number that is NaN or infinite.
     """
     _check_numbers(options)
+    if getattr(options, "dim_from_weights", False) and getattr(options, "network_dim", None) is not None:
+        log.warning("--network_dim %s is not used: --dim_from_weights takes the dims of the file", options.network_dim)
     for option, dtype in HALF.items():
         if getattr(options, option, False):
             tell_half(network, f"--{option}", dtype)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from .plan import Plan, PlanRow, Request
 
 _CONVOLUTIONS = "no trained layer is in a convolutional block or has a kernel above 1x1"
+_BY_NUMBER = {
+    "block_dims": "dim", "conv_block_dims": "dim", "block_alphas": "alpha", "conv_block_alphas": "alpha",
+    "conv_alpha": "alpha",
+}  # fmt: skip
 _STANDS_FOR = {"enable_conv": "conv_dim"}
 # What else than dims, alphas and options of an algorithm a file decides.
 _FORM = frozenset({"algo", "preset", "train_norm", "rs_lora", "init", "init_seed"})
@@ -50,6 +54,7 @@ def review(plan: Plan, request: Request, used: Collection[By], problems: Problem
         notes.append(f"bypass_mode={args.bypass_mode}: updates act through their {form}; the same numbers")
     _loraplus(trained, request, problems, notes)
     _loraplus_parts(trained, request, problems)
+    _chosen_blocks(trained, request, problems)
     _loraplus_mode(trained, args, problems)
     _dora(trained, args, problems)
     notes += _dora_notes(trained, args)
@@ -84,6 +89,7 @@ def _may_be_idle(request: Request, trained: Sequence[PlanRow]) -> dict[str, str]
     kind = "no such layer is left to train, or network_reg_dims decides them"
     found |= {name: kind for name, _ in request.arch.layer_dims}
     found |= dict.fromkeys(("conv_dim", "enable_conv"), _CONVOLUTIONS)
+    found |= {name: f"no trained layer has its {what} from it" for name, what in _BY_NUMBER.items()}
     return found | {"split_qkv": "no layer with fused projections is left to train"}
 
 
@@ -150,6 +156,15 @@ def _loraplus_parts(trained: Sequence[PlanRow], request: Request, problems: Prob
             problems.idle(argument, ": no layer of that part is trained")
 
 
+def _chosen_blocks(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
+    """Blocks that are chosen by number must not all be left out by something else."""
+    names = [row.trainer_name for row in trained if row.part == request.arch.denoiser.name]
+    for axis in request.arch.axes:
+        chosen = getattr(request.args, axis.argument) if axis.argument else None
+        if chosen and not any(axis.index(name) in chosen for name in names):
+            problems.idle(axis.argument, ": another argument leaves all these blocks out")
+
+
 def _loraplus_mode(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None:
     if args.loraplus_mode != "reparam":
         return
@@ -200,6 +215,21 @@ def unmergeable(plan: Plan) -> list[str]:
         f"{bare[0].dotted_name}: what they learn acts where these modules apply the file, cannot be merged, and other "
         "programs leave it out; train_norm=affine trains the others only"
     ]
+
+
+STRONG = 4  # a scale above it is more often an alpha and a dim in the wrong order than meant
+
+
+def strong(plan: Plan) -> tuple[str, ...]:
+    """A warning if updates act many times as strong as usual."""
+    rows = [row for row in plan.trained if row.layout.rank is not None and row.alpha / row.dim > STRONG]
+    if not rows:
+        return ()
+    row = rows[0]
+    return (
+        f"alpha {row.alpha:g} over dim {row.dim} makes the updates of {len(rows)} layers {row.scale:g} times as "
+        "strong, which wants a learning rate so much lower: usual is an alpha of at most the dim",
+    )
 
 
 def _starts(trained: Sequence[PlanRow], problems: Problems) -> None:

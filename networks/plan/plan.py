@@ -136,6 +136,7 @@ class Plan:
         warnings: what looks wrong, one sentence each.
         explainer: what `why` asks; None in the plan of a network.
         file_format: of the network's files.
+        uses: (argument that was given, expression) -> parts in which it decides something.
     """
 
     title: str
@@ -144,6 +145,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     explainer: Explainer | None = field(default=None, compare=False, repr=False)
     file_format: FileFormat = field(default=FileFormat(), compare=False, repr=False)
+    uses: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def trained(self) -> tuple[PlanRow, ...]:
@@ -168,16 +170,20 @@ class Plan:
         return self.explainer.explain(name, self.rows)
 
     def keep(self, parts: Sequence[str]) -> Plan:
-        """The plan with only these parts trained.
+        """The plan with only these parts trained, and a warning of arguments which then decide nothing.
 
         Args:
             parts: names of parts, as rows have them.
         """
+        idle = [by for by, where in self.uses.items() if where and where.isdisjoint(parts)]
+        uses = {by: where for by, where in self.uses.items() if by not in idle}
+        told = ", ".join(f"{argument} {expression!r}" if expression else argument for argument, expression in idle)
+        warnings = [f"without effect, as only {' and '.join(parts)} is trained: {told}"] if idle and parts else []
         rows = tuple(
             row if row.part in parts or not row.trained else replace(row, reason="this part is not trained")
             for row in self.rows
         )
-        return replace(self, rows=rows)
+        return replace(self, rows=rows, warnings=(*self.warnings, *warnings), uses=uses)
 
     def readers(self) -> list[str]:
         """One line for each program that will not read the network's files whole and exactly, with what helps."""

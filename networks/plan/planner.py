@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,14 +72,14 @@ class _Planner:
     """One call on one model.
 
     Attributes:
-        used: what decided something on a trained layer, or left one out.
+        used: what decided something on a trained layer, or left one out -> the parts in which it did.
         modules: saved name -> base modules of the trained layers.
         misfits: of layers of the file, why they do not fit those of the model.
     """
 
     def __init__(self, request: Request, problems: Problems) -> None:
         self.request, self.args, self.problems = request, request.args, problems
-        self.used, self.modules, self.misfits = set[By](), dict[str, Bases](), list[str]()
+        self.used, self.modules, self.misfits = dict[By, set[str]](), dict[str, Bases](), list[str]()
         norms = speaks_of_norms(request)
         self.layers = [c for part, model in request.parts for c in candidates(part, model, norms)]
         self.call = Call.of(request, self.layers, problems)
@@ -103,7 +103,9 @@ class _Planner:
         form, on_files = file_format.review(plan, self.request, self.problems)
         idle = self.problems.warnings()
         warnings = (*idle, *self._unusual(), *self.call.preset.warnings(), *checks.unmergeable(plan))
-        return replace(plan, notes=(*notes, *on_files), warnings=warnings, file_format=form)
+        uses = {by: frozenset(parts) for by, parts in self.used.items() if by[0] in self.args.given}
+        warnings += checks.strong(plan)
+        return replace(plan, notes=(*notes, *on_files), warnings=warnings, file_format=form, uses=uses)
 
     # -- one layer
 
@@ -112,7 +114,7 @@ class _Planner:
         names = c.dotted_name, *self.call.saved_names(c)
         row = PlanRow(c.part.name, *names, g.kind, g.weight_shape, g, trainer_name=c.trainer_name)
         saved = self.call.saved_layer(c)
-        self.used |= verdict.by
+        self._use(verdict.by, c)
         if verdict.reason:
             self._name_unknown(c, saved)
             return replace(row, reason=verdict.reason, unwanted=saved is not None or self._unwanted(c, verdict))
@@ -251,14 +253,20 @@ class _Planner:
         algorithm = choice.algorithm
         by = {
             values.first(values.LR, c, self.call).by,
+            values.first(values.PLUS, c, self.call).by if algorithm.spec.plus else None,
             choice.dim_by if algorithm.spec.family == Geometry.family else None,
             choice.alpha_by if layout.rank is not None else None,
+            (c.part.argument, "") if c.part.argument else None,
+            ("split_qkv", "") if choice.split else None,
         }
-        self.used |= {one for one in by if one}
+        self._use((one for one in by if one), c)
         timeless = frozenset[str]() if self.call.of_denoiser(c) else algorithm.spec.timed
         options = choice.options.keys() & self.args.given - timeless
-        self.used |= {(name, "") for name in options if algorithm.spec.acts(name, layout.shapes)}
-        self.used |= {("split_qkv", "")} if choice.split else set()
+        self._use(((name, "") for name in options if algorithm.spec.acts(name, layout.shapes)), c)
+
+    def _use(self, decisive: Iterable[By], c: Candidate) -> None:
+        for by in decisive:
+            self.used.setdefault(by, set()).add(c.part.name)
 
     # -- the whole model
 
@@ -280,7 +288,7 @@ class _Planner:
         trainable = [c for c, verdict in pairs if verdict.admitted or not verdict.reason]
         for patterns in (call.exclude, call.include, call.only, call.dims, call.alphas, call.lrs):
             for pattern in patterns.report_unmatched(trainable, others, self.problems):
-                self.used.add((patterns.argument, pattern))  # spoken of already
+                self.used[patterns.argument, pattern] = set()  # spoken of already
         self._check_rescue(trainable)
 
     def _check_rescue(self, trainable: Sequence[Candidate]) -> None:
