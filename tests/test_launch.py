@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from networks import __version__
+
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "scripts" / "launch.py"
 
@@ -63,6 +65,25 @@ def checkout(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return home
+
+
+LYCORIS = """
+import importlib, importlib.util, logging, sys
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+path, sys.path[:] = list(sys.path), []
+empty = importlib.util.find_spec("lycoris")  # what the trainers' generators ask; no path, as where it is not installed
+assert importlib.util.module_from_spec(empty).__path__ is not None and empty.origin is None
+sys.path[:] = path
+module = importlib.import_module("lycoris.kohya")  # what trainers call
+import lycoris.kohya, lycoris.modules.lokr
+from lycoris.kohya import create_network, create_network_from_weights
+assert module is lycoris.kohya is sys.modules["networks.lycoris"] and module.create_network is create_network
+print(lycoris.modules.lokr.__file__)
+try:
+    import lycoris.nothing
+except ModuleNotFoundError as error:
+    print(error)
+"""
 
 
 def launch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -121,6 +142,7 @@ def test_under_accelerate(checkout: Path, start: list[str]) -> None:
         (["nowhere/train_network.py"], "there is no folder nowhere: give the path"),
         (["--network_dim", "4", "train_network.py"], "option --network_dim comes before the script"),
         (["accelerate", "launch", "train_network.py"], "accelerate comes first"),
+        (["--replace_lycoris=yes", "train_network.py"], "its options after it; did you mean --replace_lycoris?"),
     ],
 )
 def test_mistakes(checkout: Path, arguments: list[str], message: str) -> None:
@@ -134,3 +156,29 @@ def test_without_a_script_it_explains_itself(tmp_path: Path) -> None:
     assert launch(cwd=tmp_path).returncode == 2
     done = launch("--help", cwd=tmp_path)
     assert done.returncode == 0 and "scripts/launch.py train_network.py" in done.stdout
+
+
+def test_lycoris_is_ours(checkout: Path) -> None:
+    """By both names of its functions, said once; what else an installed LyCORIS has stays its own."""
+    (checkout / "lycoris_too.py").write_text(LYCORIS)
+    stand_in = checkout / "lycoris"
+    (stand_in / "modules").mkdir(parents=True)
+    (stand_in / "__init__.py").write_text("from . import kohya, modules\n")
+    (stand_in / "kohya.py").write_text("raise SystemExit('theirs')\n")
+    for name in ("__init__.py", "lokr.py"):
+        (stand_in / "modules" / name).write_text("")
+    done = launch("--allow_missing", "--replace-lycoris", "lycoris_too.py", cwd=checkout)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        f"lycoris.kohya is networks.lycoris of kohya-networks {__version__} here: {ROOT / 'networks' / 'lycoris.py'}",
+        str(stand_in / "modules" / "lokr.py"),
+        "No module named 'lycoris.nothing'",
+    ]
+
+
+def test_lycoris_stays_itself_unless_asked(checkout: Path) -> None:
+    (checkout / "lycoris").mkdir()
+    (checkout / "lycoris" / "__init__.py").write_text("")
+    (checkout / "lycoris" / "kohya.py").write_text("NAME = 'theirs'\n")
+    (checkout / "plain.py").write_text("import lycoris.kohya\nprint(lycoris.kohya.NAME)\n")
+    assert launch("plain.py", cwd=checkout).stdout == "theirs\n"

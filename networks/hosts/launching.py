@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+from .._version import __version__
 from ..args.coerce import nearest
+from .checkouts import MUSUBI, SD_SCRIPTS
 
+log = logging.getLogger(__name__)
+
+OPTIONS = ("--allow_missing", "--replace_lycoris")  # before the script's name: ours
 STARTERS = ("accelerate", "python", "python3", "torchrun")
 # Modules of the trainers that merge adapter files into a model's weights by key names.
 MERGERS = ("library.lora_utils", "musubi_tuner.utils.lora_utils")
 READERS = "musubi_tuner.networks"  # its modules build the networks by which the other generators merge files
+LYCORIS = "lycoris.kohya"  # LyCORIS' network module, as command lines and the trainers' generators name it
 
 
 def find_script(name: str) -> Path:
@@ -28,7 +35,8 @@ def find_script(name: str) -> Path:
         ValueError: there is none, with the nearest name.
     """
     if name.startswith("-"):
-        raise ValueError(f"option {name} comes before the script: give the script first, its options after it")
+        hint = nearest(name.partition("=")[0], OPTIONS)
+        raise ValueError(f"option {name} comes before the script: give the script first, its options after it{hint}")
     path = Path(name)
     if path.is_file():
         return path
@@ -59,11 +67,17 @@ def arrange_path(script: Path, ours: Path) -> None:
 
 def _sources(checkout: Path) -> list[Path]:
     """Folders that a trainer's installation would put on sys.path: sd-scripts' root, musubi-tuner's src."""
-    marks = {checkout: checkout / "library" / "train_util.py", checkout / "src": checkout / "src" / "musubi_tuner"}
+    marks = {checkout: checkout / SD_SCRIPTS, checkout / MUSUBI.parent: checkout / MUSUBI}
     return [folder for folder, mark in marks.items() if mark.exists()]
 
 
-def run(script: Path, arguments: Sequence[str], ours: Path, allow_missing: Sequence[str] = ()) -> None:
+def run(
+    script: Path,
+    arguments: Sequence[str],
+    ours: Path,
+    allow_missing: Sequence[str] = (),
+    replace_lycoris: bool = False,
+) -> None:
     """Run the script as `__main__`.
 
     Args:
@@ -71,6 +85,7 @@ def run(script: Path, arguments: Sequence[str], ours: Path, allow_missing: Seque
         arguments: behind its name.
         ours: the folder that holds our packages.
         allow_missing: parts of adapter files that may be without a place, "" for all.
+        replace_lycoris: whether `lycoris.kohya` is our networks.lycoris, installed or not.
     """
     arrange_path(script, ours)
     entries = sorted(file.stem for file in (ours / "networks").glob("lo*.py"))
@@ -78,6 +93,8 @@ def run(script: Path, arguments: Sequence[str], ours: Path, allow_missing: Seque
         [f"{READERS}.{e}" for e in entries], _lend_reader
     )
     sys.meta_path.insert(0, _AfterImport(acts))
+    if replace_lycoris:
+        sys.meta_path.insert(0, _InPlaceOfLycoris())
     sys.argv[:] = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
@@ -117,3 +134,24 @@ class _AfterImport(MetaPathFinder):
 
             setattr(spec.loader, "exec_module", exec_module)  # noqa: B010 - this one loader, not its class
         return spec
+
+
+class _InPlaceOfLycoris(MetaPathFinder, Loader):
+    """`lycoris.kohya` is our networks.lycoris; LyCORIS' other modules stay its own, where it is installed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname == LYCORIS:
+            return ModuleSpec(fullname, self)
+        package = LYCORIS.partition(".")[0]
+        if fullname != package:
+            return None
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        # without LyCORIS: an empty package, since the trainers' generators ask first whether there is one
+        return next((found for found in others if found is not None), ModuleSpec(package, None, is_package=True))
+
+    def exec_module(self, module: ModuleType) -> None:
+        ours = importlib.import_module("..lycoris", __package__)
+        log.info("%s is networks.lycoris of kohya-networks %s here: %s", LYCORIS, __version__, ours.__file__)
+        sys.modules[module.__name__] = ours  # an import returns what stands there after this call
