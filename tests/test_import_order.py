@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from networks import __version__
+from networks.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "scripts" / "launch.py"
@@ -54,6 +55,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
     sd, musubi = folder / "sd-scripts", folder / "musubi-tuner"
     write(sd / "train_network.py", "MUSUBI = False\n" + PROBE + CALL)
+    write(sd / "library" / "train_util.py")
     for name in HOST_MODULES:
         write(sd / "networks" / f"{name}.py")
     package = musubi / "src" / "musubi_tuner"
@@ -171,6 +173,43 @@ TABLE = {
 def test_whose_module_it_is(environments: Environments, install: str, layout: str) -> None:
     expected = dict(zip(NAMES, TABLE[install][list(SCRIPTS).index(layout)].split(), strict=True))
     assert environments.run(install, layout, *NAMES) == expected
+
+
+@pytest.mark.parametrize("install", ("nothing", "copy", "PYTHONPATH", "editable lenient"))
+def test_the_doctor_says_whose_it_is(
+    environments: Environments, install: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the table holds, with what to write for it: ours under either name, or the launcher."""
+    for name in [name for name in os.environ if name.startswith("PYTHON")]:
+        monkeypatch.delenv(name)
+    if install == "PYTHONPATH":
+        monkeypatch.setenv("PYTHONPATH", str(environments.source))
+    monkeypatch.setattr(sys, "executable", str(environments.python(install)))
+    for checkout, layouts in (("sd-scripts", ["sd-scripts"]), ("musubi-tuner", ["musubi root", "musubi inside"])):
+        assert doctor.main([str(environments.hosts / checkout), "--json"]) == 1  # there is no torch
+        said = [each for each in json.loads(capsys.readouterr().out)["findings"] if each["about"] == "networks"]
+        for layout, finding in zip(layouts, said, strict=True):
+            lora, lokr, _, alias = TABLE[install][list(SCRIPTS).index(layout)].split()
+            package = "networks" if (lora, lokr) == ("ours", "ours") else "kohya_networks" if alias == "ours" else None
+            folder = (environments.hosts / SCRIPTS[layout]).parent
+            assert f"scripts in {folder} " in finding["text"]
+            entry = "lokr" if checkout == "sd-scripts" else "lora_wan"
+            modules = [line for line in finding["lines"] if line.startswith("--network_module")]
+            assert modules == ([f"--network_module {package}.{entry}"] if package else []), finding
+            assert (package == "networks") != any(str(LAUNCH) in line for line in finding["lines"])
+            silent = lora == "host" and (lokr == "ours" or not package)  # some or all names are not ours, unasked
+            assert finding["mark"] == ("problem" if silent else "ok" if package == "networks" else "note")
+
+
+def test_the_doctor_needs_no_torch(environments: Environments) -> None:
+    done = subprocess.run(
+        [environments.python("nothing"), str(ROOT / "scripts" / "doctor.py")], capture_output=True, text=True,
+        cwd=environments.hosts / "sd-scripts", env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr == ""
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["problem", "torch", "not", "installed;"] in [line[:4] for line in lines]
+    assert lines[0][:3] == ["ok", "trainer", "sd-scripts"] and lines[-1] == ["problems:", "3,", "notes:", "0"]
 
 
 TWINS = """

@@ -32,6 +32,9 @@ COMMANDS = {
     "show": Command("what an adapter file is, and which programs read it right", ".show"),
     "merge": Command("merge adapter files into a checkpoint", ".merge"),
     "resize": Command("make smaller adapter files", ".resize"),
+    "doctor": Command(
+        "whether a trainer finds these modules, what is missing, and the --network_module to write", ".doctor"
+    ),
     "launch": Command("run a script of sd-scripts or musubi-tuner with these network modules first", ".launch"),
     "train": Command("train an adapter with the reference trainer", "kohya_trainer.train"),
     "generate": Command("draw pictures with adapters", "kohya_trainer.generate"),
