@@ -153,7 +153,7 @@ def _whose(layout: Layout, found: Mapping[str, Any]) -> Finding:
     if ours:
         text = (
             f"{where} import the trainer's {', '.join(theirs)} and ours of the other names, since a bare pip install "
-            f"-e comes behind the trainer's folder: {owner}; install without -e, or write, or start with"
+            "-e comes behind the trainer's folder; install without -e, or write, or start with"
         )
         return Finding(PROBLEM, "networks", text, (install, *ways))
     if also:
@@ -167,7 +167,7 @@ def _owner(layout: Layout, found: Mapping[str, Any]) -> str:
     package = found["package"]
     if package is None:
         first = next((file for file in found["modules"].values() if file), None)
-        return f"{Path(first).parent}, without an __init__.py" if first else "no folder networks is on the path"
+        return f"{Path(first).parent}, as there is no other" if first else "no folder networks is on the path"
     if Path(package).name != "__init__.py":
         return f"{package}, which hides every folder networks ({_source(Path(package).parent, layout, found)})"
     folder = Path(package).parent
