@@ -14,13 +14,18 @@ def detect(denoiser: Any) -> ArchSpec:
     Raises:
         ValueError: no architecture has these classes.
     """
-    model = unwrap(denoiser)
-    for arch in ARCHS:
-        if is_of(arch, model):
-            return arch
-    name = type(model).__name__
+    arch = recognised(denoiser)
+    if arch is not None:
+        return arch
+    name = type(unwrap(denoiser)).__name__
     known = ", ".join(f"{s.cls} ({a.title})" for a in ARCHS for s in a.signatures)
     raise ValueError(f"no architecture of ours has a denoiser of class {name}; known: {known}")
+
+
+def recognised(denoiser: Any) -> ArchSpec | None:
+    """The same, None for another model."""
+    model = unwrap(denoiser)
+    return next((arch for arch in ARCHS if is_of(arch, model)), None)
 
 
 def is_of(arch: ArchSpec, model: Any) -> bool:

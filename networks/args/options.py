@@ -120,3 +120,5 @@ class Options(TypedDict, total=False):
     adapter_dtype: Literal["host", "fp32"]
     verbose: bool
     allow_unknown: bool
+    help: bool
+    dry_run: bool

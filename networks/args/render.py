@@ -94,12 +94,17 @@ def _type(arg: Arg) -> str:
 def _default(arg: Arg) -> str:
     if arg.name == "algo":
         return "the entry's"
-    listed = ",".join(arg.default) if arg.kind == "choices" else arg.default
-    plain = "-" if listed in (None, (), {}, "") or arg.kind == "rates" else str(listed)
+    plain = shown(arg, arg.default)
     values = {host: f"`{value}`" if isinstance(value, str) else str(value) for host, value in arg.per_host}
     return "; ".join(
         [plain] * (not _TRAINERS.keys() <= values.keys()) + [f"{_HOSTS[host]}: {v}" for host, v in values.items()]
     )
+
+
+def shown(arg: Arg, value: Any) -> str:
+    """A value of an argument; "-" where it asks for nothing."""
+    listed = ",".join(value) if arg.kind == "choices" else value
+    return "-" if listed in (None, (), {}, "") or arg.kind == "rates" else str(listed)
 
 
 def _only(arg: Arg) -> str:
@@ -108,10 +113,19 @@ def _only(arg: Arg) -> str:
 
 def plain(arg: Arg, width: int, algos: bool) -> str:
     """One argument for a terminal of this width; `algos`: with the algorithms that take it."""
-    head = f"{', '.join(arg.names)}: {_type(arg)} (default {_default(arg)})".replace("`", "")
-    body = textwrap.wrap(
-        arg.help + (_only(arg) if algos else ""), width, initial_indent="      ", subsequent_indent="      "
-    )
+    return described(arg, _default(arg), width, _only(arg) if algos else "")
+
+
+def described(arg: Arg, default: str, width: int, more: str = "") -> str:
+    """One argument for a terminal.
+
+    Args:
+        default: as it is to be read.
+        width: columns.
+        more: stands behind its effect.
+    """
+    head = f"{', '.join(arg.names)}: {_type(arg)} (default {default})".replace("`", "")
+    body = textwrap.wrap(arg.help + more, width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join([*textwrap.wrap(head, width, initial_indent="  ", subsequent_indent="      "), *body])
 
 

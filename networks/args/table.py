@@ -494,6 +494,17 @@ _ROWS: tuple[Arg, ...] = (
     ),
     Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),
+    Arg(
+        "help", "bool", False, "list the arguments of this module on this model, with their defaults, and stop", _OTHER
+    ),
+    Arg(
+        "dry_run",
+        "bool",
+        False,
+        "print the whole plan, its warnings and which programs will not read the files, and stop before anything is "
+        "trained",
+        _OTHER,
+    ),
 )
 
 

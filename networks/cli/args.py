@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import shutil
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from pathlib import Path
 from ..archs import ARCHS
 from ..args.render import as_json, plain
 from ..args.table import BY_NAME, TABLE
+from ..hosts.stops import applies, listing
 from ..records import Arg
 from .command_line import nearest, program, run_program
 
@@ -77,9 +76,7 @@ class Module:
     def has(self, arg: Arg) -> bool:
         """Whether the argument does something there, with its own algorithm, on a model for which it is."""
         own = [arch for arch in ARCHS if not self.archs or arch.name in self.archs]
-        special = any(arg.name in arch.arguments for arch in ARCHS)
-        on_model = not special or any(arg.name in arch.arguments for arch in own)
-        return on_model and (arg.algos is None or self.algo in arg.algos)
+        return applies(arg, [self.algo], own)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,16 +96,6 @@ def show(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([as_json(arg) for arg in rows], indent=1))
         return 0
-    print("\n".join(_text(module, rows)))
+    title = module.title if module else "All arguments; those of some algorithms or models alone say so."
+    print("\n".join(listing(title, rows, lambda arg, width: plain(arg, width, module is None))))
     return 0
-
-
-def _text(module: Module | None, rows: Sequence[Arg]) -> list[str]:
-    """Rows by group, and the names of those that are left out."""
-    width = min(shutil.get_terminal_size().columns, 120)
-    lines = [module.title if module else "All arguments; those of some algorithms or models alone say so."]
-    for group in dict.fromkeys(arg.group for arg in rows):
-        lines += ["", group, *(plain(arg, width, module is None) for arg in rows if arg.group == group)]
-    if others := ", ".join(arg.name for arg in TABLE if arg not in rows):
-        lines += ["", *textwrap.wrap(f"With another algorithm, or on other models: {others}", width)]
-    return lines

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..archs.detect import detect
+from ..archs.detect import detect, recognised
 from ..archs.spec import ArchSpec, Part
 from ..args import hints
 from ..args.coerce import named, whole
@@ -38,6 +38,7 @@ from ..plan.walk import is_own
 from . import trainer_options
 from .beside import origin
 from .documented import documented
+from .stops import show_help, stop_for_dry_run, without_stops
 from .zero_masters import masters_follow
 
 log = logging.getLogger("networks")
@@ -310,6 +311,7 @@ class Caller:
             ValueError: all mistakes of the call in one message.
         """
         problems = Problems(self.name)
+        raw = without_stops(raw) if for_inference else raw
         request, file = self._file_request(host, tensors, text_encoder, unet, raw, source, problems)
         network = self._build(kind, request, problems, multiplier, for_inference)
         network.made_from = file
@@ -409,7 +411,10 @@ class Caller:
         from_file: bool = False,
     ) -> Request:
         dim, alpha = self._dim(dim, problems), self._alpha(alpha, problems)
-        args = parse(raw, self.algo, problems, host, {"network_dim": dim, "network_alpha": alpha}, self.style)
+        options = {"network_dim": dim, "network_alpha": alpha}
+        args = parse(raw, self.algo, problems, host, options, self.style)
+        if args.help:
+            show_help(self.name, self.algo, raw, args, options, recognised(unet))
         if args.style in UNET_STYLES and not from_file:
             text_encoder = None
         models = _Models.of(self, unet, text_encoder, problems)
@@ -447,6 +452,7 @@ class Caller:
         made = self._class_for(kind, request.args, problems)
         problems.raise_if_any()
         a = request.args
+        stop_for_dry_run(a, plan)
         dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
         roots = {part.name: model for part, model in request.parts}

@@ -1,0 +1,90 @@
+"""help=True lists the arguments of a module on a model, dry_run=True prints the plan; both end the call, status 0."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_parts import sd_unet, text_encoder
+from toy_models import toy
+
+import networks.lokr
+import networks.lora
+from networks.args.table import TABLE
+
+
+def leaves(capsys: pytest.CaptureFixture[str], create: Any, *args: Any, **kwargs: Any) -> str:
+    """What a call prints before it ends the program with the exit status 0."""
+    with pytest.raises(SystemExit) as stop:
+        create(*args, **kwargs)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def head(text: str, name: str) -> str:
+    """The line of an argument in a list."""
+    found = [line for line in text.splitlines() if line.startswith(f"  {name}") and line[2 + len(name)] in ":,"]
+    assert len(found) == 1, (name, found)
+    return found[0]
+
+
+def test_help_lists_what_applies_here_whatever_else_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    unet = sd_unet()
+    call = (networks.lokr.create_network, 1.0, 8, 1, None, text_encoder(), unet)
+    text = leaves(capsys, *call, help="True", rank_dropot="0.1", factor="x", only_patterns="nothing")
+    assert text.startswith("networks.lokr on Stable Diffusion 1.x / 2.x, algo=lokr")
+    body, others = text.split("With another algorithm, or on other models:")
+    assert "(default -1)" in head(body, "factor") and "sine" in body and "down_lr_weight" in body
+    listed = set(others.replace(",", " ").split())
+    assert {"train_t5xxl", "exclude_mod", "block_size"} <= listed and "factor" not in listed
+    assert listed | {arg.name for arg in TABLE if f"\n  {arg.name}" in body} == {arg.name for arg in TABLE}
+    assert "factor" in leaves(capsys, *call, help="on", algo="loha").partition("With another")[2]
+
+
+def test_help_says_the_defaults_of_this_call(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the host, the entry, the network's options and the architecture; and help needs no model that we know."""
+    denoiser = toy("qwen_image")["dit"]
+    text = leaves(capsys, networks.lora.create_arch_network, 1.0, 8, 2, None, None, denoiser, help="1")
+    assert "(default 8)" in head(text, "conv_dim") and "(default 2" in head(text, "conv_alpha")
+    assert "(default True)" in head(text, "exclude_mod")
+    text = leaves(capsys, networks.lora.create_network, 1.0, 8, 2, None, None, denoiser, help="1", algo="loha")
+    assert "(default -)" in head(text, "conv_dim") and "algo=loha" in text.splitlines()[0]
+    text = leaves(capsys, networks.lora.create_network, 1.0, 8, 2, None, None, text_encoder(), help="1")
+    assert text.startswith("networks.lora, algo=lora")
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, encoder = sd_unet(), text_encoder()
+    call = (networks.lokr.create_network, 1.0, 8, 1, None, encoder, unet)
+    before = [dict(module.__dict__) for module in unet.modules()]
+    text = leaves(capsys, *call, dry_run="True", init="orthogonal")
+    assert "lora_unet_mid_block_attentions_0_proj_in" in text and "in all 60 layers" in text
+    assert "warning: Stable Diffusion 1.x / 2.x usually has 192 layers" in text
+    assert "sd-scripts" in text and "dry_run=True: nothing is trained" in text and "--network_train_unet_only" in text
+    assert [dict(module.__dict__) for module in unet.modules()] == before
+    with pytest.raises(ValueError, match="did you mean factor"):
+        networks.lokr.create_network(1.0, 8, 1, None, encoder, unet, dry_run="True", factr="2")
+    text = leaves(capsys, networks.lora.create_arch_network, 1.0, 4, 1, None, None, toy("wan")["dit"], dry_run="1")
+    assert "lora_unet_blocks_0_self_attn_q" in text and "--network_train_unet_only" not in text
+    monkeypatch.setenv("RANK", "1")  # of several processes one prints, and all end
+    assert leaves(capsys, *call, dry_run="True") == "" and leaves(capsys, *call, help="True") == ""
+
+
+def test_files_stop_in_training_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    unet, encoder = sd_unet(), text_encoder()
+    file = str(tmp_path / "a.safetensors")
+    network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)
+    network.save_weights(file, None, {})
+    create = networks.lora.create_network_from_weights
+    for stop in ("help", "dry_run"):
+        with caplog.at_level(logging.WARNING, logger="networks"):
+            made, _ = create(1.0, file, None, encoder, unet, for_inference=True, **{stop: "True"})
+        assert len(made.layers) == 60 and f"{stop}: no effect" in caplog.text
+        assert leaves(capsys, create, 1.0, file, None, encoder, unet, **{stop: "True"})
+        assert len(create(1.0, file, None, encoder, unet, **{stop: "False"})[0].layers) == 60
