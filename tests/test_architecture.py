@@ -27,7 +27,7 @@ ARROWS = {
     "files": {"layers", "algos", "records", "tensors", "archs"},
     "plan": {"files", "layers", "algos", "tensors", "archs", "args"},
     "network": {"plan", "files", "layers", "algos", "tensors", "archs", "args"},
-    "hosts": {"network", "plan", "files", "args", "archs"},
+    "hosts": {"network", "plan", "files", "args", "archs", "records"},
     "models": {"plan", "files", "args", "archs"},
     "cli": {"models", "hosts", "files", "args", "archs", "records"},
     "": {"hosts"},

@@ -198,7 +198,14 @@ FLUX = ArchSpec(
     fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({304, 228}),
     releases=(
-        Release("flux", "FLUX.1 dev", "FluxTransformer2DModel", {"guidance_embeds": True}, (CLIP_L, T5_XXL)),
+        Release(
+            "flux",
+            "FLUX.1 dev",
+            "FluxTransformer2DModel",
+            {"guidance_embeds": True},
+            (CLIP_L, T5_XXL),
+            also=("flux.1", "flux.1-kontext-dev"),
+        ),
         Release("flux_schnell", "FLUX.1 schnell", "FluxTransformer2DModel", {}, (CLIP_L, T5_XXL)),
     ),
 )
@@ -230,5 +237,5 @@ CHROMA = replace(
     switches=(NO_ATTENTION,),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),
-    releases=(Release("chroma", "Chroma", "ChromaTransformer2DModel", {}, (None, T5_XXL)),),
+    releases=(Release("chroma", "Chroma", "ChromaTransformer2DModel", {}, (None, T5_XXL), also=("chroma1-hd",)),),
 )

@@ -17,5 +17,9 @@ QWEN_IMAGE = ArchSpec(
     # have these layers; they load whole, since a file decides its layers.
     switches=(Switch("exclude_mod", r".*\.(img|txt)_mod\..*", trained_if=False),),
     usual=frozenset({720}),
-    releases=(Release("qwen_image", "Qwen-Image", "QwenImageTransformer2DModel"),),
+    releases=(
+        Release(
+            "qwen_image", "Qwen-Image", "QwenImageTransformer2DModel", also=("qwen-image-edit", "qwen-image-layered")
+        ),
+    ),
 )

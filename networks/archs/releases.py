@@ -35,6 +35,7 @@ class Release:
         sizes: where they are not that class's defaults.
         text_encoders: those which trainers can train, in their order; None where the place stays empty.
         added: modules that the trainer's denoiser has and diffusers' has not: by dotted name.
+        also: other names that users have for it; case, blanks and punctuation do not count.
     """
 
     name: str
@@ -43,3 +44,4 @@ class Release:
     sizes: dict[str, Any] = field(default_factory=dict)
     text_encoders: tuple[Encoder | None, ...] = ()
     added: dict[str, Module] = field(default_factory=dict)
+    also: tuple[str, ...] = ()

@@ -217,6 +217,7 @@ SD = ArchSpec(
             "UNet2DConditionModel",
             {**_UNET, "cross_attention_dim": 768, "attention_head_dim": 8},
             (CLIP_L,),
+            also=("sd1", "stable-diffusion-v1-5", "stable-diffusion-v1-4"),
         ),
         Release(
             "sd21",
@@ -229,6 +230,7 @@ SD = ArchSpec(
                 "use_linear_projection": True,
             },
             (_CLIP_H,),
+            also=("sd2", "stable-diffusion-2-1", "stable-diffusion-2"),
         ),
     ),
     regions=REGIONS,
@@ -257,6 +259,15 @@ SDXL = ArchSpec(
     switches=(NO_ATTENTION,),
     levels=BlockLevels(first=1, down=9, mid=3, up=9),
     usual=frozenset({722}),
-    releases=(Release("sdxl", "Stable Diffusion XL", "UNet2DConditionModel", _UNET_XL, (CLIP_L, CLIP_G)),),
+    releases=(
+        Release(
+            "sdxl",
+            "Stable Diffusion XL",
+            "UNet2DConditionModel",
+            _UNET_XL,
+            (CLIP_L, CLIP_G),
+            also=("stable-diffusion-xl-base-1.0", "illustrious-xl", "noobai-xl", "pony-diffusion-v6-xl"),
+        ),
+    ),
     regions=REGIONS,
 )

@@ -102,6 +102,7 @@ SD3 = ArchSpec(
             "SD3Transformer2DModel",
             {**_MEDIUM, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
             _ENCODERS,
+            also=("sd3.5", "sd3.5-medium"),
         ),
         Release(
             "sd3_medium",
@@ -117,6 +118,7 @@ SD3 = ArchSpec(
             {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}
             | {"qk_norm": "rms_norm"},
             _ENCODERS,
+            also=("stable-diffusion-3.5-large",),
         ),
     ),
 )

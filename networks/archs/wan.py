@@ -63,27 +63,49 @@ WAN = ArchSpec(
         twins=(Twins(r"lora_unet_blocks_\d+_", "norm3", "norm2", "w_norm", "alpha"),),
     ),
     axes=(BlockAxis("blocks."),),
-    usual=frozenset({300, 400, 480}),
+    usual=frozenset({300, 360, 400, 480}),
     releases=(
         Release(
             "wan",
             "Wan 2.1 image to video, 14B",
             "WanTransformer3DModel",
             {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+            also=("wan2.1-i2v-14b", "wan2.1-flf2v-14b"),
         ),
-        Release("wan_t2v_14b", "Wan 2.1 / 2.2 text to video, 14B", "WanTransformer3DModel"),
+        Release(
+            "wan_t2v_14b",
+            "Wan 2.1 / 2.2 text to video, 14B",
+            "WanTransformer3DModel",
+            also=("wan2.1-t2v-14b", "wan2.2-t2v-a14b", "wan2.1", "wan2.2"),
+        ),
         Release(
             "wan_t2v_1_3b",
             "Wan 2.1 text to video, 1.3B",
             "WanTransformer3DModel",
             {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+            also=("wan2.1-t2v-1.3b",),
         ),
-        Release("wan22_i2v_14b", "Wan 2.2 image to video, 14B", "WanTransformer3DModel", {"in_channels": 36}),
+        Release(
+            "wan_fun_control_1_3b",
+            "Wan 2.1 Fun Control, 1.3B",
+            "WanTransformer3DModel",
+            {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "in_channels": 48}
+            | {"image_dim": 1280, "added_kv_proj_dim": 1536},
+            also=("wan2.1-fun-1.3b-control",),
+        ),
+        Release(
+            "wan22_i2v_14b",
+            "Wan 2.2 image to video, 14B",
+            "WanTransformer3DModel",
+            {"in_channels": 36},
+            also=("wan2.2-i2v-a14b",),
+        ),
         Release(
             "wan22_ti2v_5b",
             "Wan 2.2 text and image to video, 5B",
             "WanTransformer3DModel",
             {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
+            also=("wan2.2-ti2v-5b",),
         ),
     ),
 )

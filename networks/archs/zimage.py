@@ -37,5 +37,5 @@ ZIMAGE = ArchSpec(
         Switch("include_refiner", r"(noise|context)_refiner\..*", trained_if=True),
     ),
     usual=frozenset({210}),
-    releases=(Release("zimage", "Z-Image", "ZImageTransformer2DModel"),),
+    releases=(Release("zimage", "Z-Image", "ZImageTransformer2DModel", also=("z-image-turbo", "z-image-base")),),
 )

@@ -301,6 +301,36 @@ def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.Argu
         return USER_ERROR
 
 
+class Stages:
+    """Says on a terminal, from the first moment, which of its stages a command is in; nothing is left of it at the end,
+    and where stderr is no terminal nothing is said.
+
+    Args:
+        names: of the stages; inside a `with` the first begins, `next` goes on to the one after.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names, self.at, self.shown = names, 0, sys.stderr.isatty()
+
+    def __enter__(self) -> Stages:
+        self._show()
+        return self
+
+    def __next__(self) -> None:
+        self.at += 1
+        self._show()
+
+    def __exit__(self, *error: object) -> None:
+        self._write("")
+
+    def _show(self) -> None:
+        self._write(f"[{'#' * self.at}{'.' * (len(self.names) - self.at)}] {self.names[self.at]} ...")
+
+    def _write(self, text: str) -> None:
+        if self.shown:
+            print(f"\r{text:40}\r{text}", end="", file=sys.stderr, flush=True)
+
+
 def set_log_level(level: int) -> None:
     """Of all our modules; each logs under the name by which it was imported first."""
     for name in ("networks", "kohya_networks"):

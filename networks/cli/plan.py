@@ -9,6 +9,14 @@ With --why NAME (a dotted or saved name, a part of one, or a regular expression)
 rule of selection answers, and which argument gives its dim, alpha and learning rate.
 The options are the trainer's; where the two trainers differ in their defaults, --host says whose are meant, and
 musubi-tuner trains no text encoder. Rows that begin with a reason are left out.
+
+Your own command line is checked and planned without starting the trainer:
+
+    kohya-networks plan -- accelerate launch sdxl_train_network.py ... --network_module networks.lokr ...
+    kohya-networks plan --command_file train.sh        (or .ps1, .bat: written for bash, PowerShell or cmd.exe)
+    kohya-networks plan wan_train_network.py --config settings.toml
+
+The script says which model it is; where its checkpoint is on this machine, the header of that. MODEL goes before both.
 """
 
 from __future__ import annotations
@@ -18,19 +26,43 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..models.releases import RELEASES
-from .command_line import finite_number, import_network_module, parse_network_args, program, run_program, set_log_level
+from ..args.coerce import named, nearest
+from ..args.parse import Problems
+from ..hosts.trainer_scripts import MUSUBI, SCRIPTS, SD_SCRIPTS, Script
+from ..models.releases import RELEASES, arch_of, others_of
+from .args import Module
+from .command_line import (
+    Stages,
+    finite_number,
+    import_network_module,
+    parse_network_args,
+    program,
+    run_program,
+    set_log_level,
+)
+from .trainer_line import TrainerRun, run_of_settings, run_of_text, run_of_words
 
-HOSTS = {"sd-scripts": "sd_scripts", "musubi": "musubi"}
+if TYPE_CHECKING:
+    from ..models.skeleton import Skeleton
+
+HOSTS = {SD_SCRIPTS: "sd_scripts", MUSUBI: "musubi"}
+STANDS_FOR = {"lycoris.kohya": "networks.lycoris"}  # modules of others that we have, too
+_ONLY = ("network_train_unet_only", "network_train_text_encoder_only")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = program(__doc__)
-    parser.add_argument("model", metavar="MODEL", help=f"{', '.join(RELEASES)}; a diffusers folder; a checkpoint")
-    parser.add_argument("--host", choices=HOSTS, default="sd-scripts", help="the trainer; default: %(default)s")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help=f"{', '.join(RELEASES)}; a diffusers folder; a checkpoint"
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="settings as the trainers' --config_file takes them")
+    parser.add_argument("--command_file", metavar="FILE", help="a script of yours that starts the trainer")
+    parser.add_argument("--host", choices=HOSTS, help=f"the trainer; default: {SD_SCRIPTS}")
     parser.add_argument("--network_module", default="networks.lora", help="default: %(default)s")
     parser.add_argument("--network_dim", type=int, help="rank; the module's default is 4")
     parser.add_argument(
@@ -50,13 +82,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    own, words = _divided(sys.argv[1:] if argv is None else list(argv))
+    parser = build_parser()
+    parser.set_defaults(words=words)
     collects = gc.isenabled()
     gc.disable()  # looking for garbage while torch is imported would be a seventh of the time that a plan takes
     try:
-        return run_program(show, build_parser(), sys.argv[1:] if argv is None else list(argv))
+        return run_program(show, parser, own)
     finally:
         if collects:
             gc.enable()
+
+
+def _divided(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own arguments, and the trainer's command line behind `--`."""
+    at = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def explained(layers: Sequence[Any], as_json: bool) -> str:
@@ -64,40 +105,281 @@ def explained(layers: Sequence[Any], as_json: bool) -> str:
     return json.dumps([layer.to_json() for layer in layers], indent=1) if as_json else "\n\n".join(map(str, layers))
 
 
-def _printed(plan: Any, readers: bool, as_json: bool) -> str:
-    lines = plan.readers() if readers else []
-    if as_json:
-        return json.dumps(plan.to_json() | ({"readers": lines} if readers else {}), indent=1)
-    return "".join([plan.to_text(), *(f"{line}\n" for line in lines)])
-
-
 def show(args: argparse.Namespace) -> int:
     set_log_level(logging.WARNING)  # the plan says it all, and stdout may be JSON
-    module = import_network_module(args.network_module)
-    network_args = parse_network_args(args.network_args)
+    problems = Problems("plan")
+    run = _run(args, problems)
+    problems.where = run.name or problems.where
+    with Stages(("loading torch", "reading the model", "planning", "writing")) as stage:
+        entry = _entry(run)
+        next(stage)
+        model = _model(args.model, run, problems)
+        next(stage)
+        plan = _rated(_planned(entry, model, run, problems), model, run, problems)
+        if args.why is not None:
+            text = explained(plan.why(args.why), args.json)
+        else:
+            next(stage)
+            text = _printed(plan.only_trained() if args.trained else plan, model, run, args)
+    print(text)
+    return 0
+
+
+def _printed(plan: Any, model: Skeleton, run: TrainerRun, args: argparse.Namespace) -> str:
+    if args.json:
+        return json.dumps(plan.to_json() | {"model": _named(model), "run": _as_json(run)}, indent=1)
+    lines = [*run.notes, replace(plan, title=_title(plan.title, model)).to_text().rstrip("\n")]
+    lines += [f"warning: {text}" for text in plan.warnings]
+    return "\n".join([*lines, *(plan.readers() if args.readers else [])])
+
+
+# -- what is asked
+
+
+def _run(args: argparse.Namespace, problems: Problems) -> TrainerRun:
+    """What the user means to start, by options of ours, a command line, or a file."""
+    if args.model and not args.words and _is_line(args.model):
+        args.model, args.words = None, [args.model]
+    if sum((bool(args.words), args.command_file is not None, args.config is not None)) > 1:
+        raise ValueError("a command line, --command_file and --config are three ways to say what is trained: give one")
+    if args.words:
+        one = len(args.words) == 1
+        return run_of_text(args.words[0], problems) if one else run_of_words(args.words, problems)
+    if args.command_file is not None:
+        return run_of_text(_text_of(Path(args.command_file)), problems, args.command_file)
+    if args.config is not None:
+        return _with_script(run_of_settings(args.config, _script(args), args.host or "", problems))
+    if args.model is None:
+        known = ", ".join(RELEASES)
+        raise ValueError(
+            f"give MODEL ({known}, a diffusers folder or a checkpoint), or a trainer's command line behind --"
+        )
+    return _of_options(args)
+
+
+def _is_line(text: str) -> bool:
+    return " " in text.strip() and (".py" in text or " -m " in text) and not Path(text).exists()
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")  # PowerShell writes the mark
+    except UnicodeDecodeError:
+        raise ValueError(f"--command_file {path} is no text in UTF-8: save it as such") from None
+
+
+def _script(args: argparse.Namespace) -> str:
+    """The script that MODEL names beside --config; "" where it names a model or nothing."""
+    name = (args.model or "").replace("\\", "/").rpartition("/")[2]
+    if not name.endswith(".py"):
+        return ""
+    if name not in SCRIPTS:
+        raise ValueError(
+            f"{name} is no script that trains a network{nearest(name, SCRIPTS)}; there are {', '.join(SCRIPTS)}"
+        )
+    args.model = None
+    return name
+
+
+def _of_options(args: argparse.Namespace) -> TrainerRun:
+    run = TrainerRun("", args.host or SD_SCRIPTS, words=parse_network_args(args.network_args))
+    names = ("network_module", "network_dim", "network_alpha", "network_dropout", *_ONLY)
+    run.given = {name: value for name in names if (value := getattr(args, name)) not in (None, False)}
+    return run
+
+
+def _with_script(run: TrainerRun) -> TrainerRun:
+    """Settings that name no script: the one which trains the models of their module."""
+    if run.script is None:
+        try:
+            archs = Module.of(STANDS_FOR.get(str(run.given["network_module"]), str(run.given["network_module"]))).archs
+        except (ValueError, KeyError):  # told later
+            archs = ()
+        own = (one for one in SCRIPTS.values() if one.host == run.host and one.release)
+        run.script = next((one for one in own if arch_of(RELEASES[one.release]).name in archs), None)
+    return run
+
+
+# -- whose network, on which model
+
+
+def _entry(run: TrainerRun) -> Any:
+    """The entry of ours which the module is, or stands for.
+
+    Raises:
+        ValueError: there is no such module, or it is another package's.
+    """
+    name = str(run.given.get("network_module", "networks.lora"))
+    ours = STANDS_FOR.get(name, name.removeprefix("musubi_tuner."))
+    if name != ours:
+        run.notes.append(f"--network_module {name} is another package's module; planned is {ours}, which stands for it")
+    module = import_network_module(ours)
+    entry = getattr(getattr(module, "plan", None), "__self__", None)
+    if not hasattr(entry, "planned"):
+        raise ValueError(
+            f"--network_module {name} is another package's ({getattr(module, '__file__', None)}), and only ours can be "
+            "planned: networks.lora, networks.lycoris; `kohya-networks args` has all"
+        )
+    return entry
+
+
+def _model(asked: str | None, run: TrainerRun, problems: Problems) -> Skeleton:
+    """The model without weights.
+
+    Raises:
+        ValueError: nothing says which it is, or what is said names none.
+    """
     from ..models.skeleton import skeleton
 
-    model = skeleton(args.model)
-    encoders = model.text_encoders if args.host == "sd-scripts" else []
-    if args.network_train_text_encoder_only and not encoders:
-        raise ValueError(f"--network_train_text_encoder_only: nothing is left, {args.host} trains no text encoder here")
-    plan = module.plan(
-        args.network_dim,
-        args.network_alpha,
-        encoders,
-        model.unet,
-        host=HOSTS[args.host],
-        neuron_dropout=args.network_dropout,
-        **network_args,
-    )
-    if args.network_train_unet_only:
+    if asked is not None:
+        return skeleton(asked)
+    script = run.script or Script(run.host, "")
+    option = script.checkpoint
+    path = str(run.given.get(option, ""))
+    if path and Path(path).exists() and (Path(path).is_dir() or path.endswith(".safetensors")):
+        model = skeleton(path)
+        run.notes.append(f"{run.name}, {run.host}: the model is {model.title}")
+        _check_model(model, run, problems)
+        return model
+    release = _release(script, run, problems)
+    if not release:
+        raise ValueError(
+            f"{run.name}: what it trains is not known without the model ({option} {path or 'is not given'}); give a "
+            "released one (kohya-networks plan --help lists them), a checkpoint or a diffusers folder as MODEL, or "
+            "start the trainer with --network_args dry_run=True"
+        )
+    why = f"--{option} {path} is not on this machine" if path else f"no --{option} is given"
+    run.notes.append(f"{run.name}, {run.host}: {why}, so this is planned for {RELEASES[release].title} ({release})")
+    return skeleton(release)
+
+
+def _release(script: Script, run: TrainerRun, problems: Problems) -> str:
+    """The released model that a script trains with these options; "" = not known."""
+    if script.needs and script.needs not in run.given:
+        problems.add(f"--{script.needs} is missing, without which {run.name} does not start")
+    for option, releases in script.choices.items():
+        value = "" if run.given.get(option) is True else str(run.given.get(option, "-"))
+        if value in releases:
+            return releases[value]
+        if value != "-":
+            problems.add(f"--{option} {value} is none of {', '.join(releases)}{nearest(value, releases)}")
+    return script.release
+
+
+def _check_model(model: Skeleton, run: TrainerRun, problems: Problems) -> None:
+    """The script must be the one for a model that was found."""
+    from ..archs.detect import detect
+
+    if run.script is None or not run.script.release:
+        return
+    wanted = {arch_of(RELEASES[run.script.release]).name}
+    wanted |= {arch_of(RELEASES[name]).name for names in run.script.choices.values() for name in names.values()}
+    arch = detect(model.unet)
+    if arch.name not in wanted:
+        problems.add(f"{run.name} does not train {arch.title}, which {model.title} is: start the script for it")
+
+
+# -- the plan
+
+
+def _planned(entry: Any, model: Skeleton, run: TrainerRun, problems: Problems) -> Any:
+    """Of the parts that the run trains.
+
+    Raises:
+        ValueError: all that is wrong with it.
+    """
+    given, encoders = run.given, model.text_encoders if run.host == SD_SCRIPTS else []
+    if given.get("network_train_text_encoder_only") and not encoders:
+        problems.add(f"--network_train_text_encoder_only: nothing is left, {run.host} trains no text encoder here")
+    raw = {"neuron_dropout": given.get("network_dropout") or None, **run.words}
+    if "scale_weight_norms" in given:
+        _number("scale_weight_norms", given["scale_weight_norms"], problems)
+    dim, alpha = given.get("network_dim"), given.get("network_alpha", 1.0)
+    tensors, source = _deciding(run, problems), str(given.get("network_weights"))
+    plan = entry.planned(HOSTS[run.host], dim, alpha, encoders, model.unet, raw, problems, tensors, source)
+    if given.get("network_train_unet_only"):
         plan = plan.keep([row.part for row in plan.rows if not row.part.startswith("text_encoder")])
-    if args.network_train_text_encoder_only:
+    if given.get("network_train_text_encoder_only"):
         plan = plan.keep([row.part for row in plan.rows if row.part.startswith("text_encoder")])
-    if args.why is not None:
-        print(explained(plan.why(args.why), args.json))
-        return 0
-    if args.trained:
-        plan = plan.only_trained()
-    print(_printed(plan, args.readers, args.json), end="")
-    return 0
+    return plan
+
+
+def _deciding(run: TrainerRun, problems: Problems) -> Mapping[str, Any] | None:
+    """The file that decides dims, alphas and forms; None without one."""
+    from ..files.adapter_file import FileTensors
+
+    given = run.given
+    for file in given.get("base_weights", []):
+        run.notes.append(f"--base_weights {file} is merged into the model before, and changes nothing in the plan")
+    file = given.get("network_weights")
+    if file is None or not given.get("dim_from_weights"):
+        if file is not None:
+            run.notes.append(f"--network_weights {file}: training goes on from its values, whose dims must be these")
+        return None
+    try:
+        return FileTensors(str(file))
+    except (ValueError, OSError) as error:
+        problems.add(f"--network_weights {error}")
+        return None
+
+
+def _rated(plan: Any, model: Skeleton, run: TrainerRun, problems: Problems) -> Any:
+    """The learning rate of each part, as far as the run gives them; a part with 0 is not trained.
+
+    Raises:
+        ValueError: one is no number, or nothing is left.
+    """
+    from ..archs.detect import detect
+    from ..hosts.sd_scripts import part_rates
+
+    given = {name: run.given.get(name) for name in ("text_encoder_lr", "unet_lr", "learning_rate")}
+    if all(value is None for value in given.values()):
+        return plan
+    numbers = {
+        name: [_number(name, one, problems) for one in value]
+        if isinstance(value, list)
+        else _number(name, value, problems)
+        for name, value in given.items()
+    }
+    problems.raise_if_any()
+    rates = part_rates(detect(model.unet), *numbers.values())  # type: ignore[arg-type]
+    parts = list(dict.fromkeys(row.part for row in plan.trained))
+    run.notes.append("learning rates: " + ", ".join(f"{part} {_rate(rates[part])}" for part in parts))
+    left = [part for part in parts if rates[part] != 0]
+    if not left:
+        raise ValueError(f"{run.name}: nothing to train, every learning rate is 0; give --learning_rate")
+    return plan.keep(left) if len(left) < len(parts) else plan
+
+
+def _rate(rate: float | None) -> str:
+    return "the trainer's default" if rate is None else f"{rate:g}" if rate else "0 (not trained)"
+
+
+def _number(name: str, value: Any, problems: Problems) -> float | None:
+    try:
+        return None if value is None else named(f"--{name}", value, 0)
+    except ValueError as error:
+        problems.add(str(error))
+        return None
+
+
+# -- what is said of it
+
+
+def _title(title: str, model: Skeleton) -> str:
+    """With the release and size that is shown, and the other ones."""
+    if model.release is None:
+        return f"{title}: {model.title}"
+    listed = ", ".join(f"{one.name} ({one.title})" for one in others_of(model.release))
+    own = f"{title}: {model.title}" if model.title != title else title
+    return f"{own} ({model.release.name})" + (f"; other sizes: {listed}" if listed else "")
+
+
+def _named(model: Skeleton) -> dict[str, Any]:
+    release = model.release
+    others = {one.name: one.title for one in others_of(release)} if release else {}
+    return {"title": model.title, "release": release.name if release else None, "others": others}
+
+
+def _as_json(run: TrainerRun) -> dict[str, Any]:
+    return {"script": run.name, "host": run.host, "options": run.given, "others": run.others, "notes": run.notes}

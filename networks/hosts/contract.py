@@ -337,11 +337,7 @@ class Caller:
         Raises:
             ValueError: as the call itself.
         """
-        problems = Problems(self.name)
-        request, _ = self._file_request(host, tensors, text_encoder, unet, kwargs, "the file", problems)
-        plan, _ = build_plan(request, problems)
-        problems.raise_if_any()
-        return plan
+        return self.planned(host, None, None, text_encoder, unet, kwargs, Problems(self.name), tensors)
 
     def plan(
         self,
@@ -361,9 +357,37 @@ class Caller:
         Raises:
             ValueError: as the call itself.
         """
-        problems = Problems(self.name)
-        request = self._request(host, network_dim, network_alpha, text_encoder, unet, kwargs, problems)
-        plan = explained_plan(request, problems)
+        return self.planned(host, network_dim, network_alpha, text_encoder, unet, kwargs, Problems(self.name))
+
+    def planned(
+        self,
+        host: str,
+        dim: int | None,
+        alpha: float | None,
+        text_encoder: TextEncoders,
+        unet: nn.Module,
+        raw: Mapping[str, Any],
+        problems: Problems,
+        tensors: Mapping[str, Tensor] | None = None,
+        source: str = "the file",
+    ) -> Plan:
+        """The same, among other mistakes of the user.
+
+        Args:
+            host, dim, alpha, text_encoder, unet, raw: as for `new`.
+            problems: what is wrong besides.
+            tensors: of a file that decides dims, alphas and forms; None = the arguments decide.
+            source: name of the file, for messages.
+
+        Raises:
+            ValueError: all mistakes in one message.
+        """
+        if tensors is None:
+            plan = explained_plan(self._request(host, dim, alpha, text_encoder, unet, raw, problems), problems)
+        else:
+            plan, _ = build_plan(
+                self._file_request(host, tensors, text_encoder, unet, raw, source, problems)[0], problems
+            )
         problems.raise_if_any()
         return plan
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..archs import ARCHS
 from ..archs.detect import unwrap
+from ..archs.spec import ArchSpec
 from ..files.adapter_file import FileTensors
 from ..network.changes import times_changed
 from ..network.optim import Groups, text_encoder_rates
@@ -46,20 +47,7 @@ class LoRANetwork(HostNetwork):
             ValueError: a rate is no number, or nothing is left to train. Never a TypeError: the host would take it for
                 an older signature, call again without the default rate, and hide the message.
         """
-        given = [*text_encoder_lr] if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
-        names = *["text_encoder_lr"] * len(given), "unet_lr", "learning_rate"
-        for name, rate in zip(names, (*given, unet_lr, default_lr), strict=True):
-            if rate is not None:
-                learning_rate(name, rate)
-        encoders = [part.name for part in self.arch.text_encoders]
-        if isinstance(text_encoder_lr, Sequence) and len(text_encoder_lr) > len(encoders):
-            surplus = list(text_encoder_lr)[len(encoders) :]
-            log.warning(
-                "text_encoder_lr: %s not used, %s has %d text encoders", surplus, self.arch.title, len(encoders)
-            )
-        rates = text_encoder_rates(text_encoder_lr, default_lr, encoders)
-        rates[self.arch.denoiser.name] = default_lr if unet_lr is None else unet_lr
-        return self.groups(rates)
+        return self.groups(part_rates(self.arch, text_encoder_lr, unet_lr, default_lr))
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, default_lr: float | None = None
@@ -106,6 +94,34 @@ class LoRANetwork(HostNetwork):
         """
         assert self.runtime.region is not None, "set_current_generation before set_region"
         self.runtime.region.start(batch_size, num_sub_prompts, (height, width), shared)
+
+
+def part_rates(
+    arch: ArchSpec,
+    text_encoder_lr: float | Sequence[float] | None,
+    unet_lr: float | None,
+    default_lr: float | None = None,
+) -> dict[str, float | None]:
+    """Part -> its learning rate: None takes the default, 0 leaves a part out.
+
+    Args:
+        arch: whose parts.
+        text_encoder_lr, unet_lr, default_lr: --text_encoder_lr, --unet_lr and --learning_rate.
+
+    Raises:
+        ValueError: a rate is no number.
+    """
+    given = [*text_encoder_lr] if isinstance(text_encoder_lr, (list, tuple)) else [text_encoder_lr]
+    names = *["text_encoder_lr"] * len(given), "unet_lr", "learning_rate"
+    for name, rate in zip(names, (*given, unet_lr, default_lr), strict=True):
+        if rate is not None:
+            learning_rate(name, rate)
+    encoders = [part.name for part in arch.text_encoders]
+    if isinstance(text_encoder_lr, Sequence) and len(text_encoder_lr) > len(encoders):
+        surplus = list(text_encoder_lr)[len(encoders) :]
+        log.warning("text_encoder_lr: %s not used, %s has %d text encoders", surplus, arch.title, len(encoders))
+    rates = text_encoder_rates(text_encoder_lr, default_lr, encoders)
+    return {**rates, arch.denoiser.name: default_lr if unet_lr is None else unet_lr}
 
 
 STEPS_WITHOUT_NORMS = 3  # of the optimizer, after which a trainer is known not to call update_norms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..files.adapter_file import AdapterFile, FileTensors, Naming
 from ..files.base_weights import BaseWeights
 from ..files.readers import Given
 from ..plan.walk import Candidate, candidates
+from .releases import plain
 from .skeleton import Skeleton, layers_of, skeleton
 
 SAID = ("ss_base_model_version", "modelspec.architecture")  # keys of metadata that name the model
@@ -80,12 +80,8 @@ def _names_there(file: FileTensors, arch: ArchSpec) -> tuple[int, int]:
 
 
 def _is_said(arch: ArchSpec, metadata: Mapping[str, str]) -> bool:
-    said = " ".join(_plain(metadata.get(key, "")) for key in SAID)
-    return any(_plain(word) in said for word in (arch.name, arch.title, *(one.name for one in arch.releases)))
-
-
-def _plain(text: str) -> str:
-    return re.sub("[^a-z0-9]", "", text.lower())
+    said = " ".join(plain(metadata.get(key, "")) for key in SAID)
+    return any(plain(word) in said for word in (arch.name, arch.title, *(one.name for one in arch.releases)))
 
 
 def _fitting(file: FileTensors, arch: ArchSpec) -> Skeleton | None:

@@ -6,19 +6,18 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..archs.detect import detect
-from ..args.coerce import nearest
 from ..files import codec, reader, weight_names
 from ..plan.walk import candidates
 from . import outline
 from .libraries import from_config, library_class, on_meta
-from .releases import RELEASES, Release
+from .releases import RELEASES, Release, hint, release_called
 
 DENOISERS = ("unet", "transformer")  # their folders in a pipeline
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -28,11 +27,16 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on the meta device, as a host would hand it over."""
+    """A model on the meta device, as a host would hand it over.
+
+    Attributes:
+        release: the released model that it is; None = it was built from a folder.
+    """
 
     title: str
     unet: nn.Module
     text_encoders: list[nn.Module | None]
+    release: Release | None = None
 
 
 def skeleton(model: str) -> Skeleton:
@@ -45,17 +49,17 @@ def skeleton(model: str) -> Skeleton:
     Raises:
         ValueError: it is none of these, or of no architecture that we know.
     """
-    if model in RELEASES:
-        return _from_release(RELEASES[model])
     path = Path(model)
+    release = RELEASES.get(model) if path.exists() else release_called(model)
+    if release is not None:
+        return _from_release(release)
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
         return _from_header(path)
     names = ", ".join(RELEASES)
     raise ValueError(
-        f"{model} is neither a built-in model ({names}), nor a diffusers folder, nor a checkpoint"
-        f"{nearest(model, RELEASES)}"
+        f"{model} is neither a built-in model ({names}), nor a diffusers folder, nor a checkpoint{hint(model)}"
     )
 
 
@@ -77,7 +81,7 @@ def _from_release(release: Release, with_text_encoders: bool = True, whole: bool
     for name in () if whole else {name.partition(".")[0] for name in release.added}:
         delattr(denoiser, name)
     encoders = [recorded(one.name) if one else None for one in release.text_encoders if with_text_encoders]
-    return Skeleton(release.title, denoiser, encoders)
+    return Skeleton(release.title, denoiser, encoders, release)
 
 
 def _from_folder(folder: Path) -> Skeleton:
@@ -145,7 +149,7 @@ def _from_header(path: Path) -> Skeleton:
     release = RELEASES[best]
     encoders = any(key.startswith(weight_names.OTHERS) for key in shapes)
     built = _from_release(release, with_text_encoders=encoders, whole=_has_added(release, present))
-    return Skeleton(f"{path} ({release.title})", built.unet, built.text_encoders)
+    return replace(built, title=f"{path} ({release.title})")
 
 
 def _has_added(release: Release, present: set[str]) -> bool:

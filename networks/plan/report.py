@@ -43,6 +43,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "rows": rows,
         "totals": totals(plan),
         "notes": list(plan.notes),
+        "warnings": list(plan.warnings),
         "readers": plan.readers(),
     }
 
