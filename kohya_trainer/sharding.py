@@ -108,7 +108,7 @@ def check_plan(sharding: Sharding | None, args: argparse.Namespace, plan: Any) -
     rows = [row for row in plan.trained if row.relative] if sharding and args.scale_weight_norms and plan else []
     if sharding is not None and rows:
         raise ValueError(
-            f"--scale_weight_norms: the norm of {rows[0].algo} ({rows[0].dotted_name}) is that of a change of the base "
+            f"--scale_weight_norms: the norm of {rows[0].algo} ({rows[0].shown_name}) is that of a change of the base "
             f"weight, which {sharding.title} divides. Remove it, or configure plain multi-GPU."
         )
 

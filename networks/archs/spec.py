@@ -177,6 +177,12 @@ class Part:
                 return new + dotted_name[len(old) :]
         return dotted_name
 
+    def version_names(self, trainer_name: str) -> tuple[str, ...]:
+        """The names of one of the trainer's layers in other versions of its library."""
+        return tuple(
+            old + trainer_name[len(new) :] for old, new in self.versions if new and trainer_name.startswith(new)
+        )
+
     def saved_name(self, dotted_name: str) -> str:
         return f"{self.prefix}_{self.trainer_name(dotted_name)}".replace(".", "_")
 
@@ -327,6 +333,21 @@ class ArchSpec:
     @property
     def parts(self) -> tuple[Part, ...]:
         return (*self.text_encoders, self.denoiser)
+
+    @cached_property
+    def part_names(self) -> tuple[str, ...]:
+        """As logs print them, and as patterns take them before a colon."""
+        return tuple(part.name for part in self.parts)
+
+    def shown_name(self, part: str, trainer_name: str) -> str:
+        """A layer as plans, logs and messages print it: text encoders have names alike, so theirs begin with the part.
+        A pattern takes it as it is.
+
+        Args:
+            part: the name of its part.
+            trainer_name: dotted.
+        """
+        return trainer_name if part == self.denoiser.name else f"{part}:{trainer_name}"
 
     def excluded(self, values: Mapping[str, Any], host: str) -> dict[str, str]:
         """Regular expression -> why such layers are left out, under these arguments of a host's call."""

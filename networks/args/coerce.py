@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import expressions
+
 if TYPE_CHECKING:
     from ..records import Arg
 
@@ -148,9 +150,11 @@ def _from_file(text: str) -> Any:
     content = path.read_text(encoding="utf-8")
     try:
         if path.suffix.lower() == ".json":
-            return json.loads(content)
+            return _json(content)
         if path.suffix.lower() == ".toml":
             return read_toml(content)
+    except expressions.Repeated:
+        raise
     except ValueError as error:
         raise ValueError(f"names the file {path}, which cannot be read: {error}") from None
     lines = (line.strip() for line in content.splitlines())
@@ -176,14 +180,31 @@ def _structure(raw: Any) -> Any:
     if text.startswith("@"):
         return _from_file(text)
     if text and text[0] in "[{(\"'":
-        for read in (ast.literal_eval, json.loads):
+        for read in (_python, _json):
             try:
                 return read(text)
+            except expressions.Repeated:
+                raise
             except (ValueError, SyntaxError):
                 continue
         if text[0] == "{":  # no regular expression starts like this; [ and ( may
             raise ValueError("cannot be read; write it as {'regex': 8, 'another': 4}")
     return text
+
+
+def _python(text: str) -> Any:
+    tree = ast.parse(text, mode="eval")
+    if isinstance(tree.body, ast.Dict):
+        expressions.check_repeated(str(key.value) for key in tree.body.keys if isinstance(key, ast.Constant))
+    return ast.literal_eval(tree)
+
+
+def _json(text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        expressions.check_repeated(key for key, _ in pairs)
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def split_top(text: str, separator: str = ",") -> list[str]:
@@ -197,14 +218,6 @@ def split_top(text: str, separator: str = ",") -> list[str]:
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
-def _regex(text: Any) -> str:
-    try:
-        re.compile(str(text))
-    except re.error as error:
-        raise ValueError(f"has the regular expression {text!r}, which is wrong: {error}") from None
-    return str(text)
-
-
 def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
     found = _structure(raw)
     if isinstance(found, str):
@@ -213,7 +226,8 @@ def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
         found = next(iter(found.values()))
     if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
         raise ValueError("is not a list of regular expressions; write ['.*attn.*', '.*mlp.*'], or @file.txt")
-    return tuple(_regex(item) for item in found)
+    expressions.check_repeated(found)
+    return tuple(map(expressions.checked, found))
 
 
 _MAP = "write {'.*attn.*': 8} or .*attn.*=8,.*mlp.*=4, or @file.toml"
@@ -224,6 +238,7 @@ def _pairs(text: str) -> dict[str, str]:
     pairs = [] if text.lower() in NOT_GIVEN else [part.rsplit("=", 1) for part in split_top(text)]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"is not a list of regex=value; {_MAP}")
+    expressions.check_repeated(key.strip() for key, _ in pairs)
     return {key: value for key, value in pairs}
 
 
@@ -238,8 +253,9 @@ def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
     read = _integer if arg.kind == "regex_int" else _number
     result = {}
     for key, value in found.items():
+        expression = expressions.checked(str(key).strip())
         try:
-            result[_regex(str(key).strip())] = read(arg, value)
+            result[expression] = read(arg, value)
         except ValueError as error:
             raise ValueError(f"has {key!r} = {value!r}, which {error}") from None
     return result

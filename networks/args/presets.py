@@ -15,6 +15,7 @@ from typing import Any
 
 from ..records.arg import FACTORS
 from .coerce import coerce, nearest, read_toml
+from .expressions import flaw
 from .table import BY_NAME
 
 OWN = "*"  # among target modules: those that the architecture trains anyway
@@ -79,9 +80,6 @@ class Preset:
         own = re.compile(f"(?:{pattern})|(?:.*\\.)?(?:{pattern})$")
         return any(name == pattern or own.match(name) for name in names)
 
-    def first(self, patterns: Sequence[str], names: Sequence[str]) -> str | None:
-        return next((pattern for pattern in patterns if self.matches(pattern, names)), None)
-
     @cached_property
     def algos(self) -> frozenset[str]:
         """Algorithms which it names."""
@@ -143,10 +141,8 @@ def read(title: str, data: Mapping[str, Any]) -> Preset:
         **{f.name: values[f.name] for f in fields(Preset) if f.name in values},
     )
     for pattern in () if preset.use_fnmatch else preset.patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            wrong.append(f"the regular expression {pattern!r} is wrong: {error}; with use_fnmatch = true, write *attn*")
+        if found := flaw(pattern):
+            wrong.append(f"{found}; with use_fnmatch = true, write *attn*")
     if wrong:
         raise ValueError(f"has mistakes: {'; '.join(wrong)}")
     return preset

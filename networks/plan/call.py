@@ -105,15 +105,15 @@ class Call:
             a,
             request.saved,
             left_out,
-            Patterns("exclude_patterns", a.exclude_patterns),
-            Patterns("include_patterns", a.include_patterns),
-            Patterns("only_patterns", a.only_patterns),
-            Patterns("network_reg_dims", a.network_reg_dims),
-            Patterns("network_reg_alphas", a.network_reg_alphas),
-            Patterns("network_reg_lrs", a.network_reg_lrs),
-            Patterns("default", left_out),
-            Patterns("default", left_out.keys() - {*arch.exclude}),
-            Patterns("given", given & left_out.keys()),
+            Patterns("exclude_patterns", a.exclude_patterns, arch),
+            Patterns("include_patterns", a.include_patterns, arch),
+            Patterns("only_patterns", a.only_patterns, arch),
+            Patterns("network_reg_dims", a.network_reg_dims, arch),
+            Patterns("network_reg_alphas", a.network_reg_alphas, arch),
+            Patterns("network_reg_lrs", a.network_reg_lrs, arch),
+            Patterns("default", left_out, arch),
+            Patterns("default", left_out.keys() - {*arch.exclude}, arch),
+            Patterns("given", given & left_out.keys(), arch),
             PresetChoices(request, problems),
             BlockChoices(arch, request, denoiser, problems),
             frozenset(c.saved_name for c in layers),
@@ -130,6 +130,9 @@ class Call:
 
     def of_denoiser(self, c: Candidate) -> bool:
         return c.part.name == self.arch.denoiser.name
+
+    def shown_name(self, c: Candidate) -> str:
+        return self.arch.shown_name(c.part.name, c.trainer_name)
 
     def is_inside(self, c: Candidate) -> bool:
         """Whether it is in a block whose layers are trained, without being asked for or because an argument says so."""

@@ -212,7 +212,7 @@ def unmergeable(plan: Plan) -> list[str]:
         return []
     return [
         f"{len(bare)} of {len(plan.trained)} layers are normalisations without a weight of their own, such as "
-        f"{bare[0].dotted_name}: what they learn acts where these modules apply the file, cannot be merged, and other "
+        f"{bare[0].shown_name}: what they learn acts where these modules apply the file, cannot be merged, and other "
         "programs leave it out; train_norm=affine trains the others only"
     ]
 
@@ -283,7 +283,7 @@ def _ranks(trained: Sequence[PlanRow]) -> list[str]:
     first = above[0]
     return [
         f"{len(above)} of {len(trained)} layers have a dim above the full rank of their weight, such as "
-        f"{first.dotted_name} ({first.dim} above {min(first.shape[0], first.geometry.columns)})"
+        f"{first.shown_name} ({first.dim} above {min(first.shape[0], first.geometry.columns)})"
     ]
 
 
@@ -296,7 +296,7 @@ def _remarks(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:
             remark = "no rank, so scale 1 whatever alpha and rs_lora say"
         found.setdefault(remark, []).append(row)
     return [
-        f"{len(rows)} of {len(trained)} layers, such as {rows[0].dotted_name}, have {remark}"
+        f"{len(rows)} of {len(trained)} layers, such as {rows[0].shown_name}, have {remark}"
         for remark, rows in found.items()
         if remark
     ]

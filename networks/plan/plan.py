@@ -49,6 +49,7 @@ class PlanRow:
         reason: why it is left out; "" if it is trained.
         unwanted: it is left out because the call says so, not by the architecture's record.
         trainer_name: its dotted name in the trainer's own model.
+        shown_name: the same as it is printed, and as patterns take it.
     """
 
     part: str
@@ -78,6 +79,7 @@ class PlanRow:
     reason: str = ""
     unwanted: bool = False
     trainer_name: str = ""
+    shown_name: str = ""
 
     @property
     def trained(self) -> bool:

@@ -14,6 +14,7 @@ from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
 from . import checks, file_format, values
 from .call import By, Call, Choice, speaks_of_norms
+from .causes import grouped
 from .patterns import Patterns
 from .plan import Plan, PlanRow, Request
 from .rules import Verdict, decide
@@ -75,11 +76,15 @@ class _Planner:
         used: what decided something on a trained layer, or left one out -> the parts in which it did.
         modules: saved name -> base modules of the trained layers.
         misfits: of layers of the file, why they do not fit those of the model.
+        warnings: what looks wrong with the choice of layers.
+        refused: (why, layer) where arguments do not fit layers of the model.
     """
 
     def __init__(self, request: Request, problems: Problems) -> None:
         self.request, self.args, self.problems = request, request.args, problems
         self.used, self.modules, self.misfits = dict[By, set[str]](), dict[str, Bases](), list[str]()
+        self.refused: list[tuple[str, str]] = []
+        self.warnings: list[str] = []
         norms = speaks_of_norms(request)
         self.layers = [c for part, model in request.parts for c in candidates(part, model, norms)]
         self.call = Call.of(request, self.layers, problems)
@@ -93,18 +98,25 @@ class _Planner:
             row = self._row(c, verdict)
             rows.append(row)
             if row.trained and row.saved_name in self.modules:
-                self.problems.add(f"two layers would be saved as {row.saved_name}; one is {row.dotted_name}")
+                self.refused.append(("two layers would have one saved name", f"{row.shown_name} ({row.saved_name})"))
             if row.trained:
                 self.modules[row.saved_name] = c.bases
         self._tell_misfits()
+        for message in grouped(self.refused):
+            self.problems.add(message)
         plan = Plan(self.request.arch.title, tuple(rows))
         _check_dims(plan, self.request, self.problems)
         notes = checks.review(plan, self.request, self.used, self.problems)
         form, on_files = file_format.review(plan, self.request, self.problems)
-        idle = self.problems.warnings()
-        warnings = (*idle, *self._unusual(), *self.call.preset.warnings(), *checks.unmergeable(plan))
+        warnings = (
+            *self.problems.warnings(),
+            *self.warnings,
+            *self._unusual(),
+            *self.call.preset.warnings(),
+            *checks.unmergeable(plan),
+            *checks.strong(plan),
+        )
         uses = {by: frozenset(parts) for by, parts in self.used.items() if by[0] in self.args.given}
-        warnings += checks.strong(plan)
         return replace(plan, notes=(*notes, *on_files), warnings=warnings, file_format=form, uses=uses)
 
     # -- one layer
@@ -112,7 +124,8 @@ class _Planner:
     def _row(self, c: Candidate, verdict: Verdict) -> PlanRow:
         g = c.geometry
         names = c.dotted_name, *self.call.saved_names(c)
-        row = PlanRow(c.part.name, *names, g.kind, g.weight_shape, g, trainer_name=c.trainer_name)
+        trainers = {"trainer_name": c.trainer_name, "shown_name": self.call.shown_name(c)}
+        row = PlanRow(c.part.name, *names, g.kind, g.weight_shape, g, **trainers)
         saved = self.call.saved_layer(c)
         self._use(verdict.by, c)
         if verdict.reason:
@@ -123,14 +136,14 @@ class _Planner:
             choice = self._by_arguments(c, a) if saved is None else self._by_file(c, saved, a)
         except ValueError as error:
             if saved is None:
-                self.problems.add(f"{c.saved_name}: {error}")
+                self.refused.append((str(error), row.shown_name))
             else:
                 self.misfits.append(f"{saved.name}: {error}")
             return replace(row, reason="the file does not fit it")
         try:
             layout = layout_of(choice.algorithm, g, choice.dim, choice.options, choice.split)
         except ValueError as error:
-            self.problems.add(f"{c.dotted_name}: {error}")
+            self.refused.append((str(error), row.shown_name))
             return replace(row, reason="the algorithm has no form for it")
         self._note(c, choice, layout)
         return self._trained(row, c, a, choice, layout)
@@ -273,7 +286,7 @@ class _Planner:
     def _unusual(self) -> list[str]:
         """A warning if the denoiser has another number of layers than every released model of its architecture."""
         arch = self.request.arch
-        excluded = Patterns("default", arch.excluded({}, self.args.host))
+        excluded = Patterns("default", arch.excluded({}, self.args.host), arch)
         count = sum(c.default and self.call.of_denoiser(c) and not excluded.first(c) for c in self.layers)
         if not arch.usual or count in arch.usual:
             return []
@@ -290,6 +303,7 @@ class _Planner:
             for pattern in patterns.report_unmatched(trainable, others, self.problems):
                 self.used[patterns.argument, pattern] = set()  # spoken of already
         self._check_rescue(trainable)
+        self._check_whole(trainable)
 
     def _check_rescue(self, trainable: Sequence[Candidate]) -> None:
         """include_patterns must meet a layer that an exclude pattern matches."""
@@ -299,6 +313,22 @@ class _Planner:
             self.problems.add(
                 "include_patterns rescues nothing: no exclude pattern matches these layers "
                 "(to train nothing else, use only_patterns)"
+            )
+
+    def _check_whole(self, trainable: Sequence[Candidate]) -> None:
+        """exclude_patterns must leave a layer, and only_patterns should leave out one."""
+        call = self.call
+        there = [c for c in trainable if not call.by_record.first(c) or call.include.first(c)]
+        left = [c for c in there if not call.exclude.first(c) or call.include.first(c)]
+        if there and not left:
+            self.problems.add(
+                f"exclude_patterns: {call.exclude.quoted} leaves out all {len(there)} layers that would be trained; "
+                "write narrower ones, or name what stays in include_patterns"
+            )
+        elif call.only and left and all(map(call.only.first, left)):
+            self.warnings.append(
+                f"only_patterns: {call.only.quoted} matches all {len(left)} layers that would be trained anyway, so it "
+                "leaves out nothing"
             )
 
     def _check_optional(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..args import presets
+from ..args.expressions import part_of
 from ..args.parse import NetArgs, Problems
 from ..args.table import BY_NAME
 from .walk import Candidate
@@ -126,6 +127,10 @@ class PresetChoices:
         return [f"preset={self.preset.title}: {sorted(self.unused)} decide no layer of this model"]
 
     def _first(self, patterns: tuple[str, ...], c: Candidate) -> str | None:
-        found = self.preset.first(patterns, c.names) if self.preset else None
+        found = next((pattern for pattern in patterns if self._means(pattern, c)), None)
         self.unused.discard(found or "")
         return found
+
+    def _means(self, pattern: str, c: Candidate) -> bool:
+        part, expression = part_of(pattern, self.arch.part_names)
+        return self.preset is not None and part in ("", c.part.name) and self.preset.matches(expression, c.names)

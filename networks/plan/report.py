@@ -34,7 +34,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     rows = []
     for row in plan.rows:
         entry = {name: getattr(row, name) for name in _FIELDS} if row.trained else {}
-        entry |= {"part": row.part, "dotted_name": row.dotted_name, "saved_name": row.saved_name, "kind": row.kind}
+        entry |= {"name": row.shown_name, "part": row.part, "dotted_name": row.dotted_name}
+        entry |= {"saved_name": row.saved_name, "kind": row.kind}
         entry |= {"shape": list(row.shape), "trained": row.trained}
         entry |= {"parameters": row.parameters, "bytes": row.bytes} if row.trained else {"reason": row.reason}
         rows.append(entry)
@@ -78,7 +79,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _cells(row: PlanRow) -> tuple[str, ...]:
-    name = row.dotted_name if row.part == "unet" else f"{row.part}: {row.dotted_name}"
+    name = row.shown_name
     shape = "x".join(map(str, row.shape))
     if not row.trained:
         return name, row.saved_name, row.kind, shape, row.reason

@@ -76,10 +76,12 @@ class Candidate:
         usual = self.geometry.family == Geometry.family and not self.geometry.has_kernel
         return usual and not self.part.argument and self.inside
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
-        """Every dotted name by which a user may speak of it."""
-        return (*(self.own_names or (self.dotted_name,)), self.trainer_name)
+        """Every dotted name by which a user may speak of it, the trainer's first: those of this model's classes, and
+        those of all versions of a library, whichever is installed."""
+        own = self.own_names or (self.dotted_name,)
+        return tuple(dict.fromkeys((self.trainer_name, *own, *self.part.version_names(self.trainer_name))))
 
     @property
     def own_saved_name(self) -> str:

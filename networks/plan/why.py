@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..args.coerce import nearest
+from ..args.expressions import part_of
 from .rules import RULES, Rule, Word
 from .values import VALUES, Found, Source
 
@@ -36,7 +37,7 @@ class Why:
         row = self.row
         told = "; ".join((f"{row.algo}, dim {row.dim}, alpha {row.alpha:g}, scale {row.scale:.6g}", *_rates(row)))
         lines = [
-            f"{row.part}: {row.dotted_name} ({row.saved_name}, {row.kind})",
+            f"{row.shown_name} ({row.saved_name}, {row.kind})",
             f"  {'trained: ' + told if row.trained else 'left out: ' + row.reason}",
         ]
         width = max(len(rule.name) for rule, _ in self.words)
@@ -47,6 +48,7 @@ class Why:
     def to_json(self) -> dict[str, Any]:
         """JSON-able form: names, the rules' words as text, and the sources' values."""
         return {
+            "name": self.row.shown_name,
             "part": self.row.part,
             "dotted_name": self.row.dotted_name,
             "saved_name": self.row.saved_name,
@@ -71,7 +73,8 @@ class Explainer:
         """All layers that a name means.
 
         Args:
-            name: a dotted name or a saved name; else a part of one, or a regular expression that is found in one.
+            name: a dotted name or a saved name; else a part of one, or a regular expression that is found in one; either
+                may begin with the part that it means, `text_encoder1:mlp`.
             rows: of the plan.
 
         Raises:
@@ -79,12 +82,24 @@ class Explainer:
         """
         by_name = {(row.part, row.dotted_name): row for row in rows}
         layers = [c for c in self.layers if (c.part.name, c.dotted_name) in by_name]
-        found = [c for c in layers if name in _names(c)] or _matching(name, layers)
+        found = [c for c in layers if name in self._names(c)] or self._matching(name, layers)
         if not found:
-            known = [one for c in layers for one in _names(c)]
+            known = [one for c in layers for one in self._names(c)]
             like = f"; names look like {known[0]}" if known else ""
             raise ValueError(f"no layer of this model has {name!r} in its name{nearest(name, known) or like}")
         return tuple(self._why(c, by_name[c.part.name, c.dotted_name]) for c in found)
+
+    def _matching(self, name: str, layers: Sequence[Candidate]) -> list[Candidate]:
+        """Those in whose names it is found, as a regular expression or as it stands."""
+        part, expression = part_of(name, self.call.arch.part_names)
+        try:
+            pattern = re.compile(expression)
+        except re.error:
+            pattern = re.compile(re.escape(expression))
+        return [c for c in layers if part in ("", c.part.name) and any(map(pattern.search, self._names(c)))]
+
+    def _names(self, c: Candidate) -> tuple[str, ...]:
+        return (self.call.shown_name(c), c.dotted_name, *c.names, c.saved_name)
 
     def _why(self, c: Candidate, row: PlanRow) -> Why:
         words = tuple((rule, rule.ask(c, self.call)) for rule in RULES)
@@ -92,18 +107,6 @@ class Explainer:
             name: tuple((source, source.find(c, self.call)) for source in sources) for name, sources in VALUES.items()
         }
         return Why(row, words, values)
-
-
-def _matching(name: str, layers: Sequence[Candidate]) -> list[Candidate]:
-    try:
-        pattern = re.compile(name)
-    except re.error:
-        pattern = re.compile(re.escape(name))
-    return [c for c in layers if any(map(pattern.search, _names(c)))]
-
-
-def _names(c: Candidate) -> tuple[str, ...]:
-    return (c.dotted_name, *c.names, c.saved_name)
 
 
 def saying(rule: Rule, word: Word | None) -> str:

@@ -1,0 +1,30 @@
+"""What is wrong with many layers for one cause is one sentence with their number and an example."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+def grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
+    """One sentence for each cause.
+
+    Args:
+        refused: (why, layer). Reasons that differ in their numbers alone are one cause; told is the one with the
+            largest, the last of which is what to write: it serves the others, too.
+    """
+    causes: dict[str, dict[str, list[str]]] = {}
+    for reason, layer in refused:
+        causes.setdefault(re.sub(r"\d+", "#", reason), {}).setdefault(reason, []).append(layer)
+    return [_told(reasons) for reasons in causes.values()]
+
+
+def _told(reasons: dict[str, list[str]]) -> str:
+    worst = max(reasons, key=_numbers)
+    count, example = sum(map(len, reasons.values())), reasons[worst][0]
+    return f"{example}: {worst}" if count == 1 else f"{worst} ({count} layers, such as {example})"
+
+
+def _numbers(reason: str) -> list[int]:
+    """The last one first."""
+    return [int(number) for number in reversed(re.findall(r"\d+", reason))]
