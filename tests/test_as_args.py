@@ -132,7 +132,9 @@ CASES: dict[str, tuple[str, bool, dict[str, str]]] = {
     "projections apart": ("flux", False, {"split_qkv": "True"}),
     "layers outside the blocks": ("flux", False, {"in_dims": "4,2,0,0,8", "algo": "lokr", "decompose_both": "True"}),
     "names of diffusers": ("wan", False, {"save_format": "diffusers"}),
-    "an encoder with its own dims": ("flux", True, {"network_reg_dims": "{'text_model.*fc1': 7}"}),
+    "an encoder with its own dims": (
+        "sdxl", True, {"network_reg_dims": "{'text_encoder2:.*fc1': 7}", "exclude_patterns": "['text_encoder1:.*fc2']"},
+    ),
 }  # fmt: skip
 
 

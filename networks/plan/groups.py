@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 _NUMBER = "[0-9]+"
+Layer = tuple[str, str]  # the name of its part, its dotted name
 _Key = tuple[tuple[str, ...], tuple[str, ...]]  # first and last components of a name
 
 
@@ -31,6 +32,22 @@ def patterns_for(wanted: Collection[str], others: Collection[str]) -> list[str]:
         found.append(_expression(key, others))
         left = {name for name in left if key not in meant[name]}
     return [*found, *_by_numbers(left, others)]
+
+
+def patterns_in(wanted: Collection[Layer], others: Collection[Layer]) -> list[str]:
+    """The same where parts may have names alike: an expression names the part where it must.
+
+    Args:
+        wanted, others: (part, dotted name).
+    """
+    names, rest = ({name for _, name in layers} for layers in (wanted, others))
+    if names.isdisjoint(rest):
+        return patterns_for(names, rest)
+    found = list[str]()
+    for part in sorted({part for part, _ in wanted}):
+        own, theirs = ({name for one, name in layers if one == part} for layers in (wanted, others))
+        found += [f"{part}:{pattern}" for pattern in patterns_for(own, theirs)]
+    return found
 
 
 def _keys(name: str) -> Iterator[_Key]:

@@ -15,7 +15,7 @@ from ..archs.spec import ArchSpec
 from ..args.shells import CommandLine
 from ..args.table import BY_NAME
 from ..tensors.geometry import Geometry
-from .groups import patterns_for
+from .groups import patterns_in
 from .plan import Plan, PlanRow
 
 UNET_ONLY, ENCODERS_ONLY = "network_train_unet_only", "network_train_text_encoder_only"
@@ -120,16 +120,16 @@ class _Search:
     def _rescue(self, missing: set[_Key]) -> None:
         """By include_patterns."""
         if missing:
-            rest = {row.trainer_name for row in self.now.rows if not row.trained and _key(row) not in missing}
-            found = patterns_for({self.rows[key].trainer_name for key in missing}, rest)
+            rest = {_layer(row) for row in self.now.rows if not row.trained and _key(row) not in missing}
+            found = patterns_in({_layer(self.rows[key]) for key in missing}, rest)
             self._try({"include_patterns": _listed(found)})
 
     def _leave_out(self, excess: set[_Key]) -> None:
         """By the shorter one of exclude_patterns and only_patterns."""
         if excess:
-            kept = {row.trainer_name for row in self.rows.values()}
-            out = {row.trainer_name for row in self.now.trained if _key(row) in excess}
-            ways = {"exclude_patterns": patterns_for(out, kept), "only_patterns": patterns_for(kept, out)}
+            kept = {*map(_layer, self.rows.values())}
+            out = {_layer(row) for row in self.now.trained if _key(row) in excess}
+            ways = {"exclude_patterns": patterns_in(out, kept), "only_patterns": patterns_in(kept, out)}
             for name in sorted(ways, key=lambda one: len(_listed(ways[one]))):
                 self._try({name: _listed(ways[name])})
 
@@ -192,11 +192,11 @@ class _Search:
         """Take an argument with values for those layers in which something is another."""
         pairs = [(row, self.rows[key]) for row in self.now.trained if (key := _key(row)) in self.rows]
         values = {
-            wanted.trainer_name: found
+            _layer(wanted): found
             for row, wanted in pairs
             if not _COMPARED[what](wanted, row) and (found := value(wanted)) is not None
         }
-        own = (row.trainer_name for row, _ in pairs)
+        own = (_layer(row) for row, _ in pairs)
         self._take(replace(self.line, args={**self.line.args, **_mapped(argument, values, own)}))
 
     def _take(self, line: CommandLine) -> None:
@@ -357,6 +357,10 @@ def _key(row: PlanRow) -> _Key:
     return row.part, row.saved_name
 
 
+def _layer(row: PlanRow) -> Layer:
+    return row.part, row.trainer_name
+
+
 def _without_defaults(options: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in options.items() if value != BY_NAME[name].default}
 
@@ -389,12 +393,12 @@ def _most_common(values: Iterable[float | None]) -> float | None:
     return next((value for value, _ in Counter(v for v in values if v is not None).most_common(1)), None)
 
 
-def _mapped(argument: str, values: Mapping[str, float], names: Iterable[str]) -> dict[str, str]:
-    """`{'regex': 8}` for some layers of these names; {} for none."""
-    every, pairs = set(names), []
+def _mapped(argument: str, values: Mapping[Layer, float], layers: Iterable[Layer]) -> dict[str, str]:
+    """`{'regex': 8}` for some of these layers; {} for none."""
+    every, pairs = set(layers), []
     for value in sorted(set(values.values())):
-        own = {name for name, its in values.items() if its == value}
-        pairs += [f"'{pattern}': {value:.9g}" for pattern in patterns_for(own, every)]
+        own = {layer for layer, its in values.items() if its == value}
+        pairs += [f"'{pattern}': {value:.9g}" for pattern in patterns_in(own, every - own)]
     return {argument: f"{{{', '.join(pairs)}}}"} if pairs else {}
 
 
