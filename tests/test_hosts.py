@@ -230,9 +230,13 @@ def test_a_rate_of_0_leaves_a_part_out(
     unet, encoder = sd_unet(), text_encoder()
     network = networks.lora.create_network(1.0, 4, 1, None, encoder, unet)
     network.apply_to(encoder, unet, True, True)
-    groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs(encoder_rate, unet_rate, 1e-3)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="networks"):
+        groups, descriptions = network.prepare_optimizer_params_with_multiple_te_lrs(encoder_rate, unet_rate, 1e-3)
     assert {"unet", "text_encoder"} - {*descriptions} == {left_out} and len(descriptions) == 1
-    assert f"{left_out}: learning rate 0" in caplog.text
+    (said,) = (record.getMessage() for record in caplog.records)
+    count = sum(p.numel() for group in groups for p in group["params"])
+    assert said.startswith(f"learning rate 0 for {left_out}: ") and f"; {count:,} parameters are trained" in said
     trainable = {id(p) for p in network.get_trainable_params()}
     assert trainable == {id(p) for p in groups[0]["params"]}
 
@@ -351,6 +355,7 @@ def test_options_for_training_work_with_dim_from_weights(tmp_path: Path, caplog:
             1, str(tmp_path / "a.safetensors"), None, None, unet,
             factor="2", rank_dropout="0.1", exclude_patterns=".*attn1.*", loraplus_lr_ratio="4",
         )  # fmt: skip
+        again.apply_to(None, unet, False, True)
     assert "the file decides" in caplog.text
     assert not any("attn1" in layer.lora_name for layer in again.adapted_layers)
     assert any(layer.adapter.geometry.has_kernel for layer in again.adapted_layers)
@@ -389,7 +394,9 @@ def test_the_model_keeps_its_modules_and_its_state() -> None:
 
 def test_creation_says_what_runs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="networks"):
-        networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True")
+        network = networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), verbose="True")
+        assert len(caplog.records) == 1  # the rest waits for what the host trains
+        network.apply_to(None, None, False, True)
     assert f"networks.lora {networks.__version__} from {ROOT / 'networks' / 'lora.py'}: " in caplog.text
     assert "lora_unet_mid_block_attentions_0_proj_in" in caplog.text
 

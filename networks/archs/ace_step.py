@@ -41,5 +41,6 @@ ACE_STEP = ArchSpec(
     axes=(BlockAxis("layers."),),
     switches=(Switch("train_mlp", r".*\.mlp\..*", trained_if=True),),
     usual=frozenset({192, 256}),
+    kinds=frozenset({8}),
     releases=(Release("ace_step", "ACE-Step 1.5", "AceStepTransformer1DModel"),),
 )

@@ -118,6 +118,7 @@ ANIMA = ArchSpec(
     exclude=(r".*(_norm|_embedder|final_layer).*",),
     switches=(Switch("exclude_mod", r".*_modulation.*", trained_if=False),),
     usual=frozenset({280}),
+    kinds=frozenset({9}),
     releases=(
         Release(
             "anima",

@@ -197,6 +197,7 @@ FLUX = ArchSpec(
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
     fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({304, 228}),
+    kinds=frozenset({7, 10}),
     releases=(
         Release(
             "flux",
@@ -237,5 +238,6 @@ CHROMA = replace(
     switches=(NO_ATTENTION,),
     layer_dims=tuple((name, regex) for name, regex in FLUX.layer_dims if "mod" not in name),
     usual=frozenset({228}),
+    kinds=frozenset({7}),
     releases=(Release("chroma", "Chroma", "ChromaTransformer2DModel", {}, (None, T5_XXL), also=("chroma1-hd",)),),
 )

@@ -65,6 +65,7 @@ FLUX_2 = ArchSpec(
     axes=(BlockAxis("double_blocks."), BlockAxis("single_blocks.", None)),
     fused_rows=(FusedRows(r"double_blocks\..*\.qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({80, 112, 160}),
+    kinds=frozenset({7}),
     releases=(
         Release("flux_2", "FLUX.2 dev", "Flux2Transformer2DModel"),
         Release(

@@ -33,4 +33,5 @@ HIDREAM_O1 = ArchSpec(
     axes=(BlockAxis("model.language_model.layers."), BlockAxis("model.visual.blocks.", None)),
     fused_rows=(FusedRows(r"model\.visual\..*\.qkv", 1, 2),),
     usual=frozenset({255, 365, 371}),  # a single file lacks the six layers of deepstack_merger_list
+    kinds=frozenset({9, 13, 14}),
 )

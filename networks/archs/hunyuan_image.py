@@ -176,6 +176,7 @@ HUNYUAN_IMAGE = ArchSpec(
     block_sets=(("double", r"double_blocks\..*"), ("single", r"single_blocks\..*")),
     fused_rows=(FusedRows(r"(double_blocks|txt_in)\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({320}),
+    kinds=frozenset({10}),
     releases=(
         Release("hunyuan_image", "HunyuanImage 2.1", "HunyuanImageTransformer2DModel", {"guidance_embeds": True}),
     ),

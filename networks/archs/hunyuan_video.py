@@ -5,7 +5,7 @@ from __future__ import annotations
 from .flux import NORMS
 from .hunyuan_image import BLOCKS, COMFYUI, COMFYUI_DOUBLE, COMFYUI_REST, OUTSIDE, QK_NORMS, TEXT_IN
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
 from .spellings import Rename, below, divided, exchanged, numbered
 
 DOUBLE_BLOCKS = 20
@@ -75,6 +75,7 @@ HUNYUAN_VIDEO = ArchSpec(
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod|modulation)\..*", trained_if=False),),
     fused_rows=(FusedRows(r"(double_blocks|txt_in)\..*_qkv", 1, 2), FusedRows(r"single_blocks\..*\.linear1", 3, 1)),
     usual=frozenset({240}),
+    kinds=frozenset({7}),
     releases=(
         Release("hunyuan_video", "HunyuanVideo", "HunyuanVideoTransformer3DModel"),
         Release(
@@ -148,11 +149,14 @@ HV_1_5 = ArchSpec(
         ("MMDoubleStreamBlock", "HunyuanVideo15TransformerBlock"),
         layouts=HV_1_5_DIFFUSERS,
         comfyui=(*HV_1_5_COMFYUI, *COMFYUI_REST),
+        # Behind the last block the video goes on alone: the text of that block ends as keys and values.
+        unread=(Unread(r"double_blocks\.(\d+)\.txt_(attn_q|attn_q_norm|attn_proj|norm2|mlp\..*)"),),
     ),
     axes=(BlockAxis("double_blocks."),),
     # The trainer's default pattern, .*(_in).*, matches no layer of a block: it trains the modulation, too.
     switches=(Switch("exclude_mod", r".*\.(img_mod|txt_mod)\..*", trained_if=False, default=True),),
     usual=frozenset({756}),
+    kinds=frozenset({12}),
     releases=(Release("hv_1_5", "HunyuanVideo 1.5", "HunyuanVideo15Transformer3DModel"),),
 )
 
@@ -178,6 +182,7 @@ FRAMEPACK = ArchSpec(
     axes=(BlockAxis("transformer_blocks."), BlockAxis("single_transformer_blocks.", DOUBLE_BLOCKS)),
     switches=(Switch("exclude_mod", r".*\.(norm|norm1|norm1_context)\.linear", trained_if=False),),
     usual=frozenset({440}),
+    kinds=frozenset({17}),
     releases=(
         Release(
             "framepack",

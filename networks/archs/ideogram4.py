@@ -27,5 +27,6 @@ IDEOGRAM4 = ArchSpec(
     switches=(Switch("exclude_mod", r".*\.adaln_modulation", trained_if=False),),
     fused_rows=(FusedRows(r"layers\..*\.qkv", 1, 2),),
     usual=frozenset({170}),
+    kinds=frozenset({3}),
     releases=(Release("ideogram4", "Ideogram 4", "Ideogram4Transformer2DModel"),),
 )

@@ -26,6 +26,7 @@ KANDINSKY = ArchSpec(
     axes=(BlockAxis("text_transformer_blocks."), BlockAxis("visual_transformer_blocks.", None)),
     switches=(Switch("exclude_mod", r".*\.(text|visual)_modulation\..*", trained_if=False),),
     usual=frozenset({332, 512, 624}),
+    kinds=frozenset({16}),
     releases=(
         Release(
             "kandinsky",

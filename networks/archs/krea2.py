@@ -48,5 +48,6 @@ KREA2 = ArchSpec(
     denoiser=Part("dit", "lora_unet", ("SingleStreamDiT", "Krea2Transformer2DModel"), layouts=DIFFUSERS),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({264}),
+    kinds=frozenset({30}),
     releases=(Release("krea2", "Krea 2", "Krea2Transformer2DModel"),),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import IMAGE_QKV
 from .releases import Encoder, Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
 from .spellings import Rename, below, fused
 
 GEMMA2 = ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")
@@ -76,6 +76,8 @@ LUMINA = ArchSpec(
                 "gemma2_2b.transformer.model.",
                 "text_encoders.gemma2_2b.",
             ),  # fmt: skip
+            # What enters the last layer is read.
+            unread=(Unread(r"layers\.(\d+)\..*"), Unread("norm")),
         ),
     ),
     axes=(BlockAxis("layers."),),
@@ -96,6 +98,7 @@ LUMINA = ArchSpec(
     ),
     fused_rows=(FusedRows(r".*\.attention\.qkv", 1, 2),),
     usual=frozenset({180}),
+    kinds=frozenset({13}),
     releases=(
         Release("lumina", "Lumina Image 2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, (GEMMA2_2B,)),
     ),

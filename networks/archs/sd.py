@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from .releases import Encoder, Release
-from .spec import ArchSpec, BlockLevels, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockLevels, Part, Signature, Switch, Timestep, Unread
 from .spellings import Pairs, Rename, below, divided, subtrees
 
 TRANSFORMER = ("Transformer2DModel",)
@@ -81,8 +81,13 @@ REGIONS: Pairs = (
 NO_ATTENTION = Switch("enable_all_linear", r".*\.(proj_in|proj_out|ff\.net\.(0\.proj|2))", True, default=True)
 
 
-def clip(number: int | None) -> Part:
-    """A CLIP text encoder: `lora_te`, or `lora_te1`, `lora_te2` where there are several."""
+def clip(number: int | None, unread: tuple[Unread, ...] = ()) -> Part:
+    """A CLIP text encoder: `lora_te`, or `lora_te1`, `lora_te2` where there are several.
+
+    Args:
+        number: None = the only one.
+        unread: what of it this architecture does not use.
+    """
     suffix = "" if number is None else str(number)
     component = "text_encoder_2" if number == 2 else "text_encoder"
     return Part(
@@ -94,7 +99,11 @@ def clip(number: int | None) -> Part:
         roots=CLIP_ROOTS[number],
         diffusers=component,
         file_roots=CLIP_FILE_ROOTS[number],
+        unread=unread,
     )
+
+
+_LAYERS = r"text_model\.encoder\.layers\.(\d+)\..*"
 
 
 def _sd_blocks() -> tuple[tuple[str, int], ...]:
@@ -205,11 +214,12 @@ SD = ArchSpec(
         diffusers="unet",
         others=((_OLDER_DIFFUSERS, of_processors((("", ""),))),),
     ),
-    text_encoders=(clip(None),),
+    text_encoders=(clip(None, (Unread(_LAYERS, last=0, option="clip_skip"),)),),
     blocks=_sd_blocks(),
     switches=(NO_ATTENTION,),
     levels=BlockLevels(first=0, down=12, mid=1, up=12),
     usual=frozenset({192}),
+    kinds=frozenset({24}),
     releases=(
         Release(
             "sd15",
@@ -254,11 +264,13 @@ SDXL = ArchSpec(
         diffusers="unet",
         others=((_OLDER_DIFFUSERS, of_processors(tuple(p for p in _release_names(3) if ".attentions." in p[0]))),),
     ),
-    text_encoders=(clip(1), clip(2)),
+    # Of the first one what enters the last layer is read; of the second one the end, too, for the pooled vector.
+    text_encoders=(clip(1, (Unread(_LAYERS), Unread(r"text_model\.final_layer_norm"))), clip(2)),
     blocks=_sdxl_blocks(),
     switches=(NO_ATTENTION,),
     levels=BlockLevels(first=1, down=9, mid=3, up=9),
     usual=frozenset({722}),
+    kinds=frozenset({24}),
     releases=(
         Release(
             "sdxl",

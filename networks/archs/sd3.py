@@ -5,7 +5,7 @@ from __future__ import annotations
 from .flux import IMAGE_QKV, T5_XXL, TEXT_QKV, t5
 from .releases import Release
 from .sd import CLIP_G, CLIP_L_PROJECTED, clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
 from .spellings import Rename, below, fused, numbered
 
 DIFFUSERS = (
@@ -67,7 +67,13 @@ SD3 = ArchSpec(
     signatures=(Signature("MMDiT"), Signature("SD3Transformer2DModel")),
     timestep=Timestep(("t", "timestep")),
     denoiser=Part(
-        "dit", "lora_unet", ("SingleDiTBlock", "JointTransformerBlock"), layouts=DIFFUSERS, others=(("OMI", OMI),)
+        "dit",
+        "lora_unet",
+        ("SingleDiTBlock", "JointTransformerBlock"),
+        layouts=DIFFUSERS,
+        others=(("OMI", OMI),),
+        # Behind the last block the picture goes on alone, so that nothing asks for the text's own view of it.
+        unread=(Unread(r"joint_blocks\.(\d+)\.context_block\.attn\.ln_q"),),
     ),
     text_encoders=(clip(1), clip(2), t5("text_encoder_3.")),
     axes=(BlockAxis("joint_blocks.", 0, "train_block_indices"),),
@@ -95,6 +101,7 @@ SD3 = ArchSpec(
     ),
     fused_rows=(FusedRows(r"joint_blocks\..*\.qkv", 1, 2),),
     usual=frozenset({237, 263, 377}),
+    kinds=frozenset({8, 10}),
     releases=(
         Release(
             "sd3",

@@ -50,6 +50,37 @@ class FusedRows:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Layers whose output nothing in their model reads, so that no loss ever gives them a gradient.
+
+    Attributes:
+        regex: on the whole trainer's dotted name; its first group, if it has one, is the number of a block.
+        last: how many blocks at the end are meant, where there is such a group.
+        option: of the trainer, which counts from the end the block whose output is read last, 1 = the last one; it
+            decides in place of `last` where it is given.
+    """
+
+    regex: str
+    last: int = 1
+    option: str = ""
+
+    def of(self, trainer_names: Iterable[str], options: object = None) -> set[str]:
+        """Those among all layers of a model.
+
+        Args:
+            trainer_names: of all of them, trained or not.
+            options: of the trainer, as attributes; None = not known.
+        """
+        found = {name: match for name in trainer_names if (match := re.fullmatch(self.regex, name))}
+        if not re.compile(self.regex).groups:
+            return {*found}
+        number = {name: int(match.group(1)) for name, match in found.items()}
+        read = getattr(options, self.option, None) if self.option else None
+        last = self.last if read is None else int(read) - 1
+        return {name for name in found if number[name] > max(number.values()) - last}
+
+
+@dataclass(frozen=True)
 class Part:
     """One trained model of an architecture: the denoiser or a text encoder.
 
@@ -76,6 +107,7 @@ class Part:
         others: (program or layout, names of its layers in adapter files), where they are those of no other record.
         file_roots: what else may stand before the names of its layers in adapter files, with a dot behind it before
             dotted names, with an underscore before flat ones; see `names` for what stands there usually.
+        unread: layers that never get a gradient. They are trained like all others, as in the trainers' files.
     """
 
     name: str
@@ -97,6 +129,7 @@ class Part:
     twins: tuple[Twins, ...] = ()
     others: tuple[tuple[str, tuple[Rename, ...]], ...] = ()
     file_roots: tuple[str, ...] = ()
+    unread: tuple[Unread, ...] = ()
 
     def __hash__(self) -> int:  # that of all its tables would take longer than what is looked up by it
         return hash((self.name, self.prefix))
@@ -287,6 +320,7 @@ class ArchSpec:
         levels: for learning rates by depth, where an architecture has them.
         fused_rows: denoiser layers that hold several projections, for `split_qkv`.
         usual: numbers of denoiser layers that are trained by default, over the released models.
+        kinds: how many kinds of layer these are, whose names differ in more than numbers: the same at every size.
         regions: (role in regional prompts, regular expression on the trainer's dotted name) of denoiser layers, see
             layers.region; none = the architecture has no regional prompts.
         releases: released models of every size, in diffusers' classes.
@@ -309,6 +343,7 @@ class ArchSpec:
     levels: BlockLevels | None = None
     fused_rows: tuple[FusedRows, ...] = ()
     usual: frozenset[int] = frozenset()
+    kinds: frozenset[int] = frozenset()
     regions: Pairs = ()
     releases: tuple[Release, ...] = field(default=(), hash=False)
 

@@ -64,6 +64,7 @@ WAN = ArchSpec(
     ),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({300, 360, 400, 480}),
+    kinds=frozenset({9, 11}),
     releases=(
         Release(
             "wan",

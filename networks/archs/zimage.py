@@ -37,5 +37,6 @@ ZIMAGE = ArchSpec(
         Switch("include_refiner", r"(noise|context)_refiner\..*", trained_if=True),
     ),
     usual=frozenset({210}),
+    kinds=frozenset({5}),
     releases=(Release("zimage", "Z-Image", "ZImageTransformer2DModel", also=("z-image-turbo", "z-image-base")),),
 )

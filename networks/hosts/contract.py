@@ -57,6 +57,8 @@ class HostNetwork(Network):
         self._passes = 0
         self.timesteps[arch.denoiser.name] = arch.timestep
         self.told_of_half = False
+        self.unannounced = ""  # how what is trained is told, once that is known: as a "table" or in "lines"
+        self._told_of = frozenset[str]()  # warnings
 
     @classmethod
     def with_noise(cls) -> type[HostNetwork] | None:
@@ -84,10 +86,25 @@ class HostNetwork(Network):
         """
         parts = [self.arch.denoiser.name] if apply_unet else []
         parts += [part.name for part in self.arch.text_encoders] if apply_text_encoder else []
-        told = len(self.plan.warnings)
         self.attach(parts)
-        for warning in self.plan.warnings[told:]:
-            log.warning("%s", warning)
+
+    def attach(self, parts: Sequence[str] | None = None) -> None:
+        """As that of all networks; the first time the log says what is trained, since the host has said which parts."""
+        super().attach(parts)
+        how, self.unannounced = self.unannounced, ""
+        for line in self.plan.to_text().splitlines() if how == "table" else summary(self.plan) if how else ():
+            log.info("%s", line)
+        told = how == "lines" and log.isEnabledFor(logging.INFO)  # it takes longer than a plan
+        for line in self.plan.readers() if told else ():
+            log.info("%s", line)
+        self.tell_warnings()
+
+    def tell_warnings(self) -> None:
+        """Those of the plan, each once."""
+        for warning in self.plan.warnings:
+            if warning not in self._told_of:
+                log.warning("%s", warning)
+        self._told_of |= {*self.plan.warnings}
 
     def prepare_network(self, options: Any) -> None:
         """See the trainer's own options.
@@ -96,6 +113,7 @@ class HostNetwork(Network):
             ValueError: they do not go with this network.
         """
         trainer_options.check(self, options)
+        self.follow(self.plan.told(self.arch.parts, options))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostNetwork:
         """Casts and moves, from `.to()`, `.half()` and the like: what half precision means is told."""
@@ -125,11 +143,16 @@ class HostNetwork(Network):
             ValueError: nothing is left.
         """
         groups, descriptions = parameter_groups(self.layers, rates)
-        for part in sorted({row.part for row, _ in self.layers}):
-            if not rates[part] and not any(text.startswith(part) for text in descriptions):
-                log.warning("%s: learning rate 0, not trained", part)
         if not groups:
             raise ValueError("nothing to train: every learning rate is 0; give --learning_rate")
+        parts = dict.fromkeys(row.part for row, _ in self.layers)
+        off = [part for part in parts if not rates[part] and not any(text.startswith(part) for text in descriptions)]
+        if off:
+            trained = [p for group in groups for p in group["params"]]
+            log.info(
+                "learning rate 0 for %s: in the files as at the start; %s parameters are trained",
+                " and ".join(off), f"{sum(p.numel() for p in trained):,}",
+            )  # fmt: skip
         return groups, descriptions
 
     def get_trainable_params(self) -> list[nn.Parameter]:
@@ -142,7 +165,7 @@ class HostNetwork(Network):
 
     def on_step_start(self, *models: Any) -> None:
         """Passes are counted: layers that do not learn are told, and what is random about a pass is drawn."""
-        self.diagnosis.step(self.adapted_layers)
+        self.diagnosis.step(self.layers)
         self._passes += 1
         self.follow_step(0, self._passes)
 
@@ -484,14 +507,10 @@ class Caller:
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"
         network.allowance = Allowance(a.allow_missing)
-        log.info("%s %s from %s: %s", self.name, __version__, origin(self.name), plan.title)
-        for line in plan.to_text().splitlines() if a.verbose else summary(plan):
-            log.info("%s", line)
-        told = log.isEnabledFor(logging.INFO) and not for_inference and not a.verbose  # it takes longer than a plan
-        for line in plan.readers() if told else []:
-            log.info("%s", line)
-        for warning in plan.warnings:
-            log.warning("%s", warning)
+        layers = f", {len(plan.trained)} layers" if for_inference else ""
+        log.info("%s %s from %s: %s%s", self.name, __version__, origin(self.name), plan.title, layers)
+        network.tell_warnings()
+        network.unannounced = "" if for_inference else "table" if a.verbose else "lines"
         return network
 
     @staticmethod

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import AdaptedLayer
+from ..plan.groups import patterns_for
+from ..plan.plan import PlanRow
 from .changes import times_changed
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # names in a warning
 WAIT = 20  # steps until a kind of value that does not move is told: a factor beside one that starts at 0 moves later
 KINDS = {
-    "no_gradient": "have had no gradient: the loss does not depend on them, so leave them out (exclude_patterns)",
-    "at_start": "are at their start values still: their learning rate is 0 or too small for their dtype",
-    "non_finite": "have NaN or infinite values: {remedy}",
+    "no_gradient": "have had no gradient, the loss does not depend on them",
+    "at_start": "are at their start values still",
+    "non_finite": "have NaN or infinite values",
 }
+RAISE = "their learning rate is 0 or too small: raise --learning_rate, or network_reg_lrs, which some layers go by"
 SOONER = "go on from an earlier file with a lower learning rate"
 REMEDIES = {  # of values that are not finite, by their dtype
     torch.float16: "Adam divides by its eps, and 1e-8 is 0 in fp16: start again with an fp32 adapter "
@@ -30,6 +33,8 @@ class Diagnosis:
     """Watches the parameters of some layers, at almost no cost: one look at all values at the first step and one after
     it, then one call for the first gradient of each parameter, and a sum of counters in every step.
 
+    Layers that nothing in their model reads (`PlanRow.unread`) are no trouble: they never get a gradient.
+
     Args:
         after: optimizer steps until the first report; 0 = never watch.
     """
@@ -37,13 +42,14 @@ class Diagnosis:
     def __init__(self, after: int) -> None:
         self.after, self.steps = after, 0
         self._starts: Tensor | None = None
+        self._rows: dict[str, PlanRow] = {}
         self._owners: list[str] = []  # layer of each parameter
         self._kinds: list[str] = []  # and what it is there: up, down, magnitude_change, ...
         self._parameters: list[nn.Parameter] = []
         self._seen: set[str] = set()
         self._changed = 0  # times, when last looked at
 
-    def step(self, layers: Sequence[AdaptedLayer]) -> None:
+    def step(self, layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> None:
         """At the start of each pass of the trainer's loop; a step of the optimizer is known by what it changed."""
         if not self.after:
             return
@@ -71,17 +77,18 @@ class Diagnosis:
         for owner, unchanged, good in zip(self._owners, still, now.isfinite().all(1).tolist(), strict=True):
             same[owner] &= unchanged
             finite[owner] &= good
+        read = {name: unchanged for name, unchanged in same.items() if not self._rows[name].unread}
         return {
-            "no_gradient": [name for name in same if name not in self._seen],
-            "at_start": [name for name, unchanged in same.items() if unchanged and name in self._seen],
+            "no_gradient": [name for name in read if name not in self._seen],
+            "at_start": [name for name, unchanged in read.items() if unchanged and name in self._seen],
             "non_finite": [name for name, good in finite.items() if not good],
-            "dead_kinds": self._dead(still, same) if self.steps >= WAIT else [],
+            "dead_kinds": self._dead(still, read) if self.steps >= WAIT else [],
         }
 
     def _dead(self, still: Sequence[bool], same: Mapping[str, bool]) -> list[str]:
         dead: dict[str, bool] = {}
         for owner, kind, unchanged in zip(self._owners, self._kinds, still, strict=True):
-            if not same[owner]:
+            if not same.get(owner, True):
                 dead[kind] = dead.get(kind, True) and unchanged
         return [kind for kind, unmoved in dead.items() if unmoved]
 
@@ -90,20 +97,32 @@ class Diagnosis:
         for kind, text in KINDS.items():
             if names := found.get(kind):
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-                words = text.format(remedy=self._remedy(names))
-                log.warning("%s, %d layers %s: %s%s", when, len(names), words, ", ".join(names[:SHOWN]), more)
+                shown = ", ".join(self._rows[name].shown_name for name in names[:SHOWN]) + more
+                log.warning("%s, %d layers %s: %s; %s", when, len(names), text, shown, self._advice(kind, names))
         for kind in found.get("dead_kinds", ()):
             own = [p.dtype for p, name in zip(self._parameters, self._kinds, strict=True) if name == kind]
-            why = "the loss does not depend on it, or its learning rate is too small"
-            if own[0].itemsize < torch.float32.itemsize:
-                name = str(own[0]).removeprefix("torch.")
-                why = f"its steps are too small for {name}, adapter_dtype=fp32 keeps it in fp32"
+            why = _too_small(own, "it") or "the loss does not depend on it, or its learning rate is too small"
             log.warning("%s, %s has moved in none of %d layers, while their other values did: %s",
                         when, kind, len(own), why)  # fmt: skip
 
-    def _remedy(self, names: Sequence[str]) -> str:
-        dtypes = {p.dtype for p, owner in zip(self._parameters, self._owners, strict=True) if owner in set(names)}
+    def _advice(self, kind: str, names: Sequence[str]) -> str:
+        """What to do about these layers."""
+        if kind == "no_gradient":
+            return f"add exclude_patterns=[{','.join(self._patterns(names))}] to leave them out"
+        wanted = set(names)
+        dtypes = [p.dtype for p, owner in zip(self._parameters, self._owners, strict=True) if owner in wanted]
+        if kind == "at_start":
+            return _too_small(dtypes, "them") or RAISE
         return next((REMEDIES[dtype] for dtype in dtypes if dtype in REMEDIES), SOONER)
+
+    def _patterns(self, names: Sequence[str]) -> list[str]:
+        """Regular expressions that mean these layers alone."""
+        found = []
+        for part in dict.fromkeys(self._rows[name].part for name in names):
+            own = {name: row.trainer_name for name, row in self._rows.items() if row.part == part}
+            dead = {own.pop(name) for name in names if name in own}
+            found += [f"'{part}:{pattern}'" for pattern in patterns_for(dead, own.values())]
+        return found
 
     def health(self) -> dict[str, int]:
         """Numbers of layers for a file's metadata, with the warnings of a save; {} where no run was watched."""
@@ -112,10 +131,12 @@ class Diagnosis:
             return {}
         del found["non_finite"]  # the writer looks at what is saved
         self.warn(found, "at this save")
-        return {"layers": len(set(self._owners)), **{kind: len(names) for kind, names in found.items()}}
+        read = sum(not self._rows[name].unread for name in {*self._owners})
+        return {"layers": read, **{kind: len(names) for kind, names in found.items()}}
 
-    def _begin(self, layers: Sequence[AdaptedLayer]) -> None:
-        for layer in layers:
+    def _begin(self, layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> None:
+        for row, layer in layers:
+            self._rows[layer.lora_name] = row
             for path, parameter in layer.named_parameters():
                 kind = path.rpartition(".")[2]
                 if parameter.requires_grad and kind not in layer.adapter.spec.frozen:
@@ -132,6 +153,13 @@ class Diagnosis:
             handle.remove()
 
         handle = parameter.register_post_accumulate_grad_hook(first_gradient)
+
+
+def _too_small(dtypes: Sequence[torch.dtype], what: str) -> str:
+    """Why values in half precision do not move, and what helps; "" for others."""
+    half = next((dtype for dtype in dtypes if dtype.itemsize < torch.float32.itemsize), None)
+    name = str(half).removeprefix("torch.")
+    return "" if half is None else f"steps are too small for {name}, adapter_dtype=fp32 keeps {what} in fp32"
 
 
 @torch.no_grad()

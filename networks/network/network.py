@@ -134,6 +134,11 @@ class Network(nn.Module):
     def adapted_layers(self) -> list[AdaptedLayer]:
         return [layer for _, layer in self._layers.values()]
 
+    def follow(self, plan: Plan) -> None:
+        """Take the plan of the same layers of which something is known now that was not before."""
+        self.plan = plan
+        self._layers = {row.saved_name: (row, self._layers[row.saved_name][1]) for row in plan.trained}
+
     # -- attachment
 
     def attach(self, parts: Sequence[str] | None = None) -> None:
@@ -495,15 +500,15 @@ class Network(nn.Module):
         for name, (row, layer) in self._layers.items():
             if not math.isclose(row.scale, layer.scale, rel_tol=1e-6):
                 changed[name] = replace(row, alpha=layer.alpha, scale=layer.scale)
-                self._layers[name] = changed[name], layer
         if changed:
             first = next(iter(changed.values()))
             log.info(
                 "%d layers take their scale from the file, not from network_alpha: %s has %g",
                 len(changed), first.saved_name, first.scale,
             )  # fmt: skip
-            rows = tuple(changed.get(row.saved_name, row) for row in self.plan.rows)
-            self.plan = replace(self.plan, rows=rows)
+            self.follow(
+                replace(self.plan, rows=tuple(changed.get(row.saved_name, row) for row in self.plan.rows))
+            )
 
     # -- state
 

@@ -211,7 +211,7 @@ def unmergeable(plan: Plan) -> list[str]:
     if not bare:
         return []
     return [
-        f"{len(bare)} of {len(plan.trained)} layers are normalisations without a weight of their own, such as "
+        f"{len(bare)} layers are normalisations without a weight of their own, such as "
         f"{bare[0].shown_name}: what they learn acts where these modules apply the file, cannot be merged, and other "
         "programs leave it out; train_norm=affine trains the others only"
     ]

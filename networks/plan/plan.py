@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,7 @@ class PlanRow:
         unwanted: it is left out because the call says so, not by the architecture's record.
         trainer_name: its dotted name in the trainer's own model.
         shown_name: the same as it is printed, and as patterns take it.
+        unread: nothing in this model reads what it computes, so that it never gets a gradient.
     """
 
     part: str
@@ -80,6 +81,7 @@ class PlanRow:
     unwanted: bool = False
     trainer_name: str = ""
     shown_name: str = ""
+    unread: bool = False
 
     @property
     def trained(self) -> bool:
@@ -99,6 +101,12 @@ class PlanRow:
     def frozen(self) -> int:
         """How many values of a trained layer never change."""
         return self.layout.count(ALGOS[self.algo].spec.frozen)
+
+    @property
+    def learning(self) -> int:
+        """How many values of a trained layer the optimizer gets, unless its part has a learning rate of 0."""
+        rate = (1.0 if self.lr is None else self.lr) * (1.0 if self.block_rate is None else self.block_rate)
+        return self.parameters - self.frozen if rate > 0 else 0
 
     def obeys(self, option: str) -> bool:
         """Whether a trained layer has an option of its algorithm, and a use for it."""
@@ -139,6 +147,7 @@ class Plan:
         explainer: what `why` asks; None in the plan of a network.
         file_format: of the network's files.
         uses: (argument that was given, expression) -> parts in which it decides something.
+        renote: gives the notes of such a plan with fewer trained layers.
     """
 
     title: str
@@ -148,6 +157,7 @@ class Plan:
     explainer: Explainer | None = field(default=None, compare=False, repr=False)
     file_format: FileFormat = field(default=FileFormat(), compare=False, repr=False)
     uses: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
+    renote: Callable[[Plan], tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def trained(self) -> tuple[PlanRow, ...]:
@@ -185,7 +195,17 @@ class Plan:
             row if row.part in parts or not row.trained else replace(row, reason="this part is not trained")
             for row in self.rows
         )
-        return replace(self, rows=rows, warnings=(*self.warnings, *warnings), uses=uses)
+        kept = replace(self, rows=rows, warnings=(*self.warnings, *warnings), uses=uses)
+        return kept if self.renote is None or not kept.trained else replace(kept, notes=self.renote(kept))
+
+    def told(self, parts: Iterable[Part], options: object) -> Plan:
+        """The plan where the trainer's own options are known, which may move what of a model is read.
+
+        Args:
+            parts: of the architecture.
+            options: the trainer's, as attributes.
+        """
+        return replace(self, rows=with_unread(self.rows, parts, options))
 
     def readers(self) -> list[str]:
         """One line for each program that will not read the network's files whole and exactly, with what helps."""
@@ -204,6 +224,24 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """JSON-able form: one object per layer, and the totals."""
         return report.plan_json(self)
+
+
+def with_unread(rows: Sequence[PlanRow], parts: Iterable[Part], options: object = None) -> tuple[PlanRow, ...]:
+    """The rows, with what is `unread` of all parts.
+
+    Args:
+        rows: of all layers, trained or not.
+        parts: of the architecture.
+        options: the trainer's, as attributes; None = not known yet.
+    """
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row.part, []).append(row.trainer_name)
+    found = {
+        (part.name, name) for part in parts for one in part.unread for name in one.of(names.get(part.name, ()), options)
+    }
+    marked = ((row, (row.part, row.trainer_name) in found) for row in rows)
+    return tuple(row if row.unread is unread else replace(row, unread=unread) for row, unread in marked)
 
 
 @dataclass(frozen=True)

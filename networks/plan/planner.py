@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,7 +18,7 @@ from . import checks, file_format, values
 from .call import By, Call, Choice, speaks_of_norms
 from .causes import grouped
 from .patterns import Patterns
-from .plan import Plan, PlanRow, Request
+from .plan import Plan, PlanRow, Request, with_unread
 from .rules import Verdict, decide
 from .walk import Bases, Candidate, candidates
 from .why import Explainer
@@ -48,6 +50,7 @@ def explained_plan(request: Request, problems: Problems) -> Plan:
     return replace(planner.plan(), explainer=Explainer(planner.call, layers))
 
 
+_NUMBER = re.compile(r"\d+")
 MANY = 4096  # ranks, of which even a small layer may have too many at no cost
 
 
@@ -67,6 +70,17 @@ def _check_dims(plan: Plan, request: Request, problems: Problems) -> None:
 def _numbers_in(value: Any) -> Collection[Any]:
     """Of an argument: a number, a list of them, or a mapping to them."""
     return value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,)
+
+
+def _notes(request: Request, used: Collection[By], others: Collection[str], plan: Plan) -> tuple[str, ...]:
+    """The notes on a plan of which some part is not trained after all: they count the layers that are left.
+
+    Args:
+        request, used: of the call.
+        others: notes on the model and its files.
+        plan: the rest.
+    """
+    return (*checks.review(plan, request, used, Problems(request.source)), *others)
 
 
 class _Planner:
@@ -104,20 +118,24 @@ class _Planner:
         self._tell_misfits()
         for message in grouped(self.refused):
             self.problems.add(message)
-        plan = Plan(self.request.arch.title, tuple(rows))
+        plan = Plan(self.request.arch.title, with_unread(rows, self.request.arch.parts))
         _check_dims(plan, self.request, self.problems)
         notes = checks.review(plan, self.request, self.used, self.problems)
         form, on_files = file_format.review(plan, self.request, self.problems)
+        size, unusual = self._unusual()
+        bare = replace(self.request, parts=(), saved=self.request.saved and {}, names_like=str)  # without tensors
+        renote = functools.partial(_notes, bare, frozenset(self.used), (*on_files, *size))
         warnings = (
             *self.problems.warnings(),
             *self.warnings,
-            *self._unusual(),
+            *unusual,
             *self.call.preset.warnings(),
             *checks.unmergeable(plan),
             *checks.strong(plan),
         )
         uses = {by: frozenset(parts) for by, parts in self.used.items() if by[0] in self.args.given}
-        return replace(plan, notes=(*notes, *on_files), warnings=warnings, file_format=form, uses=uses)
+        plan = replace(plan, notes=(*notes, *on_files, *size), warnings=warnings, uses=uses, renote=renote)
+        return replace(plan, file_format=form)
 
     # -- one layer
 
@@ -283,15 +301,20 @@ class _Planner:
 
     # -- the whole model
 
-    def _unusual(self) -> list[str]:
-        """A warning if the denoiser has another number of layers than every released model of its architecture."""
+    def _unusual(self) -> tuple[list[str], list[str]]:
+        """(a note on a denoiser of another size than every released one of its architecture, a warning about one with
+        other kinds of layers)."""
         arch = self.request.arch
         excluded = Patterns("default", arch.excluded({}, self.args.host), arch)
-        count = sum(c.default and self.call.of_denoiser(c) and not excluded.first(c) for c in self.layers)
-        if not arch.usual or count in arch.usual:
-            return []
-        usual = " or ".join(map(str, sorted(arch.usual)))
-        return [f"{arch.title} usually has {usual} layers to train, this model has {count}: is it the right model?"]
+        found = [c for c in self.layers if c.default and self.call.of_denoiser(c) and not excluded.first(c)]
+        if not arch.usual or len(found) in arch.usual:
+            return [], []
+        usual, kinds = (" or ".join(map(str, sorted(numbers))) for numbers in (arch.usual, arch.kinds))
+        own = len({_NUMBER.sub("", c.trainer_name) for c in found})
+        if own in arch.kinds:
+            return [f"of a size of its own: {len(found)} layers to train, released models have {usual}"], []
+        text = f"{arch.title} usually has {usual} layers to train of {kinds} kinds, this model has {len(found)} of {own}"
+        return [], [f"{text}: is it the right model?"]
 
     def _check_selection(self, verdicts: Collection[Verdict]) -> None:
         """Expressions that mean no layer which can be trained."""

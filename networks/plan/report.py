@@ -50,16 +50,17 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def totals(plan: Plan) -> dict[str, Any]:
-    """Sums over the trained layers; bytes in fp32."""
-    parameters = sum(row.parameters for row in plan.trained)
+    """Sums over the trained layers, `learning` of what the optimizer gets; bytes in fp32."""
+    parameters, learning = (sum(getattr(row, name) for row in plan.trained) for name in ("parameters", "learning"))
     return {
         "layers": len(plan.rows),
         "trained": len(plan.trained),
         "trained_by_part": dict(Counter(row.part for row in plan.trained)),
+        "without_gradient": sum(row.unread for row in plan.trained),
         "parameters": parameters,
+        "learning": learning,
         "bytes": 4 * parameters,
-        # weight, gradient and two moments of AdamW
-        "training_bytes": 16 * parameters - 12 * sum(row.frozen for row in plan.trained),
+        "training_bytes": 4 * parameters + 12 * learning,  # weight; gradient and two moments of AdamW
     }
 
 
@@ -104,9 +105,12 @@ def summary(plan: Plan) -> list[str]:
         kinds = Counter(f"{row.algo} dim {row.dim} scale {row.scale:.4g}" for row in rows)
         common = ", ".join(f"{n}x {kind}" for kind, n in kinds.most_common(4)) + (", ..." if len(kinds) > 4 else "")
         left = Counter(row.reason for row in plan.rows if row.part == part and not row.trained)
-        lines.append(f"{part}: {count} layers ({common}), {sum(left.values())} left out")
+        unread = sum(row.unread for row in rows)
+        normal = f", {unread} of them never get a gradient in this model" if unread else ""
+        lines.append(f"{part}: {count} layers ({common}){normal}, {sum(left.values())} left out")
+    of_them = "" if found["learning"] == found["parameters"] else f" ({found['learning']:,} of them are trained)"
     lines.append(
-        f"in all {found['trained']} layers, {found['parameters']:,} parameters, "
+        f"in all {found['trained']} layers, {found['parameters']:,} parameters{of_them}, "
         f"{_size(found['bytes'])} in fp32, {_size(found['training_bytes'])} with gradients and AdamW"
     )
     return [*lines, *plan.notes]
