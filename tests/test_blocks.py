@@ -144,10 +144,20 @@ def test_an_entry_asserts_its_model() -> None:
         networks.lora_flux.plan(4, 1, *models("sd3"))
 
 
-def test_an_unusual_model_is_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="networks"):
-        networks.lora_flux.create_network(1.0, 4, 1, None, *models("flux"))
-    assert "FLUX.1 usually has 228 or 304 layers to train, this model has" in caplog.text
+def test_a_model_of_other_kinds_of_layers_is_a_warning_and_one_of_another_size_a_note(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Layers that are missing in every block mean another model, or a library with other names; fewer blocks do not."""
+    encoders, flux = models("flux", 3)
+    plan = networks.lora_flux.plan(4, 1, encoders, flux)
+    assert any(note.startswith("of a size of its own: 39 layers to train, released") for note in plan.notes)
+    for block in flux.get_submodule("double_blocks").children():
+        del block._modules["img_mlp"]
+    with caplog.at_level(logging.INFO, logger="networks"):
+        networks.lora_flux.create_network(1.0, 4, 1, None, encoders, flux)
+    (said,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert said.startswith("FLUX.1 usually has 228 or 304 layers to train of 7 or 10 kinds, this model has 33 of 9")
+    assert not plan.warnings and not any("size" in record.getMessage() for record in caplog.records)
 
 
 def test_t5_is_trained_on_request_and_where_a_file_has_it(tmp_path: Path) -> None:
