@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,9 +80,10 @@ def test_headers_of_every_release_in_diffusers_names(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("arch", SPECS)
-def test_released_sizes_have_the_usual_numbers_of_layers(arch: str) -> None:
-    counts = {len(networks.lora.plan(4, 1, None, skeleton(one.name).unet).trained) for one in SPECS[arch].releases}
-    assert counts <= SPECS[arch].usual
+def test_released_sizes_have_the_usual_numbers_of_layers_and_kinds(arch: str) -> None:
+    plans = [networks.lora.plan(4, 1, None, skeleton(one.name).unet).trained for one in SPECS[arch].releases]
+    assert {len(rows) for rows in plans} <= SPECS[arch].usual
+    assert {len({re.sub("[0-9]", "", row.trainer_name) for row in rows}) for rows in plans} <= SPECS[arch].kinds
 
 
 @pytest.mark.sweep(3)

@@ -17,7 +17,7 @@ from registry import data_of as algorithm_data
 from registry_archs import SPECS, data_of
 from safetensors import safe_open
 from tiny_denoisers import MODELS
-from tiny_parts import draw, inputs, sd_unet, sdxl_unet, text_encoder
+from tiny_parts import inputs, sd_unet, sdxl_unet, text_encoder
 from torch import Tensor, nn
 
 import networks.lora
@@ -45,7 +45,11 @@ def tensors(output: Any) -> Iterator[Tensor]:
 def dead(network: Any, loss: Tensor) -> set[tuple[str, str]]:
     """Layers for which the loss has no gradient, or one of nothing but zeros, with random factors."""
     loss.backward()
-    moving = {layer for layer in network.adapted_layers if any(p.grad is not None and p.grad.any() for p in layer.parameters())}
+    moving = {
+        layer
+        for layer in network.adapted_layers
+        if any(p.grad is not None and p.grad.any() for p in layer.parameters())
+    }
     return {(row.part, row.trainer_name) for row, layer in network.layers if layer not in moving}
 
 
@@ -73,7 +77,9 @@ def test_layers_without_gradient_are_those_of_the_record(arch: str) -> None:
     """In the real classes, with every layer that can be trained and the normalisation layers."""
     make, call = MODELS[arch]
     model = make().train().requires_grad_(False)
-    widest = {name: value for name, value in data_of(arch).widest.items() if name not in ("train_llm_adapter", "train_t5xxl")}
+    widest = {
+        name: value for name, value in data_of(arch).widest.items() if name not in ("train_llm_adapter", "train_t5xxl")
+    }
     network = networks.lora.create_network(1.0, 2, 1, None, None, model, train_norm="true", **widest)
     network.apply_to(None, model, False, True)
     randomise(model, network)
@@ -153,7 +159,10 @@ def test_they_are_said_once_and_are_no_trouble(tmp_path: Path, caplog: pytest.Lo
     caplog.set_level(logging.INFO, logger="networks")
     network = networks.lora.create_network(1.0, 2, 1, None, [encoder, None], unet, diagnose_steps="2")
     network.apply_to(encoder, unet)
-    assert any(line.startswith("text_encoder1: 12 layers") and ", 6 of them never get a gradient" in line for line in lines(caplog))
+    assert any(
+        line.startswith("text_encoder1: 12 layers") and ", 6 of them never get a gradient" in line
+        for line in lines(caplog)
+    )
     network.prepare_optimizer_params(1e-3, 1e-3)
     cut = next(layer for row, layer in network.layers if row.dotted_name.endswith("layers.0.mlp.fc2"))
     cut.base.forward = cut.sites[0].below  # as a host's own patch would
@@ -168,10 +177,14 @@ def test_they_are_said_once_and_are_no_trouble(tmp_path: Path, caplog: pytest.Lo
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     (said,) = lines(caplog, logging.WARNING)
-    name = next(row.trainer_name for row, layer in network.layers if layer is cut)
-    assert said.startswith(f"after 2 steps, 1 layers have had no gradient, the loss does not depend on them: text_encoder1:{name}; ")
-    part, pattern = re.search(r"exclude_patterns=\['(\w+):(.*)'\]", said).groups()  # type: ignore[union-attr]
-    assert [row for row, _ in network.layers if row.part == part and re.fullmatch(pattern, row.trainer_name)] == [network._layers[cut.lora_name][0]]
+    row = next(row for row, layer in network.layers if layer is cut)
+    assert said.startswith("after 2 steps, 1 layers have had no gradient, the loss does not depend on them: ")
+    assert row.shown_name == "text_encoder1:text_model.encoder.layers.0.mlp.fc2" and f": {row.shown_name}; " in said
+    advice = re.search(r"add (\w+)=(\S+) to leave them out$", said)
+    assert advice is not None
+    without = networks.lora.plan(2, 1, [encoder, None], unet, **{advice.group(1): advice.group(2)})
+    left = {row.saved_name for row in without.trained}
+    assert {row.saved_name for row, _ in network.layers} - left == {row.saved_name}
     network.save_weights(tmp_path / "a.safetensors", None, {})
     with safe_open(tmp_path / "a.safetensors", "pt") as opened:
         health = json.loads(opened.metadata()["networks_health"])
@@ -185,7 +198,9 @@ def test_they_are_said_once_and_are_no_trouble(tmp_path: Path, caplog: pytest.Lo
 def announced(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
     """(layers, values that are trained) in the log."""
     (said,) = [line for line in lines(caplog) if line.startswith("in all ")]
-    layers, parameters, trained = re.match(r"in all (\d+) layers, ([\d,]+) parameters(?: \(([\d,]+) of them)?", said).groups()  # type: ignore[union-attr]
+    layers, parameters, trained = re.match(
+        r"in all (\d+) layers, ([\d,]+) parameters(?: \(([\d,]+) of them)?", said
+    ).groups()  # type: ignore[union-attr]
     return int(layers), int((trained or parameters).replace(",", ""))
 
 
@@ -207,14 +222,6 @@ def test_what_is_announced_is_what_the_optimizer_gets(
     assert any(line.startswith("text_encoder: ") for line in lines(caplog)) == parts[0]
     if options:
         assert f"DoRA on {len(network.adapted_layers)} layers" in lines(caplog)
-
-
-def test_an_argument_for_a_part_that_is_not_trained_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    unet, encoder = sd_unet(), text_encoder()
-    network = networks.lora.create_network(1.0, 2, 1, None, encoder, unet, loraplus_unet_lr_ratio="4")
-    network.apply_to(encoder, unet, True, False)
-    (said,) = lines(caplog, logging.WARNING)
-    assert "loraplus_unet_lr_ratio" in said and "no layer of that part is trained" in said
 
 
 FORMS: dict[str, dict[str, str]] = {
@@ -271,7 +278,3 @@ def test_the_embedded_model_is_no_strange_one() -> None:
     model = skeleton(str(ROOT / "scripts" / "emoji" / "model"))
     plan = networks.lora.plan(4, 1, model.text_encoders, model.unet)
     assert not plan.warnings and any(note.startswith("of a size of its own") for note in plan.notes)
-
-
-def test_a_draw_of_the_tiny_models_is_one_of_the_real_classes() -> None:
-    assert draw(sd_unet()).shape == inputs()[0].shape

@@ -1,4 +1,4 @@
-"""Tiny random denoisers of diffusers' real classes, one of every architecture that has one there, and a call of each."""
+"""Tiny random denoisers of diffusers' real classes, one of every architecture that it has, and a call of each."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def _framepack(model: nn.Module) -> Any:
 
 def _hv_1_5(model: nn.Module) -> Any:
     second = {"encoder_hidden_states_2": rand(1, 4, W), "encoder_attention_mask_2": mask(4)}
-    return model(
-        rand(1, 4, 1, 4, 4), TIME, rand(1, 5, W), mask(5), image_embeds=rand(1, 3, W), **second
-    )
+    return model(rand(1, 4, 1, 4, 4), TIME, rand(1, 5, W), mask(5), image_embeds=rand(1, 3, W), **second)
 
 
 # Architecture -> a model, and a call of it.
@@ -105,11 +103,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
     "anima": (
         lambda: diffusers.CosmosTransformer3DModel(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12, num_layers=2, mlp_ratio=2.0,
-            text_embed_dim=W, adaln_lora_dim=4, max_size=(4, 16, 16), extra_pos_embed_type=None, concat_padding_mask=False,
+            text_embed_dim=W, adaln_lora_dim=4, max_size=(4, 16, 16), extra_pos_embed_type=None,
+            concat_padding_mask=False,
         ),
-        lambda m: m(
-            rand(1, 4, 1, 8, 8), torch.tensor([0.5]), rand(1, 5, W)
-        ),
+        lambda m: m(rand(1, 4, 1, 8, 8), torch.tensor([0.5]), rand(1, 5, W)),
     ),
     "hunyuan_image": (
         lambda: hunyuan(

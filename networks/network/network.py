@@ -506,9 +506,7 @@ class Network(nn.Module):
                 "%d layers take their scale from the file, not from network_alpha: %s has %g",
                 len(changed), first.saved_name, first.scale,
             )  # fmt: skip
-            self.follow(
-                replace(self.plan, rows=tuple(changed.get(row.saved_name, row) for row in self.plan.rows))
-            )
+            self.follow(replace(self.plan, rows=tuple(changed.get(row.saved_name, row) for row in self.plan.rows)))
 
     # -- state
 

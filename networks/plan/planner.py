@@ -313,7 +313,9 @@ class _Planner:
         own = len({_NUMBER.sub("", c.trainer_name) for c in found})
         if own in arch.kinds:
             return [f"of a size of its own: {len(found)} layers to train, released models have {usual}"], []
-        text = f"{arch.title} usually has {usual} layers to train of {kinds} kinds, this model has {len(found)} of {own}"
+        text = (
+            f"{arch.title} usually has {usual} layers to train of {kinds} kinds, this model has {len(found)} of {own}"
+        )
         return [], [f"{text}: is it the right model?"]
 
     def _check_selection(self, verdicts: Collection[Verdict]) -> None:
