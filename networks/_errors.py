@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+ITEM = "\n  - "  # between the mistakes of one call
+
 
 @contextmanager
 def located(where: str) -> Iterator[None]:

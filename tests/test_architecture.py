@@ -18,25 +18,26 @@ API = PACKAGE / "api.py"
 
 # folder -> folders of ours that it may import
 ARROWS = {
+    "foreign": set(),
     "records": set(),
-    "args": {"records"},
+    "args": {"foreign", "records"},
     "archs": set(),
     "tensors": set(),
     "algos": {"records", "tensors"},
     "layers": {"algos", "tensors"},
-    "files": {"layers", "algos", "records", "tensors", "archs"},
-    "plan": {"files", "layers", "algos", "tensors", "archs", "args"},
+    "files": {"foreign", "layers", "algos", "records", "tensors", "archs"},
+    "plan": {"foreign", "files", "layers", "algos", "tensors", "archs", "args"},
     "network": {"plan", "files", "layers", "algos", "tensors", "archs", "args"},
-    "hosts": {"network", "plan", "files", "args", "archs", "records"},
-    "models": {"plan", "files", "args", "archs"},
-    "cli": {"models", "hosts", "files", "args", "archs", "records"},
+    "hosts": {"foreign", "network", "plan", "files", "args", "archs", "records"},
+    "models": {"foreign", "plan", "files", "args", "archs"},
+    "cli": {"foreign", "models", "hosts", "files", "args", "archs", "records"},
     "": {"hosts"},
     "api": {"hosts", "network", "plan", "files", "archs", "args"},
 }
 TRAINER = ROOT / "kohya_trainer"
 TRAINER_ARROWS = {"data": set(), "drawing": set(), "families": {"data", "drawing"}}
 CORE_LIBRARIES = {"torch", "safetensors", "toml"}
-TORCHLESS = {"records", "args", "archs"}
+TORCHLESS = {"foreign", "records", "args", "archs"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

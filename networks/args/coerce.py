@@ -9,14 +9,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from ..foreign.texts import MOST, is_file, parse_json, read_text, user_path
 from . import expressions
 
 if TYPE_CHECKING:
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 
 NOT_GIVEN = ("", "none", "null", "undefined")
 LAST_BLOCK = 9999  # far above every model; a range is listed number by number
+MOST_PATTERNS = 2000  # each is tried on each layer
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 def nearest(word: str, known: Iterable[str], introduction: str = "; did you mean {}?") -> str:
     """The nearest valid name as the end of a sentence, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word[:100], list(known), n=1, cutoff=0.6)
     return introduction.format(found[0]) if found else ""
 
 
@@ -142,34 +143,73 @@ def _name(arg: Arg, raw: Any) -> str:
     return "" if _text(raw).lower() in NOT_GIVEN else _text(raw)
 
 
+class FromFile(str):
+    """Text out of a file that an argument names. Messages quote its place instead: a mistyped name may be that of a
+    file with secrets, and logs are shown to others."""
+
+    where: str
+
+    @classmethod
+    def of(cls, text: str, where: str) -> FromFile:
+        made = cls(text)
+        made.where = where
+        return made
+
+    def __repr__(self) -> str:
+        return self.where
+
+
+def _part_of(whole: str, part: str) -> str:
+    """A part of a text, from where that is."""
+    return FromFile.of(part, whole.where) if isinstance(whole, FromFile) else part
+
+
 def _from_file(text: str) -> Any:
     """`@file`: TOML or JSON by its ending, otherwise one item per line (# starts a comment)."""
-    path = Path(text[1:].strip()).expanduser()
-    if not path.is_file():
+    path = user_path(text[1:].strip())
+    if not is_file(path):
         raise ValueError(f"names the file {path}, which does not exist")
-    content = path.read_text(encoding="utf-8")
+    suffix = path.suffix.lower()
     try:
-        if path.suffix.lower() == ".json":
-            return _json(content)
-        if path.suffix.lower() == ".toml":
-            return read_toml(content)
+        if suffix in (".json", ".toml"):
+            found = (_json if suffix == ".json" else read_toml)(read_text(path))
+            return _placed(found, f"an entry of {path}")
+        lines = read_text(path).splitlines()
     except expressions.Repeated:
         raise
     except ValueError as error:
         raise ValueError(f"names the file {path}, which cannot be read: {error}") from None
-    lines = (line.strip() for line in content.splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+    items = [FromFile.of(line.strip(), f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+    return [item for item in items if item and not item.startswith("#")]
+
+
+def _placed(value: Any, where: str) -> Any:
+    """The same with texts which know where they are from."""
+    if isinstance(value, str):
+        return FromFile.of(value, where)
+    if isinstance(value, dict):
+        return {_placed(key, where): _placed(each, where) for key, each in value.items()}
+    return [_placed(each, where) for each in value] if isinstance(value, list) else value
 
 
 def read_toml(text: str) -> dict[str, Any]:
-    """TOML -> dict, with the standard library or, on Python 3.10, the `toml` package which the trainers install."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:
-        import toml
+    """TOML -> dict, with the standard library or, on Python 3.10, the `toml` package which the trainers install.
 
-        return dict(toml.loads(text))
-    return tomllib.loads(text)
+    Raises:
+        ValueError: it is not TOML, or is nested so deep that nobody means it.
+    """
+    try:
+        try:
+            import tomllib
+        except ModuleNotFoundError:
+            import toml
+
+            return dict(toml.loads(text))
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except (IndexError, TypeError, KeyError) as error:  # of the package, for some mistakes
+        raise ValueError(f"it is not TOML ({error})") from None
 
 
 def _structure(raw: Any) -> Any:
@@ -185,8 +225,8 @@ def _structure(raw: Any) -> Any:
                 return read(text)
             except expressions.Repeated:
                 raise
-            except (ValueError, SyntaxError):
-                continue
+            except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+                continue  # it is none, nested too deep, or a mapping from lists
         if text[0] == "{":  # no regular expression starts like this; [ and ( may
             raise ValueError("cannot be read; write it as {'regex': 8, 'another': 4}")
     return text
@@ -204,7 +244,7 @@ def _json(text: str) -> Any:
         expressions.check_repeated(key for key, _ in pairs)
         return dict(pairs)
 
-    return json.loads(text, object_pairs_hook=once)
+    return parse_json(text, once)
 
 
 def split_top(text: str, separator: str = ",") -> list[str]:
@@ -218,6 +258,13 @@ def split_top(text: str, separator: str = ",") -> list[str]:
     return [part.strip() for part in [*parts, text[start:]] if part.strip()]
 
 
+def _not_too_many(patterns: Sized) -> None:
+    if len(patterns) > MOST_PATTERNS:
+        raise ValueError(
+            f"has {len(patterns):,} regular expressions, and {MOST_PATTERNS:,} are the most: join them with |"
+        )
+
+
 def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
     found = _structure(raw)
     if isinstance(found, str):
@@ -226,6 +273,7 @@ def _patterns(arg: Arg, raw: Any) -> tuple[str, ...]:
         found = next(iter(found.values()))
     if not isinstance(found, (list, tuple)) or not all(isinstance(item, str) for item in found):
         raise ValueError("is not a list of regular expressions; write ['.*attn.*', '.*mlp.*'], or @file.txt")
+    _not_too_many(found)
     expressions.check_repeated(found)
     return tuple(map(expressions.checked, found))
 
@@ -238,22 +286,24 @@ def _pairs(text: str) -> dict[str, str]:
     pairs = [] if text.lower() in NOT_GIVEN else [part.rsplit("=", 1) for part in split_top(text)]
     if any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"is not a list of regex=value; {_MAP}")
-    expressions.check_repeated(key.strip() for key, _ in pairs)
-    return {key: value for key, value in pairs}
+    expressions.check_repeated(_part_of(text, key.strip()) for key, _ in pairs)
+    return {_part_of(text, key.strip()): _part_of(text, value) for key, value in pairs}
 
 
 def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
     found = _structure(raw)
-    if isinstance(found, list) and all(isinstance(line, str) for line in found):
-        found = ",".join(found)  # a file with one regex=value per line
-    if isinstance(found, str):
-        found = _pairs(found)
+    lines = [found] if isinstance(found, str) else found  # a file has one regex=value per line
+    if isinstance(lines, list) and all(isinstance(line, str) for line in lines):
+        pairs = [pair for line in lines for pair in _pairs(line).items()]
+        expressions.check_repeated(key for key, _ in pairs)
+        found = dict(pairs)
     if not isinstance(found, dict):
         raise ValueError(f"is not a mapping of regular expressions to numbers; {_MAP}")
+    _not_too_many(found)
     read = _integer if arg.kind == "regex_int" else _number
     result = {}
     for key, value in found.items():
-        expression = expressions.checked(str(key).strip())
+        expression = expressions.checked(key if isinstance(key, FromFile) else str(key).strip())
         try:
             result[expression] = read(arg, value)
         except ValueError as error:
@@ -264,20 +314,25 @@ def _regex_map(arg: Arg, raw: Any) -> dict[str, float]:
 def _blocks(arg: Arg, raw: Any) -> tuple[int, ...] | None:
     """Block numbers: 0-7,20-37; `all` is no choice at all, `none` and nothing, as in the trainers, is no block."""
     found = _structure(raw)
-    if isinstance(found, (list, tuple)):
-        found = ",".join(map(str, found))
-    text = str(found).strip().lower()
+    items = found if isinstance(found, (list, tuple)) else [found]
+    text = ",".join(map(str, items)).strip().lower()
     if text in ("all", "none", ""):
         return None if text == "all" else ()
-    numbers: set[int] = set()
-    for part in split_top(text):
+    ends = [0] * (LAST_BLOCK + 2)  # how many ranges begin at a number, without those that ended before it
+    for part in (_part_of(item, part) for item in map(_as_text, items) for part in split_top(item)):
         match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
-        if not match or whole(match[2] or match[1]) < whole(match[1]):
+        first, last = (whole(match[1]), whole(match[2] or match[1])) if match else (1, 0)
+        if last < first:
             raise ValueError(f"has {part!r}, which is no block number or range; write 0-7,20-37")
-        if whole(match[2] or match[1]) > LAST_BLOCK:
+        if last > LAST_BLOCK:
             raise ValueError(f"has {part!r}, and no model has so many blocks; write 0-7,20-37")
-        numbers.update(range(whole(match[1]), whole(match[2] or match[1]) + 1))
-    return tuple(sorted(numbers))
+        ends[first] += 1
+        ends[last + 1] -= 1
+    return tuple(number for number, inside in enumerate(accumulate(ends)) if inside)
+
+
+def _as_text(item: Any) -> str:
+    return item if isinstance(item, str) else str(item)
 
 
 def _integers(arg: Arg, raw: Any) -> tuple[int | None, ...]:
@@ -376,4 +431,6 @@ def coerce(arg: Arg, raw: Any) -> Any:
     Raises:
         ValueError: with the reason and an example of what to write.
     """
+    if isinstance(raw, str) and len(raw) > MOST:
+        raise ValueError(f"has {len(raw):,} characters, and {MOST:,} are the most")
     return KINDS[arg.kind](arg, raw)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable
+
+from ..foreign.expressions import compiled
 
 
 class Repeated(ValueError):
@@ -36,8 +37,8 @@ def flaw(text: str) -> str:
         return f"the regular expression {text!r} is empty: leave it out, or write {every}"
     for one in (text, expression):
         try:
-            re.compile(one)
-        except re.error as error:
+            compiled(one)
+        except ValueError as error:
             return f"the regular expression {text!r} is wrong: {error}"
     return ""
 

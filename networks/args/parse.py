@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .._errors import ITEM
+from ..foreign.texts import printable
 from ..records import Arg
 from ..records.arg import NUMBERS
 from . import hints, presets
@@ -32,6 +34,7 @@ class Problems:
     without_effect: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, message: str) -> None:
+        message = printable(message)
         if message not in self.mistakes:
             self.mistakes.append(message)
 
@@ -70,7 +73,7 @@ class Problems:
             return
         if len(messages) == 1:
             raise ValueError(f"{self.where}: {messages[0]}")
-        lines = "".join(f"\n  - {message}" for message in messages)
+        lines = "".join(f"{ITEM}{message}" for message in messages)
         raise ValueError(f"{self.where}: {len(messages)} problems:{lines}")
 
 
@@ -150,20 +153,21 @@ def _read(raw: Mapping[str, Any], values: dict[str, Any], problems: Problems) ->
     for key, text in ((key.strip(), text) for key, text in raw.items()):  # hosts cut at "=" and ";", blanks stay
         if text is None:
             continue
+        shown = f"{printable(key, 100)}={printable(text, 200)}"
         arg = BY_NAME.get(key)
         if arg is None:
             unknown[key] = text
             continue
         if arg.kind in NUMBERS and isinstance(text, str) and text.strip().lower() in NOT_GIVEN:
-            log.warning("%s=%s: taken as not given", key, text)
+            log.warning("%s: taken as not given", shown)
             continue
         try:
             value = coerce(arg, text)
         except ValueError as error:
-            problems.add(f"{key}={text} {hints.of_value(arg.name, text) or error}")
+            problems.add(f"{shown} {hints.of_value(arg.name, text) or error}")
             continue
         if arg.name in spelled and values[arg.name] != value:
-            problems.add(f"{key}={text} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
+            problems.add(f"{shown} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
             continue
         values[arg.name], spelled[arg.name] = value, key
     return spelled, unknown
@@ -180,11 +184,11 @@ def _early(raw: Mapping[str, Any], name: str) -> Any:
 
 def _preset(raw: Mapping[str, Any], default: str, problems: Problems) -> presets.Preset | None:
     given = next((text for key, text in raw.items() if key.strip() == "preset" and text is not None), default)
-    text = coerce(BY_NAME["preset"], given) or default
     try:
+        text = coerce(BY_NAME["preset"], given) or default
         return presets.load(text) if text else None
     except ValueError as error:
-        problems.add(f"preset={text} {error}")
+        problems.add(f"preset={printable(given, 200)} {error}")
         return None
 
 
@@ -192,11 +196,11 @@ def _unknown(unknown: Mapping[str, Any], args: NetArgs, problems: Problems) -> N
     allowed = args.allow_unknown
     for key, value in unknown.items():
         if allowed:
-            log.warning("unknown argument %s: ignored, because allow_unknown=True", key)
+            log.warning("unknown argument %s: ignored, because allow_unknown=True", printable(key, 100))
         else:
             known = hints.of_name(key, value)
             hint = f": {known}" if known else nearest(key, BY_NAME) or "; kohya-networks args lists all arguments"
-            problems.add(f"no argument is called {key}{hint}")
+            problems.add(f"no argument is called {printable(key, 100)}{hint}")
 
 
 def _inapplicable(args: NetArgs, spelled: Mapping[str, str], problems: Problems) -> None:

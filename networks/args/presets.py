@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..foreign.texts import is_file, read_text, user_path
 from ..records.arg import FACTORS
 from .coerce import coerce, nearest, read_toml
-from .expressions import flaw
+from .expressions import flaw, part_of
 from .table import BY_NAME
 
 OWN = "*"  # among target modules: those that the architecture trains anyway
@@ -77,7 +78,7 @@ class Preset:
         """
         if self.use_fnmatch:
             return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-        own = re.compile(f"(?:{pattern})|(?:.*\\.)?(?:{pattern})$")
+        own = re.compile(_anywhere(pattern))
         return any(name == pattern or own.match(name) for name in names)
 
     @cached_property
@@ -86,6 +87,14 @@ class Preset:
         maps = (*self.module_algo_map.values(), *self.name_algo_map.values())
         return frozenset(options["algo"] for options in maps if "algo" in options)
 
+    def expressions(self, parts: Collection[str]) -> dict[str, str]:
+        """What is searched for -> its pattern; nothing of file name patterns, which are quick.
+
+        Args:
+            parts: names of parts, with which a pattern may begin.
+        """
+        return {} if self.use_fnmatch else {_anywhere(part_of(one, parts)[1]): one for one in self.patterns}
+
     @cached_property
     def patterns(self) -> tuple[str, ...]:
         return (
@@ -93,6 +102,10 @@ class Preset:
             *(p for targets in (self.unet, self.text_encoder) for p in (*targets.names, *targets.only)),
             *self.name_algo_map,
         )
+
+
+def _anywhere(pattern: str) -> str:
+    return f"(?:{pattern})|(?:.*\\.)?(?:{pattern})$"
 
 
 def names() -> list[str]:
@@ -107,12 +120,12 @@ def load(text: str) -> Preset:
         ValueError: there is none, or everything that is wrong with it.
     """
     found = [folder / f"{text.lower()}.toml" for folder in FOLDERS]
-    path = next((path for path in found if path.is_file()), Path(text).expanduser())
-    if not path.is_file():
+    path = next((path for path in found if is_file(path)), None) or user_path(text)
+    if not is_file(path):
         known = names()
         raise ValueError(f"is no preset and no TOML file; presets: {', '.join(known)}{nearest(text.lower(), known)}")
     try:
-        data = read_toml(path.read_text(encoding="utf-8"))
+        data = read_toml(read_text(path))
     except ValueError as error:
         raise ValueError(f"names the file {path}, which is no TOML: {error}") from None
     return read(text, data)

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import pkgutil
@@ -22,11 +23,13 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
+from .._errors import ITEM
 from ..args.coerce import finite
 from ..args.coerce import nearest as nearest_name
 from ..args.coerce import read_toml as parse_toml
 from ..files.outputs import check_outputs as check_outputs
 from ..files.outputs import write_atomically as write_atomically
+from ..foreign.texts import is_file, printable, read_text
 
 USER_ERROR = 2  # exit code of every mistake that the user can mend
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -112,6 +115,8 @@ def import_network_module(name: str) -> ModuleType:
 
     Raises ValueError when there is none of that name, with the nearest one of the same package.
     """
+    if name.startswith("."):
+        raise ValueError(f"--network_module {name} begins with a dot. Write the whole name, for example networks.lora.")
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -140,11 +145,12 @@ def import_network_module(name: str) -> ModuleType:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file. Raises ValueError when it is missing or is not TOML."""
-    if not path.is_file():
+    if not is_file(path):
         raise ValueError(f"--config_file {path}: there is no such file. Check the path.")
+    text = read_text(path)
     try:
-        return parse_toml(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # both libraries' errors are ValueErrors
+        return parse_toml(text)
+    except ValueError as error:
         raise ValueError(f"--config_file {path} is not valid TOML: {error}. Mend that line.") from error
 
 
@@ -240,6 +246,28 @@ def check_output_folder(folder: Path, option: str = "--output_dir") -> None:
         raise ValueError(f"{option} {folder}: cannot write there ({reason}). Choose another folder.") from error
 
 
+def say(text: str, error: bool = False) -> None:
+    """Print one line, of which a part may be text of a file."""
+    print(printable(text, 0), file=sys.stderr if error else sys.stdout)
+
+
+class _Log(logging.Formatter):
+    """Lines as they are, with escapes for what a terminal obeys."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line, 0) for line in super().formatMessage(record).split("\n"))
+
+
+def _prepare_output() -> None:
+    """The log goes to stderr, and characters that a terminal lacks (code pages of Windows) do not end a program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Log("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
 class Terminated(KeyboardInterrupt):
     """The system or another program asks this one to end: what Ctrl-C cleans up is cleaned up."""
 
@@ -279,7 +307,7 @@ def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.Argu
 
     `--debug` (every program of ours has it) shows the traceback instead.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _prepare_output()
     set_log_level(logging.INFO)
     try:
         with ending_cleanly():
@@ -342,7 +370,7 @@ def error_text(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f'{error}. Install what the trainer needs: pip install "kohya-networks[train]"'
     if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
+        return ITEM.join(printable(part) for part in str(error).split(ITEM))
     where = f"{error.filename}: " if error.filename and str(error.filename) not in error.strerror else ""
     full = error.errno == errno.ENOSPC and "free" not in error.strerror
-    return f"{where}{error.strerror}{'. Free some space; no earlier file was touched.' if full else ''}"
+    return printable(f"{where}{error.strerror}{'. Free some space; no earlier file was touched.' if full else ''}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..args.coerce import finite
-from .command_line import add_allow_missing, add_overwrite, check_outputs, program, run_program
+from .command_line import add_allow_missing, add_overwrite, check_outputs, program, run_program, say
 
 if TYPE_CHECKING:
     from ..files.merge import CheckpointMerge, MergeInput
@@ -57,17 +57,17 @@ def merge(args: argparse.Namespace) -> int:
     plan = CheckpointMerge(checkpoint, adapters, args.prefix, torch.device(args.device))
     allowance = Allowance.given(args.allow_missing, "--allow_missing")
     for adapter in adapters:
-        print(f"{adapter.path} at {adapter.multiplier:g}: {len(plan.matched(adapter))} layers matched")
+        say(f"{adapter.path} at {adapter.multiplier:g}: {len(plan.matched(adapter))} layers matched")
         for text in adapter.assumed:
-            print(f"  {text}")
+            say(f"  {text}")
         report(plan, adapter, plan.unmatched(adapter), allowance, args.strict)
     sizes = [entry["data_offsets"] for header in checkpoint.headers.values() for entry in header.entries.values()]
     warning = plan.write(args.out, progress_bar(sum(end - start for start, end in sizes)))
     for text, count in plan.conversions.items():
-        print(f"  {text} ({count} layers)")
+        say(f"  {text} ({count} layers)")
     if warning:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"wrote {args.out}")
+        say(f"warning: {warning}", error=True)
+    say(f"wrote {args.out}")
     return 0
 
 
@@ -90,13 +90,13 @@ def report(
         raise ValueError(f"{adapter.path}: {len(unmatched)} layers have no weight here, and --strict was given")
     missing = plan.missing(adapter, allowance)
     for line in filter(None, (missing.counted(), missing.warning())):
-        print(f"  {line}")
+        say(f"  {line}")
     if missing.names:
         more = f" and {len(missing.names) - SHOWN} more" if len(missing.names) > SHOWN else ""
-        print(f"warning: left out: {', '.join(missing.names[:SHOWN])}{more}", file=sys.stderr)
+        say(f"warning: left out: {', '.join(missing.names[:SHOWN])}{more}", error=True)
     if adapter.file.stray:
-        print(f"  {len(adapter.file.stray)} keys are no adapter, e.g. {adapter.file.stray[0]}")
-    print(f"  strength by {adapter.file.strength}")
+        say(f"  {len(adapter.file.stray)} keys are no adapter, e.g. {adapter.file.stray[0]}")
+    say(f"  strength by {adapter.file.strength}")
 
 
 def lost_with(out: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import add_overwrite, check_outputs, program, run_program
+from .command_line import add_overwrite, check_outputs, program, run_program, say
 
 WAYS = ("first", "nearest")
 
@@ -57,12 +57,9 @@ def run(args: argparse.Namespace) -> int:
     nested = is_nested(file.metadata)
     way = args.way or ("first" if nested else "nearest")
     if way == "first" and not nested:
-        print(
-            f"warning: {args.file.name} does not say that DyLoRA trained it; cut ranks of others are lost",
-            file=sys.stderr,
-        )
+        say(f"warning: {args.file.name} does not say that DyLoRA trained it; cut ranks of others are lost", error=True)
     for dim, out in outs.items():
         smaller, lost = resize(file, dim, way)
         writer.write_tensors(out, smaller, metadata=resized_metadata(file.metadata, dim, way))
-        print(f"wrote {out}: dim {dim}" + (f", {lost:.1%} of the update lost" if way == "nearest" else ""))
+        say(f"wrote {out}: dim {dim}" + (f", {lost:.1%} of the update lost" if way == "nearest" else ""))
     return 0

@@ -23,8 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..foreign.texts import SHOWN, printable
 from ..models.releases import RELEASES
-from .command_line import program, run_program, set_log_level
+from .command_line import program, run_program, say, set_log_level
 from .plan import HOSTS
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(args: argparse.Namespace) -> int:
     if args.as_args:
-        print("\n".join(_as_args(args)))
+        for line in _as_args(args):
+            say(line)
         return 0
     from ..files.adapter_file import FileTensors
     from ..files.explain import explain
@@ -66,7 +68,8 @@ def show(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    print("\n".join(lines(found, args.layers, args.metadata)))
+    for line in lines(found, args.layers, args.metadata):
+        say(line)
     return 0
 
 
@@ -99,7 +102,7 @@ def lines(found: dict[str, Any], layers: bool, metadata: bool) -> list[str]:
     """
     text = [
         f"{found['file']}: {found['bytes'] / 2**20:.1f} MiB, {', '.join(found['dtypes'])}, form {found['dialect']}",
-        *(f"  {name}: {value}" for name, value in found["origin"].items()),
+        *(f"  {name}: {printable(value, SHOWN)}" for name, value in found["origin"].items()),
         f"{len(found['layers'])} layers, {found['parameters']:,} values",
         *_kinds(found["layers"]),
         f"  strength by {found['strength']}",

@@ -272,6 +272,7 @@ class FileTensors(dict[str, Tensor]):
         self.settings: Mapping[str, Any] | None = None
         self._opened: tuple[Naming, AdapterFile] | None = None
         if isinstance(given, Mapping):
+            reader.check_names(given, source)
             super().__init__(given)
             self.source = source
         else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..foreign.texts import parse_json, printable
+
+_LONGEST = 100_000_000  # bytes of a header; safetensors has the same bound
+_NAME = 1000  # characters
 PEFT_FILE = "adapter_model.safetensors"  # in a folder with its settings
 
 
@@ -40,18 +44,42 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     file = checked_path(path)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > min(file.stat().st_size, 1 << 30):
+        if length > min(file.stat().st_size, _LONGEST):
             raise ValueError(_damaged(file, "its first bytes are no safetensors header"))
         try:
-            entries: dict[str, Any] = json.loads(stream.read(length))
+            entries: dict[str, Any] = parse_json(stream.read(length))
             metadata = dict(entries.pop("__metadata__", None) or {})
             needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-            shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-            raise ValueError(_damaged(file, f"its header is unreadable ({error})")) from None
+            shapes = {key: _shape(entry["shape"]) for key, entry in entries.items()}
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+            raise ValueError(_damaged(file, f"its header is unreadable ({printable(error, 200)})")) from None
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(_damaged(file, "its metadata are not text"))
+    check_names(entries, str(file))
     if file.stat().st_size < needed:
         raise ValueError(_damaged(file, f"it should have {needed} bytes but has {file.stat().st_size}"))
     return Header(shapes, metadata, entries, 8 + length)
+
+
+def _shape(found: list[Any]) -> tuple[int, ...]:
+    """Raises ValueError for what is none."""
+    if not all(type(side) is int and 0 <= side < 1 << 60 for side in found):
+        raise ValueError("a shape is no list of numbers")
+    return tuple(found)
+
+
+def check_names(names: Iterable[object], source: str) -> None:
+    """Whether tensors have names which can be shown: they stand in logs, errors and reports of every program.
+
+    Raises:
+        ValueError: one is not text, is very long, or has characters that a terminal obeys.
+    """
+    for name in names:
+        if not isinstance(name, str) or len(name) > _NAME or not name.isprintable():
+            raise ValueError(
+                f"{source} is broken, as no program writes '{printable(name, 200)}' as the name of a tensor: copy or "
+                "download it again, from where you trust it"
+            )
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -66,7 +94,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         with safe_open(str(file), framework="pt", device="cpu") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(_damaged(file, str(error))) from None
+        raise ValueError(_damaged(file, printable(error, 200))) from None
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:

@@ -16,6 +16,7 @@ from ..tensors.norms import NormGeometry
 from .blocks import BlockChoices
 from .patterns import Patterns
 from .preset_choices import PresetChoices
+from .speed import refuse_slow
 from .walk import Candidate
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Call:
             layers: all layers of all parts.
         """
         arch, a = request.arch, request.args
+        refuse_slow(request, layers, problems)
         denoiser = [c.trainer_name for c in layers if c.part is arch.denoiser]
         arch = arch.fit(denoiser)
         left_out = arch.excluded(a.pick(switch.argument for switch in arch.switches), a.host)

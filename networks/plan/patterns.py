@@ -156,7 +156,9 @@ class _Meant:
         """The same in layers that cannot be trained."""
         names = ((c, reason, (*c.names, c.saved_name)) for c, reason in self.others)
         found = next(((c, reason) for c, reason, own in names if self.pattern.is_found_in(c, own)), None)
-        return f"only layers that are not trained have it, such as {self._shown(found[0])} ({found[1]})" if found else ""
+        return (
+            f"only layers that are not trained have it, such as {self._shown(found[0])} ({found[1]})" if found else ""
+        )
 
     def _must(self, c: Candidate, written: str) -> str:
         remedy = f": write {written!r}" if written else ""

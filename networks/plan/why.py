@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..args.coerce import nearest
 from ..args.expressions import part_of
+from ..foreign.expressions import TOO_SLOW, compiled, slow
 from .rules import RULES, Rule, Word
 from .values import VALUES, Found, Source
 
@@ -73,8 +74,8 @@ class Explainer:
         """All layers that a name means.
 
         Args:
-            name: a dotted name or a saved name; else a part of one, or a regular expression that is found in one; either
-                may begin with the part that it means, `text_encoder1:mlp`.
+            name: a dotted name or a saved name; else a part of one, or a regular expression that is found in one;
+                either may begin with the part that it means, `text_encoder1:mlp`.
             rows: of the plan.
 
         Raises:
@@ -93,9 +94,11 @@ class Explainer:
         """Those in whose names it is found, as a regular expression or as it stands."""
         part, expression = part_of(name, self.call.arch.part_names)
         try:
-            pattern = re.compile(expression)
-        except re.error:
+            pattern = compiled(expression)
+        except ValueError:
             pattern = re.compile(re.escape(expression))
+        if slow([pattern.pattern], (one for c in layers for one in self._names(c))):
+            raise ValueError(f"{name!r} {TOO_SLOW}")
         return [c for c in layers if part in ("", c.part.name) and any(map(pattern.search, self._names(c)))]
 
     def _names(self, c: Candidate) -> tuple[str, ...]:
