@@ -202,6 +202,7 @@ def make_network(
             PlanRow(
                 "unet", name, saved, saved, geometry.kind, geometry.weight_shape, geometry, case.algo, case.dim, ALPHA,
                 case.options, case.scale(layout), rank_axis=layout.rank_axis, parameters=layout.parameters,
+                shown_name=name,
             )
         )  # fmt: skip
         modules[saved] = module

@@ -88,12 +88,15 @@ def test_trainer_model(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", UNETS)
 def test_diffusers_model_is_saved_under_the_same_names(arch: str) -> None:
-    wanted = {entry.saved: entry.shape for entry in recorded(arch) if entry.saved != "-"}
+    """And printed under the same dotted ones."""
+    wanted = {entry.saved: entry for entry in recorded(arch) if entry.saved != "-"}
     model = skeleton(release_of(arch))
     plan = networks.lora.plan(4, 1, model.text_encoders, model.unet, conv_dim="2")
     assert sorted(saved_names(plan)) == sorted(wanted)
     for row in plan.trained:
-        assert row.shape == wanted[row.saved_name], row.dotted_name
+        entry = wanted[row.saved_name]
+        assert row.shape == entry.shape, row.dotted_name
+        assert row.shown_name == (entry.dotted if row.part == "unet" else f"{entry.part}:{entry.dotted}")
 
 
 @pytest.mark.sweep(3)

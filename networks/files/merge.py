@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -266,12 +265,12 @@ class CheckpointMerge:
         return [adapter for adapter in self.adapters if adapter.changes_bias(name)]
 
     def _nothing(self, adapter: MergeInput) -> str:
-        names = sorted(weight_names.all_names(self.checkpoint.shapes))
+        keys = [key for key, shape in self.checkpoint.shapes.items() if len(shape) > 1]
+        some = dict.fromkeys(keys[len(keys) * i // 3] for i in range(3) if keys)
         count, first = len(adapter.families), next(iter(adapter.families))
-        near = get_close_matches(first, names, n=3, cutoff=0.3) or names[:3]
         return (
-            f"{adapter.path}: none of its {count} layers, such as {first}, is in {self.checkpoint.path}; "
-            f"names there look like {', '.join(near) or 'nothing that is trained'}: choose the model it was trained for"
+            f"{adapter.path}: none of its {count} layers, such as {first}, is in {self.checkpoint.path}, whose weights "
+            f"are called like {', '.join(some) or 'nothing that is trained'}: choose the model it was trained for"
         )
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,10 @@ class Network(nn.Module):
         self.plan = plan
         self._layers = {row.saved_name: (row, self._layers[row.saved_name][1]) for row in plan.trained}
 
+    def _named(self, layer: AdaptedLayer) -> AbstractContextManager[None]:
+        """Errors within begin with the layer, as patterns take it."""
+        return located(self._layers[layer.lora_name][0].shown_name)
+
     # -- attachment
 
     def attach(self, parts: Sequence[str] | None = None) -> None:
@@ -156,7 +161,7 @@ class Network(nn.Module):
                 "network is for, or make it for that part"
             )
         for layer in progress(self.adapted_layers, any(layer.adapter.wants_base for layer in self.adapted_layers)):
-            with located(layer.lora_name):
+            with self._named(layer):
                 layer.attach()
         self._unhook()
         self._hook()
@@ -329,7 +334,7 @@ class Network(nn.Module):
     def _check_bases(self) -> None:
         """Raises ValueError for the first base weight that cannot be read and written."""
         for layer in self.adapted_layers:
-            with located(layer.lora_name):
+            with self._named(layer):
                 for site in layer.sites:
                     base_weight.check(site.module)
 
@@ -339,7 +344,7 @@ class Network(nn.Module):
         self._merged_at = self.runtime.multiplier
         roundings = []
         for layer in layers:
-            with located(layer.lora_name):
+            with self._named(layer):
                 roundings.append(layer.merge(device=device))
         if text := base_weight.rounding_warning(roundings):
             log.warning("%s", text)

@@ -91,12 +91,14 @@ class _Planner:
         modules: saved name -> base modules of the trained layers.
         misfits: of layers of the file, why they do not fit those of the model.
         warnings: what looks wrong with the choice of layers.
+        unknown: layers of which the file has something that no algorithm of ours knows.
         refused: (why, layer) where arguments do not fit layers of the model.
     """
 
     def __init__(self, request: Request, problems: Problems) -> None:
         self.request, self.args, self.problems = request, request.args, problems
         self.used, self.modules, self.misfits = dict[By, set[str]](), dict[str, Bases](), list[str]()
+        self.unknown: list[str] = []
         self.refused: list[tuple[str, str]] = []
         self.warnings: list[str] = []
         norms = speaks_of_norms(request)
@@ -142,8 +144,10 @@ class _Planner:
     def _row(self, c: Candidate, verdict: Verdict) -> PlanRow:
         g = c.geometry
         names = c.dotted_name, *self.call.saved_names(c)
-        trainers = {"trainer_name": c.trainer_name, "shown_name": self.call.shown_name(c)}
-        row = PlanRow(c.part.name, *names, g.kind, g.weight_shape, g, **trainers)
+        row = PlanRow(
+            c.part.name, *names, g.kind, g.weight_shape, g,
+            trainer_name=c.trainer_name, shown_name=self.call.shown_name(c),
+        )  # fmt: skip
         saved = self.call.saved_layer(c)
         self._use(verdict.by, c)
         if verdict.reason:
@@ -264,7 +268,12 @@ class _Planner:
         return (c.default or verdict.admitted) and bool(call.include.first(c) or not call.by_record.first(c))
 
     def _tell_misfits(self) -> None:
-        """What layers of the file do not fit is one mistake: another model's file, most likely."""
+        """What layers of the file do not fit is one mistake: another model's file, most likely. So is what has a form
+        that no algorithm of ours knows."""
+        if self.unknown:
+            first, count = self.unknown[0], len(self.unknown)
+            text = unknown_form(self.request.source, first, self.request.unknown[first])
+            self.problems.add(text if count == 1 else f"{text} ({count} layers of this model)")
         if len(self.misfits) == 1:
             self.problems.add(self.misfits[0])
         elif self.misfits:
@@ -275,8 +284,7 @@ class _Planner:
 
     def _name_unknown(self, c: Candidate, saved: SavedLayer | None) -> None:
         """A layer of which the file has something that no algorithm of ours knows is a mistake."""
-        for name in {*self.call.saved_names(c)} & self.request.unknown.keys() if saved is None else ():
-            self.problems.add(unknown_form(self.request.source, name, self.request.unknown[name]))
+        self.unknown += [name for name in {*self.call.saved_names(c)} if saved is None and name in self.request.unknown]
 
     def _note(self, c: Candidate, choice: Choice, layout: Layout) -> None:
         """Remember what decides this trained layer: alpha decides nothing where there is no rank, a dim nothing of a

@@ -15,7 +15,7 @@ from ..archs.spec import ArchSpec
 from ..args.shells import CommandLine
 from ..args.table import BY_NAME
 from ..tensors.geometry import Geometry
-from .groups import patterns_in
+from .groups import Layer, patterns_in
 from .plan import Plan, PlanRow
 
 UNET_ONLY, ENCODERS_ONLY = "network_train_unet_only", "network_train_text_encoder_only"

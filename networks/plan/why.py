@@ -74,8 +74,8 @@ class Explainer:
         """All layers that a name means.
 
         Args:
-            name: a dotted name or a saved name; else a part of one, or a regular expression that is found in one;
-                either may begin with the part that it means, `text_encoder1:mlp`.
+            name: a dotted or a saved name; else a part of one, or a regular expression that is found in one; either
+                may begin with the part that it means, `text_encoder1:mlp`.
             rows: of the plan.
 
         Raises:
