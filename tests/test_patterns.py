@@ -1,4 +1,4 @@
-"""Expressions on names: of one part, in the spelling of either library, and what a user meant by one that matches none."""
+"""Expressions on names: of one part, in either spelling, and what a user meant by one that matches no layer."""
 
 from __future__ import annotations
 
