@@ -237,7 +237,8 @@ def _model(asked: str | None, run: TrainerRun, problems: Problems) -> Skeleton:
     option = script.checkpoint
     path = str(run.given.get(option, ""))
     if path and Path(path).exists() and (Path(path).is_dir() or path.endswith(".safetensors")):
-        model = skeleton(path)
+        archs = dict.fromkeys(arch_of(RELEASES[name]) for name in script.releases)
+        model = skeleton(path, [one.name for arch in archs for one in arch.releases])
         run.notes.append(f"{run.name}, {run.host}: the model is {model.title}")
         _check_model(model, run, problems)
         return model
@@ -270,12 +271,9 @@ def _check_model(model: Skeleton, run: TrainerRun, problems: Problems) -> None:
     """The script must be the one for a model that was found."""
     from ..archs.detect import detect
 
-    if run.script is None or not run.script.release:
-        return
-    wanted = {arch_of(RELEASES[run.script.release]).name}
-    wanted |= {arch_of(RELEASES[name]).name for names in run.script.choices.values() for name in names.values()}
+    wanted = {arch_of(RELEASES[name]).name for name in (run.script.releases if run.script else ())}
     arch = detect(model.unet)
-    if arch.name not in wanted:
+    if wanted and arch.name not in wanted:
         problems.add(f"{run.name} does not train {arch.title}, which {model.title} is: start the script for it")
 
 

@@ -290,7 +290,7 @@ def _misspelt(written: str, known: Iterable[str], run: TrainerRun, shown: Callab
         )
     if NAMESAKES.fullmatch(name):
         return ""
-    near = difflib.get_close_matches(name, [*known], n=1, cutoff=LIKE)
+    near = difflib.get_close_matches(name, [one for one in known if len(one) > 4], n=1, cutoff=LIKE)
     if near:
         return f"no option is called {shown(written)}; did you mean {shown(near[0])}?"
     return (

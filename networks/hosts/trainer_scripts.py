@@ -26,6 +26,12 @@ class Script:
     needs: str = ""
 
     @property
+    def releases(self) -> list[str]:
+        """All of them."""
+        chosen = (release for values in self.choices.values() for release in values.values())
+        return list(dict.fromkeys([self.release, *chosen])) if self.release else []
+
+    @property
     def checkpoint(self) -> str:
         """The option that names the model."""
         return "dit" if self.host == MUSUBI else "pretrained_model_name_or_path"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,13 @@ class Skeleton:
     release: Release | None = None
 
 
-def skeleton(model: str) -> Skeleton:
+def skeleton(model: str, likely: Sequence[str] = ()) -> Skeleton:
     """A model without weights.
 
     Args:
         model: the name of a release (`sdxl`), a diffusers folder (of a pipeline, or of its denoiser alone), or a
             checkpoint of a release, of which only the header is read.
+        likely: releases of the architecture that a checkpoint should have: one of them is found sooner.
 
     Raises:
         ValueError: it is none of these, or of no architecture that we know.
@@ -56,7 +57,7 @@ def skeleton(model: str) -> Skeleton:
     if path.is_dir():
         return _from_folder(path)
     if path.exists():
-        return _from_header(path)
+        return _from_header(path, likely)
     names = ", ".join(RELEASES)
     raise ValueError(
         f"{model} is neither a built-in model ({names}), nor a diffusers folder, nor a checkpoint{hint(model)}"
@@ -133,13 +134,15 @@ def _json(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _from_header(path: Path) -> Skeleton:
+def _from_header(path: Path, likely: Sequence[str]) -> Skeleton:
     """The release whose layers a checkpoint has, all of them and no more; a variant is refused."""
     shapes = reader.read_header(path).shapes
     if codec.is_adapter(shapes):
         raise ValueError(f"{path} is an adapter, not a model; give the model that it was trained for")
     present = weight_names.all_names(shapes)
-    found = {name: _layers_in(name, shapes, present) for name in RELEASES}
+    found = {name: _layers_in(name, shapes, present) for name in likely}
+    if not any(map(any, found.values())):
+        found = {name: _layers_in(name, shapes, present) for name in RELEASES}
     best = max(found, key=lambda name: found[name])
     if not any(found[best]):
         raise ValueError(
