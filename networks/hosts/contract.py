@@ -466,7 +466,7 @@ class Caller:
             text_encoder = None
         models = _Models.of(self, unet, text_encoder, problems)
         short = self.name.rpartition(".")[2]
-        problems.documented = documented(host, short, args.algo, self.style, models.arch.name)
+        problems.documented = documented(host, short, self.algo, args.algo, self.style, models.arch.name)
         return models.request(dim, alpha, args)
 
     def _dim(self, dim: int | None, problems: Problems) -> int:

@@ -78,13 +78,13 @@ def review(plan: Plan, request: Request, used: Collection[By], problems: Problem
 
 def _may_be_idle(request: Request, trained: Sequence[PlanRow]) -> dict[str, str]:
     """Arguments that must act on some layer -> why they may not."""
-    trained_ones = [ALGOS[name] for name in {row.algo for row in trained}]
+    trained_ones = [ALGOS[name] for name in sorted({row.algo for row in trained})]
     timed = {name: "text encoders are told no timestep" for algorithm in trained_ones for name in algorithm.spec.timed}
     if request.saved is not None:
         return timed
     preset = request.args.preset
-    asked = [ALGOS[name] for name in {request.args.algo, *(preset.algos if preset else ())}]
-    found = dict.fromkeys(_options(asked), "no trained layer is of an algorithm that takes it") | timed
+    asked = [ALGOS[name] for name in sorted({request.args.algo, *(preset.algos if preset else ())})]
+    found = dict.fromkeys(sorted(_options(asked)), "no trained layer is of an algorithm that takes it") | timed
     found |= {name: why for algorithm in asked for name, (_, why) in algorithm.spec.acts_on.items()}
     kind = "no such layer is left to train, or network_reg_dims decides them"
     found |= {name: kind for name, _ in request.arch.layer_dims}
