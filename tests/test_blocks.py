@@ -67,13 +67,17 @@ def test_dims_and_alphas_by_block() -> None:
         ({"conv_block_dims": csv(25, 1)}, "conv_block_dims is given without block_dims"),
         ({"down_lr_weight": "cosin"}, r"down_lr_weight=cosin is no curve.*did you mean cosine\?"),
         ({"down_lr_weight": csv(13, 1)}, "down_lr_weight has 13 values, but there are 12 blocks"),
-        ({"block_lr_zero_threshold": "0.5"}, "block_lr_zero_threshold has no effect without"),
         ({"block_dims": "4;4"}, "is not a whole number"),
     ],
 )
 def test_mistakes(kwargs: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rows(sd_unet(), **kwargs)
+
+
+def test_a_threshold_without_lists_is_told() -> None:
+    told = networks.lora.plan(4, 1, None, sd_unet(), block_lr_zero_threshold="0.5").warnings
+    assert any("block_lr_zero_threshold (without down_, mid_ or up_lr_weight)" in line for line in told)
 
 
 def test_learning_rates_by_block() -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from test_musubi import split_by_the_trainer
-from toy_models import toy
 from torch import nn
+from toy_models import toy
 
 from networks.args.coerce import read_toml
 from networks.models.skeleton import skeleton

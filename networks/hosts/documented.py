@@ -1,11 +1,12 @@
-"""Which arguments the documents of the hosts, and of LyCORIS, list for which module, and which its code reads.
+"""Which arguments the documents of the hosts, and of LyCORIS, list for which module, or its code reads.
 
 Working command lines have them, also on models where they act on nothing: there they are told, and are no mistakes.
-Under an algorithm for which a host has no module, no line of that host works, and what has no effect is a mistake.
+Under an algorithm for which a host has no module none of its lines works, so what most modules list is one there.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,17 +26,19 @@ class _Documents:
     """Of one host.
 
     Attributes:
-        every: what they list for all modules.
+        common: what they list for its modules.
         modules: name of a module -> what they list for it, or it reads, beside.
     """
 
-    every: str
+    common: str
     modules: Mapping[str, str]
 
     def of(self, module: str) -> str:
-        return f"{self.every} {self.modules[module]}"
+        return f"{self.common} {self.modules[module]}"
 
 
+# Of both hosts, whatever the module and the algorithm: options that users give in every run.
+_ALWAYS = "conv_dim conv_alpha dropout rank_dropout module_dropout"
 _BLOCKS = (
     "block_dims block_alphas conv_block_dims conv_block_alphas "
     "down_lr_weight mid_lr_weight up_lr_weight block_lr_zero_threshold"
@@ -50,26 +53,25 @@ _SD3 = (
 )
 _HOSTS = {
     "sd_scripts": _Documents(
-        "conv_dim conv_alpha dropout rank_dropout module_dropout loraplus_lr_ratio loraplus_unet_lr_ratio "
-        "loraplus_text_encoder_lr_ratio use_tucker use_scalar train_norm use_dora verbose",
+        "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio use_dora verbose",
         {
-            "lora": _BLOCKS,
-            "lora_fa": _BLOCKS,
+            "lora": "use_tucker use_scalar",
+            "lora_fa": "",
             "dylora": "unit",
-            "loha": "",
-            "lokr": "factor",
+            "loha": "use_tucker",
+            "lokr": "use_tucker factor",
             "oft": "enable_all_linear enable_conv",
             "oft_flux": "enable_all_linear",
             "lora_flux": _FLUX,
             "lora_sd3": _SD3,
             "lora_lumina": "attn_dim mlp_dim mod_dim refiner_dim embedder_dims train_blocks split_qkv",
             "lora_hunyuan_image": "split_qkv ggpo_sigma ggpo_beta",
-            "lora_anima": "train_llm_adapter",
+            "lora_anima": "",
         },
     ),
     # With what its forks list: one document for all modules.
     "musubi": _Documents(
-        "conv_dim conv_alpha dropout rank_dropout module_dropout loraplus_lr_ratio use_rslora use_dora verbose",
+        "loraplus_lr_ratio use_rslora use_dora verbose",
         {
             "lora": "",
             "loha": "",
@@ -88,22 +90,32 @@ _HOSTS = {
         },
     ),
 }
-# (Architecture, algorithm): of the documents of a trainer for one model.
-_OF_ONE_MODEL = {("ace_step", "lokr"): "factor decompose_both use_tucker use_scalar weight_decompose"}
+# (Module, architecture): what they list beside for one model alone; the last is of a trainer for that model.
+_OF_ONE_MODEL = {
+    ("lora", "sd"): f"{_BLOCKS} train_norm",
+    ("lora", "sdxl"): f"{_BLOCKS} train_norm",
+    ("lora_fa", "sd"): _BLOCKS,
+    ("lora_fa", "sdxl"): _BLOCKS,
+    ("lokr", "ace_step"): "factor decompose_both use_tucker use_scalar weight_decompose",
+}
 
 
 def documented(host: str, module: str, own_algo: str, algo: str, style: str, arch: str) -> frozenset[str]:
     """Names of the arguments that a document lists, as the table has them.
 
     Args:
-        host: a column of the argument table, `sd_scripts`. The other one's documents count for modules which it lacks.
+        host: a column of the argument table, `sd_scripts`. The other one's documents count for modules that it lacks;
+            who calls by no host's functions has no line of one.
         module: the entry's name without the package, `lora_flux`.
         own_algo: the algorithm that the entry stands for.
         algo: the algorithm of the call; another one than its own stands for the host's module of that name.
         style: of the entry, `lycoris`.
         arch: name of the architecture.
     """
+    if host not in _HOSTS:
+        return frozenset()
     name = module if algo == own_algo else algo
-    homes = [one for key, one in sorted(_HOSTS.items(), key=lambda item: item[0] != host) if name in one.modules]
-    found = [_STYLES.get(style, ""), _OF_ONE_MODEL.get((arch, algo), ""), *(one.of(name) for one in homes[:1])]
-    return frozenset(BY_NAME[name].name for name in " ".join(found).split())
+    homes = (one for one in (_HOSTS[host], *_HOSTS.values()) if name in one.modules)
+    found = [_ALWAYS, _STYLES.get(style, ""), _OF_ONE_MODEL.get((name, arch), "")]
+    found += [one.of(name) for one in itertools.islice(homes, 1)]
+    return frozenset(BY_NAME[one].name for one in " ".join(found).split())
