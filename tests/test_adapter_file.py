@@ -449,7 +449,7 @@ FORMS = ("portable", "blissful", "comfyui", "diffusers")
 
 def magnitudes(form: str, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     """A DoRA file in a dialect."""
-    made = network_of(toy("qwen_image")["dit"], save_format=form, use_dora="True")
+    made = network_of(toy("qwen_image", blocks=1)["dit"], save_format=form, use_dora="True")
     randomise(made)
     made.save_weights(tmp_path / f"{form}.safetensors", None, {})
     return tmp_path / f"{form}.safetensors", load_file(tmp_path / f"{form}.safetensors")
@@ -466,12 +466,18 @@ def test_magnitudes_follow_one_rule_in_every_dialect(
     first = next(key for key in tensors if any(word in key for word in words[:3]))
     save_file({k: t for k, t in tensors.items() if k != first}, tmp_path / "some.safetensors")
 
+    dit = toy("qwen_image", blocks=1)["dit"]
+
     def doors(file: Path, **kwargs: Any) -> list[Callable[[], Any]]:
-        make = lambda: network_of(toy("qwen_image")["dit"], **kwargs)  # noqa: E731
+        make = lambda: network_of(toy("qwen_image", blocks=1)["dit"], **kwargs)  # noqa: E731
+        follow, like_musubi = networks.lora.create_network_from_weights, networks.lora.create_arch_network_from_weights
         return [
             lambda: make().load_weights(str(file)),
             lambda: make().load_state_dict(load_file(file), False),
             lambda: (n := make()).merge_to(None, None, load_file(file)) or n,
+            lambda: follow(1.0, str(file), None, None, dit, **kwargs)[0],
+            lambda: follow(1.0, None, None, None, dit, load_file(file), **kwargs)[0],
+            lambda: like_musubi(1.0, load_file(file), None, dit, **kwargs),
         ]
 
     for call in doors(tmp_path / "plain.safetensors", use_dora="True"):
@@ -481,9 +487,11 @@ def test_magnitudes_follow_one_rule_in_every_dialect(
         with pytest.raises(ValueError, match=r"no DoRA magnitude for 1 of \d+ layers"):
             call()
     count = sum(any(word in key for word in words[:3]) for key in tensors)
-    layers = len(network_of(toy("qwen_image")["dit"]).layers)
+    layers = len(network_of(toy("qwen_image", blocks=1)["dit"]).layers)
     assert layers == count
-    for call in doors(path):
+    follows = doors(path)[3:]
+    assert all(layer.side for call in follows for layer in call().adapted_layers) and "mismatch" not in caplog.text
+    for call in (*doors(path)[:3], *doors(path, use_dora="False")):
         caplog.clear()
         call()
         told = [
@@ -494,7 +502,7 @@ def test_magnitudes_follow_one_rule_in_every_dialect(
 
 def test_a_plain_network_takes_the_rest_of_a_dora_file(tmp_path: Path) -> None:
     path, tensors = magnitudes("portable", tmp_path)
-    made = network_of(toy("qwen_image")["dit"])
+    made = network_of(toy("qwen_image", blocks=1)["dit"])
     made.load_weights(str(path))
     for layer in made.adapted_layers:
         up, down = (tensors[f"{layer.lora_name}.lora_{end}.weight"] for end in ("up", "down"))
@@ -505,26 +513,41 @@ def test_a_plain_network_takes_the_rest_of_a_dora_file(tmp_path: Path) -> None:
 
 def test_rs_lora_flags_have_one_verdict(tmp_path: Path) -> None:
     """inputs: a file with the flag, networks that say otherwise; a network made from the file follows it."""
-    dit = lambda: toy("qwen_image")["dit"]  # noqa: E731
+    dit = lambda: toy("qwen_image", blocks=1)["dit"]  # noqa: E731
     made = network_of(dit(), save_format="blissful", use_rslora="True", dim=4)
     randomise(made)
     made.save_weights(tmp_path / "rs.safetensors", None, {})
     file = tmp_path / "rs.safetensors"
+    takes: tuple[Callable[[Any], Any], ...] = (
+        lambda n: n.load_weights(str(file)),
+        lambda n: n.load_state_dict(load_file(file)),
+        lambda n: n.merge_to(None, None, load_file(file)),
+    )
     for kwargs in ({"save_format": "blissful"}, {}):
-        for call in (
-            lambda n: n.load_weights(str(file)),
-            lambda n: n.load_state_dict(load_file(file)),
-            lambda n: n.merge_to(None, None, load_file(file)),
-        ):
+        for call in takes:
             with pytest.raises(ValueError, match="RS-LoRA flag mismatch"):
                 call(network_of(dit(), dim=4, **kwargs))
-    create = networks.lora.create_arch_network_from_weights
-    with pytest.raises(ValueError, match="RS-LoRA flag mismatch.*give use_rslora=True"):
-        create(1.0, load_file(file), unet=dit(), use_rslora="False")
+    create, of_file = networks.lora.create_arch_network_from_weights, networks.lora.create_network_from_weights
+    follow: tuple[Callable[..., Any], ...] = (
+        lambda **kwargs: create(1.0, load_file(file), unet=dit(), **kwargs),
+        lambda **kwargs: of_file(1.0, str(file), None, None, dit(), **kwargs),
+        lambda **kwargs: of_file(1.0, None, None, None, dit(), load_file(file), **kwargs),
+    )
+    for door in follow:
+        with pytest.raises(ValueError, match="RS-LoRA flag mismatch.*give use_rslora=True"):
+            door(use_rslora="False")
     again = create(1.0, load_file(file), unet=dit(), save_format="blissful")
     again.save_weights(tmp_path / "again.safetensors", None, {})
     theirs, ours = load_file(file), load_file(tmp_path / "again.safetensors")
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    # The flag is lost, and most alphas are the root of their rank.
+    lost = {key: torch.tensor(2.0) if key.endswith(".alpha") else t for key, t in load_file(file).items()}
+    save_file({key: t for key, t in lost.items() if "flag" not in key}, file)
+    rs_lora = {"save_format": "blissful", "use_rslora": "True"}
+    for door in (*(lambda call=call: call(network_of(dit(), dim=4, **rs_lora)) for call in takes),
+                 *(lambda door=door: door(**rs_lora) for door in follow)):  # fmt: skip
+        with pytest.raises(ValueError, match=r"says nothing of RS-LoRA.* Hint: (\d+) of \1 alphas are the square root"):
+            door()
 
 
 # -- values that nobody knows, and keys that are no adapter

@@ -245,8 +245,11 @@ class _Planner:
         return self.call.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
 
     def _dora(self, choice: Choice, a: NetArgs) -> tuple[str, str]:
-        """(side, why there is none although it was asked for); the file's side comes first."""
+        """(side, why there is none although it was asked for); the file's side comes first, unless use_dora=False is
+        written out."""
         side, algorithm = choice.side, choice.algorithm
+        if "use_dora" in self.args.given and not a.use_dora:
+            side = ""
         wanted = side or ("output" if a.wd_on_output else "input") if a.use_dora or side else ""
         never = "use_dora" not in algorithm.spec.features
         reasons = {
