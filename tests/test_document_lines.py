@@ -156,6 +156,7 @@ SD_SCRIPTS = [
         fails('"network_reg_dims=attn.*.q_proj=4,attn.*.k_proj=4"', "'attn.*.q_proj' matches no layer"),
         fails('"network_reg_lrs=down_blocks.1=1e-4,up_blocks.2=2e-4"', "'down_blocks.1' matches no layer")),
     # anima_train_network.md
+    *of("networks.lora_anima", SD, "anima release", 8, 1, """ "include_patterns=['.*final_layer.*']" """),
     *of("networks.lora_anima", SD, "anima", 8, 1, "", """ "include_patterns=['.*final_layer.*']" """,
         """ "exclude_patterns=['.*mlp.*']" """, '"network_reg_dims=.*self_attn.*=8,.*cross_attn.*=4,.*mlp.*=8"',
         '"network_reg_lrs=.*self_attn.*=1e-4,.*cross_attn.*=5e-5"', '"train_llm_adapter=True"',
@@ -297,6 +298,16 @@ def model(name: str, blocks: int, shrink: int) -> tuple[nn.Module, list[nn.Modul
 
 def title(line: Line) -> str:
     return f"{line.module.removeprefix('networks.')}-{line.host}-{line.model}-{line.text.strip()[:60]}"
+
+
+def test_layers_outside_the_blocks_are_those_of_the_trainer_s_class() -> None:
+    """The plan of a release, whose model is of another library's class."""
+    arguments = {"include_patterns": "['.*final_layer.*', '.*_embedder.*']", "exclude_patterns": "['.*mlp.*']"}
+    found = []
+    for name in ("anima", "anima release"):
+        plan = importlib.import_module("networks.lora_anima").plan(8, 1, [], model(name, 2, 16)[0], **arguments)
+        found.append({row.trainer_name for row in plan.trained if not row.trainer_name.startswith("blocks.")})
+    assert found[0] == found[1] and len(found[0]) == 6
 
 
 @pytest.mark.sweep(6)

@@ -93,6 +93,15 @@ ANIMA = ArchSpec(
         # diffusers' pipeline has that adapter as a model of its own, under this name.
         others=(("diffusers, its text conditioner", subtrees((("text_conditioner.", "llm_adapter."),))),),
         optional=(("train_llm_adapter", ("LLMAdapterTransformerBlock",)),),
+        # Below PatchEmbed, TimestepEmbedding and FinalLayer in the trainer's model alone.
+        loose=(
+            "x_embedder.proj.1",
+            "t_embedder.1.linear_1",
+            "t_embedder.1.linear_2",
+            "final_layer.linear",
+            "final_layer.adaln_modulation.1",
+            "final_layer.adaln_modulation.2",
+        ),
     ),
     text_encoders=(
         Part(

@@ -102,6 +102,7 @@ class Part:
         argument: the part is trained only if this argument is True; "" = always.
         optional: (argument, class names that join the containers if it is True).
         tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
+        loose: the trainer's dotted names of layers that count as below a container in every library's classes.
         diffusers: the component of diffusers' pipelines for which they read adapters; "" = they read none.
         twins: layers that may have each other's names in files.
         others: (program or layout, names of its layers in adapter files), where they are those of no other record.
@@ -125,6 +126,7 @@ class Part:
     argument: str = ""
     optional: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    loose: tuple[str, ...] = ()
     diffusers: str = "transformer"
     twins: tuple[Twins, ...] = ()
     others: tuple[tuple[str, tuple[Rename, ...]], ...] = ()

@@ -181,7 +181,7 @@ def _dora(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None
     off = _plain(trained)
     if off and not on:
         problems.idle("use_dora", f": it is left on no layer, off on {off}; leave one of the two out")
-    if args.asks("wd_on_output") and not on:
+    if args.asks("wd_on_output") and not on and not off:
         problems.idle("wd_on_output", " without use_dora")
 
 

@@ -58,7 +58,7 @@ class Candidate:
     @property
     def inside(self) -> bool:
         """Whether it is below such a container."""
-        return not self.above.isdisjoint(self.containers)
+        return not self.above.isdisjoint(self.containers) or self.trainer_name in self.part.loose
 
     @property
     def switches(self) -> tuple[str, ...]:
