@@ -71,12 +71,8 @@ class Diagnosis:
         if self._starts is None or (not self.steps and times_changed(self._parameters) == self._changed):
             return {}
         now = _sums(self._parameters)
-        same = dict.fromkeys(self._owners, True)
-        finite = dict.fromkeys(self._owners, True)
         still = (now == self._starts).all(1).tolist()
-        for owner, unchanged, good in zip(self._owners, still, now.isfinite().all(1).tolist(), strict=True):
-            same[owner] &= unchanged
-            finite[owner] &= good
+        same, finite = self._all(still), self._all(now.isfinite().all(1).tolist())
         read = {name: unchanged for name, unchanged in same.items() if not self._rows[name].unread}
         return {
             "no_gradient": [name for name in read if name not in self._seen],
@@ -84,6 +80,13 @@ class Diagnosis:
             "non_finite": [name for name, good in finite.items() if not good],
             "dead_kinds": self._dead(still, read) if self.steps >= WAIT else [],
         }
+
+    def _all(self, each: Sequence[bool]) -> dict[str, bool]:
+        """Layer -> whether something holds for all its parameters."""
+        found = dict.fromkeys(self._owners, True)
+        for owner, holds in zip(self._owners, each, strict=True):
+            found[owner] &= holds
+        return found
 
     def _dead(self, still: Sequence[bool], same: Mapping[str, bool]) -> list[str]:
         dead: dict[str, bool] = {}

@@ -187,14 +187,12 @@ class Plan:
         Args:
             parts: names of parts, as rows have them.
         """
-        idle = [by for by, where in self.uses.items() if where and where.isdisjoint(parts)]
-        uses = {by: where for by, where in self.uses.items() if by not in idle}
-        told = ", ".join(f"{argument} {expression!r}" if expression else argument for argument, expression in idle)
-        warnings = [f"without effect, as only {' and '.join(parts)} is trained: {told}"] if idle and parts else []
         rows = tuple(
             row if row.part in parts or not row.trained else replace(row, reason="this part is not trained")
             for row in self.rows
         )
+        uses = {by: where for by, where in self.uses.items() if not where or not where.isdisjoint(parts)}
+        warnings = _idle([by for by in self.uses if by not in uses], parts)
         kept = replace(self, rows=rows, warnings=(*self.warnings, *warnings), uses=uses)
         return kept if self.renote is None or not kept.trained else replace(kept, notes=self.renote(kept))
 
@@ -242,6 +240,14 @@ def with_unread(rows: Sequence[PlanRow], parts: Iterable[Part], options: object 
     }
     marked = ((row, (row.part, row.trainer_name) in found) for row in rows)
     return tuple(row if row.unread is unread else replace(row, unread=unread) for row, unread in marked)
+
+
+def _idle(uses: Sequence[tuple[str, str]], parts: Sequence[str]) -> list[str]:
+    """A warning of arguments, with the expression, which decide something in none of the parts that are left."""
+    if not uses or not parts:
+        return []
+    told = ", ".join(f"{argument} {expression!r}" if expression else argument for argument, expression in uses)
+    return [f"without effect, as only {' and '.join(parts)} is trained: {told}"]
 
 
 @dataclass(frozen=True)
