@@ -23,7 +23,7 @@ from networks.algos import ALGOS
 from networks.algos.lokr import LoKr
 from networks.args import presets
 from networks.args.parse import Problems, parse
-from networks.args.table import BY_NAME
+from networks.args.table import BY_NAME, TABLE
 from networks.tensors.geometry import Geometry
 
 # LyCORIS' document, entry by entry: what it says to write, on models with convolutions.
@@ -245,6 +245,21 @@ def test_defaults_are_those_of_lycoris(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 'kwargs.get("preset", "full")' in preset and ours.preset == presets.load("full")
 
 
+@pytest.mark.reference
+def test_what_lycoris_takes_whatever_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not read the argument, so that its modules have their default, or any text is True to it."""
+    rows = {arg.name: (arg, value) for arg in TABLE for entry, value in arg.elsewhere if entry == "lycoris"}
+    assert {"train_on_input", "rank_dropout_scale", "decompose_both", "sig_type"} <= rows.keys()
+    given = {name: "last" if arg.choices else str(not value) for name, (arg, value) in rows.items()}
+    passed: dict[str, Any] = {}
+    monkeypatch.setattr(lycoris.kohya, "LycorisNetworkKohya", Recorder(passed))
+    lycoris.kohya.create_network(1.0, 4, 1.0, None, None, sd_unet(), **given)
+    for name, (_, value) in rows.items():
+        takers = [inspect.signature(module.__init__).parameters for module in set(network_module_dict.values())]
+        defaults = {p[name].default for p in takers if name in p}
+        assert (bool(passed[name]) if name in passed else defaults.pop()) == value and len(defaults) < 2, name
+
+
 class Recorder:
     """In place of LyCORIS' network: keeps the keywords."""
 
@@ -311,8 +326,8 @@ def test_a_file_decides_over_the_preset(tmp_path: Path) -> None:
 def test_loraplus_has_a_factor_to_act_on_or_says_so(algo: str) -> None:
     arguments = {"algo": algo, "preset": "attn-mlp", "loraplus_lr_ratio": "4"}
     if not ALGOS[algo].spec.plus:
-        with pytest.raises(ValueError, match=f"loraplus_lr_ratio has no effect with {algo}: such layers have no pair"):
-            networks.lycoris.create_network(1.0, 16, 1, None, None, sd_unet(), **arguments)
+        told = "\n".join(networks.lycoris.plan(16, 1, None, sd_unet(), **arguments).warnings)
+        assert f"without effect here, so not used: loraplus_lr_ratio (with {algo}: such layers have no pair" in told
         return
     network = networks.lycoris.create_network(1.0, 16, 1, None, None, sd_unet(), **arguments)
     network.apply_to(None, sd_unet(), False, True)

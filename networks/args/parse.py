@@ -26,11 +26,13 @@ class Problems:
         where: the entry as the user typed it, `networks.lokr`.
         documented: arguments which the documents of the host, or of what the entry stands for, list for this call:
             working command lines have them, so that without effect they are told, while others are mistakes.
+        spelled: name of an argument -> what it is called in this call.
     """
 
     where: str
     documented: Collection[str] = ()
     mistakes: list[str] = field(default_factory=list)
+    spelled: Mapping[str, str] = field(default_factory=dict)
     without_effect: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, message: str) -> None:
@@ -44,9 +46,9 @@ class Problems:
         Args:
             name: of the argument, as the table has it.
             why: how "... has no effect" goes on, with what stands between: `: this model has no such layer`.
-            shown: as the user wrote it; "" = the name.
+            shown: as the user wrote it; "" = the name of the two that the call has.
         """
-        self.without_effect.setdefault(name, (shown or name, why))
+        self.without_effect.setdefault(name, (shown or self.spelled.get(name, name), why))
 
     @property
     def messages(self) -> list[str]:
@@ -138,15 +140,17 @@ def parse(
         convolutions = preset is not None and preset.enable_conv
     hosts = (style, "preset" if convolutions else "", host)
     values = {arg.name: arg.default_at(hosts, options or {}) for arg in TABLE}
-    spelled, unknown = _read(raw, values, problems)
+    spelled, unknown = _read(raw, values, style, problems)
     values["algo"], values["preset"] = values["algo"] or default_algo, preset
-    args = NetArgs(values, frozenset(spelled), host, style)
+    args, problems.spelled = NetArgs(values, frozenset(spelled), host, style), spelled
     _unknown(unknown, args, problems)
     _inapplicable(args, spelled, problems)
     return args
 
 
-def _read(raw: Mapping[str, Any], values: dict[str, Any], problems: Problems) -> tuple[dict[str, str], dict[str, Any]]:
+def _read(
+    raw: Mapping[str, Any], values: dict[str, Any], style: str, problems: Problems
+) -> tuple[dict[str, str], dict[str, Any]]:
     """Put what was given into `values`; name -> its spelling, and what no argument is called, with its value."""
     spelled: dict[str, str] = {}
     unknown: dict[str, Any] = {}
@@ -166,11 +170,23 @@ def _read(raw: Mapping[str, Any], values: dict[str, Any], problems: Problems) ->
         except ValueError as error:
             problems.add(f"{shown} {hints.of_value(arg.name, text) or error}")
             continue
-        if arg.name in spelled and values[arg.name] != value:
-            problems.add(f"{shown} contradicts {spelled[arg.name]}={values[arg.name]}: both are the same argument")
-            continue
-        values[arg.name], spelled[arg.name] = value, key
+        before = (spelled[arg.name], values[arg.name]) if arg.name in spelled else None
+        if before is None or _replaces(arg, before, (key, value), style, problems):
+            values[arg.name], spelled[arg.name] = value, key
     return spelled, unknown
+
+
+def _replaces(arg: Arg, before: tuple[str, Any], after: tuple[str, Any], style: str, problems: Problems) -> bool:
+    """Whether the later of two (spelling, value) of one argument counts."""
+    if before[1] == after[1]:
+        return True
+    first, second = (f"{key}={printable(value, 200)}" for key, value in (before, after))
+    asking = [value for _, value in (before, after) if not arg.is_neutral(value)]
+    if style not in arg.joined or len(asking) > 1:
+        problems.add(f"{second} contradicts {first}: both are the same argument")
+        return False
+    log.info("%s, %s: both are the same argument, %s counts", first, second, asking[0])
+    return bool(asking[0] == after[1])
 
 
 def _early(raw: Mapping[str, Any], name: str) -> Any:

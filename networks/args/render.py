@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..records import ALGORITHMS, Arg
-from .table import TABLE
+from .table import STANDS_FOR, TABLE
 
 _TYPES = {
     "bool": "True / False",
@@ -62,7 +62,7 @@ def markdown(owners: Mapping[str, str]) -> str:
             group = arg.group
             lines.append(f"| **{group}** | | | |")
         owner = f" ({owners[arg.name]})" if arg.name in owners else ""
-        lines.append(f"| {_names(arg)} | {_type(arg)} | {_default(arg)} | {arg.help}{owner}{_only(arg)} |")
+        lines.append(f"| {_names(arg)} | {_type(arg)} | {_default(arg)} | {arg.help}{owner}{_only(arg)}{_there(arg)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,9 +111,19 @@ def _only(arg: Arg) -> str:
     return f" ({', '.join(arg.algos)} only)" if arg.algos else ""
 
 
+def _there(arg: Arg) -> str:
+    """Where an entry takes its place otherwise than the module that it stands for."""
+    joined = [f"networks.{entry}: one of its names that asks for it is enough" for entry in arg.joined]
+    fixed = [
+        f"networks.{entry}: as written; {STANDS_FOR[entry]} takes {value} whatever is written"
+        for entry, value in arg.elsewhere
+    ]
+    return "".join(f" ({one})" for one in (*joined, *fixed))
+
+
 def plain(arg: Arg, width: int, algos: bool) -> str:
     """One argument for a terminal of this width; `algos`: with the algorithms that take it."""
-    return described(arg, _default(arg), width, _only(arg) if algos else "")
+    return described(arg, _default(arg), width, (_only(arg) if algos else "") + _there(arg))
 
 
 def described(arg: Arg, default: str, width: int, more: str = "") -> str:

@@ -18,6 +18,7 @@ _WHERE = "which layers"
 _LR = "learning rates"
 _KIND = "layers by kind, where an architecture has them"
 _OTHER = "other"
+STANDS_FOR = {"lycoris": "lycoris.kohya"}  # entry -> the module of another package that it takes the place of
 SHOWN = (_RANK, _WHERE, _KIND)  # groups of arguments whose effect the tensors of a file show
 _PLUS = ", ".join(dict.fromkeys(key.removesuffix(".weight") for spec in ALGORITHMS.values() for key in spec.plus_keys))
 _STARTS = [spec for spec in ALGORITHMS.values() if "init" in spec.features]
@@ -122,6 +123,7 @@ _ROWS: tuple[Arg, ...] = (
         "Tucker form of convolutions with a kernel above 1x1: far fewer parameters",
         FACTORS,
         aliases=("use_cp", "use_conv_cp"),
+        joined=("lycoris",),
     ),
     Arg(
         "use_dora",
@@ -206,6 +208,7 @@ _ROWS: tuple[Arg, ...] = (
         "they stay as they are, and training sees an update weaker by 1 - p than the saved one",
         _DROP,
         per_host=(("lycoris", False),),
+        elsewhere=(("lycoris", False),),
     ),
     Arg(
         "module_dropout",

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from ..args.table import BY_NAME
 
-# LyCORIS' document of network arguments, for `lycoris.kohya`.
+# LyCORIS' document of network arguments, what `lycoris.kohya` reads beside, and what GUIs write for it.
 _LYCORIS = (
-    "algo preset conv_dim conv_alpha dropout rank_dropout rank_dropout_scale module_dropout factor decompose_both "
-    "block_size use_tucker use_cp use_scalar dora_wd wd_on_output bypass_mode train_norm rescaled constraint sig_type "
-    "use_data_init mask_group_id full_matrix unbalanced_factorization train_on_input"
+    "algo preset conv_dim conv_alpha dropout rank_dropout module_dropout factor decompose_both block_size use_tucker "
+    "use_scalar dora_wd bypass_mode train_norm rescaled constraint sig_type use_data_init mask_group_id "
+    "wd_on_output full_matrix unbalanced_factorization rs_lora train_t5xxl train_llm_adapter "
+    "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio "
+    "rank_dropout_scale train_on_input"
 )
 _STYLES = {"lycoris": _LYCORIS}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..algos import ALGOS, Adapter
 from ..args.parse import NetArgs, Problems
-from ..args.table import BY_NAME, OWN_STYLES
+from ..args.table import BY_NAME, OWN_STYLES, STANDS_FOR
 from ..tensors.norms import NormGeometry
 from .values import ALPHA, DIM
 
@@ -73,7 +73,7 @@ def review(plan: Plan, request: Request, used: Collection[By], problems: Problem
             *([f"{', '.join(decided)}: not used, the file decides dims, alphas and forms"] if decided else []),
         ]
     _norms(plan, args, problems)
-    return [*notes, *_ranks(trained), *_remarks(trained, args)]
+    return [*notes, *_ranks(trained), *_remarks(trained, args), *_elsewhere(trained, args, problems)]
 
 
 def _may_be_idle(request: Request, trained: Sequence[PlanRow]) -> dict[str, str]:
@@ -142,7 +142,8 @@ def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems, 
     alone = [row.algo for row in trained if not ALGOS[row.algo].spec.plus]
     algos, words = ", ".join(sorted(set(alone))), "such layers have no pair of factors, so one learning rate"
     if given and len(alone) == len(trained):
-        problems.idle(given[0], f" with {algos}: {words}")
+        for name in given:
+            problems.idle(name, f" with {algos}: {words}")
     elif given and alone:
         notes.append(
             f"{given[0]} acts on {len(trained) - len(alone)} of {len(trained)} layers, not on {algos}: {words}"
@@ -300,6 +301,19 @@ def _remarks(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:
         for remark, rows in found.items()
         if remark
     ]
+
+
+def _elsewhere(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> list[str]:
+    """A note on arguments that act as written, while the module that the entry stands for has a value of its own."""
+    options = {name for row in trained for name in row.options}
+    told = [
+        f"{name}={args.values[name]} (there {value})"
+        for name in sorted(args.given - problems.without_effect.keys())
+        for entry, value in BY_NAME[name].elsewhere
+        if entry == args.style and args.values[name] != value and (not BY_NAME[name].algos or name in options)
+    ]
+    module = STANDS_FOR.get(args.style, "")
+    return [f"as written here, whereas {module} goes its own way: {', '.join(told)}"] if told else []
 
 
 def _nothing(plan: Plan, request: Request) -> str:

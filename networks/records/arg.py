@@ -28,6 +28,8 @@ class Arg:
         words: (other spelling, choice).
         per_host: (host, default there) where hosts differ; the name of a trainer's option stands for its value. The
             entry `lycoris` and a call with a `preset` that trains convolutions count as hosts, too.
+        joined: entries under which it is enough that one of several spellings in a call asks for something.
+        elsewhere: (entry, value which the module that it stands for takes whatever a command line says).
     """
 
     name: str
@@ -43,6 +45,8 @@ class Arg:
     choices: tuple[str, ...] = ()
     words: tuple[tuple[str, str], ...] = ()
     per_host: tuple[tuple[str, Any], ...] = ()
+    joined: tuple[str, ...] = ()
+    elsewhere: tuple[tuple[str, Any], ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -26,7 +26,14 @@ LOKR = AlgoSpec(
             FACTORS,
             minimum=-1,
         ),
-        Arg("decompose_both", "bool", False, "low rank for the smaller factor too", FACTORS),
+        Arg(
+            "decompose_both",
+            "bool",
+            False,
+            "low rank for the smaller factor too",
+            FACTORS,
+            elsewhere=(("lycoris", True),),
+        ),
         Arg(
             "full_matrix",
             "bool",

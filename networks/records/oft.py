@@ -40,6 +40,7 @@ DIAG_OFT = AlgoSpec(
             aliases=("constrain",),
             minimum=0,
             per_host=(("oft", "network_alpha"), ("oft_flux", "network_alpha")),
+            joined=("lycoris",),
         ),
         Arg(
             "rescaled",
@@ -66,6 +67,7 @@ DIAG_OFT = AlgoSpec(
             "OFT v2 (2506.19847). Quantised bases train either way without being decoded",
             FACTORS,
             per_host=(("oft_v2", True),),
+            elsewhere=(("lycoris", False),),
         ),
         Arg(
             "dim_is_size",

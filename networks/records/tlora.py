@@ -32,8 +32,16 @@ TLORA = replace(
             "T-LoRA starts from the first (`principal`), the `middle` or the `last` singular vectors",
             FACTORS,
             choices=("principal", "last", "middle"),
+            elsewhere=(("lycoris", "principal"),),
         ),
-        Arg("use_data_init", "bool", True, "of the base weight; False: of a random matrix", FACTORS),
+        Arg(
+            "use_data_init",
+            "bool",
+            True,
+            "of the base weight; False: of a random matrix",
+            FACTORS,
+            elsewhere=(("lycoris", True),),
+        ),
         Arg(
             "min_rank",
             "int",
