@@ -118,9 +118,9 @@ def test_what_is_nearly_a_part(sdxl: Any, pattern: str, hint: str) -> None:
 def test_a_part_of_which_nothing_can_be_trained(flux: Any) -> None:
     assert "dit: write 'dit:.*'" in refused(flux, only_patterns="unet:.*")
     message = refused(flux, only_patterns="text_encoder3:SelfAttention")
-    assert "no layer of text_encoder3 can be trained here: give train_t5xxl=True" in message
+    assert "none of text_encoder3 can be trained here: give train_t5xxl=True" in message
     message = refused(([None, None], flux[1]), only_patterns="text_encoder1:.*")
-    assert "no layer of text_encoder1 can be trained here: this call does not have it" in message
+    assert "none of text_encoder1 can be trained here: this call does not have it" in message
 
 
 # -- one spelling of names
@@ -214,7 +214,7 @@ def test_what_to_write(flux: Any, pattern: str, written: str) -> None:
 def test_what_no_expression_can_say(flux: Any) -> None:
     """No placeholder."""
     message = refused(flux, networks.lora_flux, only_patterns="single[_]blocks[_]1")
-    assert message.endswith("must match the whole name 'single_blocks.1.linear1'")
+    assert message.endswith("must match the whole dotted name 'single_blocks.1.linear1'")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +256,26 @@ def test_what_leaves_out_nothing_is_told(sdxl: Any) -> None:
 
 
 # -- one cause, one line
+
+
+def test_many_expressions_are_one_line(flux: Any, sdxl: Any) -> None:
+    """Those of another trainer, and those of another model."""
+    for count, named in ((2, "'{0}', '{1}' match"), (4, "'{0}', '{1}', '{2}' and 1 more match")):
+        names = {"img_attn": "img_attn.*", "linear1": "linear1"}
+        theirs = [f"_blocks_{i}_{name}" for i in (0, 1) for name in names][:count]
+        message = refused(flux, networks.lora_flux, network_reg_dims=str(dict.fromkeys(theirs, 8)))
+        assert f"network_reg_dims: {named.format(*theirs)} no layer; saved names such as" in message
+        written = [f".*_blocks[.]{i}[.]{name}" for i in (0, 1) for name in names.values()][:count]
+        assert message.endswith(f": write {written}")
+    message = refused(sdxl, only_patterns=",".join(f"double_blocks.{i}.*" for i in range(19)))
+    assert (
+        "'double_blocks.0.*', 'double_blocks.1.*', 'double_blocks.2.*' and 16 more match no layer; layer n" in message
+    )
+    assert "\n" not in message
+    message = refused(sdxl, network_reg_dims=str(dict.fromkeys((f".*conv{i}" for i in (1, 2)), 8)))
+    assert "network_reg_dims: '.*conv1', '.*conv2' match only layers that are not trained, such as" in message
+    message = refused(sdxl, network_reg_dims="{'.*': 8, '.*fc1': 4, '.*fc2': 4}")
+    assert "network_reg_dims: '.*fc1', '.*fc2' decide no layer: " in message
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_two_layers_of_one_saved_name_are_refused() -> None:
 @pytest.mark.parametrize("part", [slice(None, -2), slice(2, None), slice(2, -2)], ids=["begins", "ends", "inside"])
 def test_a_pattern_is_of_the_whole_name(argument: str, part: slice, models: Any) -> None:
     """One that fits a part of a name alone matches nothing, wherever in the name that part is."""
-    with pytest.raises(ValueError, match=f"{argument}: .* matches no layer; it must match the whole name"):
+    with pytest.raises(ValueError, match=f"{argument}: .* matches no layer; a pattern must match the whole name"):
         networks.lora.plan(4, 1, *models, **{argument: TO_Q[part]})
 
 
@@ -126,7 +126,7 @@ def test_blocks(models: Any) -> None:
     [
         ({"network_reg_dims": "foo=8"}, ["network_reg_dims: 'foo' matches no layer", "look like"]),
         ({"network_reg_dims": "attn1=8"}, ["must match the whole name", "'.*attn1.*'"]),
-        ({"only_patterns": "lora_unet_down.*"}, ["matches no layer", "dotted names", "write 'down.*'"]),
+        ({"only_patterns": "lora_unet_down.*"}, ["matches no layer", "whole dotted name", "write 'down.*'"]),
         ({"exclude_patterns": ".*resnets.*conv1"}, ["only layers that are not trained", "conv_dim"]),
         ({"network_reg_lrs": ".*conv_in=1e-3"}, ["only layers that are not trained", "outside"]),
         ({"include_patterns": ".*attn1.*"}, ["rescues nothing", "only_patterns"]),

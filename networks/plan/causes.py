@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+
+_NAMED = 3
 
 
 def grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
@@ -17,6 +19,18 @@ def grouped(refused: Iterable[tuple[str, str]]) -> list[str]:
     for reason, layer in refused:
         causes.setdefault(re.sub(r"\d+", "#", reason), {}).setdefault(reason, []).append(layer)
     return [_told(reasons) for reasons in causes.values()]
+
+
+def subject(texts: Collection[str], one: str, several: str) -> str:
+    """The beginning of a sentence about expressions of the user: `'a', 'b', 'c' and 2 more match`.
+
+    Args:
+        texts: as the user wrote them.
+        one, several: the verb in singular and plural.
+    """
+    quoted = ", ".join(map(repr, list(texts)[:_NAMED]))
+    more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
+    return f"{quoted}{more} {one if len(texts) == 1 else several}"
 
 
 def _told(reasons: dict[str, list[str]]) -> str:

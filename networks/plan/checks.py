@@ -13,6 +13,7 @@ from ..algos import ALGOS, Adapter
 from ..args.parse import NetArgs, Problems
 from ..args.table import BY_NAME, OWN_STYLES, STANDS_FOR
 from ..tensors.norms import NormGeometry
+from .causes import subject
 from .values import ALPHA, DIM
 
 if TYPE_CHECKING:
@@ -113,12 +114,12 @@ def _expressions(request: Request, used: Collection[By], problems: Problems) -> 
         arguments["network_reg_dims"] = request.args.network_reg_dims
         arguments["network_reg_alphas"] = request.args.network_reg_alphas
     for argument, patterns in arguments.items():
-        for pattern in patterns:
-            if (argument, pattern) not in used:
-                problems.add(
-                    f"{argument}: {pattern!r} decides no layer: those that it matches are left out, have no use for "
-                    "it, or belong to an earlier expression (the first match wins)"
-                )
+        idle = [pattern for pattern in patterns if (argument, pattern) not in used]
+        if idle:
+            problems.add(
+                f"{argument}: {subject(idle, 'decides', 'decide')} no layer: those that match are left out, have no "
+                "use for it, or belong to an earlier expression (the first match wins)"
+            )
 
 
 def _dropouts(trained: Sequence[PlanRow], args: NetArgs, problems: Problems, notes: list[str]) -> None:

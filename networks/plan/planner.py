@@ -17,6 +17,7 @@ from ..tensors.geometry import Geometry
 from . import checks, file_format, values
 from .call import By, Call, Choice, speaks_of_norms
 from .causes import grouped
+from .meant import report_unmatched
 from .patterns import Patterns
 from .plan import Plan, PlanRow, Request, with_unread
 from .rules import Verdict, decide
@@ -336,7 +337,7 @@ class _Planner:
         others = [(c, verdict.reason) for c, verdict in pairs if verdict.reason and not verdict.admitted]
         trainable = [c for c, verdict in pairs if verdict.admitted or not verdict.reason]
         for patterns in (call.exclude, call.include, call.only, call.dims, call.alphas, call.lrs):
-            for pattern in patterns.report_unmatched(trainable, others, self.problems):
+            for pattern in report_unmatched(patterns, trainable, others, self.problems):
                 self.used[patterns.argument, pattern] = set()  # spoken of already
         self._check_rescue(trainable)
         self._check_whole(trainable)
