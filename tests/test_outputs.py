@@ -448,14 +448,15 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
 
 
 MERGE = """
-import sys, time
+import contextlib, sys, time
 from networks.cli import merge
 
+@contextlib.contextmanager
 def slow(total):
     def step(key, size):
         print("writing", flush=True)
         time.sleep(60)
-    return step
+    yield step
 
 merge.progress_bar = slow
 sys.exit(merge.main(sys.argv[1:]))

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,8 @@ def merge(args: argparse.Namespace) -> int:
             say(f"  {text}")
         report(plan, adapter, plan.unmatched(adapter), allowance, args.strict)
     sizes = [entry["data_offsets"] for header in checkpoint.headers.values() for entry in header.entries.values()]
-    warning = plan.write(args.out, progress_bar(sum(end - start for start, end in sizes)))
+    with progress_bar(sum(end - start for start, end in sizes)) as step:
+        warning = plan.write(args.out, step)
     for text, count in plan.conversions.items():
         say(f"  {text} ({count} layers)")
     if warning:
@@ -115,8 +117,9 @@ def split_multiplier(item: str) -> tuple[Path, float]:
         raise ValueError(f"{item}: {number!r} is no multiplier; write FILE=0.8") from None
 
 
-def progress_bar(total: int) -> Callable[[str, int], None]:
-    """tqdm's where it is installed, otherwise a line at every tenth."""
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str, int], None]]:
+    """tqdm's where it is installed, otherwise a line at every tenth; what comes after it has a line of its own."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -127,12 +130,11 @@ def progress_bar(total: int) -> Callable[[str, int], None]:
             if done[0] * 10 // max(1, total) > before * 10 // max(1, total):
                 print(f"{done[0] * 100 // total} %", file=sys.stderr)
 
-        return step
-    bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024)
+        yield step
+        return
+    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024) as bar:
 
-    def advance(key: str, size: int) -> None:
-        bar.update(size)
-        if bar.n >= total:
-            bar.close()
+        def advance(key: str, size: int) -> None:
+            bar.update(size)
 
-    return advance
+        yield advance

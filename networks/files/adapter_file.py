@@ -21,7 +21,7 @@ from torch import Tensor
 from ..archs import ARCHS
 from ..archs.names import Share, nearest_layout, row_sizes, shares
 from ..archs.spec import ArchSpec
-from . import codec, dialects, dotted, joining, reader, strengths
+from . import codec, dialects, dotted, joining, reader, soundness, strengths
 from .codec import SavedLayer
 from .dialects import Dialect, Flags
 from .weight_names import PREFIXES
@@ -318,8 +318,8 @@ def open_adapter(given: Path | Mapping[str, Tensor], naming: Naming, source: str
 
 
 def _open(given: FileTensors, naming: Naming) -> AdapterFile:
-    _check_values(given)
-    tensors, strength = strengths.with_strengths(given, given.metadata, given.settings, given.source)
+    sound = soundness.readable(given, given.source)
+    tensors, strength = strengths.with_strengths(sound, given.metadata, given.settings, given.source)
     spoken = naming.shares(dotted.layers(tensors))
     names = {path: _whole(found) or f"{_PART}{path.replace('.', '/')}" for path, found in spoken.items()}
     named, suffixes = _named(tensors, names, given.source)
@@ -328,7 +328,7 @@ def _open(given: FileTensors, naming: Naming) -> AdapterFile:
     parts = {names[path]: shares for path, shares in spoken.items() if names[path].startswith(_PART)}
     layers = {name: saved for name, saved in found.items() if name not in parts}
     portions = _portions({name: saved for name, saved in found.items() if name in parts}, parts, layers, given.source)
-    unread, stray = _told_apart({key: suffixes[key] for key in unknown}, parts)
+    unread, stray = _told_apart({key: suffixes.get(key, key.partition(".")[2]) for key in unknown}, parts)
     with_dots = dotted.has_dots(given)
     return AdapterFile(
         given.source, dict(given), layers, portions, flags, given.metadata, unread, stray, strength, with_dots,
@@ -383,7 +383,7 @@ def _portions(
             counts = {one.share.count for one in there.values()} - {share.count}
             if share.name in layers or counts or not taken.isdisjoint(share.places):
                 raise ValueError(
-                    f"{source}: it has {part.removeprefix(_PART).replace('/', '.')} and another layer for the same "
+                    f"{source}: it has {dotted.shown(part)} and another layer for the same "
                     f"rows of {share.name}: remove one of them"
                 )
             there[share.position] = Portion(saved, share, others)
@@ -403,23 +403,11 @@ def _told_apart(
     for key, suffix in unknown.items():
         name = key.partition(".")[0]
         names = [share.name for share in parts.get(name, ())] or [name]
-        if suffix and (names[0].startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) or "/" in names[0]):
+        if suffix not in ("", dotted.ALPHA) and (
+            names[0].startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) or "/" in names[0]
+        ):
             for one in names:
                 unread.setdefault(one, []).append(suffix)
         else:
             stray.append(key)
     return {name: ", ".join(suffixes) for name, suffixes in unread.items()}, tuple(stray)
-
-
-def _check_values(given: FileTensors) -> None:
-    """Raises ValueError for the first tensor that is not finite."""
-    for key, tensor in given.items():
-        if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
-            continue
-        wide = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no such operations
-        if not bool(torch.isfinite(wide).all()):
-            layer, suffix = dotted.divide(key)
-            where = f"{layer}: {suffix}" if suffix else key
-            raise ValueError(
-                f"{given.source}: {where} has NaN or infinite values: the file is broken, use an earlier save"
-            )

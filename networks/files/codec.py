@@ -143,9 +143,22 @@ def assumptions(layers: Iterable[SavedLayer]) -> list[str]:
 
 
 def unknown_form(source: str, name: str, suffix: str) -> str:
-    """Message: half a layer read as plain LoRA would have another strength, so it is refused."""
-    dotted_name = name.replace("/", ".")  # without an architecture, see adapter_file.Naming
-    where = f"{source}: {dotted_name} has {suffix}"
+    """Message: half a layer read as plain LoRA would have another strength, so it is refused.
+
+    Args:
+        source: name of the file.
+        name: of the layer.
+        suffix: of its tensors which nobody knows, or of all that it has.
+    """
+    where = f"{source}: {dotted.shown(name)} has {suffix}"
+    own = {dotted.SUFFIXES.get(one, one) for one in suffix.split(", ")}
+    factors = own - {dotted.MAGNITUDE}
+    if not factors:
+        return f"{where} alone, without factors: the file is incomplete, download or save it again"
+    lacking = min(filter(None, (cls.spec.lacks(factors) for cls in ALGOS.values())), key=len, default=frozenset())
+    if lacking:
+        missing = " and ".join(dotted.as_in(suffix, one) for one in sorted(lacking))
+        return f"{where} without {missing}: the layer is incomplete, download or save the file again"
     return f"{where}, a form which this version does not know; convert the file to a plain one"
 
 
@@ -176,6 +189,7 @@ def decode(
         algorithm = recognise(group)
         magnitude = None if algorithm is None else group.pop(flags.dialect.magnitude, None)
         strange = [suffix for suffix in group if algorithm is None or not algorithm.spec.knows(suffix)]
+        strange += [dotted.ALPHA] if alpha is not None and not strange and algorithm is None else []
         if algorithm is None or strange:
             unknown += [f"{name}.{suffix}" if suffix else name for suffix in strange]
             continue
@@ -190,7 +204,8 @@ def _without_nothing(group: dict[str, Tensor]) -> dict[str, Tensor]:
     own."""
     if "diff" in group and group["diff"].dim() != 1:
         return group
-    return {suffix: t for suffix, t in group.items() if suffix not in BESIDE or t.is_meta or bool(t.any())}
+    kept = {suffix: t for suffix, t in group.items() if suffix not in BESIDE or t.is_meta or bool(t.any())}
+    return {} if kept.keys() == {dotted.ALPHA} != group.keys() else kept
 
 
 def _groups(tensors: Mapping[str, Tensor], dialect: dialects.Dialect) -> dict[str, dict[str, Tensor]]:

@@ -138,6 +138,17 @@ def own_suffix(path: str, suffix: str) -> str:
     return OF_PEFT.get(suffix, own) if PEFT in path else own
 
 
+def shown(name: str) -> str:
+    """The name of a layer for people, as its file has it: it may have slashes for dots, see adapter_file.Naming."""
+    return name.lstrip("/").replace("/", ".")
+
+
+def as_in(written: str, suffix: str) -> str:
+    """Our suffix as a file with these has it."""
+    peft = _TO_PEFT.get(suffix, suffix)
+    return peft if any(other in written for other in _TO_PEFT.values()) else suffix
+
+
 def _scaled_up(tensors: Mapping[str, Tensor]) -> Tensor:
     """The second factor times alpha / rank."""
     up, alpha = tensors[UP], tensors.get(ALPHA)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..records import ALGORITHMS
 from ..tensors.geometry import Geometry
-from . import dialects, reader
+from . import dialects, dotted, reader
 from .adapter_file import FileTensors, Naming, open_adapter
 from .codec import SavedLayer
 from .places import part_of
@@ -62,7 +62,7 @@ def explain(given: Path | FileTensors) -> dict[str, Any]:
         "parameters": sum(t.numel() for saved in layers.values() for t in saved.tensors.values()),
         "layers": [_row(saved) for saved in layers.values()],
         "strength": file.strength,
-        "unknown": [*(f"{name.replace('/', '.')}.{suffix}" for name, suffix in file.unread.items()), *file.stray],
+        "unknown": [*(f"{dotted.shown(name)}.{suffix}" for name, suffix in file.unread.items()), *file.stray],
         "verdict": f"no: {file.problem}" if file.problem else "exactly",
         "metadata": metadata,
     }
@@ -83,7 +83,7 @@ def _rounded(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _row(saved: SavedLayer) -> dict[str, Any]:
     return {
-        "name": saved.name.replace("/", "."),
+        "name": dotted.shown(saved.name),
         "part": part_of(saved.name),
         "kind": kind_of(saved),
         "dim": saved.algorithm.spec.shown_rank(saved.tensors),

@@ -21,6 +21,7 @@ from ..algos.full import Full
 from ..algos.lora import LoRA
 from ..algos.saved import concatenated, wide_dtype
 from ..tensors.norms import weight_geometry
+from . import dotted
 from .codec import SavedLayer
 from .merged import merged_weight
 
@@ -129,7 +130,7 @@ class _Part:
 
     def __init__(self, saved: SavedLayer, shape: Shape, weight: Tensor | None) -> None:
         if shape:
-            with located(saved.name):
+            with located(dotted.shown(saved.name)):
                 saved.describe(weight_geometry(shape))
         key = saved.algorithm.spec.bias_key
         self.bias = saved.tensors.get(key)
@@ -173,7 +174,7 @@ class _Part:
         found = self._taken(saved, start, stop)
         if found is not None:
             return found, ""
-        with located(saved.name):
+        with located(dotted.shown(saved.name)):
             lora = self.lora()
             found = None if lora is None else self._taken(lora, start, stop)
             if found is not None and not (self.ends_in_diff and _is_large(found)):

@@ -26,7 +26,7 @@ def merged_weight(
     """
     if saved.bias_change is not None and not bias_too:
         raise ValueError(
-            f"{saved.name} changes a bias ({saved.algorithm.spec.bias_key}), which cannot be merged from the weight "
+            f"it changes a bias ({saved.algorithm.spec.bias_key}), which cannot be merged from the weight "
             "alone: apply the network to its model and merge there, or merge the file into the checkpoint "
             "(scripts/merge.py)"
         )

@@ -45,7 +45,7 @@ def cut(saved: SavedLayer, dim: int, way: str) -> tuple[SavedLayer, Resized]:
     Raises:
         ValueError: its form has no such ranks.
     """
-    with located(saved.name):
+    with located(dotted.shown(saved.name)):
         resized = (saved.algorithm.first_ranks if way == "first" else saved.algorithm.nearest)(saved.tensors, dim)
     before, after = resized.ranks
     alpha = (saved.alpha or float(before)) * (after / before if way == "nearest" else 1.0)
@@ -68,6 +68,12 @@ def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], fl
         ValueError: the form of a layer has no such ranks, or none has more than `dim`.
     """
     file.all_read()
+    with located(file.source):
+        return _resized(file, dim, way)
+
+
+def _resized(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], float]:
+    """Raises ValueError without the name of the file."""
     if file.flags.dialect.fold_flag:
         raise ValueError(
             "its DoRA magnitudes hold for the whole update alone (save_format=comfyui): resize another form"
@@ -84,7 +90,7 @@ def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], fl
             **{suffix: tensor for suffix, tensor in smaller.tensors.items() if suffix != bias_key},
             "alpha": torch.tensor(file_format.alpha(smaller.alpha, after), dtype=torch.float32),
         }
-        path = name.replace("/", ".")
+        path = dotted.shown(name)
         for suffix in saved.tensors.keys() - {bias_key}:
             result.pop(keys.get((path, suffix), f"{path}.{suffix}"), None)
         for suffix, tensor in written.items():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..algos import ALGOS, Adapter, recognise
 from . import dotted
+from .soundness import LARGEST
 
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # of a file: PEFT's settings, as JSON, under the names of a pipeline's components
@@ -182,6 +183,11 @@ def _filled(
     scales = {title: scale for title, one in said.items() if (scale := one.scale(rank)) is not None}
     candidates = _with_alpha(scales, layer.get(ALPHA), rank)
     first = next(iter(candidates), NOTHING)
+    if abs(candidates.get(first, 0.0)) > LARGEST:
+        raise ValueError(
+            f"{source}: the strength of {name} is {candidates[first]:.1e} by {SAID[first]}, which no training gives: "
+            "use an earlier save, or correct it there"
+        )
     for title, scale in candidates.items():
         if not math.isclose(scale, candidates[first], rel_tol=ROUNDED):
             raise ValueError(

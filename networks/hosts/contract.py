@@ -23,7 +23,7 @@ from ..args import hints
 from ..args.coerce import named, whole
 from ..args.parse import NetArgs, Problems, parse
 from ..args.table import UNET_STYLES
-from ..files.adapter_file import AdapterFile, Naming, open_adapter
+from ..files.adapter_file import AdapterFile, FileTensors, Naming, open_adapter
 from ..files.dialects import rs_lora_differs
 from ..files.places import Allowance
 from ..network.diagnosis import Diagnosis
@@ -360,7 +360,8 @@ class Caller:
         Raises:
             ValueError: as the call itself.
         """
-        return self.planned(host, None, None, text_encoder, unet, kwargs, Problems(self.name), tensors)
+        source = tensors.source if isinstance(tensors, FileTensors) else "the file"
+        return self.planned(host, None, None, text_encoder, unet, kwargs, Problems(self.name), tensors, source)
 
     def plan(
         self,

@@ -24,7 +24,7 @@ from torch import Tensor
 from .._errors import located
 from .._version import __version__
 from ..args.coerce import named
-from ..files import reader, twins, weight_names
+from ..files import dotted, reader, twins, weight_names
 from ..files.adapter_file import AdapterFile, FileTensors, Naming, open_adapter
 from ..files.codec import SavedLayer
 from ..files.joining import rows_of
@@ -86,10 +86,10 @@ def merge_weights_to_tensor(
         lora_weight_keys.discard(key)
 
     def new(weight: Tensor) -> Tensor:
-        with located(layer.name):
+        with located(f"{part.source}: {layer.name}"):
             return merged_weight(layer, weight, multiplier, weight)
 
-    return _rounded(model_weight, [layer.name], new, calc_device).to(model_weight.device)
+    return _rounded(model_weight, [f"{part.source}: {layer.name}"], new, calc_device).to(model_weight.device)
 
 
 def _rounded(
@@ -166,7 +166,7 @@ class _File:
         """
         result, bias = tensor, key.endswith(".bias")
         for name, rows in self.layers_for(key):
-            with located(name):
+            with located(f"{self.file.source}: {dotted.shown(name)}"):
                 own = rows.piece.cut(tensor)
                 saved = self._layer(name, rows, own, bias)
                 if bias and saved.bias_change is None:
@@ -206,8 +206,8 @@ class _File:
         missed = sorted(families.keys() - self.used)
         if families and not self.used:
             raise ValueError(
-                f"{source}: no weight of this model belongs to its {len(families)} layers, e.g. {missed[0]}; "
-                "choose a file that was trained on this model"
+                f"{source}: no weight of this model belongs to its {len(families)} layers, e.g. "
+                f"{dotted.shown(missed[0])}; choose a file that was trained on this model"
             )
         parts = {part_of(name) for name in self.used}
         missing = find_missing(families, self.used, parts, PARTS, (), self.allowance, source)
@@ -216,8 +216,8 @@ class _File:
         lost = sorted(name for name in self.used - self.shifted if self.file.changes_bias(name))
         if lost:
             raise ValueError(
-                f"{source}: {len(lost)} of its layers change a bias which this model has not, e.g. {lost[0]}: "
-                "choose a file that was trained on this model"
+                f"{source}: {len(lost)} of its layers change a bias which this model has not, e.g. "
+                f"{dotted.shown(lost[0])}: choose a file that was trained on this model"
             )
         if self.used:
             kinds = sorted({saved.algorithm.spec.name for name in self.used for saved in self.file.of(name)})
@@ -341,7 +341,7 @@ def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: 
     def merge(key: str, weight: Tensor, keep_on_calc_device: bool = False) -> Tensor:
         if theirs is not None:
             weight = theirs(key, weight, keep_on_calc_device=keep_on_calc_device)
-        names = [name for file in files for name, _ in file.layers_for(key)]
+        names = [f"{file.file.source}: {dotted.shown(name)}" for file in files for name, _ in file.layers_for(key)]
         if not names:
             return weight
 

@@ -279,7 +279,7 @@ class _Planner:
             text = unknown_form(self.request.source, first, self.request.unknown[first])
             self.problems.add(text if count == 1 else f"{text} ({count} layers of this model)")
         if len(self.misfits) == 1:
-            self.problems.add(self.misfits[0])
+            self.problems.add(f"{self.request.source}: {self.misfits[0]}")
         elif self.misfits:
             self.problems.add(
                 f"{self.request.source} does not fit this model ({self.request.arch.title}) in {len(self.misfits)} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .oft import BLOCKS, DIAG_OFT, ROTATIONS
+from .oft import BLOCKS, DIAG_OFT, RESCALE, ROTATIONS
 from .spec import AlgoSpec
 
 BOFT = AlgoSpec(
@@ -13,6 +13,7 @@ BOFT = AlgoSpec(
     options=frozenset({"constraint", "rescaled"}),
     features=frozenset(),
     required=(frozenset({BLOCKS}),),
+    axes=({BLOCKS: "SNBB"}, {RESCALE: "O"}),
     alpha_option=DIAG_OFT.alpha_option,
     near_one=DIAG_OFT.near_one,
     relative=True,

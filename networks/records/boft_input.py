@@ -27,6 +27,7 @@ BOFT_INPUT = AlgoSpec(
         ),
     ),
     required=(frozenset({TURNS}),),
+    axes=({TURNS: "SNBB"}, {SCALES: "O*"}),
     saves_alpha=False,
     near_one=frozenset({CHANGE}),
     peft_type="BOFT",

@@ -11,6 +11,7 @@ FULL = AlgoSpec(
     order=80,
     features=frozenset(),  # lengths of its own would say nothing that diff cannot
     required=(frozenset({"diff"}),),
+    axes=({"diff": "OI*"},),
     bias_key="diff_b",
     shifts=True,
 )

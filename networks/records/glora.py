@@ -15,6 +15,7 @@ GLORA = AlgoSpec(
     no_starts={"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"},
     plus=frozenset({"a1", "b1"}),  # which lead out of the rank, as up does
     required=(frozenset(_KEYS.values()),),
+    axes=({"a1.weight": "IR", "a2.weight": "RI", "b1.weight": "OP", "b2.weight": "QJ*"},),  # see `describe`
     bias_key="diff_b",
     fold=("b2",),
     rank_shows=(("a2.weight", 0),),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import AlgoSpec, FileKind
+from .spec import NUMBER, AlgoSpec, FileKind
 
 PEFT = "ia3_l"  # the whole factors, in its files
 
@@ -15,5 +15,6 @@ IA3 = AlgoSpec(
     features=frozenset(),
     required=(frozenset({"weight", "on_input"}), frozenset({PEFT})),
     more_keys=frozenset({PEFT}),
+    axes=({"on_input": NUMBER}, {"weight": "*"}, {PEFT: "*"}),
     relative=True,
 )

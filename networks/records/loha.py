@@ -18,6 +18,13 @@ LOHA = AlgoSpec(
     },
     plus=frozenset({"w2_a"}),
     required=(frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
+    axes=(
+        {
+            **{f"hada_t{n}": "RR*" for n in (1, 2)},
+            **{f"hada_w{n}_{side}": axes for n in (1, 2) for side, axes in (("a", "RO"), ("b", "RI"))},
+        },
+        {f"hada_w{n}_{side}": axes for n in (1, 2) for side, axes in (("a", "OR"), ("b", "RJ"))},
+    ),
     bias_key="diff_b",
     fold=("w1_a",),
     rank_shows=(("hada_w1_b", 0),),

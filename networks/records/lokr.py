@@ -54,6 +54,13 @@ LOKR = AlgoSpec(
         for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
         for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
     ),
+    axes=(
+        {"lokr_w1": "AC"},
+        {"lokr_w1_a": "AR", "lokr_w1_b": "RC"},
+        {"lokr_w2": "BD*"},
+        {"lokr_t2": "RR*", "lokr_w2_a": "RB", "lokr_w2_b": "RD"},
+        {"lokr_w2_a": "BR", "lokr_w2_b": "RE"},
+    ),
     bias_key="diff_b",
     fold=("w1", "w1_a"),
     rank_shows=(("lokr_w1_b", 0), ("lokr_w2_b", 0)),

@@ -19,6 +19,10 @@ LORA = AlgoSpec(
     keeps_start=True,
     plus=frozenset({"up"}),
     required=(frozenset({"lora_up.weight", "lora_down.weight"}),),
+    axes=(
+        {"lora_mid.weight": "RR*", "lora_down.weight": "RI", "lora_up.weight": "OR"},
+        {"lora_down.weight": "RI*", "lora_up.weight": "OR"},
+    ),
     bias_key="diff_b",
     fold=("up",),
     rank_shows=(("lora_down.weight", 0),),

@@ -16,6 +16,7 @@ NORM = AlgoSpec(
     features=frozenset(),
     required=(frozenset({"w_norm"}), frozenset({"diff"})),
     more_keys=frozenset({"diff", "diff_b"}),  # as some programs call them, which have one name for all layers
+    axes=({"w_norm": "C", "b_norm": "C"}, {"w_norm": "C"}, {"diff": "C", "diff_b": "C"}, {"diff": "C"}),
     bias_key="b_norm",
     shifts=True,
     saves_alpha=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arg import FACTORS, Arg
-from .spec import AlgoSpec, FileKind
+from .spec import NUMBER, AlgoSpec, FileKind
 
 BLOCKS, RESCALE, CHANGE = "oft_blocks", "rescale", "rescale_change"
 # Keys of the input side, see algos.oft_input.
@@ -91,6 +91,12 @@ DIAG_OFT = AlgoSpec(
     required=tuple(frozenset({suffix}) for suffix in (BLOCKS, f"{BLOCKS}.0", *FORMS)),
     more_keys=frozenset({*FORMS, TERMS, SCALED}) | BUFFERS,
     numbered=frozenset({BLOCKS}),
+    axes=(
+        {BLOCKS: "NBB"},
+        {RESCALE: "O"},
+        *({key: "Nt"} for key in FORMS),  # a block of one feature has nothing above its diagonal
+        *({key: NUMBER} for key in (TERMS, SCALED, *sorted(BUFFERS))),
+    ),
     alpha_option="constraint",
     near_one=frozenset({CHANGE}),
     peft_type="OFT",

@@ -13,6 +13,7 @@ BIAS = {"diff_b": "diff_b"}  # the change of the bias: of `keys`
 # Arguments that the layer around an adapter obeys for every additive algorithm, unless its mathematics forbids one.
 ADDITIVE = frozenset({"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"})
 
+NUMBER = "1"  # in `AlgoSpec.axes`, of a tensor that is one number
 NO_KERNEL = "no trained layer has a low-rank kernel above 1x1; conv_dim trains convolutions"
 
 
@@ -57,6 +58,9 @@ class AlgoSpec:
         fold: the first of these parameters that exists takes up the learnt scalar, or a scale without rank, at save.
         rank_shows: (suffix, axis): the first that a file has is the rank that alpha is divided by.
         bias_key: suffix of the change of the layer's bias, where a file can have one.
+        axes: forms, each suffix -> a letter for every axis of its tensor. Equal letters of a layer are equal lengths, a
+            small one may be 0; behind them axes of 1 may follow, those of a kernel with `*`. A form counts where a
+            layer has all its tensors, and they are of no form before it.
         shifts: a new adapter changes the bias of a layer that has one; others do where a file says so.
         saves_alpha: whether readers expect one.
         alpha_option: the option which a file holds as alpha, where alpha is no strength.
@@ -94,6 +98,7 @@ class AlgoSpec:
     saved_as: str = ""
     fold: tuple[str, ...] = ()
     rank_shows: tuple[tuple[str, int], ...] = ()
+    axes: tuple[Mapping[str, str], ...] = ()
     bias_key: str = ""
     shifts: bool = False
     saves_alpha: bool = True
@@ -139,6 +144,14 @@ class AlgoSpec:
         """Whether saved tensors under these suffixes can be a layer of its files."""
         present = set(suffixes)
         return any(marks <= present for marks in self.required or (frozenset(self.keys.values()),))
+
+    def lacks(self, suffixes: Collection[str]) -> frozenset[str]:
+        """What saved tensors under these suffixes want to be a layer of its files; none where some are of others."""
+        present = set(suffixes)
+        near = [marks for marks in self.required or (frozenset(self.keys.values()),) if not marks.isdisjoint(present)]
+        if not near or not all(map(self.knows, present)):
+            return frozenset()
+        return min((marks - present for marks in near), key=len)
 
     def knows(self, suffix: str) -> bool:
         """Whether its files have such tensors."""
