@@ -1,7 +1,11 @@
-"""help=True lists the arguments of a module on a model, dry_run=True prints the plan; both end the call, status 0."""
+"""help=True lists the arguments of a module on a model, dry_run=True prints the plan; both end the call, status 0.
+
+And `kohya-networks args`, which lists them without a model.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from toy_models import toy
 import networks.lokr
 import networks.lora
 from networks.args.table import TABLE
+from networks.cli import args as args_command
 
 
 def leaves(capsys: pytest.CaptureFixture[str], create: Any, *args: Any, **kwargs: Any) -> str:
@@ -88,3 +93,32 @@ def test_files_stop_in_training_alone(
         assert len(made.layers) == 60 and f"{stop}: no effect" in caplog.text
         assert leaves(capsys, create, 1.0, file, None, encoder, unet, **{stop: "True"})
         assert len(create(1.0, file, None, encoder, unet, **{stop: "False"})[0].layers) == 60
+
+
+def arguments(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    """Exit status, and what `kohya-networks args` prints, wherever."""
+    code = args_command.main(argv)
+    out, err = capsys.readouterr()
+    return code, out + err
+
+
+def test_arguments_of_a_module_on_a_model_or_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """As people write them, without torch."""
+    code, text = arguments(capsys, "networks.lora", "--model", "Stable Diffusion XL")
+    body, others = text.split("With another algorithm, or on other models:")
+    assert code == 0 and "  down_lr_weight" in body and "train_t5xxl" in others and "factor" in others
+    code, text = arguments(capsys, "--model", "flux", "--json")
+    names = {row["name"] for row in json.loads(text)}
+    assert {"train_t5xxl", "factor", "block_size"} <= names and "down_lr_weight" not in names
+    for name, title in (("lycoris.kohya", "networks.lycoris"), ("LoKr", "networks.lokr"), ("locon", "algo=locon")):
+        assert title in arguments(capsys, name)[1].splitlines()[0]
+    code, text = arguments(capsys, "dropout")
+    assert code == 0 and head(text, "module_dropout") and "factor" not in text and "With another" not in text
+    assert "  rank_dropout" not in arguments(capsys, "lokr", "factor")[1]
+    for argv, said in (
+        (("fctor",), "Did you mean factor?"),
+        (("lokr", "fctor"), "no argument is called fctor, or in part. Did you mean factor?"),
+        (("lokrr",), "Did you mean lokr?"),
+        (("--model", "sdxll"), "did you mean sdxl?"),
+    ):
+        assert (2, True) == (arguments(capsys, *argv)[0], said in arguments(capsys, *argv)[1]), argv

@@ -76,6 +76,14 @@ def find(calls, wanted: str):
 # ---- what it calls ----
 
 
+@pytest.mark.parametrize("stop,said", [("help=True", "networks.lora on Stable"), ("dry_run=True", "nothing is trained")])
+def test_a_call_that_only_asks_ends_the_run_and_leaves_no_file(assets, tmp_path, capsys, stop, said):
+    with pytest.raises(SystemExit) as ended:
+        train(assets, tmp_path / "out", "--network_args", stop)
+    assert ended.value.code == 0 and said in capsys.readouterr().out
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
 def test_calls_come_in_sd_scripts_order(assets, tmp_path, calls):
     options = ["--network_dropout=0.1", "--gradient_checkpointing", "--scale_weight_norms=1", "--unet_lr=1e-3"]
     options += ["--text_encoder_lr", "1e-4", "--network_args", "regex=x=y", "a=True"]

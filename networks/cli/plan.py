@@ -35,7 +35,7 @@ from ..args.coerce import named, nearest
 from ..args.parse import Problems
 from ..hosts.trainer_scripts import MUSUBI, SCRIPTS, SD_SCRIPTS, Script
 from ..models.releases import RELEASES, arch_of, others_of
-from .args import Module
+from .args import STANDS_FOR, Module
 from .command_line import (
     Stages,
     finite_number,
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from ..models.skeleton import Skeleton
 
 HOSTS = {SD_SCRIPTS: "sd_scripts", MUSUBI: "musubi"}
-STANDS_FOR = {"lycoris.kohya": "networks.lycoris"}  # modules of others that we have, too
 _ONLY = ("network_train_unet_only", "network_train_text_encoder_only")
 
 
@@ -192,7 +191,7 @@ def _with_script(run: TrainerRun) -> TrainerRun:
     """Settings that name no script: the one which trains the models of their module."""
     if run.script is None:
         try:
-            archs = Module.of(STANDS_FOR.get(str(run.given["network_module"]), str(run.given["network_module"]))).archs
+            archs = Module.of(str(run.given["network_module"])).archs
         except (ValueError, KeyError):  # told later
             archs = ()
         own = (one for one in SCRIPTS.values() if one.host == run.host and one.release)

@@ -32,20 +32,22 @@ def applies(arg: Arg, algos: Iterable[str], archs: Iterable[ArchSpec]) -> bool:
     return on_model and (arg.algos is None or not set(algos).isdisjoint(arg.algos))
 
 
-def listing(title: str, rows: Sequence[Arg], described: Callable[[Arg, int], str]) -> list[str]:
+def listing(title: str, rows: Sequence[Arg], described: Callable[[Arg, int], str], others: bool = True) -> list[str]:
     """Lines for a terminal: these arguments by group, and the names of all others.
 
     Args:
         title: the first line.
         rows: the arguments that apply.
         described: an argument in so many columns.
+        others: whether the rest is named.
     """
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [title]
     for group in dict.fromkeys(arg.group for arg in rows):
         lines += ["", group, *(described(arg, width) for arg in rows if arg.group == group)]
-    if others := ", ".join(arg.name for arg in TABLE if arg not in rows):
-        lines += ["", *textwrap.wrap(f"With another algorithm, or on other models: {others}", width)]
+    rest = ", ".join(arg.name for arg in TABLE if arg not in rows)
+    if others and rest:
+        lines += ["", *textwrap.wrap(f"With another algorithm, or on other models: {rest}", width)]
     return lines
 
 
