@@ -76,7 +76,9 @@ def find(calls, wanted: str):
 # ---- what it calls ----
 
 
-@pytest.mark.parametrize("stop,said", [("help=True", "networks.lora on Stable"), ("dry_run=True", "nothing is trained")])
+@pytest.mark.parametrize(
+    "stop,said", [("help=True", "networks.lora on Stable"), ("dry_run=True", "nothing is trained")]
+)
 def test_a_call_that_only_asks_ends_the_run_and_leaves_no_file(assets, tmp_path, capsys, stop, said):
     with pytest.raises(SystemExit) as ended:
         train(assets, tmp_path / "out", "--network_args", stop)

@@ -119,6 +119,17 @@ def test_mistakes_of_a_line() -> None:
     assert read(LINE + "--network_args network_reg_dims=.*a=1,b=2").words == {"network_reg_dims": ".*a=1,b=2"}
 
 
+def test_lines_that_do_not_go_on() -> None:
+    """Documents print them so; in a shell they end the command."""
+    text = "python sdxl_train_network.py \n --network_module networks.lora \n --network_dim 8\n"
+    found = read(text)
+    assert found.given["network_dim"] == "8" and "line 2 begins with an option" in found.notes[0]
+    for name, sign in (("a.sh", "\\"), ("a.ps1", "`"), ("a.bat", "^")):
+        problems = Problems("")
+        assert trainer_line.run_of_text(text, problems, name).given["network_dim"] == "8"
+        assert problems.messages[0].endswith(f"must end in {sign}")
+
+
 def test_lines_that_train_no_network() -> None:
     for text, said in (
         ("ls -la", "no script of a trainer is started here"),

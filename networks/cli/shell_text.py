@@ -22,7 +22,8 @@ class Shell:
 
     Attributes:
         name: for people.
-        goes_on: the end of a line that is none, regular expression.
+        sign: at the end of a line that goes on.
+        goes_on: that with the end of the line, regular expression.
         comment: from its sign to the end of the line, where a word may begin.
         literal: a quotation in which nothing has a meaning; group 1 is what it says.
         quoted: a quotation with escapes and variables.
@@ -34,6 +35,7 @@ class Shell:
     """
 
     name: str
+    sign: str
     goes_on: str
     comment: str
     literal: str
@@ -63,6 +65,7 @@ class Shell:
 
 BASH = Shell(
     "bash",
+    "\\",
     goes_on=r"\\\r?\n",
     comment=r"(?:(?<=\s)|(?<=\A))#[^\n]*",
     literal=r"'[^']*'",
@@ -74,6 +77,7 @@ BASH = Shell(
 )
 POWERSHELL = Shell(
     "PowerShell",
+    "`",
     goes_on=r"`\r?\n",
     comment=r"<#.*?#>|(?:(?<=\s)|(?<=\A))#[^\n]*",
     literal=f"[{_SINGLE}](?:[^{_SINGLE}]|[{_SINGLE}]{{2}})*[{_SINGLE}]",
@@ -85,6 +89,7 @@ POWERSHELL = Shell(
 )
 CMD = Shell(
     "cmd.exe",
+    "^",
     goes_on=r"\^\r?\n",
     comment=r"(?:(?<=\n)|(?<=\A))[ \t@]*(?:(?i:rem)\b|::)[^\n]*",
     literal=r"(?!)",

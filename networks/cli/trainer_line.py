@@ -93,7 +93,7 @@ def run_of_text(text: str, problems: Problems, file_name: str = "") -> TrainerRu
         ValueError: none or several of its commands start a script that trains a network, or a quotation stays open.
     """
     shell = shell_of(text, file_name, os.name == "nt")
-    found = list(commands(text, shell, os.environ))
+    found, broken = _joined(commands(text, shell, os.environ))
     starting = [command for command in found if _script_in(command.words)]
     where = file_name or "this line"
     if len(starting) > 1:
@@ -101,13 +101,31 @@ def run_of_text(text: str, problems: Problems, file_name: str = "") -> TrainerRu
         raise ValueError(f"{where} starts {len(starting)} trainings, in lines {lines}: give one of them, behind --")
     command = starting[0] if starting else _likeliest(found, where)
     run = run_of_words(command.words, problems)
-    for name, value in run.given.items():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, str) and _VARIABLE.search(item):
-                problems.add(
-                    f"--{name} has {item}, a variable which {where} does not set: write its value ({shell.name})"
-                )
+    if broken:
+        told = f"line {broken[0]} begins with an option: for {shell.name} the line before it must end in {shell.sign}"
+        problems.add(told) if file_name else run.notes.append(told)
+    for name, value in _unset(run.given):
+        problems.add(f"--{name} has {value}, a variable which {where} does not set: write its value ({shell.name})")
     return run
+
+
+def _unset(given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(option, its value) where a variable of a shell is left."""
+    items = ((name, item) for name, value in given.items() for item in (value if isinstance(value, list) else [value]))
+    return [(name, item) for name, item in items if isinstance(item, str) and _VARIABLE.search(item)]
+
+
+def _joined(found: Iterable[Command]) -> tuple[list[Command], list[int]]:
+    """Commands, those that begin with an option put behind the one before; and the numbers of their lines."""
+    whole: list[Command] = []
+    broken = []
+    for command in found:
+        if whole and command.words[0].startswith("--"):
+            whole[-1].words += command.words
+            broken.append(command.line)
+        else:
+            whole.append(command)
+    return whole, broken
 
 
 def run_of_settings(path: str, script: str, host: str, problems: Problems) -> TrainerRun:
