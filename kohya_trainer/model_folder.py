@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from networks.foreign.texts import read_json
 from networks.models.libraries import quiet_libraries
 
 from . import small_weights
@@ -28,9 +28,9 @@ def check_model_folder(folder: Path, option: str) -> type[Family]:
         hint = f" Its subfolder {inner[0]} has one: give that." if inner else " Give a folder in diffusers' layout."
         raise ValueError(f"{option} {folder} has no model_index.json.{hint}")
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = read_json(index)
     except ValueError as error:
-        raise ValueError(f"{option}: {index} is not JSON ({error}). Download the model again.") from error
+        raise ValueError(f"{option}: {error}. Download the model again.") from error
     name = content.get("_class_name") if isinstance(content, dict) else None
     for family in FAMILIES:
         if family.pipeline_class == name:
@@ -118,7 +118,10 @@ def _load_part(folder: Path, name: str, dtype: torch.dtype, where: str) -> Any:
     Raises:
         ValueError: there is no such class, or its files cannot be read.
     """
-    module, class_name = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get(name) or ("", "")
+    written = read_json(folder / "model_index.json").get(name) or ["", ""]
+    if not isinstance(written, list) or [type(one) for one in written] != [str, str]:
+        raise ValueError(f"{where}: model_index.json has no module and class of its {name}. Download the model again.")
+    module, class_name = written
     try:
         part_class = getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError, ValueError) as error:

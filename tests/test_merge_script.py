@@ -288,7 +288,7 @@ def _damaged(tmp_path: Path, a: Path, o: Path) -> dict[str, tuple[list[Any], str
     headers: dict[str, tuple[str, Any, str]] = {
         "overlap": ("data_offsets", [4, 4 + 4 * D * D], "do not follow those before it"),
         "longer than its shape": ("shape", [D, D - 1], f"{key}, F32 of [{D}, {D - 1}], has {4 * D * D} bytes"),
-        "negative shape": ("shape", [-D, -D], "do not follow those before it"),
+        "negative shape": ("shape", [-D, -D], "a shape is no list of numbers"),
         "no dtype": ("dtype", None, f"{key} has no dtype"),
     }
     for number, (name, (field, value, words)) in enumerate(headers.items()):

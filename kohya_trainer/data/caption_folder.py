@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from networks.foreign.texts import read_text
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -100,9 +102,9 @@ def _with_lyrics(path: Path, extension: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"caption file {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+        return read_text(path).strip()
+    except ValueError as error:
+        raise ValueError(f"caption file {error}.") from error
 
 
 def _verify(path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from networks.args.coerce import finite
 from networks.cli.command_line import nearest, write_atomically
+from networks.foreign.texts import read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -86,9 +87,9 @@ def read_prompt_file(path: Path, defaults: ImageRequest, option: str) -> list[Im
     if path.suffix.lower() in (".toml", ".json"):
         raise ValueError(f"{option} {path}: prompts are read from plain text, one a line. Write them into a .txt file.")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} {path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{option} {error}.") from error
     requests = [parse_prompt_line(line, defaults) for line in lines if line and not line.startswith("#")]
     if not requests:
         raise ValueError(f"{option} {path} holds no prompt. Write one a line.")

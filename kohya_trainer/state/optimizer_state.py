@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from networks.foreign.texts import parse_json
+
 Whole = dict[str, Any]
 Groups = Sequence[Sequence[nn.Parameter]]
 """The optimizer's parameters, group by group."""
@@ -130,9 +132,14 @@ def pack(whole: Whole) -> tuple[dict[str, Tensor], str]:
 
 
 def unpack(tensors: Mapping[str, Tensor], text: str) -> Whole:
-    """The inverse."""
-    whole = _decode(json.loads(text), tensors)
-    assert isinstance(whole, dict)
+    """The inverse.
+
+    Raises:
+        ValueError: it is not what `pack` made.
+    """
+    whole = _decode(parse_json(text), tensors)
+    if not isinstance(whole, dict) or not {"groups", "state"} <= whole.keys():
+        raise ValueError("it holds no state of an optimizer")
     return whole
 
 
@@ -185,4 +192,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _decode(each, tensors) for key, each in content}
     if kind == "tuple":
         return tuple(_decode(each, tensors) for each in content)
-    return getattr(torch, content)
+    found = getattr(torch, content) if kind == "dtype" else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"it has a value of the unknown kind {kind}")
+    return found

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from networks.foreign.texts import read_json
 
 from ..data.caption_folder import CaptionedImage
 from ..training_data import seed_of
@@ -73,6 +74,6 @@ def _of_file(path: Path) -> str:
 
 def _of_state(folder: Path) -> str:
     try:
-        return str(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")).get("run", ""))
-    except (OSError, ValueError, AttributeError):
+        return str(read_json(folder / STATE_FILE).get("run", ""))
+    except (ValueError, AttributeError):
         return ""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from networks.files.outputs import replace
+from networks.foreign.texts import read_json
 
 STATE_FILE = "train_state.json"
 LAYOUT = 2
@@ -53,7 +54,7 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
         raise ValueError(f"{folder} was written by a later version of this trainer. Go on with that one.")
     _refuse_pickles(folder)
     if "layout" in content:
-        return content, {kind: _unharmed(folder, *found) for kind, found in content["files"].items()}
+        return content, {kind: _unharmed(folder, *found) for kind, found in _files_of(content, folder).items()}
     paths = dict(zip(KINDS, (folder / FIRST_ADAPTER, folder / FIRST_OPTIMIZER), strict=True))
     for path in paths.values():
         if not path.is_file():
@@ -64,14 +65,25 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
 def _content(folder: Path) -> dict[str, Any] | None:
     """None where train_state.json is missing, or not as it was written."""
     try:
-        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(folder / STATE_FILE)
+    except ValueError:
         return None
     if not isinstance(content, dict):
         return None
     checksum = content.pop("checksum", None)
     expected = _checksum(content) if "layout" in content else None  # the first layout has none
     return content if checksum == expected else None
+
+
+def _files_of(content: Mapping[str, Any], folder: Path) -> dict[str, tuple[str, str]]:
+    """Kind -> name and checksum of its file. Raises ValueError where that is not what is written there."""
+    try:
+        found = {kind: (str(name), str(digest)) for kind, (name, digest) in content["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        found = {}
+    if found.keys() != set(KINDS) or not all(_OURS.fullmatch(name) for name, _ in found.values()):
+        raise ValueError(f"{folder}: {STATE_FILE} does not name the files of a state. Take another state.")
+    return found
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -154,7 +166,10 @@ def _surplus(folder: Path, content: Mapping[str, Any]) -> list[Path]:
     layout = content.get("layout")
     if layout not in (None, LAYOUT):
         return []
-    kept = {STATE_FILE} | {name for name, _ in content.get("files", {}).values()}
+    try:
+        kept = {STATE_FILE} | {name for name, _ in (_files_of(content, folder) if "files" in content else {}).values()}
+    except ValueError:  # nobody knows what belongs to it
+        return []
     first = [path for path in _entries(folder) if layout == LAYOUT and _FIRST.fullmatch(path.name)]
     return [path for path in _ours(folder) if path.name not in kept] + first
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from networks.foreign.texts import printable
 from networks.hosts.zero_masters import is_partitioned
 
 from ..losses import DECIDES_LOSS
@@ -125,7 +126,7 @@ def read_state(args: argparse.Namespace) -> Saved:
         raise ValueError(f"--resume {error}") from error
     try:
         saved = _saved(folder, content, files)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"--resume {folder}: {STATE_FILE} is damaged. Give a NAME-...-state.") from error
     if args.seed is None:
         args.seed = saved.options["seed"]
@@ -140,6 +141,8 @@ def _saved(folder: Path, content: Mapping[str, Any], files: Mapping[str, Path]) 
     in_steps = accumulation == 1 if first else bool(content["in_steps"])
     more = (str(content.get("run", "")), dict(content.get("scaler") or {}), dict(files), first)
     step, data = int(content["current_step"]), str(content["data"])
+    if min(step, examples - 1, accumulation - 1) < 0:
+        raise ValueError("numbers that no run has")
     return Saved(folder, step, options, data, examples, accumulation, in_steps, *more)
 
 
@@ -274,10 +277,11 @@ def _told(what: str) -> Iterator[None]:
     """Errors of what does not fit become one sentence."""
     try:
         yield
-    except (RuntimeError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{what} does not fit: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+    except (
+        RuntimeError, OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, SafetensorError
+    ) as error:  # fmt: skip
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what} does not fit: {printable(first, 400)}") from error
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

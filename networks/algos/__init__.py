@@ -6,6 +6,7 @@ A file here with a class that has a `spec` of its own is all that it takes: the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -52,11 +53,16 @@ def recognise(suffixes: Iterable[str]) -> type[Adapter] | None:
     Args:
         suffixes: names alone, or with their tensors, which tell apart what has the same names.
     """
-    present = set(suffixes)
-    named = [cls for cls in ALGOS.values() if cls.spec.recognises(present)]
+    named = _named(frozenset(suffixes))
     if isinstance(suffixes, Mapping):
-        named = [cls for cls in named if cls.accepts(suffixes)]
+        named = tuple(cls for cls in named if cls.accepts(suffixes))
     return named[0] if named else None
+
+
+@lru_cache(maxsize=1000)
+def _named(suffixes: frozenset[str]) -> tuple[type[Adapter], ...]:
+    """The algorithms that have such names; most layers of a file have the same ones."""
+    return tuple(cls for cls in ALGOS.values() if cls.spec.recognises(suffixes))
 
 
 __all__ = [

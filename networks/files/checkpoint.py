@@ -7,7 +7,6 @@ near the largest of them; dtypes, shapes and all other bytes are the same.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..foreign.texts import read_json
 from . import outputs, reader, writer
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,14 @@ class Checkpoint:
         self.path = path
         self.files, self.index = _files_of(path)
         self.headers = {file: _whole(file, reader.read_header(file)) for file in self.files}
-        self.where = {key: file for file, header in self.headers.items() for key in header.shapes}
+        self.where: dict[str, Path] = {}
+        for file, header in self.headers.items():
+            for key in header.shapes:
+                if key in self.where:
+                    raise ValueError(f"{key} is in {self.where[key]} and in {file}, too: remove it from one of them")
+                self.where[key] = file
+        if self.index is not None:
+            _check_index(self.index, self.where)
         self.shapes = {key: shape for header in self.headers.values() for key, shape in header.shapes.items()}
 
     def tensor(self, key: str) -> Tensor:
@@ -230,13 +237,27 @@ def _whole(file: Path, header: reader.Header) -> reader.Header:
     return header
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Key -> the name of its file; {} where the index does not say."""
+    try:
+        found = dict(read_json(index)["weight_map"])
+    except (ValueError, TypeError, KeyError):
+        return {}
+    return found if all(isinstance(name, str) for name in found.values()) else {}
+
+
+def _check_index(index: Path, where: Mapping[str, Path]) -> None:
+    """Whether each key is in the file that an index names: what reads the index would not find the others."""
+    for key, name in _weight_map(index).items():
+        if where.get(key) != index.parent / name:
+            found = f"it is in {where[key].name}" if key in where else "no file of it has that"
+            raise ValueError(f"{index} says that {name} has {key}, but {found}: copy or download the folder again")
+
+
 def _names_in(index: Path) -> list[str]:
     """The files that an index names, which must be in its folder or below it."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        steps = {name: name.replace("\\", "/").split("/") for name in names}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        names, steps = [], {}
+    names = sorted(set(_weight_map(index).values()))
+    steps = {name: name.replace("\\", "/").split("/") for name in names}
     if not names:
         raise ValueError(f"{index} is damaged, as it names no files of weights: copy or download it again")
     outside = [name for name, parts in steps.items() if {"", ".", ".."} & {*parts} or ":" in name]

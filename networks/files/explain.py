@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..foreign.texts import parse_json
 from ..records import ALGORITHMS
 from ..tensors.geometry import Geometry
 from . import dialects, dotted, reader
@@ -121,7 +121,7 @@ def contradictions(layers: Iterable[SavedLayer], metadata: Mapping[str, str]) ->
 def trained_by(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The network arguments of which metadata tell, by their names in the table, with network_dim and network_alpha."""
     try:
-        given = json.loads(metadata.get("ss_network_args") or "{}")
+        given = parse_json(metadata.get("ss_network_args") or "{}")
     except ValueError:
         given = {}
     module = metadata.get("ss_network_module", "").rpartition(".")[2]

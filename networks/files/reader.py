@@ -15,6 +15,7 @@ from ..foreign.texts import parse_json, printable
 
 _LONGEST = 100_000_000  # bytes of a header; safetensors has the same bound
 _NAME = 1000  # characters
+_MOST_TENSORS = 30_000  # several times what the largest models need; each is looked at in many ways
 PEFT_FILE = "adapter_model.safetensors"  # in a folder with its settings
 
 
@@ -86,10 +87,14 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     """All tensors (CPU, their own dtype) and the metadata of a safetensors file.
 
     Raises:
-        ValueError: the path is no complete safetensors file.
+        ValueError: the path is no complete safetensors file, or has more tensors than an adapter can have.
     """
     file = checked_path(path)
-    read_header(file)
+    count = len(read_header(file).shapes)
+    if count > _MOST_TENSORS:
+        raise ValueError(
+            f"{file} has {count:,} tensors, and no adapter has more than {_MOST_TENSORS:,}: give another file"
+        )
     try:
         with safe_open(str(file), framework="pt", device="cpu") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .._errors import located
 from ..algos.saved import Resized
+from ..foreign.texts import parse_json
 from ..records import ALGORITHMS
 from . import dialects, dotted
 from .adapter_file import AdapterFile
@@ -24,7 +24,7 @@ WAYS = ("first", "nearest")
 def is_nested(metadata: Mapping[str, str]) -> bool:
     """Whether a file's metadata say that it was trained so that its first ranks stand alone."""
     try:
-        arguments = json.loads(metadata.get("ss_network_args", "{}"))
+        arguments = parse_json(metadata.get("ss_network_args", "{}"))
     except ValueError:
         arguments = None
     algo = arguments.get("algo") if isinstance(arguments, dict) else None

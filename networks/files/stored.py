@@ -10,7 +10,6 @@ Scales of a layer's inputs stand there, too; they stay as they are, like everyth
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..archs.spec import DENOISER_ROOTS
+from ..foreign.texts import parse_json, printable
 from ..tensors.blocks import block_of_scale
 from .checkpoint import Checkpoint
 from .weight_names import stem_of
@@ -127,15 +127,17 @@ def _formats(checkpoint: Checkpoint) -> dict[str, str]:
     try:
         for header in checkpoint.headers.values():
             said |= _by_whole_name(
-                checkpoint, dict(json.loads(header.metadata.get(_IN_HEADER) or "{}").get("layers", {}))
+                checkpoint, dict(parse_json(header.metadata.get(_IN_HEADER) or "{}").get("layers", {}))
             )
         for key in checkpoint.shapes:
             layer, _, last = key.rpartition(".")
             if last == "comfy_quant":
-                said[layer] = json.loads(bytes(checkpoint.tensor(key).flatten().tolist()))
+                said[layer] = parse_json(bytes(checkpoint.tensor(key).flatten().tolist()))
         return {layer: str(one["format"] if isinstance(one, dict) else one) for layer, one in said.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{checkpoint.path}: what it says of its quantisation cannot be read ({error})") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{checkpoint.path}: what it says of its quantisation cannot be read ({printable(error, 200)})"
+        ) from None
 
 
 def _by_whole_name(checkpoint: Checkpoint, layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,9 @@ and keep that key.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ..algos import ALGOS, Adapter, recognise
+from ..foreign.expressions import TOO_SLOW, compiled, slow
+from ..foreign.texts import parse_json, printable, read_json
 from . import dotted
 from .soundness import LARGEST
 
@@ -75,9 +75,9 @@ def beside(path: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): mend it, or move it away from {path.name}") from None
+        settings = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG} cannot be read, {error}: mend it, or move it away from {path.name}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings: mend it, or move it away from {path.name}")
     return settings
@@ -104,7 +104,7 @@ def with_strengths(
         tensors = _without_settings(tensors, settings)
     else:
         settings = None
-    asked = dict(_sources(metadata, settings, source))
+    asked = dict(_sources(metadata, settings, source, dotted.layers(tensors)))
     layers: dict[str, dict[str, Tensor]] = {}
     keys: dict[tuple[str, str], str] = {}
     written: dict[str, set[str]] = {}
@@ -208,11 +208,13 @@ def _with_alpha(scales: Mapping[str, float], alpha: Tensor | None, rank: int | N
     return {ALPHA: float(alpha) / rank if float(alpha) else 1.0, **others}
 
 
-def _sources(metadata: Mapping[str, str], settings: Mapping[str, Any] | None, source: str) -> Iterator[tuple[str, Ask]]:
+def _sources(
+    metadata: Mapping[str, str], settings: Mapping[str, Any] | None, source: str, names: Sequence[str]
+) -> Iterator[tuple[str, Ask]]:
     if settings is not None and settings.get("peft_type") in ALPHAS:
-        yield CONFIG, _Settings(settings, f"{CONFIG} beside {source}").of
+        yield CONFIG, _Settings(settings, f"{CONFIG} beside {source}", names).of
     if METADATA in metadata:
-        yield METADATA, _Components(metadata[METADATA], f"{METADATA} of {source}").of
+        yield METADATA, _Components(metadata[METADATA], f"{METADATA} of {source}", names).of
     numbers = {name: _number(metadata, name, f"the header of {source}") for name in NUMBERS if name in metadata}
     if len({*numbers.values()}) > 1:
         told = " and ".join(f"{name} = {value:g}" for name, value in numbers.items())
@@ -226,15 +228,16 @@ class _Settings:
 
     Args:
         where: for messages.
+        names: of the file's layers.
         stem: what names of layers begin with, which patterns do not see.
     """
 
-    def __init__(self, settings: Mapping[str, Any], where: str, stem: str = "") -> None:
+    def __init__(self, settings: Mapping[str, Any], where: str, names: Iterable[str], stem: str = "") -> None:
         start = str(settings.get("init_lora_weights")).lower()
         if start.startswith(OWN_BASE):
             raise ValueError(
-                f"{where}: init_lora_weights={start} changed the base weights, too, and the file acts on those alone: "
-                "save it from PEFT with path_initial_model_for_weight_conversion"
+                f"{where}: init_lora_weights={printable(start, 200)} changed the base weights, too, and the file acts "
+                "on those alone: save it from PEFT with path_initial_model_for_weight_conversion"
             )
         if settings.get("layer_replication"):
             raise ValueError(
@@ -245,12 +248,13 @@ class _Settings:
         self.alpha = _number(settings, alpha, where) if settings.get(alpha) is not None else None
         self.rank = _number(settings, "r", where) if settings.get("r") is not None else None
         self.alphas, self.ranks = (self._numbers(settings.get(f"{name}_pattern")) for name in ("alpha", "rank"))
+        self._check_patterns(names)
 
     def _numbers(self, table: Any) -> dict[str, float]:
         if not isinstance(table or {}, Mapping):
             raise ValueError(
-                f"{self.where}: its patterns are {table!r}, not a table of names and numbers: save the file from "
-                "PEFT again"
+                f"{self.where}: its patterns are {printable(table, 200)}, not a table of names and numbers: save the "
+                "file from PEFT again"
             )
         return {str(key): _number(table, key, self.where) for key in table or {}}
 
@@ -261,25 +265,33 @@ class _Settings:
         return None if alpha is None else Said(alpha, None if rank is None else int(rank), self.root)
 
     def _first(self, patterns: Mapping[str, float], name: str, default: float | None) -> float | None:
+        return next((value for key, value in patterns.items() if self.endings[key].match(name)), default)
+
+    def _check_patterns(self, names: Iterable[str]) -> None:
+        """Compile what PEFT looks for at the end of names."""
         try:
-            return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-        except re.error as error:
+            self.endings = {key: compiled(rf"(.*\.)?({key})$") for key in (*self.alphas, *self.ranks)}
+        except ValueError as error:
             raise ValueError(f"{self.where}: a pattern is no regular expression ({error}): mend it") from None
+        found = slow([ending.pattern for ending in self.endings.values()], names)
+        if found is not None:
+            raise ValueError(f"{self.where}: a pattern of its settings, '{printable(found, 200)}', {TOO_SLOW}")
 
 
 class _Components:
     """The same for the components of a pipeline: `transformer.lora_alpha`."""
 
-    def __init__(self, text: str, where: str) -> None:
+    def __init__(self, text: str, where: str, names: Iterable[str]) -> None:
         try:
-            settings = json.loads(text)
+            settings = parse_json(text)
             parts: dict[str, dict[str, Any]] = {}
             for key, value in settings.items():
                 component, _, name = key.partition(".")
                 parts.setdefault(component, {})[name] = value
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"the metadata {where} cannot be read ({error}): save the file again") from None
-        self.parts = {name: _Settings(part, where, f"{name}.") for name, part in parts.items()}
+        except (ValueError, AttributeError) as error:
+            told = printable(error, 200)
+            raise ValueError(f"the metadata {where} cannot be read ({told}): save the file again") from None
+        self.parts = {name: _Settings(part, where, names, f"{name}.") for name, part in parts.items()}
 
     def of(self, name: str) -> Said | None:
         part = self.parts.get(name.partition(".")[0])
@@ -294,6 +306,7 @@ def _number(settings: Mapping[str, Any], name: str, where: str) -> float:
         value = math.nan
     if not math.isfinite(value) or value < 0 or isinstance(settings[name], bool):
         raise ValueError(
-            f"{where}: {name} is {str(settings[name])[:80]!r}, which is no strength: write a number, 0 or more"
+            f"{where}: {printable(name, 200)} is '{printable(settings[name], 80)}', which is no strength: write a "
+            "number, 0 or more"
         )
     return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..args.shells import CommandLine
 from ..args.table import BY_NAME, SHOWN
 from ..files.adapter_file import FileTensors
 from ..files.explain import trained_by
+from ..foreign.texts import parse_json
 from ..plan.plan import Plan
 from ..plan.recover import ENCODERS_ONLY, UNET_ONLY, Recovered, before_differences, recover
 from .contract import Caller, TextEncoders
@@ -73,7 +73,7 @@ def _said(metadata: Mapping[str, str]) -> dict[str, str]:
 def _json(text: str | None) -> dict[str, Any]:
     """The object that a value of metadata is; {} if it is none."""
     try:
-        found = json.loads(text or "{}")
+        found = parse_json(text or "{}")
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..archs.detect import detect
 from ..files import codec, reader, weight_names
+from ..foreign.texts import read_json
 from ..plan.walk import candidates
 from . import outline
 from .libraries import from_config, library_class, on_meta
@@ -126,9 +126,9 @@ def _json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download the model again") from None
+        raise ValueError(f"{error}: download the model again") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no description of a model: download it again")
     return found
