@@ -304,7 +304,7 @@ def test_lokr_dim_above_5120_is_a_whole_second_factor() -> None:
         shapes = LoKr.layout(wide, dim, factor=2).shapes
         assert ("w2" in shapes) is whole, dim
     plan = networks.lokr.plan(10000, 1, None, sd_unet(), factor="4")
-    assert any("full_matrix=True says so" in note for note in plan.notes)
+    assert any("give it a dim of at most" in line and "or full_matrix=True" in line for line in plan.warnings)
     for features in (3, 127, 640, 8960):
         shapes = LoKr.layout(Geometry.of(nn.Linear(features, features, device="meta")), 1, full_matrix=True).shapes
         assert shapes.keys() == {"w1", "w2"}

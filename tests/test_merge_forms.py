@@ -52,7 +52,13 @@ def run(
     save_file(file, folder / "file.safetensors")
     before, out = sorted(folder.iterdir()), folder / "out.safetensors"
     code = script.main(
-        [str(folder / "model.safetensors"), f"{folder / 'file.safetensors'}={multiplier}", "--out", str(out), "--strict"]
+        [
+            str(folder / "model.safetensors"),
+            f"{folder / 'file.safetensors'}={multiplier}",
+            "--out",
+            str(out),
+            "--strict",
+        ]
     )
     captured = capsys.readouterr()
     said = captured.out + captured.err

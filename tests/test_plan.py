@@ -10,9 +10,11 @@ import pytest
 from tiny_parts import sd_unet, text_encoder
 from torch import nn
 
+import networks.dylora
 import networks.loha
 import networks.lokr
 import networks.lora
+import networks.lycoris
 from networks import api
 from networks.plan.plan import Plan, PlanRow
 
@@ -192,8 +194,39 @@ def test_mistakes_of_text_and_of_selection_come_together(models: Any) -> None:
 
 def test_notes_count_what_a_layer_goes_without(models: Any) -> None:
     plan = networks.lokr.plan(4, 4, *models, conv_dim="4", rank_dropout="0.1", factor="2")
-    assert any("whole factors, so scale 1" in note for note in plan.notes)
     assert any("no rank activation" in note for note in plan.notes)
+
+
+def whole_factors(models: Any, dim: int, **kwargs: str) -> list[str]:
+    return [line for line in networks.lokr.plan(dim, 4, *models, **kwargs).warnings if "have whole factors" in line]
+
+
+def test_whole_factors_of_lokr_are_a_warning_whose_advice_helps(models: Any) -> None:
+    """Among its own layers alone; of rs_lora only where it is asked for; none where it is asked for by its name."""
+    (said,) = whole_factors(models, 8, factor="2", train_norm="true")
+    plan = networks.lokr.plan(8, 4, *models, factor="2", train_norm="true")
+    own = [row for row in plan.trained if row.algo == "lokr"]
+    whole = [row for row in own if row.layout.rank is None]
+    assert len(own) < len(plan.trained) and said.startswith(f"{len(whole)} of {len(own)} lokr layers, such as ")
+    assert whole[0].shown_name in said and "scale 1 whatever alpha says" in said and "rs_lora" not in said
+    assert not any("whole factors" in note for note in plan.notes)
+    lower = int(said.partition("at most ")[2].partition(",")[0])
+    for dim, rank in ((lower, lower), (lower + 1, None)):
+        again = {row.saved_name: row for row in networks.lokr.plan(dim, 4, *models, factor="2").trained}
+        assert again[whole[0].saved_name].layout.rank == rank
+    assert "whatever alpha and rs_lora say" in whole_factors(models, 8, factor="2", rs_lora="True")[0]
+    assert not whole_factors(models, 8, factor="2", full_matrix="True")
+
+
+def test_what_an_algorithm_does_otherwise_than_elsewhere_is_noted_there(models: Any) -> None:
+    def told(entry: Any, *, host: str = "sd_scripts", **kwargs: str) -> list[str]:
+        plan = entry.plan(4, 4, *models, host=host, **kwargs)
+        return [note for note in plan.notes if note.startswith(("dylora: ", "tlora: "))]
+
+    assert "root of R/b" in told(networks.dylora)[0] and "LyCORIS" in told(networks.lycoris, algo="dylora")[0]
+    assert "sig_type=last use_data_init=False" in told(networks.lora, algo="tlora")[0]
+    assert not told(networks.lora, algo="tlora", sig_type="last") and not told(networks.lycoris, algo="tlora")
+    assert not told(networks.lora, algo="dylora", host="musubi") and not told(networks.lora)
 
 
 def test_a_dim_above_the_full_rank_is_noted(models: Any) -> None:

@@ -42,6 +42,16 @@ def test_a_plain_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
+    ("written", "said"),
+    [("1795907274.79", "2026-11-28 23:07 UTC"), ("nan", "nan"), ("1e300", "1e300"), ("last Friday", "last Friday")],
+)
+def test_times_are_dates(written: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    factors = {f"lora_unet_x.lora_{name}.weight": torch.ones(4, 4) for name in ("up", "down")}
+    save_file(factors, tmp_path / "a.safetensors", {"ss_training_finished_at": written})
+    assert f"finished at: {said}\n" in shown(capsys, str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"use_dora": "True"}, "x LoRA, dim 4, scale 0.5, DoRA (output)"),

@@ -147,6 +147,16 @@ class Adapter(nn.Module):
         """
         return ""
 
+    @classmethod
+    def caution(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> tuple[str, str]:
+        """What is seldom meant of layers like this: (words to follow "so many layers have", what to give instead), or
+        two times "".
+
+        Args:
+            layout, dim, options: as for `remark`.
+        """
+        return "", ""
+
     def members(self) -> list[Adapter]:
         """This adapter, and those that it is made of."""
         return [self]

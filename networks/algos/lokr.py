@@ -90,13 +90,13 @@ class LoKr(Additive):
         return {"w2_a": (B, dim), "w2_b": (dim, D * geometry.kernel_size)}
 
     @classmethod
-    def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
-        if layout.rank is not None:
-            return ""
-        more = (
-            "" if options.get("full_matrix") else "; the dim reaches half of the larger one, full_matrix=True says so"
-        )
-        return f"whole factors, so scale 1 whatever alpha and rs_lora say{more}"
+    def caution(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> tuple[str, str]:
+        if layout.rank is not None or options.get("full_matrix"):
+            return "", ""
+        lower = (max(layout.shapes["w2"][:2]) - 1) // 2
+        words = f"whole factors, as their dim, {dim} in this one, reaches half of the larger one"
+        meant = "full_matrix=True if it is meant"
+        return words, f"a dim of at most {lower}, or {meant}" if lower else meant
 
     @staticmethod
     def _split(geometry: Geometry, factor: int, unbalanced: bool) -> Split:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def explain(given: Path | FileTensors) -> dict[str, Any]:
         "warnings": [*_rounded(tensors), *contradictions(layers.values(), metadata)],
         "dialect": dialect.name,
         "origin": {
-            title: metadata[key] for key, title in ORIGIN.items() if metadata.get(key) not in (None, "", "None")
+            title: _dated(key, metadata[key])
+            for key, title in ORIGIN.items()
+            if metadata.get(key) not in (None, "", "None")
         },
         "parameters": sum(t.numel() for saved in layers.values() for t in saved.tensors.values()),
         "layers": [_row(saved) for saved in layers.values()],
@@ -66,6 +69,16 @@ def explain(given: Path | FileTensors) -> dict[str, Any]:
         "verdict": f"no: {file.problem}" if file.problem else "exactly",
         "metadata": metadata,
     }
+
+
+def _dated(key: str, text: str) -> str:
+    """A time is in seconds since 1970, where a trainer wrote it."""
+    if not key.endswith("_at"):
+        return text
+    try:
+        return datetime.fromtimestamp(float(text), timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return text
 
 
 def _rounded(tensors: Mapping[str, Tensor]) -> list[str]:

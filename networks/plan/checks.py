@@ -74,7 +74,8 @@ def review(plan: Plan, request: Request, used: Collection[By], problems: Problem
             *([f"{', '.join(decided)}: not used, the file decides dims, alphas and forms"] if decided else []),
         ]
     _norms(plan, args, problems)
-    return [*notes, *_ranks(trained), *_remarks(trained, args), *_elsewhere(trained, args, problems)]
+    elsewhere = (*_otherwise(trained, args), *_elsewhere(trained, args, problems))
+    return [*notes, *_ranks(trained), *_remarks(trained, args), *elsewhere]
 
 
 def _may_be_idle(request: Request, trained: Sequence[PlanRow]) -> dict[str, str]:
@@ -294,8 +295,8 @@ def _remarks(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:
     found: dict[str, list[PlanRow]] = {}
     for row in trained:
         remark = ALGOS[row.algo].remark(row.layout, row.dim, row.options)
-        if not remark and row.layout.rank is None and args.style not in OWN_STYLES:
-            remark = "no rank, so scale 1 whatever alpha and rs_lora say"
+        if not remark and row.layout.rank is None and args.style not in OWN_STYLES and not _caution(row)[0]:
+            remark = _scale_1(args)
         found.setdefault(remark, []).append(row)
     return [
         f"{len(rows)} of {len(trained)} layers, such as {rows[0].shown_name}, have {remark}"
@@ -315,6 +316,41 @@ def _elsewhere(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) ->
     ]
     module = STANDS_FOR.get(args.style, "")
     return [f"as written here, whereas {module} goes its own way: {', '.join(told)}"] if told else []
+
+
+def _scale_1(args: NetArgs) -> str:
+    return f"no rank, so scale 1 whatever alpha {'and rs_lora say' if args.rs_lora else 'says'}"
+
+
+def _caution(row: PlanRow) -> tuple[str, str]:
+    return ALGOS[row.algo].caution(row.layout, row.dim, row.options)
+
+
+def cautions(plan: Plan, args: NetArgs) -> list[str]:
+    """A warning for each algorithm some of whose layers are what is seldom meant."""
+    warnings = []
+    for algo in dict.fromkeys(row.algo for row in plan.trained):
+        every = [row for row in plan.trained if row.algo == algo]
+        rows = [row for row in every if _caution(row)[0]]
+        if rows:
+            words, advice = _caution(rows[0])
+            without = f" ({_scale_1(args)})" if rows[0].layout.rank is None else ""
+            warnings.append(
+                f"{len(rows)} of {len(every)} {algo} layers, such as {rows[0].shown_name}, have {words}{without}: "
+                f"give it {advice}"
+            )
+    return warnings
+
+
+def _otherwise(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:
+    """What algorithms do otherwise than where a user may come from, unless an argument says that it is known."""
+    found = []
+    for algo in dict.fromkeys(row.algo for row in trained):
+        of_hosts = {host: (known, text) for host, known, text in ALGOS[algo].spec.elsewhere}
+        known, text = of_hosts.get(args.style or args.host, (frozenset(), ""))
+        if text and not known & args.given:
+            found.append(f"{algo}: {text}")
+    return found
 
 
 def _nothing(plan: Plan, request: Request) -> str:

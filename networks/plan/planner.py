@@ -135,6 +135,7 @@ class _Planner:
             *self.call.preset.warnings(),
             *checks.unmergeable(plan),
             *checks.strong(plan),
+            *(checks.cautions(plan, self.args) if self.request.saved is None else ()),
         )
         uses = {by: frozenset(parts) for by, parts in self.used.items() if by[0] in self.args.given}
         plan = replace(plan, notes=(*notes, *on_files, *size), warnings=warnings, uses=uses, renote=renote)

@@ -37,6 +37,19 @@ DYLORA = replace(
     ),
     features=LORA.features | {"save_dims"},
     keeps_start=False,
+    elsewhere=(
+        (
+            "sd_scripts",
+            frozenset(),
+            "the first b of R ranks act at R/b times the scale, as in the paper and as files cut to them act; sd-scripts' "
+            "own module has the root of R/b",
+        ),
+        (
+            "lycoris",
+            frozenset(),
+            "files act as they were trained; those of LyCORIS' own module act at 1/block_size of that",
+        ),
+    ),
     no_starts={"pissa": "what has changed since the start has no nested ranks: its files could not be cut"},
     stepwise=True,
 )

@@ -75,6 +75,15 @@ TLORA = replace(
     # those which a timestep masks, could not be told from the file.
     features=LORA.features - {"bypass_mode", "split_qkv"},
     no_starts=_OWN,
+    elsewhere=tuple(
+        (
+            host,
+            frozenset({"sig_type", "use_data_init"}),
+            "starts from the principal part of each base weight, as in LyCORIS; the paper recommends sig_type=last "
+            "use_data_init=False",
+        )
+        for host in ("sd_scripts", "musubi")
+    ),
     plus=frozenset({"p"}),
     timed=frozenset({"min_rank", "alpha_rank_scale", "mask_group_id"}),
 )
