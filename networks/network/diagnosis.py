@@ -68,7 +68,7 @@ class Diagnosis:
     def find(self) -> dict[str, list[str]]:
         """Kind of trouble -> names of its layers, `dead_kinds` -> kinds of value that moved in no layer whose others
         did; {} before the first step of an optimizer."""
-        if self._starts is None or (not self.steps and times_changed(self._parameters) == self._changed):
+        if self._starts is None or not self._has_stepped:
             return {}
         now = _sums(self._parameters)
         still = (now == self._starts).all(1).tolist()
@@ -80,6 +80,10 @@ class Diagnosis:
             "non_finite": [name for name, good in finite.items() if not good],
             "dead_kinds": self._dead(still, read) if self.steps >= WAIT else [],
         }
+
+    @property
+    def _has_stepped(self) -> bool:
+        return bool(self.steps) or times_changed(self._parameters) != self._changed
 
     def _all(self, each: Sequence[bool]) -> dict[str, bool]:
         """Layer -> whether something holds for all its parameters."""

@@ -41,8 +41,8 @@ DYLORA = replace(
         (
             "sd_scripts",
             frozenset(),
-            "the first b of R ranks act at R/b times the scale, as in the paper and as files cut to them act; sd-scripts' "
-            "own module has the root of R/b",
+            "the first b of R ranks act at R/b times the scale, as in the paper and as files cut to them act; "
+            "sd-scripts' own module has the root of R/b",
         ),
         (
             "lycoris",

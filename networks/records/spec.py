@@ -74,7 +74,7 @@ class AlgoSpec:
         acts_on: option which some layers have no use for -> (the parameter that those have which do, why others do
             not).
         relative: the change of the weight is a function of the base weight, which its norm needs.
-        elsewhere: (host, or style of an entry; arguments which say that it is known; what it does otherwise than there).
+        elsewhere: (host or style of an entry; arguments which say that it is known; what it does otherwise than there).
         own_entries: entries whose defaults are for this algorithm alone: with another `algo=` they are as any entry.
         unet_entries: those of them whose networks leave the text encoders alone.
     """
