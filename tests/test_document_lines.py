@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,6 +24,8 @@ from torch import nn
 from toy_models import toy
 
 from networks.args.coerce import read_toml
+from networks.args.table import BY_NAME
+from networks.hosts import documented
 from networks.models.skeleton import skeleton
 
 NO_KERNELS = "no trained layer is in a convolutional block or has a kernel above 1x1"
@@ -332,3 +336,28 @@ def test_a_line_of_a_document_does_what_stands_beside_it(line: Line, caplog: pyt
     told = [text for text in told if "is it the right model?" not in text]  # of so few blocks
     assert len(told) == bool(line.warns) and all(re.search(line.warns, text) for text in told), told
     assert plan.trained
+
+
+# -- what the modules of the hosts read, where their programs are
+
+PROGRAMS = {SD: ("SD_SCRIPTS_PATH", "networks"), MUSUBI: ("MUSUBI_PATH", "musubi_tuner/networks")}
+HERE = [(host, Path(os.environ[name], folder)) for host, (name, folder) in PROGRAMS.items() if os.environ.get(name)]
+ON = {"lora": "sd", "lora_fa": "sd"}  # modules of which a list speaks of one architecture
+
+if HERE:
+
+    @pytest.mark.parametrize(("host", "folder"), HERE)
+    def test_the_lists_have_what_the_modules_read(host: str, folder: Path) -> None:
+        """But for expressions on names, which are mistakes where they match nothing, and for what acts wherever the
+        documents list it."""
+        reading = re.compile(r"""^[^#\n]*kwargs\.(?:get|pop)\(["'](\w+)["']""", re.M)
+        seen = set()
+        for name in documented.HOSTS[host].modules:
+            if not (folder / f"{name}.py").is_file():  # of a branch
+                continue
+            read = {*reading.findall((folder / f"{name}.py").read_text(encoding="utf-8"))} - {"train_llm_adapter"}
+            rows = [BY_NAME[one] for one in read]
+            wanted = {row.name for row in rows if row.kind != "patterns" and not row.kind.startswith("regex")}
+            assert wanted <= documented.documented(host, name, "lora", "lora", "", ON.get(name, "")), name
+            seen |= {name} if read else set()
+        assert "lora" in seen and len(seen) > 8

@@ -24,7 +24,7 @@ _STYLES = {"lycoris": _LYCORIS}
 
 
 @dataclass(frozen=True)
-class _Documents:
+class Documents:
     """Of one host.
 
     Attributes:
@@ -53,8 +53,8 @@ _SD3 = (
     "context_attn_dim context_mlp_dim context_mod_dim x_attn_dim x_mlp_dim x_mod_dim emb_dims train_block_indices "
     "train_t5xxl split_qkv"
 )
-_HOSTS = {
-    "sd_scripts": _Documents(
+HOSTS = {
+    "sd_scripts": Documents(
         "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio use_dora verbose",
         {
             "lora": "use_tucker use_scalar",
@@ -72,7 +72,7 @@ _HOSTS = {
         },
     ),
     # With what its forks list: one document for all modules.
-    "musubi": _Documents(
+    "musubi": Documents(
         "loraplus_lr_ratio use_rslora use_dora verbose",
         {
             "lora": "",
@@ -114,10 +114,10 @@ def documented(host: str, module: str, own_algo: str, algo: str, style: str, arc
         style: of the entry, `lycoris`.
         arch: name of the architecture.
     """
-    if host not in _HOSTS:
+    if host not in HOSTS:
         return frozenset()
     name = module if algo == own_algo else algo
-    homes = (one for one in (_HOSTS[host], *_HOSTS.values()) if name in one.modules)
+    homes = (one for one in (HOSTS[host], *HOSTS.values()) if name in one.modules)
     found = [_ALWAYS, _STYLES.get(style, ""), _OF_ONE_MODEL.get((name, arch), "")]
     found += [one.of(name) for one in itertools.islice(homes, 1)]
     return frozenset(BY_NAME[one].name for one in " ".join(found).split())
