@@ -41,6 +41,7 @@ class Line(NamedTuple):
         text: what follows --network_args in a shell; or a line of TOML, `network_args = [...]`.
         warns: what is in the one warning; "" = there is none.
         fails: what is in the error; "" = there is none.
+        whole: whether a warning says that LoKr's factors are whole, as the documents of both hosts announce.
         blocks: how many of each row the model has.
         dropout: --network_dropout.
     """
@@ -53,6 +54,7 @@ class Line(NamedTuple):
     text: str
     warns: str = ""
     fails: str = ""
+    whole: bool = False
     blocks: int = 2
     dropout: float | None = None
 
@@ -157,8 +159,8 @@ SD_SCRIPTS = [
         '"ggpo_sigma=0.03" "ggpo_beta=0.01"', '"loraplus_lr_ratio=4"', *DROPOUTS, '"verbose=True"',
         warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS),
         warns('"loraplus_text_encoder_lr_ratio=4"', "loraplus_text_encoder_lr_ratio", NO_ENCODER),
-        fails('"network_reg_dims=attn.*.q_proj=4,attn.*.k_proj=4"', "'attn.*.q_proj' matches no layer"),
-        fails('"network_reg_lrs=down_blocks.1=1e-4,up_blocks.2=2e-4"', "'down_blocks.1' matches no layer")),
+        fails('"network_reg_dims=attn.*.q_proj=4,attn.*.k_proj=4"', "'attn.*.q_proj', 'attn.*.k_proj' match no layer"),
+        fails('"network_reg_lrs=down_blocks.1=1e-4,up_blocks.2=2e-4"', "'down_blocks.1', 'up_blocks.2' match no")),
     # anima_train_network.md
     *of("networks.lora_anima", SD, "anima release", 8, 1, """ "include_patterns=['.*final_layer.*']" """),
     *of("networks.lora_anima", SD, "anima", 8, 1, "", """ "include_patterns=['.*final_layer.*']" """,
@@ -171,22 +173,23 @@ SD_SCRIPTS = [
 
 def loha_and_lokr() -> Iterator[Line]:
     """The branch of sd-scripts that has both."""
-    for module in ("networks.loha", "networks.lokr"):
+    for module, whole in (("networks.loha", False), ("networks.lokr", True)):
         for model in ("sdxl", "anima"):
+            dims = '"network_reg_dims=.*attn.*=8,.*mlp.*=4"'
             lines = ("", '"verbose=True"', *DROPOUTS, """ "exclude_patterns=[r'.*attn.*']" """,
                      """ "exclude_patterns=[r'.*mlp.*']" "include_patterns=[r'.*mlp.*1.*']" """,
-                     '"network_reg_lrs=.*attn.*=1e-4,.*mlp.*=2e-4"', '"network_reg_dims=.*attn.*=8,.*mlp.*=4"',
+                     '"network_reg_lrs=.*attn.*=1e-4,.*mlp.*=2e-4"', (dims, {"whole": whole and model == "sdxl"}),
                      '"loraplus_lr_ratio=4"', RATES_OF_PARTS,
                      warns('"use_tucker=True"', "use_tucker", NO_LOW_RANK_KERNELS))  # fmt: skip
-            yield from of(module, SD, model, 32, 16, *lines)
+            yield from of(module, SD, model, 32, 16, *lines, whole=whole)
         convolutions = ('"conv_dim=16" "conv_alpha=8"', '"conv_dim=16" "conv_alpha=8" "use_tucker=True"')
-        yield from of(module, SD, "sdxl", 32, 16, *convolutions)
-        yield from of(module, SD, "anima", 32, 16, *(warns(text, "conv_dim", NO_KERNELS) for text in convolutions))
-        yield from of(module, SD, "anima", 32, 16, '"train_llm_adapter=True"')
+        yield from of(module, SD, "sdxl", 32, 16, *convolutions, whole=whole)
+        idle = (warns(text, "conv_dim", NO_KERNELS) for text in convolutions)
+        yield from of(module, SD, "anima", 32, 16, '"train_llm_adapter=True"', *idle, whole=whole)
         belongs = "train_llm_adapter has no effect on Stable Diffusion XL; it belongs to Anima"
         yield from of(module, SD, "sdxl", 32, 16, fails('"train_llm_adapter=True"', belongs))
     for model in ("sdxl", "anima"):
-        yield from of("networks.lokr", SD, model, 32, 16, '"factor=4"', '"factor=-1"')
+        yield from of("networks.lokr", SD, model, 32, 16, '"factor=4"', ('"factor=-1"', {"whole": True}))
 
 
 MUSUBI_TUNER = [
@@ -209,8 +212,9 @@ MUSUBI_TUNER = [
       for line in of(module, MUSUBI, model, 32, 16, '"verbose=True"', *DROPOUTS,
                      """ "exclude_patterns=[r'.*blocks.1.*']" """,
                      """ "exclude_patterns=[r'.*']" "include_patterns=[r'.*blocks.1.*']" """,
-                     warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS))),
-    *of("networks.lokr", MUSUBI, "hunyuan_video", 32, 16, '"factor=4"', '"factor=-1"'),
+                     warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS),
+                     whole=module == "networks.lokr" and model != "wan")),
+    *of("networks.lokr", MUSUBI, "hunyuan_video", 32, 16, '"factor=4"', ('"factor=-1"', {"whole": True})),
 ]  # fmt: skip
 
 
@@ -260,7 +264,7 @@ BLISSFUL = [
 PAGE = [
     *of("networks.lora", SD, "sd", 16, 1, '"use_scalar=True"', '"dora_wd=True"',
         '"conv_dim=4" "use_tucker=True"', warns('"use_tucker=True"', "use_tucker", NO_LOW_RANK_KERNELS),
-        warns('"dora_wd=True" "rank_dropout=0.1"', "use_dora", "rank_dropout"),
+        warns('"dora_wd=True" "rank_dropout=0.1"', "dora_wd", "rank_dropout"),
         '"conv_dim=4" "conv_alpha=1" "loraplus_lr_ratio=4" "rank_dropout=0.1"'),
     *of("networks.lora", SD, "sd", 16, 1,
         '"block_dims=4,4,4,4,8,8,8,8,16,16,16,16,16,16,16,16,16,16,16,8,8,8,8,4,4"', blocks=12),
@@ -278,8 +282,9 @@ SIDE_STEP = [
     for line in of(module, host, "ace_step", 64, 128,
                    warns(f"{algo} decompose_both=True", "decompose_both"),
                    warns(f"{algo} use_tucker=True", "use_tucker", NO_LOW_RANK_KERNELS),
-                   f"{algo} use_scalar=True", f"{algo} weight_decompose=True", f"{algo} factor=-1", f"{algo} factor=8",
-                   warns(f"{algo} {' '.join(SWITCHES)}", "decompose_both", "use_tucker"))
+                   f"{algo} use_scalar=True", f"{algo} weight_decompose=True", f"{algo} factor=-1",
+                   (f"{algo} factor=8", {"whole": False}),
+                   warns(f"{algo} {' '.join(SWITCHES)}", "decompose_both", "use_tucker"), whole=True)
 ]  # fmt: skip
 
 LINES = [*SD_SCRIPTS, *loha_and_lokr(), *MUSUBI_TUNER, *musubi_models(), *BLISSFUL, *PAGE, *SIDE_STEP]
@@ -334,6 +339,9 @@ def test_a_line_of_a_document_does_what_stands_beside_it(line: Line, caplog: pyt
         plan = call()
     told = [record.getMessage() for record in caplog.records] + list(plan.warnings)
     told = [text for text in told if "is it the right model?" not in text]  # of so few blocks
+    whole = [text for text in told if "have whole factors" in text]
+    assert len(whole) == line.whole, told
+    told = [text for text in told if text not in whole]
     assert len(told) == bool(line.warns) and all(re.search(line.warns, text) for text in told), told
     assert plan.trained
 
