@@ -8,17 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from registry_archs import SPECS
+from registry_archs import RELEASED, SPECS, release_of
 from tiny_parts import sdxl_unet, text_encoder
 from torch import nn
-from toy_models import toy
+from toy_models import recorded, toy
 
+import networks.api
 import networks.lora
 import networks.lora_flux
 import networks.lycoris
 from networks.args import presets
+from networks.models.skeleton import skeleton
 from networks.plan.causes import grouped
+from networks.plan.patterns import Patterns
 from networks.plan.plan import Plan
+from networks.plan.walk import candidates
 
 TE1, TE2 = "text_encoder1:text_model.encoder.layers.", "text_encoder2:text_model.encoder.layers."
 
@@ -146,6 +150,62 @@ def test_names_are_those_of_every_version(name: str) -> None:
         first = planned(models).trained[0].shown_name
         assert str(planned(models).why(first)[0]).startswith(f"{first} (lora_te")
     assert found == [found[0]] * 4 and len(found[0]) == 6 * sum(bool(part.versions) for part in arch.text_encoders)
+
+
+@pytest.mark.parametrize("level", [True, False], ids=["transformers 4", "transformers 5"])
+def test_an_expression_on_what_a_name_has_not(level: bool) -> None:
+    """The names of both versions are one layer's: the trainer's decides."""
+    roots = toy("sdxl", 2)
+    encoders = [roots["text_encoder1"] if level else without_level(roots["text_encoder1"]), roots["text_encoder2"]]
+    models = encoders, roots["unet"]
+    every = planned(models).trained
+    denoiser = [row.shown_name for row in every if row.part == "unet"]
+    assert shown(planned(models, only_patterns="(?!text_model).*")) == denoiser
+    assert shown(planned(models, exclude_patterns="(?!.*text_model).*")) == [
+        row.shown_name for row in every if row.part != "unet"
+    ]
+
+
+@pytest.mark.sweep(4)
+@pytest.mark.parametrize("arch", RELEASED)
+def test_the_trainers_names_decide(arch: str) -> None:
+    """So that a plan of diffusers' classes is that of the trainer's own, whatever else diffusers calls its layers."""
+    spec, unet = SPECS[arch], skeleton(release_of(arch)).unet
+    layers = list(candidates(spec.denoiser, unet))
+    known = {entry.dotted for entry in recorded(arch) if entry.part == spec.denoiser.name and entry.saved != "-"}
+    known &= {c.trainer_name for c in layers}
+    words = ("attn", "mlp", "norm", "proj", "ff", "to_q", "_in", "out", "mod", r"\.0\.", "single", "linear", "embed")
+    for pattern in (*(f".*{word}.*" for word in words), "(?!.*attn).*"):
+        wanted = {name for name in known if re.fullmatch(pattern, name)}
+        meant = Patterns("", [pattern], spec, [(spec.denoiser.name, name) for name in known]).patterns[0].means
+        assert not wanted or {c.trainer_name for c in layers if meant(c)} & known == wanted, pattern
+
+
+def test_whose_names_are_read(sdxl: Any, tmp_path: Path) -> None:
+    """A trainer's user speaks as the trainer does, else as his model's classes do, and is told; in Python, as both."""
+    every = {row.shown_name: row for row in planned(sdxl).trained if row.part == "unet"}
+    own = [name for name, row in every.items() if re.fullmatch(".*[.]0[.].*", row.dotted_name)]
+    theirs = [name for name in every if re.fullmatch(".*[.]0[.].*", name)]
+    assert 0 < len(theirs) < len(own)
+    plan = planned(sdxl, only_patterns="unet:.*[.]0[.].*")
+    assert shown(plan) == theirs
+    note = "only_patterns: 'unet:.*[.]0[.].*' is read on the trainer's names; the names of this model's classes would"
+    assert any(one.startswith(note) and f"in {len(own) - len(theirs)} more layers" in one for one in plan.notes)
+    plan = planned(sdxl, only_patterns="unet:down_blocks.*, unet:mid_block.*")
+    assert plan.notes[0] == (
+        "only_patterns: 'unet:down_blocks.*', 'unet:mid_block.*' are read on names of this model's classes: the "
+        "trainer's have no such layer"
+    )
+    assert not any(
+        "_patterns" in note for note in planned(sdxl, only_patterns="encoder.*").notes
+    )  # another version of the trainer's own library
+    plan = networks.api.plan(sdxl[1], dim=4, alpha=1, only_patterns=".*[.]0[.].*")
+    assert shown(plan) == own and not any("_patterns" in note for note in plan.notes)
+    file = tmp_path / "mine.toml"
+    file.write_text("text_encoder_target_module = []\nunet_only_name = ['^.*[.]0[.].*$']\n")
+    assert shown(planned(sdxl, preset=str(file))) == theirs
+    file.write_text("text_encoder_target_module = []\nunet_only_name = ['^down_blocks.*']\n")
+    assert shown(planned(sdxl, preset=str(file))) == [name for name in every if name.startswith("input_blocks")]
 
 
 def test_a_plan_prints_what_patterns_take(sdxl: Any, flux: Any, caplog: pytest.LogCaptureFixture) -> None:

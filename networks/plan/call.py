@@ -22,6 +22,7 @@ from .walk import Candidate
 if TYPE_CHECKING:
     from .plan import Request
 
+_TRAINERS = ("sd_scripts", "musubi")  # hosts whose users speak of layers by the trainer's names
 By = tuple[str, str]  # an argument, and which of its expressions; "" where it has none
 
 
@@ -96,6 +97,7 @@ class Call:
         """
         arch, a = request.arch, request.args
         refuse_slow(request, layers, problems)
+        named = [(c.part.name, c.trainer_name) for c in layers] if a.host in _TRAINERS else []
         denoiser = [c.trainer_name for c in layers if c.part is arch.denoiser]
         arch = arch.fit(denoiser)
         left_out = arch.excluded(a.pick(switch.argument for switch in arch.switches), a.host)
@@ -107,16 +109,16 @@ class Call:
             a,
             request.saved,
             left_out,
-            Patterns("exclude_patterns", a.exclude_patterns, arch),
-            Patterns("include_patterns", a.include_patterns, arch),
-            Patterns("only_patterns", a.only_patterns, arch),
-            Patterns("network_reg_dims", a.network_reg_dims, arch),
-            Patterns("network_reg_alphas", a.network_reg_alphas, arch),
-            Patterns("network_reg_lrs", a.network_reg_lrs, arch),
+            Patterns("exclude_patterns", a.exclude_patterns, arch, named),
+            Patterns("include_patterns", a.include_patterns, arch, named),
+            Patterns("only_patterns", a.only_patterns, arch, named),
+            Patterns("network_reg_dims", a.network_reg_dims, arch, named),
+            Patterns("network_reg_alphas", a.network_reg_alphas, arch, named),
+            Patterns("network_reg_lrs", a.network_reg_lrs, arch, named),
             Patterns("default", left_out, arch),
             Patterns("default", left_out.keys() - {*arch.exclude}, arch),
             Patterns("given", given & left_out.keys(), arch),
-            PresetChoices(request, problems),
+            PresetChoices(request, layers if named else (), problems),
             BlockChoices(arch, request, denoiser, problems),
             frozenset(c.saved_name for c in layers),
         )

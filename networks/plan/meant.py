@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..archs.spec import ArchSpec, Part
+from ..archs.spec import Part
 from ..args.coerce import split_top
 from ..args.expressions import would_be_part
 from ..args.parse import Problems
@@ -20,6 +20,36 @@ Others = Sequence[tuple[Candidate, str]]
 _EITHER = "[._]"  # an underscore of a saved name, which may be a dot of the dotted one
 _SIDES = (("", ""), ("", ".*"), (".*", ""), (".*", ".*"))
 _OTHERS_CALL_IT = ("unet", "dit", "transformer", "denoiser", "diffusion_model")
+
+
+def read_otherwise(patterns: Patterns, trainable: Sequence[Candidate]) -> list[str]:
+    """Where another library's classes have names of their own: which expressions are on those, and which of the others
+    would mean more layers there.
+
+    Args:
+        patterns: of an argument.
+        trainable: layers that can be trained.
+    """
+    found = [*_on_own_names(patterns, trainable), *_on_trainers_names(patterns, trainable)] if patterns.named else []
+    return [f"{patterns.argument}: {text}" for text in found]
+
+
+def _on_own_names(patterns: Patterns, trainable: Sequence[Candidate]) -> Iterator[str]:
+    own = [one for one in patterns.patterns if one.own and any(map(one.means, trainable))]
+    texts = [one.text for one in own if not any(one.matches(c, c.trainer_names) for c in trainable)]
+    if texts:
+        yield f"{subject(texts, 'is', 'are')} read on names of this model's classes: the trainer's have no such layer"
+
+
+def _on_trainers_names(patterns: Patterns, trainable: Sequence[Candidate]) -> Iterator[str]:
+    trainers = (one for one in patterns.patterns if not one.own)
+    more = {one.text: [c for c in trainable if one.matches(c, c.names) and not one.means(c)] for one in trainers}
+    texts, others = [text for text, layers in more.items() if layers], dict.fromkeys(itertools.chain(*more.values()))
+    for first in itertools.islice(others, 1):
+        yield (
+            f"{subject(texts, 'is', 'are')} read on the trainer's names; the names of this model's classes would match "
+            f"in {len(others)} more layers, such as {patterns.arch.shown_name(first.part.name, first.trainer_name)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +84,7 @@ def report_unmatched(
     causes: dict[tuple[str, bool], dict[str, _Hint]] = {}
     for pattern in patterns.patterns:
         if not any(map(pattern.means, trainable)):
-            hint = _Meant(pattern, trainable, others, patterns.arch).hint
+            hint = _Meant(pattern, trainable, others, patterns).hint
             causes.setdefault((hint.cause, bool(hint.written)), {})[pattern.text] = hint
     for hints in causes.values():
         text = next(iter(hints.values())).text
@@ -69,8 +99,9 @@ def report_unmatched(
 class _Meant:
     """One pattern on the layers of a model."""
 
-    def __init__(self, pattern: Pattern, layers: Sequence[Candidate], others: Others, arch: ArchSpec) -> None:
-        self.pattern, self.layers, self.others, self.arch = pattern, layers, others, arch
+    def __init__(self, pattern: Pattern, layers: Sequence[Candidate], others: Others, patterns: Patterns) -> None:
+        self.pattern, self.layers, self.others, self.arch = pattern, layers, others, patterns.arch
+        self.read = patterns.read
 
     @property
     def hint(self) -> _Hint:
@@ -100,7 +131,8 @@ class _Meant:
 
     def _searched(self) -> _Hint | None:
         """Found inside a dotted name, as trainers search that look for a pattern anywhere."""
-        wanted = [c for c in self.layers if self.pattern.is_found_in(c, c.names)]
+        trainers = [c for c in self.layers if self.pattern.is_found_in(c, [c.trainer_name])]
+        wanted = trainers or [c for c in self.layers if self.pattern.is_found_in(c, c.names)]
         if not wanted:
             return None
         written = self._whole(_unmarked(self.pattern.regex.pattern), self.pattern.part, wanted)
@@ -146,7 +178,7 @@ class _Meant:
     def _is(self, text: str, wanted: Sequence[Candidate]) -> bool:
         """Whether this pattern means these layers and no others."""
         try:
-            pattern = Pattern.of(text, self.arch)
+            pattern = self.read(text)
         except re.error:
             return False
         return [c for c in self.layers if pattern.means(c)] == list(wanted)

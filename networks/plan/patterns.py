@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from ..archs.spec import ArchSpec
 from ..args.expressions import part_of
+from .groups import Layer
 from .walk import Candidate
 
 
@@ -19,11 +20,13 @@ class Pattern:
         text: as the user wrote it.
         part: the part that it names; "" = it means all.
         regex: on names in that part.
+        own: it is on any name of a layer, not on the trainer's alone.
     """
 
     text: str
     part: str
     regex: re.Pattern[str]
+    own: bool = False
 
     @classmethod
     def of(cls, text: str, arch: ArchSpec) -> Pattern:
@@ -31,8 +34,12 @@ class Pattern:
         return cls(text, part, re.compile(expression))
 
     def means(self, c: Candidate) -> bool:
-        """Whether it matches the whole of one of the layer's dotted names."""
-        return self.part in ("", c.part.name) and any(map(self.regex.fullmatch, c.names))
+        """Whether it matches the whole of the layer's dotted name."""
+        return self.matches(c, c.names if self.own else (c.trainer_name,))
+
+    def matches(self, c: Candidate, names: Iterable[str]) -> bool:
+        """Whether it matches the whole of one of these names of the layer."""
+        return self.part in ("", c.part.name) and any(map(self.regex.fullmatch, names))
 
     def is_found_in(self, c: Candidate, names: Iterable[str]) -> bool:
         """Whether it stands somewhere in one of these names of the layer."""
@@ -44,13 +51,30 @@ class Patterns:
 
     Args:
         argument: its name.
-        patterns: as the user wrote them; each must match the whole dotted name, see `Candidate.names`.
+        patterns: as the user wrote them; each must match the whole dotted name.
         arch: whose parts they may name.
+        named: (part, trainer's dotted name) of all layers. An expression that matches one of them is on these names
+            alone, so that it means the same layers whichever library the classes are of; another is on every name
+            that a layer has, see `Candidate.names`. None = all are on the trainer's names.
     """
 
-    def __init__(self, argument: str, patterns: Iterable[str], arch: ArchSpec) -> None:
-        self.argument, self.arch = argument, arch
-        self.patterns = [Pattern.of(text, arch) for text in patterns]
+    def __init__(
+        self, argument: str, patterns: Iterable[str], arch: ArchSpec, named: Sequence[Layer] | None = None
+    ) -> None:
+        self.argument, self.arch, self.named = argument, arch, named
+        self.patterns = [self.read(text) for text in patterns]
+
+    def read(self, text: str) -> Pattern:
+        """One expression, as all of these are read.
+
+        Raises:
+            re.error: it is none.
+        """
+        pattern = Pattern.of(text, self.arch)
+        if self.named is None:
+            return pattern
+        own = {name for part, name in self.named if pattern.part in ("", part)}
+        return replace(pattern, own=not any(map(pattern.regex.fullmatch, own)))
 
     def __bool__(self) -> bool:
         return bool(self.patterns)

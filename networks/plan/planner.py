@@ -17,7 +17,7 @@ from ..tensors.geometry import Geometry
 from . import checks, file_format, values
 from .call import By, Call, Choice, speaks_of_norms
 from .causes import grouped
-from .meant import report_unmatched
+from .meant import read_otherwise, report_unmatched
 from .patterns import Patterns
 from .plan import Plan, PlanRow, Request, with_unread
 from .rules import Verdict, decide
@@ -91,7 +91,7 @@ class _Planner:
         used: what decided something on a trained layer, or left one out -> the parts in which it did.
         modules: saved name -> base modules of the trained layers.
         misfits: of layers of the file, why they do not fit those of the model.
-        warnings: what looks wrong with the choice of layers.
+        notes, warnings: what is worth a word in the choice of layers, and what looks wrong.
         unknown: layers of which the file has something that no algorithm of ours knows.
         refused: (why, layer) where arguments do not fit layers of the model.
     """
@@ -101,7 +101,7 @@ class _Planner:
         self.used, self.modules, self.misfits = dict[By, set[str]](), dict[str, Bases](), list[str]()
         self.unknown: list[str] = []
         self.refused: list[tuple[str, str]] = []
-        self.warnings: list[str] = []
+        self.notes, self.warnings = list[str](), list[str]()
         norms = speaks_of_norms(request)
         self.layers = [c for part, model in request.parts for c in candidates(part, model, norms)]
         self.call = Call.of(request, self.layers, problems)
@@ -127,7 +127,8 @@ class _Planner:
         form, on_files = file_format.review(plan, self.request, self.problems)
         size, unusual = self._unusual()
         bare = replace(self.request, parts=(), saved=self.request.saved and {}, names_like=str)  # without tensors
-        renote = functools.partial(_notes, bare, frozenset(self.used), (*on_files, *size))
+        said = (*self.notes, *on_files, *size)
+        renote = functools.partial(_notes, bare, frozenset(self.used), said)
         warnings = (
             *self.problems.warnings(),
             *self.warnings,
@@ -138,7 +139,7 @@ class _Planner:
             *(checks.cautions(plan, self.args) if self.request.saved is None else ()),
         )
         uses = {by: frozenset(parts) for by, parts in self.used.items() if by[0] in self.args.given}
-        plan = replace(plan, notes=(*notes, *on_files, *size), warnings=warnings, uses=uses, renote=renote)
+        plan = replace(plan, notes=(*notes, *said), warnings=warnings, uses=uses, renote=renote)
         return replace(plan, file_format=form)
 
     # -- one layer
@@ -340,6 +341,7 @@ class _Planner:
         for patterns in (call.exclude, call.include, call.only, call.dims, call.alphas, call.lrs):
             for pattern in report_unmatched(patterns, trainable, others, self.problems):
                 self.used[patterns.argument, pattern] = set()  # spoken of already
+            self.notes += read_otherwise(patterns, trainable)
         self._check_rescue(trainable)
         self._check_whole(trainable)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,15 @@ class PresetChoices:
     """The preset of one call, or none.
 
     Args:
+        layers: of the model, by whose trainer's names patterns are read first, see Patterns.
         problems: takes what is wrong with it on this model.
     """
 
-    def __init__(self, request: Request, problems: Problems) -> None:
+    def __init__(self, request: Request, layers: Sequence[Candidate], problems: Problems) -> None:
         self.arch, self.base, self.problems = request.arch, request.args, problems
         self.preset: presets.Preset | None = request.args.preset if request.saved is None else None
         self.unused = {*self.preset.patterns} if self.preset else set()
+        self._own = {p for p in self.unused if not any(self._matches(p, c, (c.trainer_name,)) for c in layers)}
         self._options: dict[tuple[str, str], Mapping[str, Any]] = {}
         if self.preset and self.preset.architectures and self.arch.name not in self.preset.architectures:
             here = [p.title for p in map(presets.load, presets.names()) if self.arch.name in p.architectures]
@@ -127,10 +129,11 @@ class PresetChoices:
         return [f"preset={self.preset.title}: {sorted(self.unused)} decide no layer of this model"]
 
     def _first(self, patterns: tuple[str, ...], c: Candidate) -> str | None:
-        found = next((pattern for pattern in patterns if self._means(pattern, c)), None)
+        names = ((pattern, c.names if pattern in self._own else (c.trainer_name,)) for pattern in patterns)
+        found = next((pattern for pattern, own in names if self._matches(pattern, c, own)), None)
         self.unused.discard(found or "")
         return found
 
-    def _means(self, pattern: str, c: Candidate) -> bool:
+    def _matches(self, pattern: str, c: Candidate, names: tuple[str, ...]) -> bool:
         part, expression = part_of(pattern, self.arch.part_names)
-        return self.preset is not None and part in ("", c.part.name) and self.preset.matches(expression, c.names)
+        return self.preset is not None and part in ("", c.part.name) and self.preset.matches(expression, names)

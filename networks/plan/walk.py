@@ -81,7 +81,12 @@ class Candidate:
         """Every dotted name by which a user may speak of it, the trainer's first: those of this model's classes, and
         those of all versions of a library, whichever is installed."""
         own = self.own_names or (self.dotted_name,)
-        return tuple(dict.fromkeys((self.trainer_name, *own, *self.part.version_names(self.trainer_name))))
+        return tuple(dict.fromkeys((*self.trainer_names, *own)))
+
+    @property
+    def trainer_names(self) -> tuple[str, ...]:
+        """Those among them which it has in the trainer's own model, too, with any version of a library."""
+        return (self.trainer_name, *self.part.version_names(self.trainer_name))
 
     @property
     def own_saved_name(self) -> str:
