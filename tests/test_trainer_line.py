@@ -279,6 +279,21 @@ def test_a_file_that_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert code == 2 and "2 problems" in err and "b.safetensors" in err
 
 
+def test_what_a_network_says_of_the_trainers_options(capsys: pytest.CaptureFixture[str]) -> None:
+    """As it does in the trainer, when that shows them."""
+    line = "python wan_train_network.py --task t2v-1.3B --network_module networks.lora_wan --full_bf16 "
+    line += "--optimizer_type prodigyopt.Prodigy --network_args loraplus_lr_ratio=4 "
+    code, out, _ = run(capsys, "--trained", "--", line)
+    assert code == 0 and "warning: --full_bf16: bf16 has two to three digits" in out
+    assert "warning: prodigyopt.prodigy expects one learning rate" in out
+    code, out, _ = run(capsys, "--trained", "--", line + "adapter_dtype=fp32")
+    assert code == 0 and "--full_bf16" not in out
+    code, _, err = run(capsys, "--", line + "use_dora=True --dit_high_noise x")
+    assert code == 2 and "use_dora does not go with two experts" in err
+    code, _, err = run(capsys, "--", line + "ggpo_sigma=0.1 ggpo_beta=0.1")
+    assert code == 2 and "this trainer does not tell a network when a step is over" in err
+
+
 def test_models_by_the_names_that_people_have(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {
         "SDXL": "sdxl", "sd xl": "sdxl", "wan2.1-t2v-1.3b": "wan_t2v_1_3b", "WAN": "wan",
@@ -326,8 +341,7 @@ def test_warnings_are_printed_and_stages_only_on_a_terminal(
 PATHS = [os.environ[name] for name in ("SD_SCRIPTS_PATH", "MUSUBI_PATH") if os.environ.get(name)]
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_options_of_the_trainers_are_never_taken_for_misspelt_ones(path: str) -> None:
+def check_options(path: str) -> None:
     """Every name of an option in the sources of a trainer."""
     sources: list[Any] = [*Path(path).glob("*train_network*.py"), *Path(path, "library").glob("*.py")]
     package = Path(path, "src", "musubi_tuner")
@@ -341,3 +355,10 @@ def test_options_of_the_trainers_are_never_taken_for_misspelt_ones(path: str) ->
         assert option in known or not trainer_line._misspelt(option, known, run, str), option
     programs = {source.name for source in sources if re.search("_train_network(_self_flow)?.py$", source.name)}
     assert programs <= SCRIPTS.keys() and len(programs) > 5
+
+
+if PATHS:
+
+    @pytest.mark.parametrize("path", PATHS)
+    def test_options_of_the_trainers_are_never_taken_for_misspelt_ones(path: str) -> None:
+        check_options(path)

@@ -108,7 +108,7 @@ def show(args: argparse.Namespace) -> int:
     set_log_level(logging.WARNING)  # the plan says it all, and stdout may be JSON
     problems = Problems("plan")
     run = _run(args, problems)
-    problems.where = run.name or problems.where
+    problems.where = run.name or str(run.given["network_module"])
     with Stages(("loading torch", "reading the model", "planning", "writing")) as stage:
         entry = _entry(run)
         next(stage)
@@ -285,6 +285,8 @@ def _planned(entry: Any, model: Skeleton, run: TrainerRun, problems: Problems) -
     Raises:
         ValueError: all that is wrong with it.
     """
+    from ..hosts.trainer_options import remarks
+
     given, encoders = run.given, model.text_encoders if run.host == SD_SCRIPTS else []
     if given.get("network_train_text_encoder_only") and not encoders:
         problems.add(f"--network_train_text_encoder_only: nothing is left, {run.host} trains no text encoder here")
@@ -294,6 +296,8 @@ def _planned(entry: Any, model: Skeleton, run: TrainerRun, problems: Problems) -
     dim, alpha = given.get("network_dim"), given.get("network_alpha", 1.0)
     tensors, source = _deciding(run, problems), str(given.get("network_weights"))
     plan = entry.planned(HOSTS[run.host], dim, alpha, encoders, model.unet, raw, problems, tensors, source)
+    keeps = str(run.words.get("adapter_dtype", "host")) != "host"
+    plan = replace(plan, warnings=(*plan.warnings, *remarks(plan, argparse.Namespace(**given), keeps)))
     if given.get("network_train_unet_only"):
         plan = plan.keep([row.part for row in plan.rows if not row.part.startswith("text_encoder")])
     if given.get("network_train_text_encoder_only"):

@@ -31,6 +31,8 @@ SD_SCRIPTS_ALONE = {
     "unet_lr": ONE, "text_encoder_lr": MANY, "network_train_unet_only": SWITCH,
     "network_train_text_encoder_only": SWITCH,
 }  # fmt: skip
+# Options of the trainers' own which a network has something to say to.
+BESIDE = {"optimizer_type": ONE, "full_bf16": SWITCH, "full_fp16": SWITCH, "dit_high_noise": ONE, "turbo_dit": ONE}
 # Options of the trainers' own whose names are like those.
 NAMESAKES = re.compile(
     r"(fp8_)?text_encoder(\d|_clip|_cpu|_dtype|_qwen)?|network_weights_(ema|proj)|controlnet_model_.*"
@@ -220,7 +222,7 @@ def _known(script: Script) -> dict[str, str]:
     """Options that count for a script's network -> how many values each takes."""
     own = SD_SCRIPTS_ALONE if script.host == SD_SCRIPTS else {}
     chosen = {name: SWITCH if "" in values else ONE for name, values in script.choices.items()}
-    return {**NETWORK, **own, script.checkpoint: ONE, **chosen}
+    return {**NETWORK, **own, **BESIDE, script.checkpoint: ONE, **chosen}
 
 
 # -- the options of a line
@@ -308,7 +310,8 @@ def _misspelt(written: str, known: Iterable[str], run: TrainerRun, shown: Callab
         )
     if NAMESAKES.fullmatch(name):
         return ""
-    near = difflib.get_close_matches(name, [one for one in known if len(one) > 4], n=1, cutoff=LIKE)
+    own = [one for one in known if one in NETWORK or one in SD_SCRIPTS_ALONE]
+    near = difflib.get_close_matches(name, own, n=1, cutoff=LIKE)
     if near:
         return f"no option is called {shown(written)}; did you mean {shown(near[0])}?"
     return (

@@ -407,13 +407,20 @@ class Caller:
             ValueError: all mistakes in one message.
         """
         if tensors is None:
-            plan = explained_plan(self._request(host, dim, alpha, text_encoder, unet, raw, problems), problems)
+            request = self._request(host, dim, alpha, text_encoder, unet, raw, problems)
+            plan = explained_plan(request, problems)
         else:
-            plan, _ = build_plan(
-                self._file_request(host, tensors, text_encoder, unet, raw, source, problems)[0], problems
-            )
+            request, _ = self._file_request(host, tensors, text_encoder, unet, raw, source, problems)
+            plan, _ = build_plan(request, problems)
+        if host in self.kinds:
+            self._class_for(self.kinds[host], request.args, problems)
         problems.raise_if_any()
         return plan
+
+    @property
+    def kinds(self) -> Mapping[str, type[HostNetwork]]:
+        """Host -> the class of its networks."""
+        return {}
 
     def _file_request(
         self,

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from ..plan.plan import Plan
+from . import musubi, sd_scripts
+from .contract import HostNetwork
 from .key_merge import merge_weights_to_tensor
 from .musubi import MusubiCalls, MusubiNetwork
 from .sd_compat import LoRAInfModule, LoRAModule, network_class
@@ -32,6 +34,10 @@ class Entry(SdScriptsCalls, MusubiCalls):
     @property
     def kind(self) -> type[LoRANetwork]:
         return network_class(self.name)
+
+    @property
+    def kinds(self) -> Mapping[str, type[HostNetwork]]:
+        return {sd_scripts.HOST: self.kind, musubi.HOST: MusubiNetwork}
 
     @property
     def names(self) -> Names:

@@ -11,6 +11,7 @@ import torch
 from ..args.coerce import named
 
 if TYPE_CHECKING:
+    from ..plan.plan import Plan
     from .contract import HostNetwork
 
 log = logging.getLogger("networks")
@@ -34,40 +35,56 @@ def check(network: HostNetwork, options: Any) -> None:
         options: the trainer's parsed command line; what it does not have is skipped.
 
     Raises:
+        ValueError: as `remarks`.
+    """
+    for text in remarks(network.plan, options, network.runtime.keeps_fp32 or network.told_of_half):
+        log.warning("%s", text)
+    network.told_of_half |= any(getattr(options, option, False) for option in HALF)
+
+
+def remarks(plan: Plan, options: Any, keeps_fp32: bool) -> list[str]:
+    """What a user should know of his options beside this plan, one sentence each.
+
+    Args:
+        options: as for `check`.
+        keeps_fp32: whether what is trained stays in fp32, or it was told what half precision means.
+
+    Raises:
         ValueError: DoRA with two experts, or a number that is NaN or infinite.
     """
     _check_numbers(options)
+    told = []
     if getattr(options, "dim_from_weights", False) and getattr(options, "network_dim", None) is not None:
-        log.warning("--network_dim %s is not used: --dim_from_weights takes the dims of the file", options.network_dim)
+        told.append(f"--network_dim {options.network_dim} is not used: --dim_from_weights takes the dims of the file")
     for option, dtype in HALF.items():
-        if getattr(options, option, False):
-            tell_half(network, f"--{option}", dtype)
-    if any(row.dora for row in network.plan.trained):
-        _check_dora(options)
-    _check_rates(network, str(getattr(options, "optimizer_type", "") or "").lower())
+        if getattr(options, option, False) and not keeps_fp32:
+            told.append(_of_half(f"--{option}", dtype))
+    if any(row.dora for row in plan.trained):
+        told += _of_dora(options)
+    return [*told, *_of_rates(plan, str(getattr(options, "optimizer_type", "") or "").lower())]
 
 
-def _check_dora(options: Any) -> None:
+def _of_dora(options: Any) -> list[str]:
     if getattr(options, "dit_high_noise", None):
         raise ValueError(
             "use_dora does not go with two experts (--dit_high_noise): a magnitude belongs to the base weight of one "
             "of them; train each expert by itself, or leave out use_dora"
         )
-    if getattr(options, "turbo_dit", None):
-        log.warning(
-            "use_dora with --turbo_dit: samples are drawn on other base weights than the magnitudes are learnt for"
-        )
+    if not getattr(options, "turbo_dit", None):
+        return []
+    return ["use_dora with --turbo_dit: samples are drawn on other base weights than the magnitudes are learnt for"]
 
 
-def _check_rates(network: HostNetwork, optimizer: str) -> None:
+def _of_rates(plan: Plan, optimizer: str) -> list[str]:
     """Optimizers which do not take learning rates as they are given."""
-    rows = network.plan.trained
+    rows, told = plan.trained, []
     plus = any(row.plus_ratio != 1 for row in rows)
     if any(name in optimizer for name in ONE_RATE) and (plus or any(row.lr or row.block_rate for row in rows)):
         remedy = ": loraplus_mode=reparam does LoRA+ with one rate" if plus else ""
-        log.warning("%s expects one learning rate, these arguments ask for several%s", optimizer, remedy)
+        told.append(f"{optimizer} expects one learning rate, these arguments ask for several{remedy}")
     if any(name in optimizer for name in BY_SIZE) and any(row.plus_unit != 1 for row in rows):
-        log.warning("under %s, loraplus_mode=reparam acts as the square of the ratio: use loraplus_mode=lr", optimizer)
+        told.append(f"under {optimizer}, loraplus_mode=reparam acts as the square of the ratio: use loraplus_mode=lr")
+    return told
 
 
 def see_dtype(network: HostNetwork) -> None:
@@ -82,7 +99,11 @@ def tell_half(network: HostNetwork, cause: str, dtype: torch.dtype) -> None:
     """What half precision means for what is trained, once."""
     if not network.told_of_half and not network.runtime.keeps_fp32:
         network.told_of_half = True
-        log.warning("%s: %s; adapter_dtype=fp32 keeps the adapter in fp32", cause, COARSE[dtype])
+        log.warning("%s", _of_half(cause, dtype))
+
+
+def _of_half(cause: str, dtype: torch.dtype) -> str:
+    return f"{cause}: {COARSE[dtype]}; adapter_dtype=fp32 keeps the adapter in fp32"
 
 
 def _check_numbers(options: Any) -> None:
