@@ -365,7 +365,8 @@ def an_alpha(tensors: dict[str, Tensor], part: str = "") -> tuple[float, int]:
 def peft_scale(config: Any) -> float:
     model = nn.Sequential(linear())
     inject_adapter_in_model(config, model)
-    return float(model[0].scaling["default"])  # type: ignore[index, arg-type]
+    layer: Any = model[0]
+    return float(layer.scaling["default"])
 
 
 here(ZERO)(lambda: our_network(networks.lora, 4, 0).adapted_layers[0].scale)
