@@ -141,6 +141,16 @@ def test_torch_is_judged(tmp_path: Path) -> None:
     assert with_uv.lines[0].startswith("uv pip install --python ")
 
 
+def test_lines_are_for_the_shells_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PowerShell runs a quoted program behind & alone."""
+    monkeypatch.setattr(environment, "WINDOWS", True)
+    monkeypatch.setattr(environment.sys, "executable", r"C:\AI Tools\venv\Scripts\python.exe")
+    assert environment.pip(probed()) == r'& "C:\AI Tools\venv\Scripts\python.exe" -m pip install'
+    assert environment.pip(probed(pip=False)).startswith(r'uv pip install --python "C:\AI Tools')
+    monkeypatch.setattr(environment.sys, "executable", r"C:\venv\Scripts\python.exe")
+    assert environment.pip(probed()) == r"C:\venv\Scripts\python.exe -m pip install"
+
+
 def test_libraries_are_judged(tmp_path: Path) -> None:
     """Missing ones with what they are for and a line to run; a headless opencv is one; a build of a pin is that pin."""
     sd = found(sd_scripts(tmp_path / "with space" / "sd"))
@@ -148,7 +158,7 @@ def test_libraries_are_judged(tmp_path: Path) -> None:
     assert marks(list(environment.library_findings(None, probed(libraries={})))) == [OK, PROBLEM]
     lacking = probed(libraries={"safetensors": "1", "accelerate": "1.7.0"})
     said = list(environment.library_findings(sd, lacking))
-    assert marks(said) == [OK, PROBLEM, NOTE, NOTE]
+    assert marks(said) == [OK, PROBLEM, NOTE, NOTE] and not said[2].lines  # the line of the problem is theirs, too
     assert said[1].text.endswith("diffusers") and said[3].text.endswith("accelerate 1.7.0 (1.6.0)")
     assert "opencv-python, bitsandbytes (8-bit optimizers" in said[2].text
     assert said[1].lines[0] == f'cd "{sd.root}"' and said[1].lines[1].endswith("pip install -r requirements.txt")
@@ -194,6 +204,17 @@ def test_a_stranger_named_networks_is_named(
     assert doctor.main([str(root)]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert f"{root / 'networks.py'}, which hides every folder networks (a script's own folder comes first)" in text
+
+
+def test_the_gui_is_told_what_to_write(tmp_path: Path) -> None:
+    sd = found(sd_scripts(tmp_path / "sd-scripts"))
+    names = [f"{package}.{entry}" for package in ("networks", "kohya_networks") for entry in doctor.ENTRIES]
+    answer = probed(modules=dict.fromkeys(names), package=None, pythonpath=[], site=[], pth={})
+    facts = {"layouts": {str(sd.root): answer}, "torch": {"error": ""}}
+    lines = "--network_module networks.lycoris"
+    for has_it in (False, True):
+        assert has_it == any(lines in finding.lines for finding in doctor.examine(sd, sd.root, facts))
+        write(tmp_path / "kohya_gui.py")
 
 
 def test_a_folder_without_a_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,7 @@ from .environment import (
 HOME = Path(__file__).resolve().parents[1]  # the folder `networks` that this is part of
 PROBE = HOME / "hosts" / "probe.py"
 ENTRIES = sorted(file.stem for file in HOME.glob("*.py") if not file.stem.startswith("_") and file.stem != "api")
+GUI = 'for its LyCORIS types the GUI writes lycoris.kohya; for ours, write into its "Additional parameters"'
 TIMEOUT = 120  # seconds, of which torch may take most where a disk is slow
 
 
@@ -127,6 +128,8 @@ def examine(checkout: Checkout | None, folder: Path, facts: Mapping[str, Any]) -
             return
         yield _whose(layout, found)
         yield from _copies(found)
+    if checkout and (checkout.root.parent / "kohya_gui.py").is_file():
+        yield Finding(NOTE, "gui", GUI, ("--network_module networks.lycoris",))
     yield torch_finding(facts["torch"], found)
     yield from library_findings(checkout, found)
 
@@ -167,7 +170,7 @@ def _owner(layout: Layout, found: Mapping[str, Any]) -> str:
     package = found["package"]
     if package is None:
         first = next((file for file in found["modules"].values() if file), None)
-        return f"{Path(first).parent}, as there is no other" if first else "no folder networks is on the path"
+        return f"{Path(first).parent}, the only one on the path" if first else "no folder networks is on the path"
     if Path(package).name != "__init__.py":
         return f"{package}, which hides every folder networks ({_source(Path(package).parent, layout, found)})"
     folder = Path(package).parent

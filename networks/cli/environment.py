@@ -24,6 +24,7 @@ FOR_WHAT = {
     "torchao": "base models that it has quantised",
     "lycoris-lora": "nothing here: networks.lycoris does without it",
 }
+WINDOWS = os.name == "nt"
 LIBRARIES = ("torch", "safetensors", *OF_THE_TRAINERS, *FOR_WHAT)
 
 
@@ -66,13 +67,13 @@ def python_findings(root: Path, again: str) -> Iterator[Finding]:
         python = next((file for file in pythons if file.exists()), None)
         if python and not same(home, sys.prefix):
             text = f"the trainer has an environment of its own, {home}: if it trains in that one, ask there"
-            yield Finding(NOTE, "python", text, (f"{quoted(python)} {again}",))
+            yield Finding(NOTE, "python", text, (f"{runnable(python)} {again}",))
     starter = shutil.which("accelerate")
     user = sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user"))
     own = (sysconfig.get_path("scripts"), Path(sys.executable).parent, user)
     if starter and not any(same(Path(starter).parent, each) for each in own):
         text = f"the command accelerate here is another environment's, {starter}; this one's is"
-        yield Finding(NOTE, "python", text, (f"{quoted(sys.executable)} -m accelerate.commands.launch SCRIPT ...",))
+        yield Finding(NOTE, "python", text, (f"{runnable(sys.executable)} -m accelerate.commands.launch SCRIPT ...",))
 
 
 def torch_finding(torch: Mapping[str, Any], found: Mapping[str, Any]) -> Finding:
@@ -114,14 +115,15 @@ def _requirements(checkout: Checkout, found: Mapping[str, Any]) -> Iterator[Find
     lacking = {
         name: name in OF_THE_TRAINERS
         for name in checkout.needs
-        if not any(each == name or each.startswith(f"{name}-") for each in versions)  # opencv-python-headless is one
+        if not any(f"{each}-".startswith(f"{name}-") for each in versions)  # opencv-python-headless is one
     }
     vital = ", ".join(name for name, is_vital in lacking.items() if is_vital)
     if vital:
         yield Finding(PROBLEM, "libraries", f"missing for every script of the trainer: {vital}", install)
-    lesser = [_with_use(name) for name, is_vital in lacking.items() if not is_vital]
+    lesser = [_with_use(name) for name, is_vital in lacking.items() if not is_vital and name not in LIBRARIES[:2]]
     if lesser:
-        yield Finding(NOTE, "libraries", f"missing of what {setup} lists: {', '.join(lesser)}", install)
+        lines = () if vital else install
+        yield Finding(NOTE, "libraries", f"missing of what {setup} lists: {', '.join(lesser)}", lines)
     yield from _pins(checkout, versions)
 
 
@@ -163,13 +165,18 @@ def _differs(name: str, pin: str, versions: Mapping[str, str]) -> bool:
 def pip(found: Mapping[str, Any]) -> str:
     """What installs into the environment that asks."""
     if found["pip"]:
-        return f"{quoted(sys.executable)} -m pip install"
+        return f"{runnable(sys.executable)} -m pip install"
     return f"uv pip install --python {quoted(sys.executable)}"
 
 
 def quoted(path: Path | str) -> str:
     """As every shell takes it."""
     return f'"{path}"' if " " in str(path) else str(path)
+
+
+def runnable(program: Path | str) -> str:
+    """A program at the beginning of a line: PowerShell takes a quoted one for a text unless it is told to run it."""
+    return f"{'& ' * (WINDOWS and ' ' in str(program))}{quoted(program)}"
 
 
 def same(one: Path | str, other: Path | str) -> bool:
