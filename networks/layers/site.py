@@ -35,6 +35,9 @@ class Site:
         row_ranges: the layer's output rows which this module computes, in its own order; None = all of them.
     """
 
+    # what is known of others on the same module; a second copy of this package in one process has a class of its own
+    links = ("kohya-networks", "layer", "below", "under", "acts", "row_ranges")
+
     def __init__(self, module: nn.Module, row_ranges: RowRanges | None = None) -> None:
         self.module, self.row_ranges = module, row_ranges
         self.layer: AdaptedLayer | None = None
@@ -200,7 +203,7 @@ class Site:
 def _owner(forward: object) -> Site | None:
     """The site whose `forward` this is."""
     owner = getattr(forward, "__self__", None)
-    return owner if isinstance(owner, Site) else None
+    return owner if getattr(owner, "links", None) == Site.links else None
 
 
 _HOLDERS: WeakKeyDictionary[nn.Module, WeakSet[Site]] = WeakKeyDictionary()  # whose updates a weight has
