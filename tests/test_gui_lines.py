@@ -89,7 +89,9 @@ def lines(algo: str, preset: str, dim: int) -> Iterator[dict[str, str]]:
 
 
 def _line(algo: str, preset: str, values: Mapping[str, str], dim: int) -> dict[str, str]:
-    conv_dim = str(dim) if algo == "boft" and values["conv_dim"] != "0" else values.get("conv_dim")
+    conv_dim = values.get("conv_dim")
+    if conv_dim != "0" and algo in ("boft", "dylora"):  # which refuse a size that does not fit, here and in LyCORIS
+        conv_dim = str(dim)
     chosen = {**values, "conv_dim": conv_dim, "preset": preset, "algo": f'"{algo}"'}
     return written(f"{key}={chosen[key]}" for key in LINES[algo].split())
 
@@ -117,20 +119,21 @@ def models(name: str) -> tuple[Any, nn.Module]:
     return encoders[0], denoiser
 
 
-def idle(line: Mapping[str, str], model: str, dropout: float) -> set[str]:
-    """What the line has that acts on nothing there."""
+def idle(line: Mapping[str, str], model: str, dim: int, dropout: float) -> set[str]:
+    """What the line has that acts on nothing there; LyCORIS' default written out asks for nothing."""
     algo, preset, convolutions = line["algo"], line["preset"], model == "sd"
+    default = str(dim) if preset == "full" else "0"
     kernels = convolutions and preset in ("full", "unet-convblock-only") and line.get("conv_dim") != "0"
     dropped = float(line.get("rank_dropout", 0)) > 0
     no_rank = algo in ("full", "boft", "diag-oft", "ia3")
     tucker = "True" in (line.get("use_tucker"), line.get("use_cp"))
     found = {
-        "conv_dim": line.get("conv_dim", "0") != "0" and not kernels,
-        "conv_alpha": line.get("conv_dim") == "0" and line["conv_alpha"] not in ("0", "1"),
+        "conv_dim": line.get("conv_dim", "0") not in ("0", default) and not kernels,
+        "conv_alpha": line.get("conv_alpha", "1") != "1" and (not kernels or no_rank),
         "use_tucker": tucker and (algo not in ("locon", "loha", "lokr") or not kernels),
         "rank_dropout": dropped and no_rank,
         "dropout": dropout > 0 and no_rank,
-        "rank_dropout_scale": line.get("rank_dropout_scale") == "True" and not dropped,
+        "rank_dropout_scale": line.get("rank_dropout_scale") == "True" and (not dropped or no_rank),
         "dora_wd": line.get("dora_wd") == "True" and (dropped or dropout > 0),
         "train_norm": line.get("train_norm") == "True" and (not convolutions or preset == "attn-only"),
     }
@@ -162,8 +165,9 @@ def test_lines_for_lycoris(algo: str, preset: str, model: str) -> None:
                 with pytest.raises(ValueError, match="unet-convblock-only is for sd, sdxl"):
                     networks.lycoris.plan(dim, 1, encoders, denoiser, **call)
                 continue
-            plan = networks.lycoris.plan(dim, 1, encoders, denoiser, **call)
-            assert told(plan) == idle(line, model, dropout), (line, dropout, plan.warnings)
+            network = networks.lycoris.create_network(1.0, dim, 1, None, encoders, denoiser, **call)
+            plan = network.plan
+            assert told(plan) == idle(line, model, dim, dropout), (line, dropout, plan.warnings)
 
 
 # What `lycoris.kohya` has whatever a line says.
@@ -205,12 +209,13 @@ def test_trained_as_in_lycoris(algo: str, preset: str, model: str) -> None:
 @pytest.mark.parametrize("line,words", [
     ({"algo": "boft", "network_dim": 8, "conv_dim": "8"}, "network_dim=10 or more"),
     ({"algo": "boft", "network_dim": 12, "conv_dim": "1"}, "use .*=10 or more"),
+    ({"algo": "dylora", "conv_dim": "1", "block_size": "4"}, "block_size=4 is above its dim 1"),
     ({"rank_dropout": "1"}, "rank_dropout=1 is too large; it must stay below 1"),
     ({"use_tuker": "True"}, "no argument is called use_tuker; did you mean use_tucker"),
     ({"constrain": "1e-3", "constraint": "1e-4", "algo": "diag-oft"}, "contradicts"),
 ])  # fmt: skip
 def test_lines_that_cannot_be(line: dict[str, Any], words: str) -> None:
-    """BOFT has no blocks of such a size, in LyCORIS neither, and all else is dropped; the rest LyCORIS swallows."""
+    """The first three LyCORIS refuses, too; the others train nothing, or something else, without a word there."""
     with pytest.raises(ValueError, match=words):
         networks.lycoris.plan(line.pop("network_dim", 4), 1, *models("sd"), **line)
 
@@ -268,16 +273,17 @@ def blocks(model: str, count: int) -> dict[str, str]:
 
 ROWS: list[Row] = [
     *(("lora", model, line, "") for model, count in (("sd", 25), ("sdxl", 23))
-      for line in (*EXTRAS, FACTORS, blocks(model, count), {**CONVOLUTIONS, **DROPOUTS, **blocks(model, count)})),
+      for line in (*EXTRAS, FACTORS, blocks(model, count), {**CONVOLUTIONS, **DROPOUTS})),
+    *((module, "sd", {**CONVOLUTIONS, **blocks("sd", 25)}, "conv_alpha") for module in ("lora", "dylora")),
     *(("lora_fa", "sd", extra, "") for extra in (*EXTRAS, FACTORS, blocks("sd", 25))),
-    *(("dylora", "sd", {**CONVOLUTIONS, **extra, "unit": "1"}, "") for extra in (*EXTRAS, FACTORS, blocks("sd", 25))),
+    *(("dylora", "sd", {**CONVOLUTIONS, **extra, "unit": "1"}, "") for extra in (*EXTRAS, FACTORS)),
     *(("lora_sd3", "sd3", extra, "") for extra in EXTRAS),
-    ("lora_sd3", "sd3", CONVOLUTIONS, "conv_dim"),
+    ("lora_sd3", "sd3", CONVOLUTIONS, "conv_dim conv_alpha"),
     *((module, model, extra, "") for module in ("loha", "lokr") for model in ("sdxl", "anima") for extra in EXTRAS),
     *((module, *row) for module in ("loha", "lokr")
       for row in (("sdxl", {**CONVOLUTIONS, "use_tucker": "True"}, ""), ("sdxl", {"use_tucker": "True"}, "use_tucker"),
-                  ("anima", CONVOLUTIONS, "conv_dim"),
-                  ("anima", {**CONVOLUTIONS, "use_tucker": "True"}, "conv_dim use_tucker"))),
+                  ("anima", CONVOLUTIONS, "conv_dim conv_alpha"),
+                  ("anima", {**CONVOLUTIONS, "use_tucker": "True"}, "conv_dim conv_alpha use_tucker"))),
     *(("lokr", model, {"factor": "4"}, "") for model in ("sdxl", "anima")),
     *(("lora_flux", model, extra, ENCODERS if model == "chroma" and extra is RATIOS else "")
       for model in ("flux", "chroma")
@@ -312,3 +318,52 @@ def test_a_list_of_another_model_is_a_mistake(name: str) -> None:
     line = blocks("sd", 25) if name == "lora" else FACTORS
     with pytest.raises(ValueError, match=words):
         importlib.import_module(f"networks.{name}").plan(4, 1, *models(model), **line)
+
+
+# -- the arguments of LyCORIS' document
+
+FACTORED = {"lora", "locon", "loha", "lokr", "dylora", "glora", "tlora"}
+ALGORITHMS = [*sorted(FACTORED), "full", "diag-oft", "boft", "ia3"]
+ACTS: dict[str, tuple[str, set[str]]] = {  # a value, and where it acts
+    "conv_dim": ("4", {*ALGORITHMS}),
+    "module_dropout": ("0.1", {*ALGORITHMS}),
+    "train_norm": ("True", {*ALGORITHMS}),
+    "dropout": ("0.1", FACTORED),
+    "rank_dropout": ("0.1", FACTORED),
+    "loraplus_lr_ratio": ("4", FACTORED),
+    "dora_wd": ("True", FACTORED),
+    "bypass_mode": ("True", FACTORED - {"tlora"}),
+    "use_scalar": ("True", FACTORED - {"dylora", "tlora"}),
+    "use_tucker": ("True", {"lora", "locon", "loha", "lokr"}),
+    "use_conv_cp": ("True", {"lora", "locon", "loha", "lokr"}),
+    "factor": ("2", {"lokr"}),
+    "decompose_both": ("True", {"lokr"}),
+    "full_matrix": ("True", {"lokr"}),
+    "unbalanced_factorization": ("True", {"lokr"}),
+    "block_size": ("2", {"dylora"}),
+    "rescaled": ("True", {"diag-oft", "boft"}),
+    "constraint": ("0.001", {"diag-oft", "boft"}),
+    "sig_type": ("last", {"tlora"}),
+    "use_data_init": ("False", {"tlora"}),
+    "mask_group_id": ("1", {"tlora"}),
+    "wd_on_output": ("False", set()),  # without dora_wd
+    "rank_dropout_scale": ("True", set()),  # without rank_dropout
+    "train_t5xxl": ("True", set()),  # on this model
+    "train_llm_adapter": ("True", set()),
+}
+
+
+@pytest.mark.sweep(4)
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_argument_of_lycoris_with_every_algorithm(algo: str) -> None:
+    """It passes everywhere; where it acts on nothing, one line says so. A misspelt one is a mistake everywhere."""
+    dim = DIMS.get(algo, 4)
+    call = {"algo": algo, **({"conv_dim": str(dim)} if algo == "boft" else {})}
+    for name, (value, acting) in ACTS.items():
+        if algo == "boft" and name == "conv_dim":
+            continue
+        plan = networks.lycoris.plan(dim, 1, *models("sd"), **call, **{name: value})
+        found = [text for text in plan.warnings if "without effect here" in text]
+        assert [bool(re.search(rf": {name}(=\S+)? \(", text)) for text in found] == [True] * (algo not in acting), name
+    with pytest.raises(ValueError, match="no argument is called dropot; did you mean dropout"):
+        networks.lycoris.plan(dim, 1, *models("sd"), **call, dropot="0.1")

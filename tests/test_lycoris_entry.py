@@ -165,8 +165,8 @@ def test_bypass_mode_is_a_form_not_another_network(algo: str, monkeypatch: pytes
     outputs, calls = [], []
     for value in ("True", "False"):
         unet = sd_unet().double()
-        network = networks.lycoris.create_network(
-            1.0, 4, 2, None, None, unet, algo=algo, bypass_mode=value, dora_wd="True"
+        network = networks.lora.create_network(
+            1.0, 4, 2, None, None, unet, algo=algo, preset="full", bypass_mode=value, dora_wd="True"
         ).double()
         assert any(f"bypass_mode={value}" in note for note in network.plan.notes)
         network.apply_to(None, unet, False, True)
@@ -181,6 +181,10 @@ def test_bypass_mode_is_a_form_not_another_network(algo: str, monkeypatch: pytes
     assert calls[0]["apply_delta"] == calls[0]["update"] > 0
     assert calls[1]["apply_delta"] == 0 < calls[1]["update"]
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-12)
+    # Command lines of LyCORIS have False without asking for the dearer form.
+    for value, factored in (("True", True), ("False", None)):
+        made = networks.lycoris.create_network(1.0, 4, 2, None, None, sd_unet(), algo=algo, bypass_mode=value)
+        assert made.runtime.factored is factored
 
 
 def test_rank_dropout_scale() -> None:

@@ -120,6 +120,10 @@ class DiagOFT(Rotation):
 
     @classmethod
     def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
+        if layout.shapes.keys() == {"blocks"} and layout.shapes["blocks"][1] == 1:
+            return (
+                "blocks of one feature, which cannot turn and learn nothing: give a larger dim (of kernels: conv_dim)"
+            )
         blocks = [shape[0] for shape in layout.shapes.values() if len(shape) == 3]
         if not options.get("dim_is_count") or min(blocks) >= dim:
             return super().remark(layout, dim, options)

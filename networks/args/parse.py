@@ -88,6 +88,7 @@ class NetArgs:
         given: names that the user wrote (and that did not mean "not given").
         host: whose defaults apply where they are not the table's but an architecture's.
         style: the entry whose defaults went before; "" = nobody's.
+        usual: name -> default of a call to an entry with such defaults: written out, it asks for nothing.
         read: names that some code asked for; shared by what `dataclasses.replace` makes.
     """
 
@@ -95,6 +96,7 @@ class NetArgs:
     given: frozenset[str] = frozenset()
     host: str = "sd_scripts"
     style: str = ""
+    usual: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     read: set[str] = field(default_factory=set, compare=False, repr=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +113,8 @@ class NetArgs:
 
     def asks(self, name: str) -> bool:
         """Whether the user wrote this argument, and with a value that wants something."""
-        return name in self.given and not BY_NAME[name].is_neutral(self.values[name])
+        value = self.values[name]
+        return name in self.given and not BY_NAME[name].is_neutral(value) and value != self.usual.get(name)
 
 
 def parse(
@@ -140,9 +143,10 @@ def parse(
         convolutions = preset is not None and preset.enable_conv
     hosts = (style, "preset" if convolutions else "", host)
     values = {arg.name: arg.default_at(hosts, options or {}) for arg in TABLE}
+    usual = dict(values) if style else {}
     spelled, unknown = _read(raw, values, style, problems)
     values["algo"], values["preset"] = values["algo"] or default_algo, preset
-    args, problems.spelled = NetArgs(values, frozenset(spelled), host, style), spelled
+    args, problems.spelled = NetArgs(values, frozenset(spelled), host, style, usual), spelled
     _unknown(unknown, args, problems)
     _inapplicable(args, spelled, problems)
     return args
@@ -170,23 +174,30 @@ def _read(
         except ValueError as error:
             problems.add(f"{shown} {hints.of_value(arg.name, text) or error}")
             continue
-        before = (spelled[arg.name], values[arg.name]) if arg.name in spelled else None
-        if before is None or _replaces(arg, before, (key, value), style, problems):
+        if (style, value) not in arg.unasked and _counts(arg, (key, value), values, spelled, style, problems):
             values[arg.name], spelled[arg.name] = value, key
     return spelled, unknown
 
 
-def _replaces(arg: Arg, before: tuple[str, Any], after: tuple[str, Any], style: str, problems: Problems) -> bool:
-    """Whether the later of two (spelling, value) of one argument counts."""
-    if before[1] == after[1]:
+def _counts(
+    arg: Arg,
+    one: tuple[str, Any],
+    values: Mapping[str, Any],
+    spelled: Mapping[str, str],
+    style: str,
+    problems: Problems,
+) -> bool:
+    """Whether this (spelling, value) of an argument counts, beside another that the call may have."""
+    before = (spelled[arg.name], values[arg.name]) if arg.name in spelled else one
+    if before[1] == one[1]:
         return True
-    first, second = (f"{key}={printable(value, 200)}" for key, value in (before, after))
-    asking = [value for _, value in (before, after) if not arg.is_neutral(value)]
+    asking = [value for _, value in (before, one) if not arg.is_neutral(value)]
+    first, second = (f"{key}={printable(value, 200)}" for key, value in (before, one))
     if style not in arg.joined or len(asking) > 1:
         problems.add(f"{second} contradicts {first}: both are the same argument")
         return False
     log.info("%s, %s: both are the same argument, %s counts", first, second, asking[0])
-    return bool(asking[0] == after[1])
+    return bool(asking[0] == one[1])
 
 
 def _early(raw: Mapping[str, Any], name: str) -> Any:

@@ -118,7 +118,8 @@ def _there(arg: Arg) -> str:
         f"networks.{entry}: as written; {STANDS_FOR[entry]} takes {value} whatever is written"
         for entry, value in arg.elsewhere
     ]
-    return "".join(f" ({one})" for one in (*joined, *fixed))
+    unasked = [f"networks.{entry}: {value} is as not given" for entry, value in arg.unasked]
+    return "".join(f" ({one})" for one in (*unasked, *joined, *fixed))
 
 
 def plain(arg: Arg, width: int, algos: bool) -> str:

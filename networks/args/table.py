@@ -476,6 +476,7 @@ _ROWS: tuple[Arg, ...] = (
         "change; not given: whichever is cheaper. The same numbers either way, also with use_dora and on "
         "quantised layers",
         _OTHER,
+        unasked=(("lycoris", False),),
     ),
     Arg(
         "allow_missing",

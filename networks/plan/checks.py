@@ -125,15 +125,16 @@ def _expressions(request: Request, used: Collection[By], problems: Problems) -> 
 
 def _dropouts(trained: Sequence[PlanRow], args: NetArgs, problems: Problems, notes: list[str]) -> None:
     usual = BY_NAME["rank_dropout_scale"].default_at((args.style, args.host), {})
-    if args.rank_dropout_scale != usual and not args.rank_dropout:
-        problems.idle("rank_dropout_scale", " without rank_dropout", f"rank_dropout_scale={args.rank_dropout_scale}")
+    scale = f"rank_dropout_scale={args.rank_dropout_scale}" if args.rank_dropout_scale != usual else ""
+    if scale and not args.rank_dropout:
+        problems.idle("rank_dropout_scale", " without rank_dropout", scale)
     if not (args.dropout or args.rank_dropout):
         return
     without = sum(not row.rank_axis for row in trained)
     if without == len(trained):
-        for name in ("dropout", "rank_dropout"):
-            if args.asks(name):
-                problems.idle(name, ": no trained layer has a rank activation")
+        asked = {name: "" for name in ("dropout", "rank_dropout") if args.asks(name)}
+        for name, shown in (asked | ({"rank_dropout_scale": scale} if scale else {})).items():
+            problems.idle(name, ": no trained layer has a rank activation", shown)
     elif without:
         notes.append(f"{without} of {len(trained)} layers have no rank activation: no dropout, rank_dropout")
 

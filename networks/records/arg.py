@@ -28,6 +28,7 @@ class Arg:
         words: (other spelling, choice).
         per_host: (host, default there) where hosts differ; the name of a trainer's option stands for its value. The
             entry `lycoris` and a call with a `preset` that trains convolutions count as hosts, too.
+        unasked: (entry, value which the command lines for it have without asking for it): as if it were not given.
         joined: entries under which it is enough that one of several spellings in a call asks for something.
         elsewhere: (entry, value which the module that it stands for takes whatever a command line says).
     """
@@ -45,6 +46,7 @@ class Arg:
     choices: tuple[str, ...] = ()
     words: tuple[tuple[str, str], ...] = ()
     per_host: tuple[tuple[str, Any], ...] = ()
+    unasked: tuple[tuple[str, Any], ...] = ()
     joined: tuple[str, ...] = ()
     elsewhere: tuple[tuple[str, Any], ...] = ()
 
