@@ -124,7 +124,9 @@ SD_SCRIPTS = [
     *of("networks.lora", SD, "sd", 16, 1, fails('"alpha=1.0,dropout=0.1"', "no argument is called alpha")),
     # modules without a document
     *of("networks.lora_fa", SD, "sd", 16, 1, '"conv_dim=4" "conv_alpha=1"', *DROPOUTS),
-    *of("networks.lora_fa", SD, "sd", 16, 1, quoted(*RATES_12), quoted(*CURVES), quoted(DIMS_25), blocks=12),
+    *of("networks.lora_fa", SD, "sd", 16, 1, quoted(*RATES_12), quoted(*CURVES),
+        quoted(DIMS_25, f"block_alphas={ALPHAS_25}", f"conv_block_dims={ALPHAS_25}", f"conv_block_alphas={ALPHAS_25}"),
+        blocks=12),
     *of("networks.oft", SD, "sdxl", 4, 1e-3, "", '"enable_all_linear=True"', '"enable_conv=True"'),
     *of("networks.oft_flux", SD, "flux", 4, 1e-3, "", '"enable_all_linear=True"'),
     # flux_train_network.md
@@ -139,6 +141,8 @@ SD_SCRIPTS = [
     *of("networks.lora_flux", SD, "flux", 16, 1,
         '"train_double_block_indices=0,1,8-12,18" "train_single_block_indices=3,10,20-25,37"',
         '"train_double_block_indices=none" "train_single_block_indices=10-15"', blocks=38),
+    *of("networks.lora_flux", SD, "flux", 16, 1, warns('"use_dora=True"', "use_dora", "off on 38 dropout"),
+        dropout=0.1),
     *of("networks.lora_flux", SD, "chroma", 16, 1, "", warns('"img_mod_dim=2"', "img_mod_dim")),
     # sd3_train_network.md
     *of("networks.lora", SD, "sd3", 16, 1, ""),
@@ -210,23 +214,12 @@ MUSUBI_TUNER = [
     # loha_lokr.md
     *(line for module in ("networks.loha", "networks.lokr") for model in ("hunyuan_video", "wan", "qwen_image")
       for line in of(module, MUSUBI, model, 32, 16, '"verbose=True"', *DROPOUTS,
-                     """ "exclude_patterns=[r'.*blocks.1.*']" """,
+                     '"loraplus_lr_ratio=4"', """ "exclude_patterns=[r'.*blocks.1.*']" """,
                      """ "exclude_patterns=[r'.*']" "include_patterns=[r'.*blocks.1.*']" """,
                      warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS),
                      whole=module == "networks.lokr" and model != "wan")),
     *of("networks.lokr", MUSUBI, "hunyuan_video", 32, 16, '"factor=4"', ('"factor=-1"', {"whole": True})),
 ]  # fmt: skip
-
-
-def musubi_models() -> Iterator[Line]:
-    """What its modules for single models read beside."""
-    own = {"flux": "lora_flux", "framepack": "lora_framepack", "hidream_o1": "lora_hidream_o1", "ideogram4": None,
-           "flux_2": None, "hv_1_5": None, "kandinsky": None, "krea2": None, "qwen_image": None, "wan": None,
-           "zimage": None}  # fmt: skip
-    for model, module in own.items():
-        lines = ('"rank_dropout=0.1" "module_dropout=0.1" "loraplus_lr_ratio=4" "verbose=True"',
-                 warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS))  # fmt: skip
-        yield from of(f"networks.{module or f'lora_{model}'}", MUSUBI, model, 32, 1, *lines)
 
 
 FORK = """
@@ -240,6 +233,19 @@ network_args = ["verbose=True"]
 network_args = ["use_rslora=True", "loraplus_lr_ratio=8"]
 network_args = ["use_dora=True", "module_dropout=0.1"]
 """.strip().splitlines()
+
+
+def musubi_models() -> Iterator[Line]:
+    """What its modules for single models read beside."""
+    own = {"flux": "lora_flux", "framepack": "lora_framepack", "hidream_o1": "lora_hidream_o1", "ideogram4": None,
+           "flux_2": None, "hv_1_5": None, "kandinsky": None, "krea2": None, "qwen_image": None, "wan": None,
+           "zimage": None}  # fmt: skip
+    for model, module in own.items():
+        lines = ('"rank_dropout=0.1" "module_dropout=0.1" "loraplus_lr_ratio=4" "verbose=True"',
+                 warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS))  # fmt: skip
+        yield from of(f"networks.{module or f'lora_{model}'}", MUSUBI, model, 32, 1, *lines, FORK[0])
+
+
 FORK_PATTERNS = r"""
 network_args = ["exclude_patterns=['.*(img_mod|txt_mod|modulation).*']"]
 network_args = ["exclude_patterns=['.*attn.*']", "include_patterns=['.*attn\\.to_q.*', '.*attn\\.to_k.*']"]
@@ -307,6 +313,15 @@ def model(name: str, blocks: int, shrink: int) -> tuple[nn.Module, list[nn.Modul
 
 def title(line: Line) -> str:
     return f"{line.module.removeprefix('networks.')}-{line.host}-{line.model}-{line.text.strip()[:60]}"
+
+
+@pytest.mark.parametrize("host", documented.HOSTS)
+def test_every_argument_that_is_listed_has_a_line(host: str) -> None:
+    documents = documented.HOSTS[host]
+    listed = {BY_NAME[name].name for module in documents.modules for name in documents.of(module).split()}
+    lines = [line for line in LINES if line.host == host]
+    assert listed <= {BY_NAME[key].name for line in lines for key in line.arguments if key in BY_NAME}
+    assert documents.modules.keys() <= {line.module.rpartition(".")[2] for line in lines}
 
 
 def test_layers_outside_the_blocks_are_those_of_the_trainer_s_class() -> None:
