@@ -204,9 +204,9 @@ def test_whose_names_are_read(sdxl: Any, tmp_path: Path) -> None:
     assert not any("_patterns" in note for note in plan.notes)
     file = tmp_path / "mine.toml"
     file.write_text("text_encoder_target_module = []\nunet_only_name = ['^.*[.]0[.].*$']\n")
-    assert shown(planned(sdxl, preset=str(file))) == theirs
+    assert [name for name in shown(planned(sdxl, preset=str(file))) if name in every] == theirs  # and convolutions
     file.write_text("text_encoder_target_module = []\nunet_only_name = ['^down_blocks.*']\n")
-    assert shown(planned(sdxl, preset=str(file))) == [name for name in every if name.startswith("input_blocks")]
+    assert {name.partition(".")[0] for name in shown(planned(sdxl, preset=str(file)))} == {"input_blocks"}
 
 
 def test_a_plan_prints_what_patterns_take(sdxl: Any, flux: Any, caplog: pytest.LogCaptureFixture) -> None:
