@@ -194,9 +194,23 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "selection: a pattern matches the beginning of a name",
         PLAN,
-        "if any(pattern.fullmatch(name) for name in candidate.names):",
-        "if any(pattern.match(name) for name in candidate.names):",
+        "any(map(self.regex.fullmatch, names))",
+        "any(map(self.regex.match, names))",
         ("tests/test_plan.py", "tests/test_args.py"),
+    ),
+    Mutation(
+        "selection: names of both libraries count at once",
+        f"{PLAN}/patterns.py",
+        "own=not any(map(pattern.regex.fullmatch, own))",
+        "own=True",
+        ("tests/test_patterns.py", "-k", "decide or whose"),
+    ),
+    Mutation(
+        "selection: a pattern of one part means all",
+        f"{PLAN}/patterns.py",
+        'self.part in ("", c.part.name) and any(map(self.regex.fullmatch',
+        "any(map(self.regex.fullmatch",
+        ("tests/test_patterns.py", "-k", "part"),
     ),
     Mutation(
         "selection: include_patterns rescue nothing",
@@ -278,8 +292,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "rules: what is left out by default is left out of a file",
         f"{PLAN}/call.py",
-        'Patterns("given", given & left_out.keys())',
-        'Patterns("given", left_out.keys())',
+        'Patterns("given", given & left_out.keys(), arch)',
+        'Patterns("given", left_out.keys(), arch)',
         ("tests/test_rules.py", "-k", "file"),
     ),
     Mutation(

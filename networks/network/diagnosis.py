@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapted import AdaptedLayer
-from ..plan.groups import patterns_for
+from ..plan.groups import patterns_in
 from ..plan.plan import PlanRow
 from .changes import times_changed
 
@@ -124,12 +124,9 @@ class Diagnosis:
 
     def _patterns(self, names: Sequence[str]) -> list[str]:
         """Regular expressions that mean these layers alone."""
-        found = []
-        for part in dict.fromkeys(self._rows[name].part for name in names):
-            own = {name: row.trainer_name for name, row in self._rows.items() if row.part == part}
-            dead = {own.pop(name) for name in names if name in own}
-            found += [f"'{part}:{pattern}'" for pattern in patterns_for(dead, own.values())]
-        return found
+        layers = {name: (row.part, row.trainer_name) for name, row in self._rows.items()}
+        dead = {layers[name] for name in names}
+        return [f"'{pattern}'" for pattern in patterns_in(dead, {*layers.values()} - dead)]
 
     def health(self) -> dict[str, int]:
         """Numbers of layers for a file's metadata, with the warnings of a save; {} where no run was watched."""
