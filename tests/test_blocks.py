@@ -154,7 +154,7 @@ def test_a_model_of_other_kinds_of_layers_is_a_warning_and_one_of_another_size_a
     """Layers that are missing in every block mean another model, or a library with other names; fewer blocks do not."""
     encoders, flux = models("flux", 3)
     plan = networks.lora_flux.plan(4, 1, encoders, flux)
-    assert any(note.startswith("of a size of its own: 39 layers to train, released") for note in plan.notes)
+    assert any(note.startswith("of a size of its own: 39 layers by default, released") for note in plan.notes)
     for block in flux.get_submodule("double_blocks").children():
         del block._modules["img_mlp"]
     with caplog.at_level(logging.INFO, logger="networks"):

@@ -17,6 +17,7 @@ from registry import data_of as algorithm_data
 from registry_archs import SPECS, data_of
 from safetensors import safe_open
 from tiny_denoisers import MODELS
+from tiny_flow_models import qwen3, t5
 from tiny_parts import inputs, sd_unet, sdxl_unet, text_encoder
 from torch import Tensor, nn
 
@@ -95,9 +96,11 @@ def gemma() -> nn.Module:
 
 
 def qwen() -> nn.Module:
-    from tiny_flow_models import qwen3
-
     return qwen3(16)
+
+
+def large() -> nn.Module:
+    return t5(16)
 
 
 def last(model: nn.Module) -> Tensor:
@@ -118,11 +121,11 @@ def both(model: nn.Module) -> Tensor:
 
 
 # Architecture -> its encoders as its trainer uses them: a model, and what of it is read.
-ENCODERS: dict[str, list[tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]] | None]] = {
+ENCODERS: dict[str, list[tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor]]]] = {
     "sd": [(text_encoder, last)],
     "sdxl": [(text_encoder, before_last), (lambda: text_encoder(True), both)],
-    "sd3": [(lambda: text_encoder(True), both), (lambda: text_encoder(True), both)],
-    "flux": [(text_encoder, pooled)],
+    "sd3": [(lambda: text_encoder(True), both), (lambda: text_encoder(True), both), (large, last)],
+    "flux": [(text_encoder, pooled), (large, last)],
     "lumina": [(gemma, before_last)],
     "anima": [(qwen, last)],
 }  # fmt: skip
@@ -131,8 +134,10 @@ ENCODERS: dict[str, list[tuple[Callable[[], nn.Module], Callable[[nn.Module], Te
 @pytest.mark.parametrize("arch", ENCODERS)
 def test_layers_of_text_encoders_without_gradient_are_those_of_the_record(arch: str) -> None:
     made = [make().requires_grad_(False) for make, _ in ENCODERS[arch]]
-    network = networks.lora.create_network(1.0, 2, 1, None, made, MODELS[arch][0](), train_norm="true")
+    every = {"train_t5xxl": "True"} if "train_t5xxl" in SPECS[arch].arguments else {}
+    network = networks.lora.create_network(1.0, 2, 1, None, made, MODELS[arch][0](), train_norm="true", **every)
     network.apply_to(made, None, True, False)
+    assert {row.part for row, _ in network.layers} == {part.name for part in SPECS[arch].text_encoders}
     randomise(*made, network)
     losses = [read(model).square().mean() for (_, read), model in zip(ENCODERS[arch], made, strict=True)]
     assert dead(network, torch.stack(losses).sum()) == unread(network)

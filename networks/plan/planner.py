@@ -326,7 +326,7 @@ class _Planner:
         usual, kinds = (" or ".join(map(str, sorted(numbers))) for numbers in (arch.usual, arch.kinds))
         own = len({_NUMBER.sub("", c.trainer_name) for c in found})
         if own in arch.kinds:
-            return [f"of a size of its own: {len(found)} layers to train, released models have {usual}"], []
+            return [f"of a size of its own: {len(found)} layers by default, released models have {usual}"], []
         text = (
             f"{arch.title} usually has {usual} layers to train of {kinds} kinds, this model has {len(found)} of {own}"
         )
