@@ -271,8 +271,10 @@ def test_a_file_that_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     line = ["python", "train_network.py", "--network_module", "networks.lora", "--network_weights", str(file)]
     code, out, err = run(capsys, "--trained", "--", *line, "--dim_from_weights")
     assert code == 0 and "unet: 1 layers (1x lora dim 3 scale 2), 0 left out" in out and layer in out, err
-    code, out, _ = run(capsys, "--trained", "--", *line)
-    assert code == 0 and "training goes on from its values" in out
+    code, out, _ = run(capsys, "--trained", "--", *line, "--network_dim", "3")
+    assert code == 0 and "training goes on from its values, 263 layers start anew" in out
+    code, _, err = run(capsys, "--", *line)
+    assert code == 2 and f"1 layers have another form in it, such as {layer}, lora of dim 3, here lora of dim 4" in err
     code, _, err = run(
         capsys, "--", *line[:-1], str(tmp_path / "b.safetensors"), "--dim_from_weights", "--network_args", "a=1"
     )

@@ -296,6 +296,7 @@ def _planned(entry: Any, model: Skeleton, run: TrainerRun, problems: Problems) -
     dim, alpha = given.get("network_dim"), given.get("network_alpha", 1.0)
     tensors, source = _deciding(run, problems), str(given.get("network_weights"))
     plan = entry.planned(HOSTS[run.host], dim, alpha, encoders, model.unet, raw, problems, tensors, source)
+    _check_values(entry, model, run, plan, problems)
     keeps = str(run.words.get("adapter_dtype", "host")) != "host"
     plan = replace(plan, warnings=(*plan.warnings, *remarks(plan, argparse.Namespace(**given), keeps)))
     if given.get("network_train_unet_only"):
@@ -314,14 +315,46 @@ def _deciding(run: TrainerRun, problems: Problems) -> Mapping[str, Any] | None:
         run.notes.append(f"--base_weights {file} is merged into the model before, and changes nothing in the plan")
     file = given.get("network_weights")
     if file is None or not given.get("dim_from_weights"):
-        if file is not None:
-            run.notes.append(f"--network_weights {file}: training goes on from its values, whose dims must be these")
         return None
     try:
         return FileTensors(str(file))
     except (ValueError, OSError) as error:
         problems.add(f"--network_weights {error}")
         return None
+
+
+def _check_values(entry: Any, model: Skeleton, run: TrainerRun, plan: Any, problems: Problems) -> None:
+    """A file from whose values training goes on must have the shapes of the plan.
+
+    Raises:
+        ValueError: it has others, or is for another model.
+    """
+    from ..files.adapter_file import FileTensors
+
+    file = str(run.given.get("network_weights") or "")
+    if not file or run.given.get("dim_from_weights"):
+        return
+    if not Path(file).exists():
+        run.notes.append(f"--network_weights {file} is not on this machine: not checked")
+        return
+    encoders = model.text_encoders if run.host == SD_SCRIPTS else []
+    raw = {"allow_missing": run.words["allow_missing"]} if "allow_missing" in run.words else {}
+    found = entry.planned(HOSTS[run.host], None, None, encoders, model.unet, raw, problems, FileTensors(file), file)
+    theirs = {row.saved_name: row for row in found.trained}
+    both = [(row, theirs[row.saved_name]) for row in plan.trained if row.saved_name in theirs]
+    other = [(row, one) for row, one in both if row.layout.shapes != one.layout.shapes]
+    if other:
+        row, one = other[0]
+        problems.add(
+            f"--network_weights {file}: {len(other)} layers have another form in it, such as {row.saved_name}, "
+            f"{one.algo} of dim {one.dim}, here {row.algo} of dim {row.dim}: write its options (kohya-networks show "
+            f"{file} --as_args), or --dim_from_weights"
+        )
+        problems.raise_if_any()
+    new = len(plan.trained) - len(both)
+    run.notes.append(
+        f"--network_weights {file}: training goes on from its values" + f", {new} layers start anew" * bool(new)
+    )
 
 
 def _rated(plan: Any, model: Skeleton, run: TrainerRun, problems: Problems) -> Any:
