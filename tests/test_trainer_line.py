@@ -246,6 +246,24 @@ def test_settings_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert code == 2 and "sdxl_train.py is no script that trains a network; did you mean sdxl_train_network.py?" in err
 
 
+def test_zero_and_nothing_in_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0 is a rate, and as alpha the dim; an empty text and false are what programs write for options that are not
+    given."""
+    settings = tmp_path / "s.toml"
+    settings.write_text(
+        "network_module = 'networks.lora'\nnetwork_alpha = 0\nunet_lr = 0\ntext_encoder_lr = 5e-5\n"
+        "network_weights = ''\nscale_weight_norms = 0\ndim_from_weights = false\nnetwork_args = []\n",
+        encoding="utf-8",
+    )
+    code, out, err = run(capsys, "train_network.py", "--config", str(settings), "--trained")
+    assert code == 0 and "text_encoder: 72 layers (72x lora dim 4 scale 1)" in out and "unet 0 (not trained)" in out, (
+        err
+    )
+    assert "unet: " not in out
+    code, out, _ = run(capsys, "sd15", "--network_alpha", "0", "--network_train_unet_only", "--trained")
+    assert "unet: 192 layers (192x lora dim 4 scale 1)" in out
+
+
 def test_command_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "train.ps1"
     text = "# train\n$dim = 2\npython sdxl_train_network.py `\n --network_module networks.lora --network_dim $dim\n"

@@ -45,7 +45,7 @@ from .command_line import (
     run_program,
     set_log_level,
 )
-from .trainer_line import TrainerRun, run_of_settings, run_of_text, run_of_words
+from .trainer_line import TrainerRun, is_given, run_of_settings, run_of_text, run_of_words
 
 if TYPE_CHECKING:
     from ..models.skeleton import Skeleton
@@ -183,7 +183,7 @@ def _script(args: argparse.Namespace) -> str:
 def _of_options(args: argparse.Namespace) -> TrainerRun:
     run = TrainerRun("", args.host or SD_SCRIPTS, words=parse_network_args(args.network_args))
     names = ("network_module", "network_dim", "network_alpha", "network_dropout", *_ONLY)
-    run.given = {name: value for name in names if (value := getattr(args, name)) not in (None, False)}
+    run.given = {name: value for name in names if is_given(value := getattr(args, name))}
     return run
 
 

@@ -363,7 +363,8 @@ def _settings(path: str, run: TrainerRun, problems: Problems) -> None:
 
 def _setting(name: str, kind: str, value: Any, where: str, problems: Problems) -> Any:
     """A TOML value, as the trainer takes it over."""
-    fits = {MANY: isinstance(value, list), SWITCH: isinstance(value, bool), ONE: not isinstance(value, (list, dict))}
+    several = isinstance(value, list) or (name == "text_encoder_lr" and isinstance(value, (int, float)))
+    fits = {MANY: several, SWITCH: isinstance(value, bool), ONE: not isinstance(value, (list, dict))}
     if not fits[kind]:
         wanted = {MANY: 'a list: ["NAME=VALUE", ...]', SWITCH: "true or false", ONE: "a single value"}[kind]
         problems.add(f"{where}{name} = {value!r} is not {wanted}")
@@ -373,9 +374,14 @@ def _setting(name: str, kind: str, value: Any, where: str, problems: Problems) -
 # -- what follows from them
 
 
+def is_given(value: Any) -> bool:
+    """Whether an option counts as given; a learning rate of 0 does."""
+    return value is not None and value is not False and value != ""
+
+
 def _finish(run: TrainerRun, problems: Problems) -> None:
     """Checks that need all options; the network arguments by name."""
-    given = run.given = {name: value for name, value in run.given.items() if value not in (None, False)}
+    given = run.given = {name: value for name, value in run.given.items() if is_given(value)}
     if not given.get("network_module"):
         problems.add("--network_module is missing, without which the trainer makes no network: networks.lora is one")
     if given.get("dim_from_weights") and not given.get("network_weights"):
