@@ -117,7 +117,7 @@ class LossLog:
                 second.annotate(f"{loss:.4f}", (step, loss), color="#993404", **place)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
-        axes.set_title(title)
+        axes.set_title(title, parse_math=False)  # a name may have $ in it
         for each in {axes, second}:
             each.set_ylim(0, 1.15 * each.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)

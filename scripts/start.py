@@ -146,7 +146,9 @@ def make_environment(folder: Path) -> None:
             f"{folder} exists and is not a virtual environment. Move it away, or set KOHYA_NETWORKS_VENV otherwise."
         )
     say(f"making a virtual environment in {folder}")
-    result = subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "venv", "--clear", str(folder)], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if result.returncode or not starts(python):
         output = result.stdout + result.stderr
         if "ensurepip" in output or "No module named" in output:

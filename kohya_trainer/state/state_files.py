@@ -167,9 +167,10 @@ def _surplus(folder: Path, content: Mapping[str, Any]) -> list[Path]:
     if layout not in (None, LAYOUT):
         return []
     try:
-        kept = {STATE_FILE} | {name for name, _ in (_files_of(content, folder) if "files" in content else {}).values()}
+        files = _files_of(content, folder) if layout == LAYOUT else {}
     except ValueError:  # nobody knows what belongs to it
         return []
+    kept = {STATE_FILE, *(name for name, _ in files.values())}
     first = [path for path in _entries(folder) if layout == LAYOUT and _FIRST.fullmatch(path.name)]
     return [path for path in _ours(folder) if path.name not in kept] + first
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..args.coerce import finite
+from ..foreign.texts import exists, printable
 from .command_line import add_allow_missing, add_overwrite, check_outputs, program, run_program, say
 
 if TYPE_CHECKING:
@@ -109,12 +110,14 @@ def lost_with(out: Path) -> list[Path]:
 def split_multiplier(item: str) -> tuple[Path, float]:
     """`file` or `file=0.5`."""
     path, equals, number = item.rpartition("=")
-    if not equals or Path(item).exists():
+    if (
+        not equals or item.lower().endswith(".safetensors") or exists(Path(item))
+    ):  # folders have "=" in their names, too
         return Path(item), 1.0
     try:
         return Path(path), finite(number)
     except ValueError:
-        raise ValueError(f"{item}: {number!r} is no multiplier; write FILE=0.8") from None
+        raise ValueError(f"{item}: '{printable(number, 100)}' is no multiplier; write FILE=0.8") from None
 
 
 @contextmanager

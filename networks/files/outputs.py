@@ -22,6 +22,11 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+WINDOWS = os.name == "nt"
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\..*)?", re.IGNORECASE)
+_FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f]|[. ]$')  # in names; behind a colon is another stream of a file
+_LONGEST = 259  # characters of a path, unless Windows and the program are set to allow more
+_PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6)  # seconds
 LONG = 24 * 3600  # seconds without a write, after which a part is taken for left where no lock can tell
 _LARGE = 2000  # entries; a folder with more is looked through once in a process
 _HALF = ".part"
@@ -80,8 +85,10 @@ def destination(path: Path) -> Path:
     """Where a write to `path` goes: behind a link, to what it points to.
 
     Raises:
-        OSError: the link leads in a circle, or into a folder that does not exist.
+        OSError: the link leads in a circle, or into a folder that does not exist; or Windows has no such name.
     """
+    if WINDOWS:
+        _check_names(path)
     is_junction: Callable[[Path], bool] = getattr(os.path, "isjunction", lambda path: False)  # Python 3.12, Windows
     if not path.is_symlink() and not is_junction(path):
         return path
@@ -91,6 +98,21 @@ def destination(path: Path) -> Path:
             errno.ENOENT, f"{path} is a link to {target}, where nothing can be written: mend or remove the link"
         )
     return target
+
+
+def _check_names(path: Path) -> None:
+    """
+    Raises:
+        OSError: what is written under this name goes elsewhere under Windows: to a device, or under another name.
+    """
+    for name in path.parts[1:] if path.anchor else path.parts:
+        if name not in (".", "..") and (_DEVICES.fullmatch(name) or _FORBIDDEN.search(name)):
+            what = (
+                "is the name of a device" if _DEVICES.fullmatch(name) else "has a character that no name can have there"
+            )
+            raise OSError(
+                errno.EINVAL, f"{path} cannot be written under Windows, as {name!r} {what}: choose another name"
+            )
 
 
 # -- the work
@@ -155,8 +177,18 @@ def _move(new: Path, target: Path) -> None:
     """Put what was made into its place. A folder that is there already goes into the part first; should the new one
     not take its place, `_discard` puts it back."""
     if new.is_dir() and target.exists():
-        os.rename(target, new.with_name(new.name + _BEFORE))
-    os.replace(new, target)
+        _again(lambda: os.rename(target, new.with_name(new.name + _BEFORE)))
+    _again(lambda: os.replace(new, target))
+
+
+def _again(move: Callable[[], None]) -> None:
+    """Move, under Windows more than once: virus scanners, previews and copies to a cloud open files for a moment."""
+    for pause in _PAUSES if WINDOWS else ():
+        try:
+            return move()
+        except PermissionError:
+            time.sleep(pause)
+    move()
 
 
 def _explain(error: OSError, file: Path, size: int | None) -> str:
@@ -165,7 +197,11 @@ def _explain(error: OSError, file: Path, size: int | None) -> str:
         needed = "" if size is None else f" ({size / 2**20:.1f} MiB)"
         return f"no space for {file}{needed}: free some, or save elsewhere; {kept}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"not allowed to write {file}: choose another output folder; {kept}"
+        remedy = "close the programs that have it open, or " if WINDOWS and file.exists() else ""
+        return f"not allowed to write {file}: {remedy}choose another output folder; {kept}"
+    longest = len(os.path.abspath(file)) + len(file.name) + len("./.part.part")  # of the part in which it is made
+    if WINDOWS and longest > _LONGEST:
+        return f"{file} is {longest - _LONGEST} characters too long for Windows: choose a folder near the root; {kept}"
     return f"cannot write {file}: {error.strerror or error}; {kept}"
 
 

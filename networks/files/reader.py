@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..foreign.texts import parse_json, printable
+from ..foreign.texts import exists, is_file, parse_json, printable
 
 _LONGEST = 100_000_000  # bytes of a header; safetensors has the same bound
 _NAME = 1000  # characters
@@ -109,14 +109,18 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
         ValueError: with the nearest thing that would work.
     """
     file = Path(path)
-    if (file / PEFT_FILE).is_file():
+    if is_file(file / PEFT_FILE):
         return file / PEFT_FILE
-    if file.is_dir():
+    if exists(file) and file.is_dir():
         inside = sorted(p.name for p in file.glob("*.safetensors"))
         hint = f"; it holds {', '.join(inside[:5])}" if inside else "; it holds no .safetensors file"
         raise ValueError(f"{file} is a folder, not a weight file{hint}")
-    if not file.exists():
-        near = sorted(p.name for p in file.parent.glob("*.safetensors"))[:5] if file.parent.is_dir() else []
+    if not exists(file):
+        near = (
+            sorted(p.name for p in file.parent.glob("*.safetensors"))[:5]
+            if exists(file.parent) and file.parent.is_dir()
+            else []
+        )
         hint = f"; beside it: {', '.join(near)}" if near else ""
         raise ValueError(f"there is no file {file}{hint}")
     if file.suffix.lower() != ".safetensors":

@@ -44,6 +44,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def exists(path: Path) -> bool:
+    """The same of a file or a folder."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def user_path(text: str) -> Path:
     """A path as a user wrote it, with `~` for a home.
 
