@@ -66,18 +66,22 @@ class TrainingData(Dataset[dict[str, Any]]):
     """Captioned examples as they are read, or as cached latents."""
 
     def __init__(self, items: Sequence[CaptionedImage], family: Family, options: DataOptions) -> None:
-        self.items, self.family = items, family
+        self.items, self.family, self.read = items, family, family.read_item
         self.sizes = family.sizes(items, options)
         self.prompts = [family.prompt_of(item, size) for item, size in zip(items, self.sizes, strict=True)]
         self.cache: list[dict[str, Tensor]] = []
         self.conditions: dict[str, Condition] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process that loads examples gets where it is not a copy of this one, as under Windows and macOS."""
+        return {**self.__dict__, "family": None, "conditions": {}}
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, row: Row) -> dict[str, Any]:
         index, weight = row
-        content = self.cache[index] if self.cache else self.family.read_item(self.items[index], self.sizes[index])
+        content = self.cache[index] if self.cache else self.read(self.items[index].path, self.sizes[index])
         return {"index": index, "weight": weight, **content}
 
     def latents(self, batch: dict[str, Any]) -> Tensor:
@@ -123,7 +127,7 @@ class TrainingData(Dataset[dict[str, Any]]):
             key = f"{size[1]}x{size[0]}"
             found = disk.read(item, "latents", key) if disk else None
             if found is None:
-                row = self.family.read_item(item, size)
+                row = self.read(item.path, size)
                 batch = {"index": torch.tensor([index]), "data": row.pop("data")[None]}
                 found = {**row, "latents": self.latents(batch)[0].float().cpu().contiguous()}
                 if disk:

@@ -125,7 +125,7 @@ def test_latents_decode_to_the_data(folder, name):
         return
     raw = family.unscale(latents)
     assert torch.allclose(family.scale(raw), latents, atol=1e-6)
-    item = family.read_item(CaptionedImage(folder.root / "images" / "0.png", ""), (SIDE, SIDE))
+    item = family.read_item(folder.root / "images" / "0.png", (SIDE, SIDE))
     encoded = family.encode(item["data"][None], [torch.Generator().manual_seed(0)])
     assert encoded.shape == (1, 4, 16, 16)
     mean = family.vae.encode(family.to_vae(item["data"][None])).latent_dist

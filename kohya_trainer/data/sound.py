@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import wave
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +12,49 @@ import torch
 from torch import Tensor
 
 from networks.cli.command_line import write_atomically
+from networks.foreign.texts import printable
 
 
 def length_of(path: Path, rate: int) -> int:
     """Samples of one channel. Raises ValueError when the file cannot be read or has another rate."""
-    if path.suffix.lower() == ".wav":
-        try:
-            with wave.open(str(path), "rb") as file:
-                return _checked(path, file.getframerate(), rate, file.getnframes())
-        except (wave.Error, OSError, EOFError) as error:
-            raise ValueError(
-                f"sound {path} cannot be read ({error or 'it is empty'}). Replace or remove it."
-            ) from error
-    info = _soundfile(path).info(str(path))
-    return _checked(path, info.samplerate, rate, info.frames)
+    with _reading(path):
+        if path.suffix.lower() != ".wav":
+            info = _soundfile(path).info(str(path))
+            return _checked(path, info.samplerate, rate, info.frames)
+        with wave.open(str(path), "rb") as file:
+            if not 0 < _size(file) <= path.stat().st_size:
+                raise EOFError("it is empty or cut off")
+            return _checked(path, file.getframerate(), rate, file.getnframes())
 
 
 def read_sound(path: Path, rate: int) -> Tensor:
     """(2, S) from -1 to 1; one channel becomes two. Raises ValueError as `length_of` does."""
     length_of(path, rate)
-    if path.suffix.lower() != ".wav":
-        samples = torch.from_numpy(_soundfile(path).read(str(path), dtype="float32", always_2d=True)[0]).T
-    else:
-        with wave.open(str(path), "rb") as file:
-            width, channels, raw = file.getsampwidth(), file.getnchannels(), file.readframes(file.getnframes())
-        samples = _decode(path, raw, width).view(-1, channels).T
+    with _reading(path):
+        if path.suffix.lower() != ".wav":
+            samples = torch.from_numpy(_soundfile(path).read(str(path), dtype="float32", always_2d=True)[0]).T
+        else:
+            with wave.open(str(path), "rb") as file:
+                width, channels, raw = file.getsampwidth(), file.getnchannels(), file.readframes(file.getnframes())
+                if len(raw) != _size(file):
+                    raise EOFError("it is cut off")
+            samples = _decode(path, raw, width).view(-1, channels).T
     return (samples if len(samples) > 1 else samples.expand(2, -1))[:2].contiguous()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise ValueError for all that the libraries say of a damaged file."""
+    try:
+        yield
+    except (wave.Error, OSError, EOFError, RuntimeError) as error:
+        reason = printable(str(error) or "it is empty", 200)
+        raise ValueError(f"sound {path} cannot be read ({reason}). Replace or remove it.") from error
+
+
+def _size(file: wave.Wave_read) -> int:
+    """Bytes of its samples, as it says itself."""
+    return file.getnframes() * file.getnchannels() * file.getsampwidth()
 
 
 def write_wav(path: Path, sound: Tensor, rate: int) -> None:

@@ -6,8 +6,9 @@ what follows is the lyrics.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,9 @@ class AceStep(Family):
             sizes.append((1, samples))
         return sizes
 
-    def read_item(self, item: CaptionedImage, size: tuple[int, int]) -> dict[str, Tensor]:
-        return {"data": read_sound(item.path, self.pipeline.sample_rate)[:, : size[1]]}
+    @property
+    def read_item(self) -> Callable[[Path, tuple[int, int]], dict[str, Tensor]]:
+        return functools.partial(_read_sound, self.pipeline.sample_rate)
 
     def scale(self, latents: Tensor) -> Tensor:
         return latents
@@ -144,3 +146,7 @@ class AceStep(Family):
 
     def save(self, drawn: Any, path: Path, request: Any, more: dict[str, str] | None = None) -> None:
         write_wav(path, drawn, self.pipeline.sample_rate)
+
+
+def _read_sound(rate: int, path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
+    return {"data": read_sound(path, rate)[:, : size[1]]}

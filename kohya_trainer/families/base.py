@@ -5,7 +5,7 @@ Tensors: B batch, T text tokens, C channels, h and w sides of the latent. Images
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -144,10 +144,11 @@ class Family:
             return [options.size] * len(items)
         return [bucket_size(item.path, options.size, options.buckets, self.size_step) for item in items]
 
-    def read_item(self, item: CaptionedImage, size: tuple[int, int]) -> dict[str, Tensor]:
-        """What is read from disk: `data` (3, H, W) and `time_ids` (6,)."""
-        pixels, time_ids = load_pixels(item.path, size)
-        return {"data": pixels, "time_ids": time_ids}
+    @property
+    def read_item(self) -> Callable[[Path, tuple[int, int]], dict[str, Tensor]]:
+        """What reads an example of a size from disk, `data` (3, H, W) and `time_ids` (6,): a function of a module, as
+        processes which load data get a copy of it, and none of the models."""
+        return _read_picture
 
     def encode(self, data: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Images (B, 3, H, W) -> latents (B, C, h, w); each takes its own noise, so none depends on its neighbours."""
@@ -272,3 +273,8 @@ def split(**batched: Tensor) -> list[Condition]:
     """Tensors (B, ...) -> one condition for each sample."""
     size = len(next(iter(batched.values())))
     return [{key: value[row] for key, value in batched.items()} for row in range(size)]
+
+
+def _read_picture(path: Path, size: tuple[int, int]) -> dict[str, Tensor]:
+    pixels, time_ids = load_pixels(path, size)
+    return {"data": pixels, "time_ids": time_ids}
