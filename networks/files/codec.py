@@ -188,15 +188,20 @@ def decode(
         alpha = group.pop("alpha", None)
         algorithm = recognise(group)
         magnitude = None if algorithm is None else group.pop(flags.dialect.magnitude, None)
-        strange = [suffix for suffix in group if algorithm is None or not algorithm.spec.knows(suffix)]
-        strange += [dotted.ALPHA] if alpha is not None and not strange and algorithm is None else []
+        strange = _strange(group, algorithm)
         if algorithm is None or strange:
-            unknown += [f"{name}.{suffix}" if suffix else name for suffix in strange]
+            alone = strange or [dotted.ALPHA]
+            unknown += [f"{name}.{suffix}" if suffix else name for suffix in alone]
             continue
         values, portable_alpha = _portable(algorithm, group, None if alpha is None else float(alpha), flags)
         folded = magnitude is not None and bool(flags.dialect.fold_flag)
         layers[name] = SavedLayer(name, algorithm, values, portable_alpha, magnitude, folded)
     return layers, unknown
+
+
+def _strange(suffixes: Iterable[str], algorithm: type[Adapter] | None) -> list[str]:
+    """Those which the algorithm does not know; all of them without one."""
+    return [suffix for suffix in suffixes if algorithm is None or not algorithm.spec.knows(suffix)]
 
 
 def _without_nothing(group: dict[str, Tensor]) -> dict[str, Tensor]:

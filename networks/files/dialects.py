@@ -285,7 +285,7 @@ def _alphas_of_roots(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     found = total = 0
     for key, alpha in tensors.items():
         down = tensors.get(f"{key.removesuffix('.alpha')}.{dotted.DOWN}")
-        if key.endswith(".alpha") and down is not None:
+        if key.endswith(".alpha") and down is not None and down.dim():
             total += 1
             found += math.isclose(float(alpha), math.sqrt(down.shape[0]), rel_tol=4e-3, abs_tol=0.01)
     return found, total

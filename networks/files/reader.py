@@ -76,7 +76,7 @@ def check_names(names: Iterable[object], source: str) -> None:
         ValueError: one is not text, is very long, or has characters that a terminal obeys.
     """
     for name in names:
-        if not isinstance(name, str) or len(name) > _NAME or not name.isprintable():
+        if not isinstance(name, str) or not 0 < len(name) <= _NAME or not name.isprintable():
             raise ValueError(
                 f"{source} is broken, as no program writes '{printable(name, 200)}' as the name of a tensor: copy or "
                 "download it again, from where you trust it"

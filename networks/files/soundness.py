@@ -18,7 +18,6 @@ from ..records.spec import NUMBER, AlgoSpec
 from . import dialects, dotted
 
 LARGEST = 1e8  # of a value: training ends far below, and the product of a few is finite in fp32
-LONGEST = 1000  # characters of a key
 _FLAGS = {flag for dialect in dialects.DIALECTS.values() for flag in dialect.flags}
 _NAMES = {"R": "ranks"}  # of letters of axes; others are told as lengths
 
@@ -37,7 +36,7 @@ def readable(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """
     layers: dict[str, dict[str, tuple[str, Tensor]]] = {}
     found: dict[str, Tensor] = {}
-    for key, path, suffix in dotted.divided(_named(tensors, source)):
+    for key, path, suffix in dotted.divided(tensors):
         own, what = dotted.own_suffix(path, suffix), suffix if path and suffix else repr(key)
         with located(f"{source}: {path}" if suffix and path else source):
             found[key] = tensor = _wide(what, tensors[key])
@@ -49,16 +48,6 @@ def readable(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         with located(f"{source}: {path}"):
             _check_layer(layer)
     return found
-
-
-def _named(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    longest = max(tensors, key=len, default="")
-    if len(longest) > LONGEST:
-        raise ValueError(
-            f"{source}: {longest[:60]}... is a key of {len(longest)} characters, which no program writes: the file is "
-            "broken, download or save it again"
-        )
-    return tensors
 
 
 def _wide(what: str, tensor: Tensor) -> Tensor:
