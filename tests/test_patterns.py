@@ -249,7 +249,7 @@ def test_errors_of_layers_name_them_so(sdxl: Any) -> None:
             "double_blocks_0_img_mlp|single_blocks_0_linear1",
             "(double_blocks[.]0[.]img_mlp|single_blocks[.]0[.]linear1)",
         ),
-        (r"double_blocks_[0-9]+_txt_mod", "double_blocks[.][0-9]+[.]txt_mod"),
+        (r"double_blocks_\d+_txt_mod", r"double_blocks[.]\d+[.]txt_mod"),
         ("img_attn", ".*img_attn.*"),  # searched in dotted ones
         ("double_blocks", "double_blocks.*"),
         ("^single", "single.*"),
@@ -261,7 +261,8 @@ def test_errors_of_layers_name_them_so(sdxl: Any) -> None:
 )
 def test_what_to_write(flux: Any, pattern: str, written: str) -> None:
     """It means the layers in whose names the other program finds the expression, and no others."""
-    message = refused(flux, networks.lora_flux, network_reg_lrs=f"{{{pattern!r}: 1e-4}}")
+    message = refused(flux, networks.lora_flux, network_reg_lrs=f"{{'{pattern}': 1e-4}}")
+    assert f"network_reg_lrs: '{pattern}' matches no layer" in message  # as it was written
     proposed = re.search(r"write '(.*)'$", message)
     assert proposed and proposed[1].startswith(written), message
     assert "'.*...*'" not in message
@@ -269,7 +270,7 @@ def test_what_to_write(flux: Any, pattern: str, written: str) -> None:
     of, bare = ("text_encoder1", pattern.partition(":")[2]) if ":" in pattern else ("", pattern)
     own = [row.shown_name for row in rows if of in ("", row.part) and re.search(bare, row.trainer_name)]
     own = own or [row.shown_name for row in rows if re.search(bare, row.saved_name)]
-    assert shown(planned(flux, networks.lora_flux, only_patterns=f"[{proposed[1]!r}]")) == own != []
+    assert shown(planned(flux, networks.lora_flux, only_patterns=proposed[1])) == own != []
 
 
 def test_what_no_expression_can_say(flux: Any) -> None:
@@ -328,6 +329,10 @@ def test_many_expressions_are_one_line(flux: Any, sdxl: Any) -> None:
         assert f"network_reg_dims: {named.format(*theirs)} no layer; saved names such as" in message
         written = [f".*_blocks[.]{i}[.]{name}" for i in (0, 1) for name in names.values()][:count]
         assert message.endswith(f": write {written}")
+    message = refused(flux, only_patterns=r"['_blocks_\d+_img_mlp', 'double_blocks_0_txt_mlp']")
+    written = message.partition(": write ")[2]
+    assert written == r"[r'.*_blocks[.]\d+[.]img_mlp.*', 'double_blocks[.]0[.]txt_mlp.*']"
+    assert len(planned(flux, only_patterns=written).trained) == 6
     message = refused(sdxl, only_patterns=",".join(f"double_blocks.{i}.*" for i in range(19)))
     assert (
         "'double_blocks.0.*', 'double_blocks.1.*', 'double_blocks.2.*' and 16 more match no layer; layer n" in message

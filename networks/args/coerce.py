@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from itertools import accumulate
@@ -233,7 +234,9 @@ def _structure(raw: Any) -> Any:
 
 
 def _python(text: str) -> Any:
-    tree = ast.parse(text, mode="eval")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes such as those of expressions, which Python keeps as they are
+        tree = ast.parse(text, mode="eval")
     if isinstance(tree.body, ast.Dict):
         expressions.check_repeated(str(key.value) for key in tree.body.keys if isinstance(key, ast.Constant))
     return ast.literal_eval(tree)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from ..foreign.expressions import compiled
+from ..foreign.texts import printable
 
 
 class Repeated(ValueError):
@@ -28,18 +29,28 @@ def would_be_part(text: str) -> str:
     return head.strip() if colon and head.strip().isidentifier() else ""
 
 
+def quoted(text: str) -> str:
+    """As the user wrote it, and may write it again: backslashes stay single."""
+    return f"'{printable(text)}'"
+
+
+def as_list(texts: Collection[str]) -> str:
+    """The value of an argument that takes several: a list in Python, raw where a backslash wants that."""
+    return f"[{', '.join(('r' if chr(92) in text else '') + quoted(text) for text in texts)}]"
+
+
 def flaw(text: str) -> str:
     """What is wrong with an expression, as a clause; "" = nothing."""
     head = would_be_part(text)
     expression = part_of(text, [head])[1]
     if not expression.strip():
         every = f"'{head}:.*' for all layers of {head}" if head else "'.*' for all layers"
-        return f"the regular expression {text!r} is empty: leave it out, or write {every}"
+        return f"the regular expression {quoted(text)} is empty: leave it out, or write {every}"
     for one in (text, expression):
         try:
             compiled(one)
         except ValueError as error:
-            return f"the regular expression {text!r} is wrong: {error}"
+            return f"the regular expression {quoted(text)} is wrong: {error}"
     return ""
 
 
@@ -62,5 +73,5 @@ def check_repeated(texts: Iterable[str]) -> None:
     seen: set[str] = set()
     for text in texts:
         if text in seen:
-            raise Repeated(f"has the regular expression {text!r} twice; leave one of the two out")
+            raise Repeated(f"has the regular expression {quoted(text)} twice; leave one of the two out")
         seen.add(text)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..args.expressions import as_list
 from ..layers.adapted import AdaptedLayer
 from ..plan.groups import patterns_in
 from ..plan.plan import PlanRow
@@ -115,7 +116,7 @@ class Diagnosis:
     def _advice(self, kind: str, names: Sequence[str]) -> str:
         """What to do about these layers."""
         if kind == "no_gradient":
-            return f"add exclude_patterns=[{','.join(self._patterns(names))}] to leave them out"
+            return f"add exclude_patterns={as_list(self._patterns(names))} to leave them out"
         wanted = set(names)
         dtypes = [p.dtype for p, owner in zip(self._parameters, self._owners, strict=True) if owner in wanted]
         if kind == "at_start":
@@ -126,7 +127,7 @@ class Diagnosis:
         """Regular expressions that mean these layers alone."""
         layers = {name: (row.part, row.trainer_name) for name, row in self._rows.items()}
         dead = {layers[name] for name in names}
-        return [f"'{pattern}'" for pattern in patterns_in(dead, {*layers.values()} - dead)]
+        return patterns_in(dead, {*layers.values()} - dead)
 
     def health(self) -> dict[str, int]:
         """Numbers of layers for a file's metadata, with the warnings of a save; {} where no run was watched."""

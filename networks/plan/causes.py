@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
+from ..args.expressions import quoted
+
 _NAMED = 3
 
 
@@ -28,9 +30,9 @@ def subject(texts: Collection[str], one: str, several: str) -> str:
         texts: as the user wrote them.
         one, several: the verb in singular and plural.
     """
-    quoted = ", ".join(map(repr, list(texts)[:_NAMED]))
+    named = ", ".join(map(quoted, list(texts)[:_NAMED]))
     more = f" and {len(texts) - _NAMED} more" if len(texts) > _NAMED else ""
-    return f"{quoted}{more} {one if len(texts) == 1 else several}"
+    return f"{named}{more} {one if len(texts) == 1 else several}"
 
 
 def _told(reasons: dict[str, list[str]]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ..archs.spec import Part
 from ..args.coerce import split_top
-from ..args.expressions import would_be_part
+from ..args.expressions import as_list, quoted, would_be_part
 from ..args.parse import Problems
 from .causes import subject
 from .patterns import Pattern, Patterns
@@ -87,12 +87,10 @@ def report_unmatched(
             hint = _Meant(pattern, trainable, others, patterns).hint
             causes.setdefault((hint.cause, bool(hint.written)), {})[pattern.text] = hint
     for hints in causes.values():
-        text = next(iter(hints.values())).text
-        written = [hint.written for hint in hints.values() if hint.written]
-        remedy = (
-            f": write {written[0]!r}" if len(written) == len(hints) == 1 else f": write {written}" if written else ""
-        )
-        problems.add(f"{patterns.argument}: {subject(hints, 'matches', 'match')} {text}{remedy}")
+        first, *more = hints.values()
+        written = as_list([hint.written for hint in hints.values()]) if more else quoted(first.written)
+        remedy = f": write {written}" if first.written else ""
+        problems.add(f"{patterns.argument}: {subject(hints, 'matches', 'match')} {first.text}{remedy}")
     return {text for hints in causes.values() for text in hints}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ..archs.spec import ArchSpec
-from ..args.expressions import part_of
+from ..args.expressions import part_of, quoted
 from .groups import Layer
 from .walk import Candidate
 
@@ -82,7 +82,7 @@ class Patterns:
     @property
     def quoted(self) -> str:
         """As the user wrote them."""
-        return ", ".join(repr(pattern.text) for pattern in self.patterns)
+        return ", ".join(quoted(pattern.text) for pattern in self.patterns)
 
     def first(self, candidate: Candidate) -> str | None:
         """The first pattern that matches."""

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..algos import ALGOS, Adapter, Layout, layout_of, make_adapter
 from ..archs.spec import ArchSpec, Part
+from ..args.expressions import quoted
 from ..args.parse import NetArgs
 from ..files.codec import SavedLayer
 from ..files.dialects import FileFormat
@@ -246,7 +247,7 @@ def _idle(uses: Sequence[tuple[str, str]], parts: Sequence[str]) -> list[str]:
     """A warning of arguments, with the expression, which decide something in none of the parts that are left."""
     if not uses or not parts:
         return []
-    told = ", ".join(f"{argument} {expression!r}" if expression else argument for argument, expression in uses)
+    told = ", ".join(f"{argument} {quoted(expression)}" if expression else argument for argument, expression in uses)
     return [f"without effect, as only {' and '.join(parts)} is trained: {told}"]
 
 

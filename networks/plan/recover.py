@@ -12,6 +12,7 @@ from typing import Any
 
 from ..algos import ALGOS, Layout, layout_of
 from ..archs.spec import ArchSpec
+from ..args.expressions import as_list
 from ..args.shells import CommandLine
 from ..args.table import BY_NAME
 from ..tensors.geometry import Geometry
@@ -122,7 +123,7 @@ class _Search:
         if missing:
             rest = {_layer(row) for row in self.now.rows if not row.trained and _key(row) not in missing}
             found = patterns_in({_layer(self.rows[key]) for key in missing}, rest)
-            self._try({"include_patterns": _listed(found)})
+            self._try({"include_patterns": as_list(found)})
 
     def _leave_out(self, excess: set[_Key]) -> None:
         """By the shorter one of exclude_patterns and only_patterns."""
@@ -130,8 +131,8 @@ class _Search:
             kept = {*map(_layer, self.rows.values())}
             out = {_layer(row) for row in self.now.trained if _key(row) in excess}
             ways = {"exclude_patterns": patterns_in(out, kept), "only_patterns": patterns_in(kept, out)}
-            for name in sorted(ways, key=lambda one: len(_listed(ways[one]))):
-                self._try({name: _listed(ways[name])})
+            for name in sorted(ways, key=lambda one: len(as_list(ways[one]))):
+                self._try({name: as_list(ways[name])})
 
     def _off(self, plan: Plan) -> tuple[set[_Key], set[_Key]]:
         """Layers that are missing, and those that are too many."""
@@ -400,10 +401,6 @@ def _mapped(argument: str, values: Mapping[Layer, float], layers: Iterable[Layer
         own = {layer for layer, its in values.items() if its == value}
         pairs += [f"'{pattern}': {value:.9g}" for pattern in patterns_in(own, every - own)]
     return {argument: f"{{{', '.join(pairs)}}}"} if pairs else {}
-
-
-def _listed(patterns: Sequence[str]) -> str:
-    return f"[{', '.join(repr(pattern) for pattern in patterns)}]"
 
 
 def _ranges(numbers: Iterable[int | None]) -> str:

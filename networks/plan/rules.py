@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..algos import ALGOS
+from ..args.expressions import quoted
 from ..tensors.geometry import Geometry
 from ..tensors.norms import NormGeometry
 from . import values
@@ -143,7 +144,7 @@ def _convolutions(c: Candidate, call: Call) -> Word | None:
 def _preset_excludes(c: Candidate, call: Call) -> Word | None:
     """What a preset excludes is left out, whatever else it says."""
     pattern = None if call.is_off(c) else call.preset.excludes(c)
-    return None if pattern is None else Word(f"excluded by the preset: {pattern!r}", instead=True)
+    return None if pattern is None else Word(f"excluded by the preset: {quoted(pattern)}", instead=True)
 
 
 def _extras(c: Candidate, call: Call) -> Word | None:
@@ -187,7 +188,7 @@ def _exclude(c: Candidate, call: Call) -> Word | None:
     pattern = call.exclude.first(c)
     if pattern is None:
         return None
-    return _kept(c, call, pattern) or Word(f"excluded by {pattern!r}", by=("exclude_patterns", pattern))
+    return _kept(c, call, pattern) or Word(f"excluded by {quoted(pattern)}", by=("exclude_patterns", pattern))
 
 
 def _record(c: Candidate, call: Call) -> Word | None:
@@ -204,7 +205,9 @@ def _kept(c: Candidate, call: Call, pattern: str) -> Word | None:
     rescue = call.include.first(c)
     if rescue is None:
         return None
-    return Word(by=("include_patterns", rescue), note=f"{pattern!r} matches, include_patterns {rescue!r} keeps it")
+    return Word(
+        by=("include_patterns", rescue), note=f"{quoted(pattern)} matches, include_patterns {quoted(rescue)} keeps it"
+    )
 
 
 def _only(c: Candidate, call: Call) -> Word | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..args import presets
-from ..args.expressions import part_of
+from ..args.expressions import part_of, quoted
 from ..args.parse import Problems
 from ..args.table import TABLE
 from ..foreign.expressions import TOO_SLOW, slow
@@ -36,5 +36,5 @@ def refuse_slow(request: Request, layers: Sequence[Candidate], problems: Problem
     for argument, written in given.items():
         found = slow([*written], (name for c in layers for name in (c.dotted_name, *c.names, c.saved_name)))
         if found is not None:
-            problems.add(f"{argument}: {written[found]!r} {TOO_SLOW}")
+            problems.add(f"{argument}: {quoted(written[found])} {TOO_SLOW}")
             problems.raise_if_any()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..args.coerce import nearest
-from ..args.expressions import part_of
+from ..args.expressions import part_of, quoted
 from ..foreign.expressions import TOO_SLOW, compiled, slow
 from .rules import RULES, Rule, Word
 from .values import VALUES, Found, Source
@@ -130,7 +130,7 @@ def _precedence(sources: Sequence[tuple[Source, Found | None]]) -> str:
 
 def _claim(source: Source, found: Found) -> str:
     argument, expression = found.by or (source.name, "")
-    where = f"{argument} {expression!r}" if expression else argument
+    where = f"{argument} {quoted(expression)}" if expression else argument
     return where if found.value is None else f"{found.value:g} by {where}"
 
 
