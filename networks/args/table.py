@@ -496,7 +496,7 @@ _ROWS: tuple[Arg, ...] = (
         choices=("host", "fp32"),
         words=(("float32", "fp32"), ("float", "fp32")),
     ),
-    Arg("verbose", "bool", False, "log the whole plan at creation, one line per layer", _OTHER),
+    Arg("verbose", "bool", False, "log the whole plan, one line per layer", _OTHER),
     Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),
     Arg(
         "help", "bool", False, "list the arguments of this module on this model, with their defaults, and stop", _OTHER
