@@ -58,7 +58,7 @@ class Shell:
             "quoted": self.quoted,
             "variable": self.variable,
             "escaped": self.escaped,
-            "plain": rf"[^\n{self.quotes}]",
+            "plain": rf"[\w./:=,@+-]+|[^\n{self.quotes}]",
         }
         return re.compile("|".join(f"(?P<{kind}>{regex})" for kind, regex in kinds.items()), re.DOTALL)
 
@@ -146,11 +146,11 @@ def commands(text: str, shell: Shell, environment: Mapping[str, str]) -> Iterato
     position, tokens = 0, shell.tokens
     while position < len(text):
         token = tokens.match(text, position)
-        scan.line = text.count("\n", 0, position) + 1
         if token is None:
             raise ValueError(f"line {scan.line}: the quotation that begins with {text[position]} is never closed")
         assert token.lastgroup is not None
         yield from getattr(scan, token.lastgroup)(token.group())
+        scan.line += token.group().count("\n")
         position = token.end()
     yield from scan.end("")
 
@@ -160,13 +160,14 @@ class _Scan:
 
     def __init__(self, shell: Shell, known: dict[str, str]) -> None:
         self.shell, self.known, self.line = shell, known, 1
-        self.command, self.word = Command(1), ""
-        self.begun = False  # whether there is a word, which may be empty
+        self.command = Command(1)
+        self.pieces: list[str] | None = None  # of the word that is being read, which may be empty; None = there is none
 
     def _add(self, text: str) -> tuple[Command, ...]:
-        if not (self.command.words or self.begun):
+        if not self.command.words and self.pieces is None:
             self.command.line = self.line
-        self.word, self.begun = self.word + text, True
+        self.pieces = [] if self.pieces is None else self.pieces
+        self.pieces.append(text)
         return ()
 
     def goes_on(self, text: str) -> tuple[Command, ...]:
@@ -175,9 +176,9 @@ class _Scan:
     comment = redirected = goes_on
 
     def blank(self, text: str) -> tuple[Command, ...]:
-        if self.begun:
-            self.command.words.append(self.word)
-        self.word, self.begun = "", False
+        if self.pieces is not None:
+            self.command.words.append("".join(self.pieces))
+        self.pieces = None
         return ()
 
     def end(self, text: str) -> tuple[Command, ...]:
