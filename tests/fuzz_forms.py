@@ -458,7 +458,7 @@ def _full(t: Tensors, W: Tensor) -> tuple[Tensor, int]:
 
 
 def _oft(t: Tensors, W: Tensor, alpha: float | None) -> Tensor:
-    numbered = [t[f"oft_blocks.{i}"] for i in range(len(t)) if f"oft_blocks.{i}" in t]
+    numbered = [_trimmed(t[f"oft_blocks.{i}"], 3) for i in range(len(t)) if f"oft_blocks.{i}" in t]
     parts = numbered or [t["oft_blocks"]]
     require(len(numbered) == sum(key.startswith("oft_blocks.") for key in t), "a gap in the parts")
     require(not numbered or "oft_blocks" not in t, "two forms")

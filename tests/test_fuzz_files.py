@@ -255,7 +255,7 @@ def twice(b: Broken, rng: random.Random) -> str:
     b.tensors[f"{name}.{own[suffix]}" if suffix else f"lycoris_{b.key.removeprefix('lora_unet_')}"] = b.tensors[
         b.key
     ].clone()
-    b.words.append(name.replace(".", "_"))
+    b.words.append(_layer(b).replace(".", "_"))
     b.any = True
     return suffix
 
@@ -579,7 +579,8 @@ def _verdict(door: Callable[[Visit], Tensors | None], visit: Visit) -> str:
         _check_message(str(error), visit, door)
         return "refused"
     except RuntimeError as error:  # as torch's own, behind a load
-        assert door is load_state_dict and "unexpected" in str(error), error
+        if door is not load_state_dict or "unexpected" not in str(error):
+            raise
         return "refused"
     if found is None:
         return "taken"
@@ -626,6 +627,7 @@ def _check_message(message: str, visit: Visit, door: Callable[[Visit], Any]) -> 
         "ranks",
         "adapter_config",
         "--prefix",
+        "has no magnitudes",
         "save_format",
     ]
     names += [key.partition(".")[2] for key in broken.words + [broken.key] if key.startswith("lora_unet_")]

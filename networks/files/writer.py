@@ -90,8 +90,9 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dic
     broken, vanished = [], []
     for key, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # fp8 has no extremes
-        low, high = (value.item() for value in wide.aminmax()) if tensor.numel() else (0, 0)
+        wide = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no extremes
+        counts = tensor.is_floating_point() and tensor.numel()
+        low, high = (value.item() for value in wide.aminmax()) if counts else (0, 0)
         largest = max(abs(low), abs(high))
         if not math.isfinite(low + high):
             broken.append(key)
@@ -114,7 +115,8 @@ def _chosen(key: str, own: torch.dtype, wanted: torch.dtype | None) -> torch.dty
     """The dtype in which a file has a tensor, for the one that was asked for."""
     if not own.is_floating_point or key.endswith(".alpha"):
         return own
-    return torch.promote_types(wanted or own, torch.float32) if is_magnitude(key) else wanted or own
+    chosen = wanted or own
+    return torch.float32 if is_magnitude(key) and chosen.itemsize < torch.float32.itemsize else chosen
 
 
 def safetensors_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:

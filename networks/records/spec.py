@@ -153,7 +153,7 @@ class AlgoSpec:
         near = [marks for marks in self.required or (frozenset(self.keys.values()),) if not marks.isdisjoint(present)]
         if not near or not all(map(self.knows, present)):
             return frozenset()
-        return min((marks - present for marks in near), key=len)
+        return min(near, key=lambda marks: (len(marks - present), -len(marks & present))) - present
 
     def knows(self, suffix: str) -> bool:
         """Whether its files have such tensors."""

@@ -21,6 +21,7 @@ TLORA = replace(
     bias_key="",
     required=(*LORA.required, frozenset(_KEYS.values())),
     kinds=(),  # of those keys; in its own files a layer is a LoRA
+    axes=(*LORA.axes, {"q_layer.weight": "RI*", "p_layer.weight": "OR", "lambda_layer": "NR"}),
     rank_shows=(*LORA.rank_shows, ("q_layer.weight", 0)),
     options=_OPTIONS,
     unsaved=_OPTIONS,
