@@ -108,7 +108,7 @@ EACH = ",".join(["2"] * 21)  # a dim for every block of the stand-in for FLUX.1
 # Calls in which something passes that decides nothing or is seldom meant -> what is said of it.
 TOLD: dict[str, tuple[str, int, float, dict[str, str], str]] = {
     "alpha and dim in the wrong order": ("lora", 8, 128, {}, "alpha 128 over dim 8 makes the updates of .* 16 times"),
-    "ranks that learn together, all of them": ("dylora", 4, 1, {"block_size": "4"}, "all 4 ranks in one block"),
+    "ranks that learn together, all of them": ("dylora", 4, 1, {"block_size": "4"}, "all ranks in one block"),
     "a last block of fewer ranks": ("dylora", 32, 1, {"dyloRA": "5"}, "a last block of 2 ranks, as 32 is no multiple"),
     "a kind of blocks, and numbers of the other": (
         "lora", 4, 1, {"train_blocks": "single", "train_double_block_indices": "0"},
@@ -118,7 +118,7 @@ TOLD: dict[str, tuple[str, int, float, dict[str, str], str]] = {
         "lora", 4, 1, {"block_dims": EACH, "network_reg_dims": "{'.*': 8}"}, "block_dims has no effect: no tr",
     ),
     "an alpha of convolutions that are not there": ("lora", 4, 1, {"conv_alpha": "4"}, r"conv_alpha \(without conv"),
-    "more ranks in a block than there are": ("dylora", 4, 1, {"unit": "8"}, "block_size=8 is above its dim 4"),
+    "more ranks in a block than there are": ("dylora", 4, 1, {"unit": "8"}, "block_size=8 is not below their dim"),
 }  # fmt: skip
 
 

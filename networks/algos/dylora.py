@@ -41,18 +41,20 @@ class DyLoRA(LoRA):
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int, block_size: int = 1) -> Layout:  # type: ignore[override]
-        if block_size > dim:
-            raise ValueError(f"block_size={block_size} is above its dim {dim}: write a divisor of {dim}")
         return super().layout(geometry, dim)
 
     @classmethod
     def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
         block = options.get("block_size", 1)
-        if block == dim > 1:
-            return f"all {dim} ranks in one block, which is plain LoRA: a block_size below the dim makes it DyLoRA"
-        return (
-            f"a last block of {dim % block} ranks, as {dim} is no multiple of block_size {block}" if dim % block else ""
-        )
+        left = dim % block if block < dim else 0
+        return f"a last block of {left} ranks, as {dim} is no multiple of block_size {block}" if left else ""
+
+    @classmethod
+    def caution(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> tuple[str, str]:
+        block = options.get("block_size", 1)
+        if block < dim or block == 1:
+            return "", ""
+        return f"all ranks in one block, which is plain LoRA, as block_size={block} is not below their dim", "a divisor"
 
     def begin(self, x: Tensor) -> None:
         blocks = -(-self.dim // self.block_size)
