@@ -240,29 +240,31 @@ FORMS: dict[str, dict[str, str]] = {
 }
 
 
-def test_a_run_of_every_algorithm_says_what_it_trains_and_nothing_else(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_run_of_an_algorithm_says_what_it_trains_and_nothing_else(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """musubi's calls; kinds of values that do not move are looked for after three steps, when all have moved."""
     monkeypatch.setattr(diagnosis, "WAIT", 3)
-    for name, kwargs in FORMS.items():
-        model = MODELS["ace_step"][0]().requires_grad_(False)
-        dim = max(2, algorithm_data(kwargs.get("algo", "lora")).least_dim)
-        caplog.clear()
-        network = networks.lora.create_arch_network(1.0, dim, 1, None, None, model, diagnose_steps="3", **kwargs)
-        network.apply_to(None, model, False, True)
-        groups, _ = network.prepare_optimizer_params(unet_lr=1e-3)
-        trained = sum(p.numel() for group in groups for p in group["params"])
-        assert totals(network.plan)["learning"] == trained, name
-        network.train()
-        optimizer = torch.optim.AdamW(groups)
-        for _ in range(5):
-            network.on_step_start(None, model)
-            (next(tensors(MODELS["ace_step"][1](model))) - 0.3).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        network.save_weights(tmp_path / "a.safetensors", None, {})
-        assert lines(caplog, logging.WARNING) == [], name
+    kwargs = FORMS[name]
+    model = MODELS["ace_step"][0]().requires_grad_(False)
+    dim = max(2, algorithm_data(kwargs.get("algo", "lora")).least_dim)
+    network = networks.lora.create_arch_network(1.0, dim, 1, None, None, model, diagnose_steps="3", **kwargs)
+    network.apply_to(None, model, False, True)
+    groups, _ = network.prepare_optimizer_params(unet_lr=1e-3)
+    trained = sum(p.numel() for group in groups for p in group["params"])
+    assert totals(network.plan)["learning"] == trained
+    caplog.clear()  # what creation said of so small a model
+    network.train()
+    optimizer = torch.optim.AdamW(groups)
+    for _ in range(5):
+        network.on_step_start(None, model)
+        (next(tensors(MODELS["ace_step"][1](model))) - 0.3).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    assert lines(caplog, logging.WARNING) == []
 
 
 def test_a_network_for_pictures_says_little(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
