@@ -119,12 +119,12 @@ def _load_part(folder: Path, name: str, dtype: torch.dtype, where: str) -> Any:
         ValueError: there is no such class, or its files cannot be read.
     """
     written = read_json(folder / "model_index.json").get(name) or ["", ""]
-    if not isinstance(written, list) or [type(one) for one in written] != [str, str]:
+    if not isinstance(written, list) or len(written) != 2 or not all(isinstance(one, str | None) for one in written):
         raise ValueError(f"{where}: model_index.json has no module and class of its {name}. Download the model again.")
-    module, class_name = written
+    module, class_name = (one or "" for one in written)  # two times nothing stand for a part that is not there
     try:
         part_class = getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:  # TypeError: its name begins with a dot
         raise ValueError(
             f"{where}: its {name} is {class_name or 'no class'} of the module {module!r}, which cannot be imported "
             f"({error}). Install or upgrade the package that has it, or put the module's folder on PYTHONPATH."
