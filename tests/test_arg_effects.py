@@ -174,6 +174,6 @@ def test_what_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     for kwargs in ({}, given):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="networks"):
-            networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), **kwargs)
+            networks.lora.create_network(1.0, 4, 1, None, None, sd_unet(), **kwargs).apply_to(None, None, False, True)
         for name, text in ONLY_LOGGED.items():
             assert (text in caplog.text) == bool(kwargs), name

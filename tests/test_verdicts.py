@@ -161,9 +161,9 @@ def test_creation_and_each_save(programs: Any, tmp_path: Path, caplog: pytest.Lo
     unet = sd_unet()
     with caplog.at_level(logging.INFO, "networks"):
         network = networks.lora.create_network(1.0, 4, 1, None, [text_encoder()], unet)
+        network.apply_to(None, unet, False, True)
     assert sum(text.startswith("second 1.0: ") for text in messages(caplog)) == 1
     assert not any(text.startswith("first 1.0") for text in messages(caplog))
-    network.apply_to(None, unet, False, True)
     count = len(network.plan.trained)
     without = sum(row.saved_name.endswith("to_q") for row in network.plan.trained)
     caplog.clear()
@@ -246,6 +246,7 @@ def test_a_model_that_fails_ends_no_training(programs: Any, tmp_path: Path, capl
     programs(Program("broken", fails), Program("other", no_to_q, 2))
     with caplog.at_level(logging.INFO, "networks"):
         network = networks.lora.create_network(1.0, 4, 1, None, None, sd_unet())
+        network.apply_to(None, None, False, True)
         network.save_weights(str(tmp_path / "a.safetensors"), None, {})
     assert "broken 1.0: not known (RuntimeError: cannot be called on meta tensors); please report it" in messages(
         caplog

@@ -86,7 +86,7 @@ def _as_args(args: argparse.Namespace) -> list[str]:
     encoders = model.text_encoders if args.host == "sd-scripts" else None
     found = arguments_of(file, encoders, model.unet, HOSTS[args.host])
     if args.json:
-        return [json.dumps({"model": model.title, **asdict(found)}, indent=1)]
+        return json.dumps({"model": model.title, **asdict(found)}, indent=1).splitlines()
     remarks = [f"# not alike: {text}" for text in found.differences]
     ways = {"bash": found.line.bash, "PowerShell": found.line.powershell, "TOML": found.line.toml}
     text = [f"# {model.title}, {args.host}", *remarks]
