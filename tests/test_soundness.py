@@ -38,7 +38,8 @@ GOOD = {
     "lora": LORA, "conv": CONV, "tucker": TUCKER, "dora": DORA, "loha": LOHA, "loha tucker": LOHA_TUCKER, "lokr": LOKR,
     "lokr both": LOKR_BOTH, "glora": {f"{k}.weight": torch.ones(shape) for k, shape in GLORA.items()}, "full": FULL,
     "norm": NORM, "oft": OFT, "boft": BOFT, "oft input": INPUT, "boft input": BOFT_INPUT, "ia3": IA3,
-    "oft of single features": {"oft_R.weight": torch.ones(7, 0)}, "linear as 1x1": {**LORA, "lora_up.weight": torch.ones(4, 2, 1, 1)},
+    "oft of single features": {"oft_R.weight": torch.ones(7, 0)},
+    "linear as 1x1": {**LORA, "lora_up.weight": torch.ones(4, 2, 1, 1)},
     "float8": {**LORA, "lora_up.weight": torch.ones(4, 2).to(torch.float8_e4m3fn)},
     "alpha with an axis": {**LORA, "alpha": torch.tensor([2.0])},
 }  # fmt: skip

@@ -116,6 +116,12 @@ def as_diff(saved: SavedLayer, shape: Shape, base: Tensor | None = None) -> Save
     return part.as_diff() if part.bias is None else _with_bias(part.as_diff(), part.bias)
 
 
+def _trimmed(tensor: Tensor, axes: int) -> Tensor:
+    """Without axes of length 1 behind so many: some programs have those of a 1x1 convolution in a Linear's factors."""
+    behind = tensor.shape[axes:]
+    return tensor.reshape(tensor.shape[:axes]) if behind and set(behind) == {1} else tensor
+
+
 class _Part:
     """A layer without the change of its bias.
 
@@ -134,7 +140,13 @@ class _Part:
                 saved.describe(weight_geometry(shape))
         key = saved.algorithm.spec.bias_key
         self.bias = saved.tensors.get(key)
-        self.saved = replace(saved, tensors={name: t for name, t in saved.tensors.items() if name != key})
+        axes = {
+            suffix: max(len(letters.rstrip("*")), len(shape))
+            for form in saved.algorithm.spec.axes
+            for suffix, letters in form.items()
+        }
+        tensors = {name: _trimmed(t, axes.get(name, t.dim())) for name, t in saved.tensors.items() if name != key}
+        self.saved = replace(saved, tensors=tensors)
         self.device = next(iter(self.saved.tensors.values())).device
         self.shape, self.weight = shape, None if weight is None else weight.to(self.device)
 
