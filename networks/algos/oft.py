@@ -275,6 +275,10 @@ class DiagOFT(Rotation):
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         rescaled = {"rescaled": RESCALE in tensors}
         if oft_input.is_input(tensors):
+            if BLOCKS in tensors or _numbered(tensors):
+                raise ValueError(
+                    "it turns the input of the layer and its output, which no program writes: save it again"
+                )
             found = oft_input.read(geometry, tensors)
             found = found.by_channels(geometry.kernel_size) or found
             form = {"terms": found.terms, "block_share": found.shared, "columns": found.columns}

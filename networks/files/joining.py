@@ -145,7 +145,11 @@ class _Part:
             for form in saved.algorithm.spec.axes
             for suffix, letters in form.items()
         }
-        tensors = {name: _trimmed(t, axes.get(name, t.dim())) for name, t in saved.tensors.items() if name != key}
+        tensors = {
+            name: _trimmed(t, axes.get(name, t.dim()) if shape else t.dim())
+            for name, t in saved.tensors.items()
+            if name != key
+        }
         self.saved = replace(saved, tensors=tensors)
         self.device = next(iter(self.saved.tensors.values())).device
         self.shape, self.weight = shape, None if weight is None else weight.to(self.device)
