@@ -10,7 +10,9 @@ import pytest
 from toy_models import toy
 
 import networks.dylora
+import networks.lokr
 import networks.lora
+from networks import api
 from networks.args import hints
 from networks.args.parse import Problems, parse
 from networks.args.table import BY_NAME
@@ -82,6 +84,16 @@ def test_what_people_write_is_understood() -> None:
         assert said.count("\n") == 0 and len(said) < 300, said
 
 
+def test_from_python_there_are_no_options_of_a_trainer() -> None:
+    model = toy("flux")["dit"]
+    for name, said in {"rank": "write dim=8", "lora_alpha": "write alpha=8", "conv_rank": "write conv_dim=8"}.items():
+        with pytest.raises(ValueError, match=f"no argument is called {name}: {said}"):
+            api.plan(model, **{name: 8})
+    with pytest.raises(ValueError) as caught:
+        api.plan(model, learning_rate=1e-4)  # type: ignore[call-arg]
+    assert "--" not in str(caught.value)
+
+
 def test_hints_name_what_there_is() -> None:
     """Every argument that a hint tells to write is one, and no hint stands for a name that is an argument itself."""
     for name in (*hints._NAMES, *hints._OPTIONS):
@@ -109,6 +121,7 @@ EACH = ",".join(["2"] * 21)  # a dim for every block of the stand-in for FLUX.1
 TOLD: dict[str, tuple[str, int, float, dict[str, str], str]] = {
     "alpha and dim in the wrong order": ("lora", 8, 128, {}, "alpha 128 over dim 8 makes the updates of .* 16 times"),
     "ranks that learn together, all of them": ("dylora", 4, 1, {"block_size": "4"}, "all ranks in one block"),
+    "a Kronecker product that splits nothing": ("lokr", 2, 1, {"factor": "0"}, "have a first factor of one number"),
     "a last block of fewer ranks": ("dylora", 32, 1, {"dyloRA": "5"}, "a last block of 2 ranks, as 32 is no multiple"),
     "a kind of blocks, and numbers of the other": (
         "lora", 4, 1, {"train_blocks": "single", "train_double_block_indices": "0"},

@@ -9,6 +9,7 @@ convolution)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,8 +91,11 @@ class IA3(Multiplicative):
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         on_input = bool(tensors["on_input"])
         wanted = geometry.in_features if on_input else geometry.out_features
-        if tensors["weight"].numel() != wanted:
-            raise ValueError(f"ia3 weight of {tensors['weight'].numel()} features does not fit {geometry.weight_shape}")
+        shape = tuple(tensors["weight"].shape)
+        if math.prod(shape) != wanted or wanted not in shape:
+            raise ValueError(
+                f"ia3 weight {shape} has no axis for the {wanted} features of {geometry.weight_shape} alone"
+            )
         return 1, {"train_on_input": on_input}
 
     def check_fits(self, tensors: Mapping[str, Tensor]) -> None:

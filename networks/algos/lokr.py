@@ -90,6 +90,12 @@ class LoKr(Additive):
         return {"w2_a": (B, dim), "w2_b": (dim, D * geometry.kernel_size)}
 
     @classmethod
+    def remark(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> str:
+        if layout.shapes.get("w1") != (1, 1):
+            return ""
+        return "a first factor of one number, so that nothing is split: factor=-1 splits next to the square root"
+
+    @classmethod
     def caution(cls, layout: Layout, dim: int, options: Mapping[str, Any]) -> tuple[str, str]:
         if layout.rank is not None or options.get("full_matrix"):
             return "", ""

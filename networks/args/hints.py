@@ -88,14 +88,21 @@ _VALUES: dict[tuple[str, str], str] = {
 }
 
 
-def of_name(name: str, value: object) -> str:
+_KEYWORDS = {_RANK: "write dim={value}", _ALPHA: "write alpha={value}"}
+
+
+def of_name(name: str, value: object, in_trainer: bool = True) -> str:
     """What to do about a name that no argument has; "" if nothing is known of it.
 
     Args:
         name: as written.
         value: behind it.
+        in_trainer: whether there are options of a trainer to write in its place, or keywords of a Python function.
     """
     plain = re.sub(r"[\s-]+", "_", name.strip().lstrip("-").lower())
+    if not in_trainer:
+        known = _NAMES.get(plain, "")
+        return _KEYWORDS.get(known, "" if "--" in known else known).format(value=_short(value))
     if plain in _OPTIONS:
         return _OWN.format(option=f"--{plain}" + ("" if plain in _FLAGS else f" {_short(value)}"))
     return _NAMES.get(plain, "").format(value=_short(value))

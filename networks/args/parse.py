@@ -225,7 +225,7 @@ def _unknown(unknown: Mapping[str, Any], args: NetArgs, problems: Problems) -> N
         if allowed:
             log.warning("unknown argument %s: ignored, because allow_unknown=True", printable(key, 100))
         else:
-            known = hints.of_name(key, value)
+            known = hints.of_name(key, value, in_trainer=args.host != "api")
             hint = f": {known}" if known else nearest(key, BY_NAME) or "; kohya-networks args lists all arguments"
             problems.add(f"no argument is called {printable(key, 100)}{hint}")
 
