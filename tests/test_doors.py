@@ -20,7 +20,7 @@ from tiny_parts import randomise, sd_unet
 from torch import Tensor, nn
 
 import networks.lora
-from networks.files import adapter_file, codec, reader
+from networks.files import codec, reader, soundness
 from networks.hosts import key_merge
 
 LOADER = """
@@ -194,7 +194,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, str], str]
     "half a layer": (
         lambda tensors: tensors.pop([key for key in tensors if key.endswith("lora_up.weight")][0]),
         {},
-        "has lora_down.weight, a form which this version does not know",
+        "has lora_down.weight without lora_up.weight",
     ),
 }
 
@@ -337,7 +337,7 @@ def test_a_file_is_opened_once_at_every_door(doors: Any, tmp_path: Path, monkeyp
     """Its bytes, its values and its layers are looked at once; one weight at a time, each tensor is."""
     calls: Counter[str] = Counter()
     decoded: Counter[str] = Counter()
-    for module, name in ((codec, "decode"), (adapter_file, "_check_values"), (reader, "read_tensors")):
+    for module, name in ((codec, "decode"), (soundness, "readable"), (reader, "read_tensors")):
         real = getattr(module, name)
 
         def counted(first: Any, *rest: Any, name: str = name, real: Any = real) -> Any:
@@ -355,7 +355,7 @@ def test_a_file_is_opened_once_at_every_door(doors: Any, tmp_path: Path, monkeyp
         times = 2 if name == "show.py" else 1  # under its own names, and under those of the model that it is for
         assert decoded == dict.fromkeys(keys, times), name
         if name != "weight by weight":
-            assert calls.pop("decode") == calls.pop("_check_values") == times, name
+            assert calls.pop("decode") == calls.pop("readable") == times, name
             assert calls == ({} if name in OF_TENSORS else {"read_tensors": 1}), name
 
 

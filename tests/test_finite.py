@@ -76,7 +76,7 @@ def test_every_argument_with_numbers(arg: Any) -> None:
     for name in arg.names:
         for value in BROKEN:
             for raw in written(arg.kind, value):
-                refusal(lambda raw=raw, name=name: read(**given, **{name: raw}), f"{name}=", str(value))
+                refusal(lambda raw=raw, name=name: read(**given, **{name: raw}), f"{name}=", str(value)[:50])
     if arg.kind in ("int", "ints", "regex_int"):
         for value in (2.7, "2.7", "1.5e0"):
             for raw in written(arg.kind, value):

@@ -340,7 +340,7 @@ def _cases(tmp_path: Path) -> dict[str, tuple[list[Any], str]]:
     full.mkdir()
     (full / "something").write_text("")
     return {
-        "none matches": ([m, foreign, "--out", o], "look like lora_unet_blocks_0_attn_to_q"),
+        "none matches": ([m, foreign, "--out", o], "whose weights are called like blocks.0.attn.to_q.weight"),
         "does not fit": ([m, wrong, "--out", o], "blocks.0.attn.to_q.weight"),
         "no adapter": ([m, unknown, "--out", o], "strange"),
         "a model as adapter": ([m, m, "--out", o], "no adapter that we know"),

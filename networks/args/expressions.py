@@ -30,8 +30,8 @@ def would_be_part(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """As the user wrote it, and may write it again: backslashes stay single."""
-    return f"'{printable(text)}'"
+    """As the user wrote it, and may write it again: backslashes stay single. Of text out of a file its place."""
+    return getattr(text, "where", "") or f"'{printable(text)}'"
 
 
 def as_list(texts: Collection[str]) -> str:
