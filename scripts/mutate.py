@@ -441,8 +441,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "reader: a header longer than its file",
         f"{FILES_}/reader.py",
-        "if length > min(file.stat().st_size, 1 << 30):",
-        "if length > 1 << 30:",
+        "if length > min(file.stat().st_size, _LONGEST):",
+        "if length > _LONGEST:",
         ("tests/test_files.py", "-k", "header"),
     ),
     Mutation(
@@ -462,8 +462,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "writer: magnitudes in half precision",
         f"{FILES_}/writer.py",
-        "torch.float32) if is_magnitude(key) else wanted or own",
-        "torch.float32) if False else wanted or own",
+        "torch.float32 if is_magnitude(key) and chosen.itemsize < torch.float32.itemsize else chosen",
+        "chosen",
         ("tests/test_half_precision.py", "tests/test_dora.py", "-k", "save or file or fp32"),
     ),
     Mutation(
@@ -475,8 +475,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         "opening: broken values are not looked for",
-        f"{FILES_}/adapter_file.py",
-        "    _check_values(given)\n",
+        f"{FILES_}/soundness.py",
+        "            _check_values(what, tensor, limited=suffix in dotted.SUFFIXES and own != dotted.ALPHA)\n",
         "",
         ("tests/test_doors.py",),
     ),
@@ -576,8 +576,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "hosts: a rate of 0 takes the default one",
         f"{HOSTS}/sd_scripts.py",
-        "rates[self.arch.denoiser.name] = default_lr if unet_lr is None else unet_lr",
-        "rates[self.arch.denoiser.name] = unet_lr or default_lr",
+        "arch.denoiser.name: default_lr if unet_lr is None else unet_lr",
+        "arch.denoiser.name: unet_lr or default_lr",
         ("tests/test_hosts.py", "-k", "rate"),
     ),
 )
