@@ -377,4 +377,4 @@ def lend(module: ModuleType, ours: ModuleType) -> None:
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> Fingerprint:
-    return tuple(sorted((key, float(tensor.float().sum())) for key, tensor in tensors.items()))
+    return tuple(sorted((key, float(tensor.real.float().sum())) for key, tensor in tensors.items()))
