@@ -31,7 +31,8 @@ from .archs.spec import ArchSpec, Part
 from .args.coerce import named, whole
 from .args.parse import Problems, parse
 from .files.adapter_file import FileTensors
-from .hosts.contract import DEFAULT_DIM, Caller, HostNetwork, learning_rate
+from .hosts.caller import DEFAULT_DIM, Caller
+from .hosts.contract import HostNetwork, learning_rate
 from .network.optim import text_encoder_rates
 from .plan import file_format
 from .plan.plan import Plan, Request

@@ -18,7 +18,7 @@ from typing import Any
 from networks.archs import ARCHS
 from networks.archs.spec import ArchSpec
 from networks.files.verdicts import Verdict
-from networks.hosts.contract import Caller
+from networks.hosts.caller import Caller
 from networks.models.skeleton import skeleton
 from networks.plan.forecast import forecast
 from networks.plan.plan import PlanRow

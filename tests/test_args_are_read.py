@@ -16,7 +16,7 @@ from networks.archs import ARCHS
 from networks.args import parse as parsing
 from networks.args.parse import NetArgs
 from networks.args.table import BY_NAME, TABLE
-from networks.hosts import contract
+from networks.hosts import caller
 
 
 def unread(monkeypatch: pytest.MonkeyPatch, folder: Path) -> set[str]:
@@ -30,7 +30,7 @@ def unread(monkeypatch: pytest.MonkeyPatch, folder: Path) -> set[str]:
         calls.append(parsing.parse(*args, **kwargs))
         return calls[-1]
 
-    monkeypatch.setattr(contract, "parse", recording)
+    monkeypatch.setattr(caller, "parse", recording)
     for algo in ALGOS:
         encoder, unet = text_encoder(), sd_unet()
         dora = {"use_dora": "True"} if algo in (BY_NAME["use_dora"].algos or ()) else {}

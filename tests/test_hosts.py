@@ -18,7 +18,7 @@ from torch import nn
 import networks.loha
 import networks.lokr
 import networks.lora
-from networks.hosts.contract import Caller
+from networks.hosts.caller import Caller
 from networks.layers.max_norm import update_norm
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,8 +15,15 @@ from ..files.adapter_file import FileTensors
 from ..files.explain import trained_by
 from ..foreign.texts import parse_json
 from ..plan.plan import Plan
-from ..plan.recover import ENCODERS_ONLY, UNET_ONLY, Recovered, before_differences, recover
-from .contract import Caller, TextEncoders
+from ..plan.recover import (
+    ENCODERS_ONLY,
+    UNET_ONLY,
+    Recovered,
+    before_differences,
+    recover,
+)
+from .caller import Caller
+from .contract import TextEncoders
 
 ENTRY_ALGO = "lora"  # of the modules that stand for an architecture
 _STARTS = "networks_init"

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..network.optim import Groups
-from .contract import Caller, HostNetwork, given_once, learning_rate
+from .caller import Caller, given_once
+from .contract import HostNetwork, learning_rate
 
 HOST = "musubi"
 

@@ -16,7 +16,8 @@ from ..archs.spec import ArchSpec
 from ..files.adapter_file import FileTensors
 from ..network.changes import times_changed
 from ..network.optim import Groups, text_encoder_rates
-from .contract import Caller, HostNetwork, TextEncoders, given_once, learning_rate
+from .caller import Caller, given_once
+from .contract import HostNetwork, TextEncoders, learning_rate
 
 log = logging.getLogger("networks")
 
