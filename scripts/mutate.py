@@ -476,7 +476,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "opening: broken values are not looked for",
         f"{FILES_}/soundness.py",
-        "            _check_values(what, tensor, limited=suffix in dotted.SUFFIXES and own != dotted.ALPHA)\n",
+        "            _check_values(what, tensor, limited=_of_layer(suffix) and own != dotted.ALPHA)\n",
         "",
         ("tests/test_doors.py",),
     ),

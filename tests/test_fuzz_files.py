@@ -635,6 +635,8 @@ def _check_message(message: str, visit: Visit, door: Callable[[Visit], Any]) -> 
         "save_format",
     ]
     names += [key.partition(".")[2] for key in broken.words + [broken.key] if key.startswith("lora_unet_")]
+    # messages about places have saved names: without the prefix of diffusers, and with underscores
+    names += [name.removeprefix("transformer.").replace(".", "_") for name in names if "." in name]
     assert any(word in message for word in names), f"no place: {message}"
 
 

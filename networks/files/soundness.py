@@ -42,12 +42,18 @@ def readable(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
             found[key] = tensor = _wide(what, tensors[key])
             if own == dotted.ALPHA or key in _FLAGS:
                 _check_number(what, tensor)
-            _check_values(what, tensor, limited=suffix in dotted.SUFFIXES and own != dotted.ALPHA)
+            _check_values(what, tensor, limited=_of_layer(suffix) and own != dotted.ALPHA)
         layers.setdefault(path, {})[own] = suffix, tensor
     for path, layer in layers.items():
         with located(f"{source}: {path}"):
             _check_layer(layer)
     return found
+
+
+def _of_layer(suffix: str) -> bool:
+    """Whether a layer has tensors of this suffix, with the number of a part behind it or without."""
+    whole, _, number = suffix.rpartition(".")
+    return suffix in dotted.SUFFIXES or (number.isdecimal() and whole in dotted.SUFFIXES)
 
 
 def _wide(what: str, tensor: Tensor) -> Tensor:
@@ -91,6 +97,8 @@ def _check_layer(layer: Layer) -> None:
             suffix, tensor = layer[own]
             _check_factor(suffix, tensor, letters)
             _check_axes(suffix, tensor, letters, known)
+    if algorithm.spec.alpha_option and dotted.ALPHA in layer:
+        _check_limit(*layer[dotted.ALPHA], algorithm.spec)
     for own in (dotted.MAGNITUDE, dialects.BLISSFUL.magnitude, algorithm.spec.bias_key):
         if own in layer:
             _check_factor(*layer[own], "*")
@@ -117,6 +125,15 @@ def _check_factor(suffix: str, tensor: Tensor, letters: str) -> None:
         raise ValueError(f"{suffix} is of type {_type(tensor)}, not floating point: save the file again")
     elif not tensor.numel() and letters == letters.upper():
         raise ValueError(f"{suffix} {shape} is empty: the file is broken, download or save it again")
+
+
+def _check_limit(suffix: str, alpha: Tensor, spec: AlgoSpec) -> None:
+    """Raises ValueError for an alpha that is no limit of a rotation."""
+    if not 0 <= float(alpha) <= LARGEST:
+        raise ValueError(
+            f"{suffix} is {float(alpha):g}, and in {spec.name} it is the {spec.alpha_option}, a limit from 0 on: the "
+            "file is broken, use an earlier save"
+        )
 
 
 def _check_axes(suffix: str, tensor: Tensor, letters: str, known: dict[str, tuple[int, str]]) -> None:

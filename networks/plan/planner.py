@@ -159,15 +159,11 @@ class _Planner:
         a = self.call.preset.args(c)
         try:
             choice = self._by_arguments(c, a) if saved is None else self._by_file(c, saved, a)
-        except ValueError as error:
-            if saved is None:
-                self.refused.append((str(error), row.shown_name))
-            else:
-                self.misfits.append(f"{saved.name}: {error}")
-            return replace(row, reason="the file does not fit it")
-        try:
             layout = layout_of(choice.algorithm, g, choice.dim, choice.options, choice.split)
         except ValueError as error:
+            if saved is not None:
+                self.misfits.append(f"{saved.name}: {error}")
+                return replace(row, reason="the file does not fit it")
             self.refused.append((str(error), row.shown_name))
             return replace(row, reason="the algorithm has no form for it")
         self._note(c, choice, layout)
