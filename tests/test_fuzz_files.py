@@ -132,7 +132,7 @@ def one_value(b: Broken, rng: random.Random) -> None:
 
 
 def huge(b: Broken, rng: random.Random) -> None:
-    b.put(torch.zeros(rng.choice([(1, 200_000), (200_000,), (50_000, 2)])))
+    b.put(torch.full(rng.choice([(1, 200_000), (200_000,), (50_000, 2)]), 0.1))
 
 
 def many_axes(b: Broken, rng: random.Random) -> None:
@@ -628,6 +628,7 @@ def _check_message(message: str, visit: Visit, door: Callable[[Visit], Any]) -> 
         *broken.words,
         *([broken.key[:60]] if broken.key else []),
         "its keys look like",
+        "_flag' is no number",
         "ranks",
         "adapter_config",
         "--prefix",

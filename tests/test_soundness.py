@@ -50,6 +50,7 @@ BROKEN: list[tuple[dict[str, Tensor], str, Tensor | None, str]] = [
     (LORA, "alpha", torch.tensor(1j), f"{NO_NUMBER} () of type complex64"),
     (LORA, "alpha", torch.tensor(math.nan), "alpha has NaN or infinite values"),
     (LORA, "alpha", torch.tensor(1e300, dtype=torch.float64), "is 5.0e+299 by its alpha, which no training gives"),
+    (LORA, "alpha", torch.tensor(1e-300, dtype=torch.float64), "alpha is 1e-300, which is 0 in fp32"),
     (LORA, "alpha", torch.tensor(-1e30), "is -5.0e+29 by its alpha, which no training gives"),
     (LORA, "lora_up.weight", torch.tensor(1.0), "lora_up.weight () has 0 axes, not 2"),
     (LORA, "lora_up.weight", torch.ones(4), "lora_up.weight (4,) has 1 axes, not 2"),

@@ -84,7 +84,10 @@ def _as_args(args: argparse.Namespace) -> list[str]:
     file = FileTensors(args.file)
     model = skeleton(args.model) if args.model else model_of(file)
     encoders = model.text_encoders if args.host == "sd-scripts" else None
-    found = arguments_of(file, encoders, model.unet, HOSTS[args.host])
+    try:
+        found = arguments_of(file, encoders, model.unet, HOSTS[args.host])
+    except ValueError as error:
+        raise ValueError(str(error) if str(args.file) in str(error) else f"{args.file}: {error}") from None
     if args.json:
         return json.dumps({"model": model.title, **asdict(found)}, indent=1).splitlines()
     remarks = [f"# not alike: {text}" for text in found.differences]

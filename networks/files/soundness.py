@@ -42,6 +42,7 @@ def readable(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
             found[key] = tensor = _wide(what, tensors[key])
             if own == dotted.ALPHA or key in _FLAGS:
                 _check_number(what, tensor)
+                _check_small(what, tensor)
             _check_values(what, tensor, limited=_of_layer(suffix) and own != dotted.ALPHA)
         layers.setdefault(path, {})[own] = suffix, tensor
     for path, layer in layers.items():
@@ -71,6 +72,15 @@ def _check_number(what: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{what} is no number, but {tuple(tensor.shape)} of type {_type(tensor)}: the file is broken, download or "
             "save it again"
+        )
+
+
+def _check_small(what: str, number: Tensor) -> None:
+    """Raises ValueError for a number that becomes 0 where it is read in fp32: an alpha of 0 stands for the dim."""
+    if float(number) and not float(number.float()):
+        raise ValueError(
+            f"{what} is {float(number):g}, which is 0 in fp32, as files and programs have it: the file is broken, use "
+            "an earlier save"
         )
 
 
