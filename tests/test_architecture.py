@@ -30,9 +30,10 @@ ARROWS = {
     "network": {"plan", "files", "layers", "algos", "tensors", "archs", "args"},
     "hosts": {"foreign", "network", "plan", "files", "args", "archs", "records"},
     "models": {"foreign", "plan", "files", "args", "archs"},
-    "cli": {"foreign", "models", "hosts", "files", "args", "archs", "records"},
+    "tools": {"foreign", "models", "plan", "files", "layers", "algos", "records", "tensors", "archs", "args"},
+    "cli": {"foreign", "tools", "models", "hosts", "files", "args", "archs", "records"},
     "": {"hosts"},
-    "api": {"hosts", "network", "plan", "files", "archs", "args"},
+    "api": {"tools", "hosts", "network", "plan", "files", "archs", "args"},
 }
 TRAINER = ROOT / "kohya_trainer"
 TRAINER_ARROWS = {"data": set(), "drawing": set(), "families": {"data", "drawing"}}

@@ -453,8 +453,8 @@ class Adapter(nn.Module):
 
     @classmethod
     def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...] | None:
-        """Of the weight, as saved tensors show it, perhaps with the positions of a kernel among the columns; None where
-        they do not, or nobody asks."""
+        """Of the weight, as saved tensors show it, perhaps with the positions of a kernel among the columns (see
+        `AlgoSpec.hides_kernel`); None where they do not."""
         return None
 
     @classmethod

@@ -62,6 +62,10 @@ class Full(Additive):
         return tensors["diff"].dim() > 1
 
     @classmethod
+    def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return tuple(tensors["diff"].shape)
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         if tuple(tensors["diff"].shape) != geometry.weight_shape:
             raise ValueError(f"diff {tuple(tensors['diff'].shape)} does not fit a weight of {geometry.weight_shape}")

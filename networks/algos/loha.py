@@ -168,6 +168,11 @@ class LoHa(Additive):
         return [{name: each[i] for name, each in {**parts, **chunks}.items()} for i in range(len(sizes))]
 
     @classmethod
+    def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        a, b = tensors["hada_w1_a"], tensors["hada_w1_b"]
+        return (a.shape[1], b.shape[1], *tensors["hada_t1"].shape[2:]) if "hada_t1" in tensors else (len(a), b.shape[1])
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         a, b = tensors["hada_w1_a"], tensors["hada_w1_b"]
         tucker = "hada_t1" in tensors

@@ -323,6 +323,11 @@ class LoRA(Additive):
         return Resized(pair, (up.shape[1], left_OR.shape[1]), float(squares[dim:].sum()), float(squares.sum()))
 
     @classmethod
+    def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        kernel = tensors["lora_mid.weight" if "lora_mid.weight" in tensors else "lora_down.weight"].shape[2:]
+        return len(tensors["lora_up.weight"]), tensors["lora_down.weight"].shape[1], *kernel
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         tucker = "lora_mid.weight" in tensors

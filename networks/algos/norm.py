@@ -68,6 +68,10 @@ class Norm(Additive):
         return {own.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}, alpha
 
     @classmethod
+    def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return tuple(tensors["w_norm"].shape)
+
+    @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         for suffix, tensor in tensors.items():
             if tuple(tensor.shape) != geometry.weight_shape:

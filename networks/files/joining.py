@@ -21,12 +21,17 @@ from ..algos.full import Full
 from ..algos.lora import LoRA
 from ..algos.saved import concatenated, wide_dtype
 from ..tensors.norms import weight_geometry
+from ..tensors.updates import Update
 from . import dotted
 from .codec import SavedLayer
 from .merged import merged_weight
 
 Shape = tuple[int, ...]
 LARGE = 0.5  # of the weight's values: a LoRA of more is a whole difference instead
+
+
+class NeedsBase(ValueError):
+    """What is asked for depends on the base weight, which is not known."""
 
 
 def joined(
@@ -116,6 +121,23 @@ def as_diff(saved: SavedLayer, shape: Shape, base: Tensor | None = None) -> Save
     return part.as_diff() if part.bias is None else _with_bias(part.as_diff(), part.bias)
 
 
+def update_of(saved: SavedLayer, shape: Shape, base: Tensor | None = None) -> Update:
+    """What a layer adds to its weight at strength 1, in float64 on the device of its tensors: as factors where its
+    algorithm has some.
+
+    Args:
+        shape: of the layer's weight, [O, I, *kernel]; () = as the tensors show it.
+        base: this weight, for algorithms whose change depends on it, and for magnitudes.
+
+    Raises:
+        ValueError: its tensors do not fit.
+        NeedsBase: it depends on the base weight, which is not given.
+    """
+    wide = {key: t.double() if t.is_floating_point() else t for key, t in saved.tensors.items()}
+    shape = shape or saved.algorithm.shown_shape(saved.tensors) or ()
+    return _Part(replace(saved, tensors=wide), shape, None if base is None else base.double()).update()
+
+
 def _trimmed(tensor: Tensor, axes: int) -> Tensor:
     """Without axes of length 1 behind so many: some programs have those of a 1x1 convolution in a Linear's factors."""
     behind = tensor.shape[axes:]
@@ -174,15 +196,24 @@ class _Part:
         saved = self.saved
         if saved.algorithm is Full and saved.magnitude is None:
             return saved
-        adapter, weight = self._built(), torch.zeros(self.shape, dtype=torch.float64, device=self.device)
-        if adapter.spec.relative or saved.magnitude is not None:
-            weight = self._known_weight().double()
-        if saved.magnitude is not None:
-            diff = merged_weight(saved, weight) - weight
-        else:
-            diff = adapter.weight_change(weight, adapter.strength(1.0, saved.scale)).detach()
-        tensors = {Full.spec.keys["diff"]: diff.to(self._dtype)}
+        tensors = {Full.spec.keys["diff"]: self.update().matrix().reshape(self.shape).to(self._dtype)}
         return replace(saved, algorithm=Full, tensors=tensors, alpha=None, magnitude=None, folded=False)
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        """The change of its weight, at strength 1, in the dtype of its tensors or a wider one."""
+        saved = self.saved
+        if saved.magnitude is not None:
+            weight = self._known_weight().double()
+            return Update((merged_weight(saved, weight) - weight).flatten(1))
+        adapter = self._built()
+        strength = adapter.strength(1.0, saved.scale)
+        pair = adapter.product(self.weight) if len(self.shape) > 1 else None
+        if pair is not None:
+            return Update(pair[0].detach() * strength, pair[1].detach().flatten(1))
+        zeros = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        weight = self._known_weight().double() if adapter.spec.relative else zeros
+        return Update(adapter.weight_change(weight, strength).detach().reshape(len(weight), -1))
 
     def rows(self, start: int, stop: int) -> tuple[SavedLayer, str]:
         """Some of them, as a layer, and in words what that is."""
@@ -249,7 +280,7 @@ class _Part:
             kind = self.saved.algorithm.spec.name + (
                 " with DoRA magnitudes" if self.saved.magnitude is not None else ""
             )
-            raise ValueError(
+            raise NeedsBase(
                 f"its {kind} would have to be converted, which takes the base weight, and that is not known here: take "
                 "a file under the trainer's names, or merge this one into its checkpoint with the program that wrote it"
             )

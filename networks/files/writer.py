@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save as serialize
@@ -18,6 +21,9 @@ from . import outputs
 from .dialects import is_magnitude
 
 log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 24  # bytes that are copied at once
+_HASHED = slice(0x100000, 0x110000)  # the bytes by which older web UIs know a file
 
 
 def write_tensors(
@@ -45,6 +51,87 @@ def write_tensors(
     chunks = content(tensors, dtype, metadata, health)
     outputs.replace(file, chunks, sum(map(len, chunks)))
     return file
+
+
+class Stream:
+    """A file in the making, one tensor after the other: memory stays near the largest of them.
+
+    Its bytes wait in a file for each size of element: readers want the widest first, so that all are aligned.
+
+    Args:
+        part: beside which they wait.
+        dtype: as for `write_tensors`.
+    """
+
+    def __init__(self, part: Path, dtype: torch.dtype | None) -> None:
+        self._part, self._dtype = part, dtype
+        self._waiting: dict[int, BinaryIO] = {}
+        self._entries: dict[int, dict[str, dict[str, Any]]] = {}
+
+    def add(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write tensors.
+
+        Returns:
+            Them as they stand in the file.
+        """
+        cast, _ = _cast(tensors, self._dtype)
+        for key, tensor in cast.items():
+            assert all(key not in entries for entries in self._entries.values()), key
+            data, size = serialize({key: tensor}), tensor.itemsize
+            length = int.from_bytes(data[:8], "little")
+            if size not in self._waiting:
+                self._waiting[size] = self._part.with_name(f"{self._part.name}.{size}").open("x+b")
+            start = self._waiting[size].tell()
+            stop = start + self._waiting[size].write(memoryview(data)[8 + length :])
+            entry = {**json.loads(data[8 : 8 + length])[key], "data_offsets": [start, stop]}
+            self._entries.setdefault(size, {})[key] = entry
+        return cast
+
+    def chunks(self, metadata: Mapping[str, str]) -> Iterator[bytes]:
+        """The whole file, with the hashes that web UIs index by."""
+        entries, at = dict[str, dict[str, Any]](), 0
+        for size in sorted(self._entries, reverse=True):
+            for key, entry in self._entries[size].items():
+                entries[key] = {**entry, "data_offsets": [at + offset for offset in entry["data_offsets"]]}
+            at += self._waiting[size].tell()
+        training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+        short = safetensors_header(entries, training)
+        digest, window, start = hashlib.sha256(), short[_HASHED], len(short)
+        for chunk in self._payload():
+            digest.update(chunk)
+            window += chunk[max(0, _HASHED.start - start) : max(0, _HASHED.stop - start)]
+            start += len(chunk)
+        hashes = {"sshs_model_hash": digest.hexdigest(), "sshs_legacy_hash": _legacy_hash(window)}
+        yield safetensors_header(entries, {**metadata, **hashes})
+        yield from self._payload()
+
+    def _payload(self) -> Iterator[bytes]:
+        for size in sorted(self._waiting, reverse=True):
+            self._waiting[size].seek(0)
+            yield from iter(functools.partial(self._waiting[size].read, _CHUNK), b"")
+
+    def close(self) -> None:
+        for file in self._waiting.values():
+            file.close()
+
+
+@contextlib.contextmanager
+def streamed(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+) -> Iterator[Stream]:
+    """Write a safetensors file piece by piece, whole or not at all; otherwise as `write_tensors`.
+
+    Args:
+        path, dtype: as there.
+        metadata: read when the block has ended, so that it may say what was found there.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched.
+    """
+    with outputs.whole(checked_path(path), None, ".part") as part:
+        with contextlib.closing(Stream(part, dtype)) as stream:
+            yield stream
+            outputs.write(part, stream.chunks(metadata or {}))
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:
@@ -76,7 +163,9 @@ def content(
         known["networks_health"] = json.dumps({**health, **losses})
     training = {key: value for key, value in known.items() if key.startswith("ss_")}
     known["sshs_model_hash"] = hashlib.sha256(payload).hexdigest()
-    known["sshs_legacy_hash"] = _legacy_hash(safetensors_header(entries, training), payload)
+    short = safetensors_header(entries, training)
+    at = max(0, _HASHED.start - len(short)), max(0, _HASHED.stop - len(short))
+    known["sshs_legacy_hash"] = _legacy_hash(short[_HASHED] + bytes(payload[slice(*at)]))
     header = safetensors_header(entries, known)
     return header, payload
 
@@ -127,9 +216,6 @@ def safetensors_header(entries: Mapping[str, object], metadata: Mapping[str, str
     return len(text).to_bytes(8, "little") + text
 
 
-def _legacy_hash(header: bytes, payload: memoryview) -> str:
+def _legacy_hash(window: bytes) -> str:
     """First digits of SHA-256 over 64 KiB at 1 MiB of the file with the ss_ metadata alone."""
-    start, size = 0x100000, 0x10000
-    window = header[start : start + size]
-    window += bytes(payload[max(0, start - len(header)) :][: size - len(window)])
     return hashlib.sha256(window).hexdigest()[:8]

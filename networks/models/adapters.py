@@ -9,6 +9,7 @@ from torch import nn
 
 from ..archs import ARCHS
 from ..archs.detect import detect
+from ..archs.places import Layer
 from ..archs.spec import ArchSpec
 from ..files import dotted
 from ..files.adapter_file import AdapterFile, FileTensors, Naming
@@ -52,9 +53,18 @@ def given_of(file: FileTensors, model: Skeleton, checkpoint: Path | None = None)
         shapes.setdefault(c.part.name, {})[c.trainer_name] = c.geometry.weight_shape
     own = file.opened(Naming()).layers
     names = {f"{part.prefix}_{name}".replace(".", "_") for part in arch.parts for name in shapes.get(part.name, ())}
-    base = BaseWeights(checkpoint, names) if checkpoint is not None and own.keys() <= names else None
+    base = BaseWeights([checkpoint], names) if checkpoint is not None and own.keys() <= names else None
     meant = {name.replace("/", "."): saved for name, saved in own.items()}
     return Given(file, file.metadata, arch, shapes, meant, base, file.settings)
+
+
+def layers_of_model(arch: ArchSpec, model: Skeleton) -> dict[str, Layer]:
+    """Saved name -> every layer of a model that has a weight."""
+    parts = {part.name: part for part in arch.parts}
+    return {
+        c.saved_name: Layer(parts[c.part.name], c.trainer_name, c.saved_name, c.geometry.weight_shape)
+        for c in _layers(arch, model)
+    }
 
 
 def _likeliest(file: FileTensors) -> list[ArchSpec]:

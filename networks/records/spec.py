@@ -165,6 +165,11 @@ class AlgoSpec:
         """Whether an option that was given changes something on a layer whose adapter has these parameters."""
         return option not in self.acts_on or self.acts_on[option][0] in parameters
 
+    def hides_kernel(self, suffixes: Collection[str]) -> bool:
+        """Whether these tensors show a kernel only by the number of its positions, among the columns."""
+        forms = [form for form in self.axes if form.keys() <= set(suffixes)]
+        return any(letters.endswith(("J", "E")) for form in forms for letters in form.values())
+
     def shown_rank(self, tensors: Mapping[str, Any]) -> int | None:
         """The rank that readers of these saved tensors divide alpha by; None if there is none."""
         return next((tensors[suffix].shape[axis] for suffix, axis in self.rank_shows if suffix in tensors), None)
