@@ -30,6 +30,7 @@ COMMANDS = {
     "plan": Command("what would be trained, layer by layer, before anything is loaded or paid for", ".plan"),
     "args": Command("the arguments of a network module", ".args"),
     "show": Command("what an adapter file is, and which programs read it right", ".show"),
+    "convert": Command("an adapter file in the form of another program, or as another algorithm", ".convert"),
     "merge": Command("merge adapter files into a checkpoint", ".merge"),
     "resize": Command("make smaller adapter files", ".resize"),
     "doctor": Command(

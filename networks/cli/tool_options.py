@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from .command_line import add_overwrite, finite_number, program, say
 
 if TYPE_CHECKING:
+    import torch
+
     from ..tools.ranks import RankRule
     from ..tools.report import Report, Walk
 
@@ -62,6 +64,14 @@ def rule_of(args: argparse.Namespace) -> RankRule | None:
     from ..tools.ranks import RankRule
 
     return RankRule.given(vars(args), args.dim, args.conv_dim)
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    """That of `--dtype`; None = not given."""
+    import torch
+
+    found: torch.dtype | None = getattr(torch, args.dtype) if args.dtype else None
+    return found
 
 
 def tell(report: Report, args: argparse.Namespace) -> int:

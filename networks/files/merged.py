@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -30,19 +34,46 @@ def merged_weight(
             "alone: apply the network to its model and merge there, or merge the file into the checkpoint "
             "(scripts/merge.py)"
         )
+    with _layer(saved, weight) as layer:
+        if start is not None and layer.adapter.wants_base:
+            with torch.no_grad():
+                layer.adapter.init_from_base(start)
+        layer.init_from_base()
+        layer.load_magnitude(saved.magnitude, saved.folded)
+        return layer.new_weight(weight, multiplier).detach()
+
+
+@contextmanager
+def _layer(saved: SavedLayer, weight: Tensor) -> Iterator[AdaptedLayer]:
+    """It on a module that has nothing but this weight."""
     geometry = weight_geometry(weight.shape)
     adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
     base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
     layer = AdaptedLayer(saved.name, base, adapter, saved.scale, dora=saved.side(geometry))
     try:
-        if start is not None and adapter.wants_base:
-            with torch.no_grad():
-                adapter.init_from_base(start)
-        layer.init_from_base()
-        layer.load_magnitude(saved.magnitude, saved.folded)
-        return layer.new_weight(weight, multiplier).detach()
+        yield layer
     finally:
         layer.sites = ()  # each knows its layer: as a cycle they would keep the weight until the next collection
+
+
+def refolded(saved: SavedLayer, weight: Tensor, folded: bool) -> SavedLayer:
+    """A layer whose magnitudes are folded for readers that divide by the norm of the base weight alone, or are not.
+
+    Args:
+        saved: the layer.
+        weight: base weight [O, I, *kernel]; fp32 or wider.
+        folded: what they are to be.
+
+    Raises:
+        ValueError: the file's tensors do not fit the weight.
+    """
+    if saved.magnitude is None or saved.folded == folded:
+        return saved
+    with _layer(saved, weight) as layer:
+        magnitude = layer.folded(saved.magnitude.to(weight), back=not folded)
+    return replace(
+        saved, magnitude=magnitude.to(torch.promote_types(saved.magnitude.dtype, torch.float32)), folded=folded
+    )
 
 
 def merged_bias(saved: SavedLayer, bias: Tensor, multiplier: float = 1.0) -> Tensor:

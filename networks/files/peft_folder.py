@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
+from ..records import AlgoSpec
 from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry
 from . import dotted, outputs, writer
 from .codec import SavedLayer
-from .dialects import FileFormat
+from .dialects import Dialect, FileFormat
 from .strengths import ALPHAS, CONFIG
 
 TENSORS = "adapter_model.safetensors"
@@ -96,6 +97,22 @@ KINDS = {
     "loha": Kind("LOHA", _rank, _LYCORIS, _flat),
     "lokr": Kind("LOKR", _lokr_rank, {**_LYCORIS, "decompose_both": False}, _factor),
 }
+
+
+def fitting(form: FileFormat, layers: Sequence[tuple[AlgoSpec, Geometry, Shapes, str]]) -> Dialect:
+    """The dialect of a form with the kind of adapter that all layers can be: their own, or LoRA.
+
+    Args:
+        form: of the network's files, with its targets.
+        layers: algorithm, geometry, shapes of the parameters, and the side of the magnitudes ("" = none) of each.
+    """
+    algos = {spec.file_algo for spec, *_ in layers}
+    kind = KINDS.get(next(iter(algos))) if len(algos) == 1 else None
+    if kind is None or not all(kind.takes(geometry, dora) for _, geometry, _, dora in layers):
+        return form.dialect
+    whole = all(share.is_all for target in form.targets for share in target.shares)
+    settings = kind.common([(geometry, shapes) for _, geometry, shapes, _ in layers], whole)
+    return form.dialect if settings is None else replace(form.dialect, algos=tuple(algos), settings=settings)
 
 
 def write(

@@ -22,6 +22,7 @@ from .codec import SavedLayer
 from .dialects import Dialect, FileFormat
 
 Base = Callable[[str], Tensor]  # saved name -> weight [O, I, *kernel], fp32 or wider, on the CPU
+Make = Callable[[], tuple[SavedLayer, str]]  # a layer of the file, and what it was converted to
 
 DIFFERENCES = "the whole difference"
 
@@ -44,7 +45,7 @@ def translated(layers: Iterable[SavedLayer], form: FileFormat, base: Base) -> tu
     if not form.dialect.program:
         return [*known.values()], ""
     made, words = [], Counter[str]()
-    for _, make in _targets(known, form, base):
+    for _, make in making(known, form, base):
         layer, told = make()
         made.append(layer)
         words[told] += 1
@@ -85,7 +86,7 @@ def foreseen(kinds: Mapping[str, Hashable], form: FileFormat, make: Callable[[st
     shapes = {share.saved_name: (share.of, *one.columns) for one in form.targets for share in one.shares}
     base = _no_base if FULL.name in form.dialect.algos else lambda name: torch.ones(shapes[name])
     values, words, asks, layers = 0, Counter[str](), False, list[SavedLayer]()
-    for target, build in _targets({name: make(name) for name in known}, form, base):
+    for target, build in making({name: make(name) for name in known}, form, base):
         group = groups.get(target.name, [])
         try:
             layer, told = build()
@@ -132,15 +133,11 @@ def _in_words(words: Mapping[str, int]) -> str:
     return ", ".join(f"{count} layers as {told}" for told, count in words.items() if told)
 
 
-def _targets(
-    known: Mapping[str, SavedLayer], form: FileFormat, base: Base
-) -> Iterator[tuple[Target, Callable[[], tuple[SavedLayer, str]]]]:
-    """Each layer of the file, and what makes it."""
-    pieces = _pieces(known, form.targets, base)
+def making(known: Mapping[str, SavedLayer], form: FileFormat, base: Base) -> Iterator[tuple[Target, Make]]:
+    """Each layer of the file, and what makes it: `translated` piece by piece."""
     for target in form.targets:
-        present = [pieces.get((target.name, share.saved_name)) for share in target.shares]
-        if any(piece is not None for piece in present):
-            yield target, functools.partial(_made, target, present, form.dialect)
+        if any(share.saved_name in known for share in target.shares):
+            yield target, functools.partial(_made_of, known, target, form.dialect, base)
 
 
 @dataclass(frozen=True)
@@ -192,6 +189,12 @@ class _Piece:
             return make(self.saved, self.shape, self.base())
 
 
+def _made_of(known: Mapping[str, SavedLayer], target: Target, dialect: Dialect, base: Base) -> tuple[SavedLayer, str]:
+    """One layer of a file, and in words what it was converted to."""
+    pieces = [_piece(known, target, share, base) if share.saved_name in known else None for share in target.shares]
+    return _made(target, pieces, dialect)
+
+
 def _made(target: Target, pieces: Sequence[_Piece | None], dialect: Dialect) -> tuple[SavedLayer, str]:
     """One layer of a file, and in words what it was converted to."""
     held = [None if piece is None else piece.held(dialect) for piece in pieces]
@@ -219,14 +222,10 @@ def _ways(
         yield [None if piece is None else piece.difference() for piece in pieces], DIFFERENCES
 
 
-def _pieces(known: Mapping[str, SavedLayer], targets: Iterable[Target], base: Base) -> dict[tuple[str, str], _Piece]:
-    """(target's name, saved name) -> what that layer of the network is of the target."""
-    found = {}
-    for target, share in ((one, share) for one in targets for share in one.shares):
-        if share.saved_name in known:
-            shape, saved = (share.stop - share.start, *target.columns), _rows(known[share.saved_name], target, share)
-            found[target.name, share.saved_name] = _Piece(saved, shape, functools.partial(_base_of, base, share))
-    return found
+def _piece(known: Mapping[str, SavedLayer], target: Target, share: Share, base: Base) -> _Piece:
+    """What a layer of the network is of the target."""
+    shape, saved = (share.stop - share.start, *target.columns), _rows(known[share.saved_name], target, share)
+    return _Piece(saved, shape, functools.partial(_base_of, base, share))
 
 
 def _base_of(base: Base, share: Share) -> Tensor:

@@ -167,6 +167,13 @@ def all_names(keys: Iterable[str]) -> set[str]:
     return {name for reading in readings for name in reading.places if name in reading}
 
 
+def layers(keys: Iterable[str], part: Part) -> dict[str, tuple[str, Target]]:
+    """Saved name -> (trainer's dotted name, weights) of every layer of a model in a checkpoint, whatever its keys."""
+    reading = _index(tuple(keys)).of_part(part)
+    found = {name: places[min(places)][0].trainer for name, places in reading.places.items() if name in reading}
+    return {name: (trainer_name, reading.target(name)) for name, trainer_name in found.items()}
+
+
 @dataclass(frozen=True)
 class _Reading:
     """The keys of a checkpoint as the layers of one part.
@@ -210,6 +217,10 @@ class _Index:
             roots = tuple(dict.fromkeys(root for part in parts for root in part.roots))
             self._readings[model] = [*readings, self._read(model, roots, ())]
         return self._readings[model]
+
+    def of_part(self, part: Part) -> _Reading:
+        """The keys as one part would have them."""
+        return self._read(part.prefix, part.roots, self._used(part))
 
     def best(self, model: str, wanted: set[str]) -> dict[str, Target]:
         """Those of the names that are there, by the reading which has most of them."""

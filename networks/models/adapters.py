@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +11,7 @@ from ..archs import ARCHS
 from ..archs.detect import detect
 from ..archs.places import Layer
 from ..archs.spec import ArchSpec
-from ..files import dotted
+from ..files import dotted, weight_names
 from ..files.adapter_file import AdapterFile, FileTensors, Naming
 from ..files.base_weights import BaseWeights
 from ..files.readers import Given
@@ -38,6 +38,18 @@ def model_of(file: FileTensors) -> Skeleton:
         titles = " or ".join(model.title for model in fitting)
         raise ValueError(f"{file.source} may be for {titles}: say which, --model with its name")
     return fitting[0]
+
+
+def arch_of(file: FileTensors, keys: Collection[str]) -> ArchSpec | None:
+    """The architecture that a file is for, whose weights a checkpoint has: by the names in the file, then in that.
+
+    Args:
+        keys: of the checkpoint.
+    """
+    there, likely = weight_names.all_names(keys), _likeliest(file)
+    shared = {arch: len(there & layers_of(arch.releases[0].name)[1].keys()) for arch in likely}
+    best = max(likely, key=lambda arch: shared[arch], default=None)
+    return best if best is not None and shared[best] else None
 
 
 def given_of(file: FileTensors, model: Skeleton, checkpoint: Path | None = None) -> Given:

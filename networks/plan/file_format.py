@@ -13,9 +13,9 @@ from ..archs import places as other_names
 from ..archs.places import Layer
 from ..archs.spec import ArchSpec
 from ..args.parse import NetArgs, Problems
+from ..files import peft_folder
 from ..files.codec import SavedLayer, saved_adapter
 from ..files.dialects import COMFYUI, DIALECTS, PORTABLE, Dialect, FileFormat
-from ..files.peft_folder import KINDS
 from ..files.save_formats import Foreseen, foreseen
 from ..layers.magnitude import magnitude_shape
 from ..tensors.seeding import seeded
@@ -147,7 +147,10 @@ class _Forms:
             for row in plan.rows
         )
         form = replace(form, targets=other_names.targets(self.request.arch, layers, dialect.program))
-        return replace(form, dialect=_peft_kind(form, plan.trained)) if dialect.folder else form
+        if not dialect.folder:
+            return form
+        kinds = [(ALGOS[row.algo].spec, row.geometry, row.layout.shapes, row.dora) for row in plan.trained]
+        return replace(form, dialect=peft_folder.fitting(form, kinds))
 
 
 def foreseen_of(plan: Plan, form: FileFormat) -> Foreseen:
@@ -185,17 +188,6 @@ def _start(row: PlanRow) -> SavedLayer:
             p.normal_()
         magnitude = torch.ones(magnitude_shape(row.geometry, row.dora == "output")) if row.dora else None
         return saved_adapter(row.saved_name, adapter, row.scale, magnitude)
-
-
-def _peft_kind(form: FileFormat, trained: Sequence[PlanRow]) -> Dialect:
-    """The kind of PEFT's adapters that all layers can be: their own, or LoRA."""
-    algos = {ALGOS[row.algo].spec.file_algo for row in trained}
-    kind = KINDS.get(next(iter(algos))) if len(algos) == 1 else None
-    if kind is None or not all(kind.takes(row.geometry, row.dora) for row in trained):
-        return form.dialect
-    whole = all(share.is_all for target in form.targets for share in target.shares)
-    settings = kind.common([(row.geometry, row.layout.shapes) for row in trained], whole)
-    return form.dialect if settings is None else replace(form.dialect, algos=tuple(algos), settings=settings)
 
 
 def wanted_format(args: NetArgs, arch: ArchSpec) -> Dialect:

@@ -10,8 +10,8 @@ from ..foreign.texts import parse_json
 
 HISTORY = "networks_history"  # list of what was done to a file, the newest last
 # Of the tensors as they were: hashes of another payload, and marks of converters which decide how readers take them.
-_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "networks_health", "networks_dialect",
-          "networks_init", "lora_adapter_metadata", "lora_alpha", "alpha")  # fmt: skip
+_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "networks_health", "networks_init",
+          "lora_adapter_metadata", "lora_alpha", "alpha")  # fmt: skip
 
 
 def told(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from ..archs.detect import detect
 from ..archs.names import Share, row_sizes
 from ..archs.places import Layer
 from ..archs.spec import ArchSpec
-from ..files import dotted
+from ..files import dotted, weight_names
 from ..files.adapter_file import AdapterFile, FileTensors, Naming
 from ..files.base_weights import BaseWeights, divided
 from ..files.checkpoint import Checkpoint
 from ..files.joining import NeedsBase, update_of
 from ..files.merge import naming_for
-from ..models.adapters import layers_of_model, model_of
+from ..models.adapters import arch_of, layers_of_model, model_of
 from ..models.skeleton import Skeleton, skeleton
 from ..tensors.updates import Update
 
@@ -68,13 +69,29 @@ class Opened:
 
     @functools.cached_property
     def arch(self) -> ArchSpec:
-        """Of the model. Raises ValueError as `model`."""
-        return detect(self.model.unet)
+        """Of the model, which checkpoints show, too. Raises ValueError as `model`."""
+        of_base = self._naming.arch if self._base else None
+        return of_base or detect(self.model.unet)
 
     @functools.cached_property
     def model_layers(self) -> dict[str, Layer]:
-        """Saved name -> every layer of the model that has a weight; trained where the file has it."""
-        return layers_of_model(self.arch, self.model)
+        """Saved name -> every layer of the model that has a weight; trained where the file has it.
+
+        Raises:
+            ValueError: the model is not known, and no checkpoint is given.
+        """
+        try:
+            found = layers_of_model(self.arch, self.model)
+        except ValueError:
+            if not self._base:
+                raise
+            found = layers_of_model(self.arch, skeleton(self.arch.releases[0].name))  # its encoders' names are these
+            found = {name: one for name, one in found.items() if one.part is not self.arch.denoiser}
+        for shapes in (Checkpoint(divided(given)[1]).shapes for given in self._base if not divided(given)[0]):
+            for name, (trainer_name, target) in weight_names.layers(shapes, self.arch.denoiser).items():
+                found[name] = Layer(self.arch.denoiser, trainer_name, name, target.shape(shapes))
+        there = self.tensors.opened(Naming(self.arch)).families
+        return {name: replace(layer, trained=name in there) for name, layer in found.items()}
 
     @functools.cached_property
     def on_model(self) -> AdapterFile:
@@ -94,7 +111,8 @@ class Opened:
         """Of the model: by the names in the checkpoints, if there are any."""
         if self._base:
             keys = {key for given in self._base for key in Checkpoint(divided(given)[1]).shapes}
-            return naming_for(self.tensors, keys)
+            found = naming_for(self.tensors, keys)
+            return found if found.arch is not None else replace(found, arch=arch_of(self.tensors, keys))
         try:
             return Naming(self.arch)
         except ValueError:
@@ -113,8 +131,12 @@ class Opened:
         Raises:
             ValueError: one of them has none of the layers.
         """
+        if not self._base:
+            return None
         names = {share.name for shares in self._shares.values() for share in shares}
-        return BaseWeights(self._base, names) if self._base else None
+        if self._naming.arch is not None:  # what is a part of one layer elsewhere may be untrained
+            names |= {name for name, one in self.model_layers.items() if one.part is self.arch.denoiser}
+        return BaseWeights(self._base, names)
 
     def _base_or_none(self) -> BaseWeights | None:
         return self.base if self._base else None

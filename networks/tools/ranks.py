@@ -4,9 +4,10 @@
     energy         the fewest that hold this share of the squared singular values (0.99)
     sv_fro         the fewest that hold this share of the Frobenius norm (0.99; energy is its square)
     sv_cumulative  the fewest that hold this share of the sum of the singular values
-    sv_ratio       those of at least the largest / ratio (a ratio of 4 and more)
+    sv_ratio       those above the largest / ratio
 
-The three last are called and counted as in the trainers' own scripts. With one of the rules `dim` is the most.
+The three last are called as in sd-scripts' resize_lora.py, which keeps one more than the fewest. With one of the rules
+`dim` is the most.
 """
 
 from __future__ import annotations
@@ -89,5 +90,5 @@ _COUNTS: Mapping[str, Callable[[Tensor, float], int]] = {
     "energy": lambda s, share: _reaching(s.square().cumsum(0), share),
     "sv_fro": lambda s, share: _reaching(s.square().cumsum(0), share**2),
     "sv_cumulative": lambda s, share: _reaching(s.cumsum(0), share),
-    "sv_ratio": lambda s, ratio: int((s >= float(s[0]) / ratio).sum()),
+    "sv_ratio": lambda s, ratio: int((s > float(s[0]) / ratio).sum()),
 }

@@ -24,6 +24,7 @@ class Row:
         error: ||new update - old update|| / ||old update||; 0 = the algebra is exact, what dtypes round included; None
             = not known.
         size: ||old update||, by which errors are weighted; None = not known.
+        exact: the algebra is, so that the error is what its dtype rounds.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     rank: int | None = None
     error: float | None = 0.0
     size: float | None = None
+    exact: bool = True
 
 
 @dataclass
@@ -108,10 +110,12 @@ class Report:
 
     def _errors(self) -> list[str]:
         measured = [row for row in self.rows if row.error and row.size is not None]
-        if measured:
-            worst = max(measured, key=lambda row: row.error or 0.0)
-            return [f"error {self.error:.2%} of the whole update; most {worst.error:.2%}, at {worst.name}"]
-        return ["exact"] if self.rows and all(row.error == 0 for row in self.rows) else []
+        if not measured:
+            return ["exact"] if self.rows and all(row.error == 0 for row in self.rows) else []
+        if all(row.exact for row in self.rows):
+            return [f"exact, but for what the dtype rounds: {self.error:.1e} of the whole update"]
+        worst = max(measured, key=lambda row: row.error or 0.0)
+        return [f"error {self.error:.2%} of the whole update; most {worst.error:.2%}, at {worst.name}"]
 
 
 def _ranks(rows: Sequence[Row]) -> list[str]:
