@@ -31,6 +31,7 @@ COMMANDS = {
     "args": Command("the arguments of a network module", ".args"),
     "show": Command("what an adapter file is, and which programs read it right", ".show"),
     "convert": Command("an adapter file in the form of another program, or as another algorithm", ".convert"),
+    "combine": Command("several adapter files as one", ".combine"),
     "merge": Command("merge adapter files into a checkpoint", ".merge"),
     "resize": Command("make smaller adapter files", ".resize"),
     "doctor": Command(

@@ -15,11 +15,10 @@ from ..archs.places import Target
 from ..files import codec, dotted, peft_folder, save_formats, writer
 from ..files.codec import SavedLayer
 from ..files.dialects import Dialect, FileFormat
-from ..files.joining import update_of
 from ..files.merged import refolded
 from ..tensors.norms import weight_geometry
 from ..tensors.updates import Update
-from .convert import Told, Wanted, kept, on_base, on_device
+from .convert import Told, Wanted, kept
 from .forms import FORMS, Shape, row_of
 from .opened import Opened
 from .report import Report, Row, Walk
@@ -129,12 +128,11 @@ class ForProgram:
 
     def shape(self, name: str) -> Shape:
         """Of the weight of one of the trainer's layers."""
-        layer, saved = self.opened.model_layers.get(name), self.file.layers[name]
-        return layer.shape if layer is not None else saved.algorithm.shown_shape(saved.tensors) or ()
+        return self.opened.model_shape(name)
 
     def weight(self, name: str) -> Tensor | None:
-        base = self.opened.base
-        return None if base is None else base(name).to(self.wanted.device)
+        found = self.opened.model_weight(name)
+        return None if found is None else found.to(self.wanted.device)
 
     def needed_weight(self, name: str) -> Tensor:
         """Raises ValueError where it is not known."""
@@ -212,9 +210,7 @@ class ForProgram:
 
     def _update(self, name: str) -> Update:
         """What one of the trainer's layers adds."""
-        saved, shape = on_device(self.file.layers[name], self.wanted.device), self.shape(name)
-        update: Update = on_base(lambda weight: update_of(saved, shape, weight), name, self.weight)
-        return update
+        return self.opened.model_update(name).to(self.wanted.device)
 
     def _rows(self, target: Target) -> Update:
         """What the rows of a program's layer are to add."""

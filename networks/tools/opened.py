@@ -20,6 +20,7 @@ from ..files import dotted, weight_names
 from ..files.adapter_file import AdapterFile, FileTensors, Naming
 from ..files.base_weights import BaseWeights, divided
 from ..files.checkpoint import Checkpoint
+from ..files.codec import SavedLayer
 from ..files.joining import NeedsBase, update_of
 from ..files.merge import naming_for
 from ..models.adapters import arch_of, layers_of_model, model_of
@@ -173,16 +174,35 @@ class Opened:
         Raises:
             ValueError: it depends on the base weight, which is not given.
         """
-        saved, shape = self.own.layers[name], self.shape(name) or ()
+        return self._update(name, self.own.layers[name], self.shape(name) or (), self.weight)
+
+    def _update(
+        self, name: str, saved: SavedLayer, shape: tuple[int, ...], weight: Callable[[str], Tensor | None]
+    ) -> Update:
         with located(f"{self.path}: {dotted.shown(name)}"):
             try:
                 return update_of(saved, shape)
             except NeedsBase:
-                weight = self.weight(name)
-            if weight is None:
+                found = weight(name)
+            if found is None:
                 kind = saved.algorithm.spec.name + (" with DoRA magnitudes" if saved.magnitude is not None else "")
                 raise ValueError(f"what {kind} adds depends on the weight below it: give the model, --base CHECKPOINT")
-            return update_of(saved, shape, weight)
+            return update_of(saved, shape, found)
+
+    # -- the same under the trainer's names
+
+    def model_shape(self, name: str) -> tuple[int, ...]:
+        """Of the weight of one of the trainer's layers that the file has; () = nothing tells."""
+        layer, saved = self.model_layers.get(name), self.on_model.layers[name]
+        return layer.shape if layer is not None else saved.algorithm.shown_shape(saved.tensors) or ()
+
+    def model_weight(self, name: str) -> Tensor | None:
+        """The weight of one of the trainer's layers, in fp32 or wider; None = no checkpoint is given."""
+        return None if self.base is None else self.base(name)
+
+    def model_update(self, name: str) -> Update:
+        """What one of the trainer's layers adds to its weight at strength 1, in float64. Raises as `update`."""
+        return self._update(name, self.on_model.layers[name], self.model_shape(name), self.model_weight)
 
     def _rows_shape(self, name: str, shape: Callable[[str], tuple[int, ...] | None]) -> tuple[int, ...] | None:
         found = [shape(share.name) for share in self._shares[name]]

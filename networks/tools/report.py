@@ -120,7 +120,9 @@ class Report:
 
 def _ranks(rows: Sequence[Row]) -> list[str]:
     ranks = [row.rank for row in rows if row.rank is not None]
-    return [f"ranks {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average"] if ranks else []
+    if not ranks or min(ranks) == max(ranks):
+        return [f"rank {rank}" for rank in ranks[:1]]
+    return [f"ranks {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average"]
 
 
 def silently(names: Sequence[str]) -> Iterable[str]:

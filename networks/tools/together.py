@@ -1,0 +1,83 @@
+"""Several adapter files under one set of names: those of their model, or their own where no model is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..archs.spec import ArchSpec
+from ..files import dotted
+from ..files.codec import SavedLayer
+from ..tensors.updates import Update
+from .opened import Opened
+
+
+@dataclass(frozen=True)
+class Together:
+    """Files whose layers have the same names for the same weights.
+
+    Attributes:
+        files: opened.
+        arch: of their model; None = nothing says, and the names are the files' own.
+    """
+
+    files: tuple[Opened, ...]
+    arch: ArchSpec | None
+
+    @classmethod
+    def of(cls, files: Sequence[Opened]) -> Together:
+        """
+        Raises:
+            ValueError: they are for different models, or have no layer in common.
+        """
+        archs = [_arch_of(file) for file in files]
+        known = {arch.name: (arch, file) for arch, file in zip(archs, files, strict=True) if arch is not None}
+        if len(known) > 1:
+            (one, first), (other, second), *_ = known.values()
+            raise ValueError(
+                f"{first.path} is for {one.title}, {second.path} for {other.title}: give files of one model"
+            )
+        found = cls(tuple(files), next((arch for arch, _ in known.values()), None) if None not in archs else None)
+        for file in files[1:]:
+            if found.layers(file).keys().isdisjoint(found.layers(files[0])):
+                names = [dotted.shown(next(iter(found.layers(one)), "none")) for one in (files[0], file)]
+                raise ValueError(
+                    f"{files[0].path} and {file.path} have no layer in common (like {' and '.join(names)}): give files "
+                    "of one model, or say which with --model"
+                )
+        return found
+
+    @property
+    def names(self) -> list[str]:
+        """Of all layers, in the order of the files."""
+        return [*dict.fromkeys(name for file in self.files for name in self.layers(file))]
+
+    def layers(self, file: Opened) -> Mapping[str, SavedLayer]:
+        return file.own.layers if self.arch is None else file.on_model.layers
+
+    def shape(self, file: Opened, name: str) -> tuple[int, ...]:
+        return (file.shape(name) or ()) if self.arch is None else file.model_shape(name)
+
+    def weight(self, file: Opened, name: str) -> Tensor | None:
+        return file.weight(name) if self.arch is None else file.model_weight(name)
+
+    def update(self, file: Opened, name: str) -> Update:
+        """What a layer adds at strength 1. Raises ValueError as `Opened.update`."""
+        return file.update(name) if self.arch is None else file.model_update(name)
+
+    def lost(self, file: Opened) -> list[tuple[str, str]]:
+        """(key or layer, why) of what a file has besides its layers."""
+        opened = file.own if self.arch is None else file.on_model
+        return [
+            *((key, "is no adapter") for key in opened.stray),
+            *((name, "has no place") for name in opened.portions),
+        ]
+
+
+def _arch_of(file: Opened) -> ArchSpec | None:
+    try:
+        return file.arch
+    except ValueError:
+        return None
