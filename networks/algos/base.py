@@ -24,7 +24,7 @@ from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import PassGate
 from ..tensors.products import Products
 from .clock import Clock
-from .saved import Layout, Resized, check_tensors, wide_dtype
+from .saved import Count, Layout, check_tensors, wide_dtype, with_ranks
 
 
 class Base(Products, Protocol):
@@ -62,6 +62,7 @@ class Adapter(nn.Module):
 
     spec: AlgoSpec
     magnitudes: ClassVar[bool] = True  # whether magnitudes of DoRA can stand beside it in a file
+    nearest_is_best: ClassVar[bool] = True  # no other layer of that rank is nearer than that of `nearest`
 
     scalar: nn.Parameter | None
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
@@ -499,8 +500,15 @@ class Adapter(nn.Module):
         """
         return None
 
+    # -- ranks
+
     @classmethod
-    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+    def stacked(cls, tensors: Mapping[str, Tensor]) -> int:
+        """Of how many parts of equal rank saved tensors are the stack (`stack`), as far as they show it."""
+        return 1
+
+    @classmethod
+    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> dict[str, Tensor]:
         """The first `dim` ranks (of each part, in a stack): what DyLoRA trains to stand alone.
 
         Raises:
@@ -509,13 +517,59 @@ class Adapter(nn.Module):
         raise ValueError(f"{cls.spec.name} has no ranks that could stand alone")
 
     @classmethod
-    def nearest(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
-        """The nearest update of rank `dim`.
+    def nearest(
+        cls, tensors: Mapping[str, Tensor], count: Count, parts: int = 1, core: bool = False
+    ) -> dict[str, Tensor]:
+        """Saved tensors of the nearest change with fewer ranks, at the same scale.
+
+        Args:
+            tensors: saved suffix -> tensor.
+            count: how many of all singular values, the largest first, are kept.
+            parts: of which it is to stay a stack, each with as many ranks.
+            core: with the core of the Tucker form, where there is one, though the nearest change has none.
 
         Raises:
-            ValueError: it has not this algorithm's form.
+            ValueError: it has no ranks.
         """
-        raise ValueError(f"the nearest update of a lower rank is no {cls.spec.name}")
+        raise ValueError(f"{cls.spec.name} has no ranks")
+
+    @classmethod
+    def grown(cls, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], parts: int = 1) -> dict[str, Tensor]:
+        """Saved tensors of the same change at the same scale with more ranks, which change nothing yet, and learn.
+
+        Args:
+            tensors: saved suffix -> tensor.
+            start: those of a new adapter of that rank, of which the new ranks are.
+            parts: of which it is to stay a stack, each with as many ranks.
+
+        Raises:
+            ValueError: it has no ranks.
+        """
+        if not cls.spec.grows:
+            raise ValueError(f"{cls.spec.name} has no ranks")
+        still = {cls.spec.keys[name] for name in cls.spec.grows}
+        return {
+            suffix: with_ranks(tensor, start[suffix], parts, suffix in still) if suffix in start else tensor
+            for suffix, tensor in tensors.items()
+        }
+
+    def resized(self, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
+        """Saved tensors of another rank, and the alpha beside them, with the ranks of this adapter, which is at its
+        start: the same change with more of them, the nearest one with fewer.
+
+        Raises:
+            ValueError: the algorithm has no ranks.
+        """
+        own, wanted = self.spec.shown_rank(tensors), self.laid_out.saved_rank
+        if not own or not wanted or own == wanted:
+            return tensors, alpha
+        found = dict(tensors)
+        if own > wanted:
+            core = self.spec.core in self.laid_out.shapes
+            found = self.nearest(found, lambda values: min(wanted, len(values)), core=core)
+        if (self.spec.shown_rank(found) or 0) < wanted:  # a small layer has not so many singular values
+            found = self.grown(found, self.pack())
+        return found, alpha and alpha * wanted / own
 
 
 def kaiming_(p: Tensor) -> None:

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from ..records.glora import GLORA
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
-from ..tensors.low_rank import Gate, low_rank, product_norm_sq, sum_norm_sq
+from ..tensors.low_rank import Gate, low_rank, nearest_products, product_norm_sq, sum_norm_sq
 from ..tensors.per_thread import PerThread
 from ..tensors.products import OfWeight, Products, weight_times
 from .additive import Additive
 from .base import kaiming_
-from .saved import Layout, alike, block_diagonal, there, wide_dtype
+from .saved import Count, Layout, alike, block_diagonal, there, wide_dtype
 
 FACTORS = ("a1", "a2", "b1", "b2")
 
@@ -206,6 +206,27 @@ class GLoRA(Additive):
         cls, tensors: Mapping[str, Tensor], alpha: float | None, start: int, stop: int
     ) -> tuple[dict[str, Tensor], float | None]:
         return {**tensors, "b1.weight": tensors["b1.weight"][start:stop]}, alpha
+
+    @classmethod
+    def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return len(tensors["b1.weight"]), *tensors["b2.weight"].shape[1:]
+
+    @classmethod
+    def nearest(
+        cls, tensors: Mapping[str, Tensor], count: Count, parts: int = 1, core: bool = False
+    ) -> dict[str, Tensor]:
+        """The nearest A and the nearest B: what W A changes is known with the base weight alone."""
+        own = {name: tensors[cls.spec.keys[name]] for name in FACTORS}
+        wide = {name: t.double().flatten(1) for name, t in own.items()}
+        pairs = nearest_products([(wide["a1"], wide["a2"]), (wide["b1"], wide["b2"])], count)
+        found = dict(zip(FACTORS, (factor for pair in pairs for factor in pair), strict=True))
+        shaped = {
+            name: t.reshape(
+                *((len(t), *own[name].shape[1:]) if name in ("a2", "b2") else (*t.shape, *own[name].shape[2:]))
+            )
+            for name, t in found.items()
+        }
+        return {**tensors, **{cls.spec.keys[name]: t.to(own[name].dtype).contiguous() for name, t in shaped.items()}}
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

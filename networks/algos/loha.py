@@ -23,14 +23,26 @@ from torch import Tensor, nn
 
 from ..records.loha import LOHA
 from ..tensors.geometry import Geometry, RowRanges
-from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
-from ..tensors.tucker import core_times_right
+from ..tensors.low_rank import Gate, low_rank, nearest_products, sum_norm_sq
+from ..tensors.tucker import core_times_right, nearest_tucker
 from .additive import Additive
-from .saved import Layout, alike, block_diagonal, concatenated, each, kept_ranks, there, unstack_diagonal
+from .saved import (
+    Count,
+    Layout,
+    alike,
+    block_diagonal,
+    blocks_of,
+    concatenated,
+    each,
+    kept_ranks,
+    there,
+    unstack_diagonal,
+)
 
 
 class LoHa(Additive):
     spec = LOHA
+    nearest_is_best = False
 
     w2_a: nn.Parameter
 
@@ -51,7 +63,8 @@ class LoHa(Additive):
             nn.init.normal_(p, std=1.0 if name in ("w1_b", "w2_b") else 0.1)
         nn.init.zeros_(self.w2_a if self.scalar is None else self.scalar)
 
-    def _half(self, p: Mapping[str, Tensor], half: int) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _half(p: Mapping[str, Tensor], half: int) -> tuple[Tensor, Tensor]:
         """One of the two low-rank matrices as ([O, R], [R, I * K])."""
         a, b = p[f"w{half}_a"], p[f"w{half}_b"]
         if f"t{half}" not in p:
@@ -166,6 +179,28 @@ class LoHa(Additive):
         parts = {name: unstack_diagonal(name, tensors[name], sizes) for name in ("hada_w1_a", "hada_w2_a")}
         chunks = {name: tensors[name].chunk(len(sizes)) for name in ("hada_w1_b", "hada_w2_b")}
         return [{name: each[i] for name, each in {**parts, **chunks}.items()} for i in range(len(sizes))]
+
+    @classmethod
+    def stacked(cls, tensors: Mapping[str, Tensor]) -> int:
+        return 1 if "hada_t1" in tensors else blocks_of(tensors["hada_w1_a"].ne(0) & tensors["hada_w2_a"].ne(0))
+
+    @classmethod
+    def nearest(
+        cls, tensors: Mapping[str, Tensor], count: Count, parts: int = 1, core: bool = False
+    ) -> dict[str, Tensor]:
+        """Of each half the nearest one: there is no closed form of the nearest product of two."""
+        own, p = tensors, {key: t.double() for key, t in tensors.items()}
+        if core and "hada_t1" in own:
+            for n in (1, 2):
+                a, t, b = (f"hada_{key}" for key in (f"w{n}_a", f"t{n}", f"w{n}_b"))
+                left, p[t], p[b] = nearest_tucker(p[a].T, p[t], p[b], count)
+                p[a] = left.T
+        else:
+            halves = [cls._half({name: p[key] for name, key in cls.spec.keys.items() if key in p}, n) for n in (1, 2)]
+            for n, (left, right) in enumerate(nearest_products(halves, count, parts), 1):
+                p |= {f"hada_w{n}_a": left, f"hada_w{n}_b": right}
+                p.pop(f"hada_t{n}", None)
+        return {key: t.to(own[key].dtype).contiguous() for key, t in p.items()}
 
     @classmethod
     def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ Parameters (saved as lokr_w1, lokr_w1_a, lokr_w1_b, lokr_w2, lokr_w2_a, lokr_w2_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,11 +29,11 @@ from torch import Tensor, nn
 from ..records.lokr import LOKR
 from ..tensors.factor import factorization
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
-from ..tensors.low_rank import NO_GATE, Gate
-from ..tensors.tucker import core_times_right
+from ..tensors.low_rank import NO_GATE, Gate, nearest_products, refactor
+from ..tensors.tucker import core_times_right, nearest_tucker
 from .additive import Additive
 from .base import kaiming_
-from .saved import Layout, alike, concatenated, each, there
+from .saved import Count, Layout, alike, concatenated, each, there, wide_dtype
 
 LARGE = 5120  # a dim above it means a whole second factor, whatever the width
 Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
@@ -283,6 +284,71 @@ class LoKr(Additive):
         return {**tensors, first: tensors[first][start // B : stop // B]}, alpha
 
     @classmethod
+    def nearest(
+        cls, tensors: Mapping[str, Tensor], count: Count, parts: int = 1, core: bool = False
+    ) -> dict[str, Tensor]:
+        """Of each factor that has ranks the nearest one: its relative error is that of the Kronecker product."""
+        own = {name: tensors[key] for name, key in cls.spec.keys.items() if key in tensors}
+        if not {"w1_a", "w2_a"} & own.keys():
+            raise ValueError("both factors of this LoKr are whole: it has no ranks")
+        p = {name: t.double() for name, t in own.items()}
+        low = [half for half in ("w1", "w2") if f"{half}_a" in p]
+        if core and "t2" in p:
+            left, p["t2"], p["w2_b"] = nearest_tucker(p["w2_a"].T, p["t2"], p["w2_b"], count)
+            p["w2_a"], count = left.T, functools.partial(_given, len(p["w2_b"]))
+            low.remove("w2")
+        elif "t2" in p:
+            p["w2_a"], p["w2_b"] = p["w2_a"].T, core_times_right(p.pop("t2"), p["w2_b"]).flatten(1)
+        pairs = [(p[f"{half}_a"], p[f"{half}_b"]) for half in low]
+        for half, (left, right) in zip(low, nearest_products(pairs, count) if pairs else (), strict=True):
+            p |= {f"{half}_a": left, f"{half}_b": right}
+        return {cls.spec.keys[name]: t.to(own[name].dtype).contiguous() for name, t in p.items()}
+
+    def resized(self, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
+        """A factor may be whole here and a product in the file, or the other way about: the dim decides that."""
+        rank, wanted = self.spec.shown_rank(tensors), self.laid_out.rank
+        scale = alpha / rank if alpha and rank else 1.0
+        p = {name: tensors[key] for name, key in self.spec.keys.items() if key in tensors}
+        if tuple(p["w1"].shape if "w1" in p else (len(p["w1_a"]), p["w1_b"].shape[1])) != self._w1_shape():
+            return tensors, alpha  # of another factor
+        for half in ("w1", "w2"):
+            if half in self.laid_out.shapes and half not in p:
+                p[half] = self._made_whole(p, half)
+            elif half not in self.laid_out.shapes and half in p:
+                p |= self._divided(p.pop(half), half)
+        found = {self.spec.keys[name]: t for name, t in p.items()}
+        if wanted is None:
+            key = self.spec.keys["w1"]
+            return {**found, key: found[key] * scale}, None
+        ranks = [len(p[f"{half}_b"]) for half in ("w1", "w2") if half not in p]
+        if max(ranks) > wanted:
+            core = "t2" in self.laid_out.shapes
+            found = self.nearest(found, lambda values: min(wanted, len(values)), core=core)
+        return self.grown(found, self.pack()), scale * wanted
+
+    def _made_whole(self, p: dict[str, Tensor], half: str) -> Tensor:
+        """A factor [.., .., *kernel] that is a product in a file, whose tensors go."""
+        left, right = p.pop(f"{half}_a"), p.pop(f"{half}_b")
+        if half == "w2" and "t2" in p:
+            left, right = left.T, core_times_right(p.pop("t2"), right)
+        found = left.double() @ right.double().flatten(1)
+        return found.reshape(len(left), -1, *(self.geometry.kernel if half == "w2" else ())).to(wide_dtype(left))
+
+    def _divided(self, whole: Tensor, half: str) -> dict[str, Tensor]:
+        """The other way about, as nearly as this dim allows."""
+        count, dtype = functools.partial(_given, self.dim), wide_dtype(whole)
+        one = torch.eye(whole.shape[1], dtype=torch.float64, device=whole.device)
+        if f"t{half[1]}" in self.laid_out.shapes:
+            left_one = torch.eye(len(whole), dtype=torch.float64, device=whole.device)
+            left, core, right = nearest_tucker(left_one, whole.double(), one, count)
+            found = {"w2_a": left.T, "t2": core, "w2_b": right}
+        else:
+            flat = whole.double().flatten(1)
+            left, right, _ = refactor(*_thinner(flat), self.dim)
+            found = {f"{half}_a": left, f"{half}_b": right}
+        return {name: t.to(dtype) for name, t in found.items()}
+
+    @classmethod
     def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
         A = len(tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_a"])
         C = (tensors["lokr_w1"] if "lokr_w1" in tensors else tensors["lokr_w1_b"]).shape[1]
@@ -321,6 +387,10 @@ class LoKr(Additive):
         found = super().asked_as(geometry, dim or 1, options)
         switches = dict.fromkeys(("full_matrix", "decompose_both", "unbalanced_factorization"), (False, True))
         return {**found, "factor": (-1, *dict.fromkeys((max(A, C), A, C, B, D))), **switches}
+
+
+def _given(number: int, values: Tensor) -> int:
+    return number
 
 
 def _thinner(matrix: Tensor) -> tuple[Tensor, Tensor]:

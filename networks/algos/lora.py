@@ -30,15 +30,25 @@ from torch import Tensor, nn
 
 from ..records.lora import LORA
 from ..tensors.geometry import Geometry, RowRanges
-from ..tensors.low_rank import Gate, low_rank, product_error, product_norm_sq, refactor, singular, sum_norm_sq
-from ..tensors.tucker import core_times_right
+from ..tensors.low_rank import (
+    Gate,
+    low_rank,
+    nearest_products,
+    product_error,
+    product_norm_sq,
+    refactor,
+    singular,
+    sum_norm_sq,
+)
+from ..tensors.tucker import core_times_right, nearest_tucker
 from .additive import Additive
 from .base import kaiming_
 from .saved import (
+    Count,
     Layout,
-    Resized,
     alike,
     block_diagonal,
+    blocks_of,
     concatenated,
     each,
     kept_ranks,
@@ -301,26 +311,33 @@ class LoRA(Additive):
         return [{"lora_down.weight": down, "lora_up.weight": up} for down, up in pairs]
 
     @classmethod
-    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
+    def stacked(cls, tensors: Mapping[str, Tensor]) -> int:
+        return 1 if "lora_mid.weight" in tensors else blocks_of(tensors["lora_up.weight"].flatten(1))
+
+    @classmethod
+    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> dict[str, Tensor]:
         if "lora_mid.weight" in tensors:
             raise ValueError("the ranks of the Tucker form do not stand alone")
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
-        kept = torch.arange(len(down)) % (len(down) // _stacked(up.flatten(1))) < dim
-        pair = {"lora_down.weight": down[kept], "lora_up.weight": up[:, kept]}
-        return Resized(pair, (len(down), int(kept.sum())))
+        kept = torch.arange(len(down)) % (len(down) // cls.stacked(tensors)) < dim
+        return {**tensors, "lora_down.weight": down[kept], "lora_up.weight": up[:, kept]}
 
     @classmethod
-    def nearest(cls, tensors: Mapping[str, Tensor], dim: int) -> Resized:
-        wide = {name: tensors[key].double() for name, key in cls.spec.keys.items() if key in tensors}
-        right, up = cls._right(wide), wide["up"]
-        left_OR, right_RJ, s = refactor(up.flatten(1), right.flatten(1), dim)
-        pair = {
-            "lora_down.weight": right_RJ.reshape(-1, *right.shape[1:]),
-            "lora_up.weight": left_OR.reshape(*left_OR.shape, *up.shape[2:]),
-        }
-        dtype, squares = tensors["lora_up.weight"].dtype, s.square()
-        pair = {key: t.to(dtype) for key, t in pair.items()}
-        return Resized(pair, (up.shape[1], left_OR.shape[1]), float(squares[dim:].sum()), float(squares.sum()))
+    def nearest(
+        cls, tensors: Mapping[str, Tensor], count: Count, parts: int = 1, core: bool = False
+    ) -> dict[str, Tensor]:
+        p = {name: tensors[key].double() for name, key in cls.spec.keys.items() if key in tensors}
+        up, right = p["up"].flatten(1), p["down"]
+        if core and "mid" in p:
+            up, p["mid"], right = nearest_tucker(up, p["mid"], right.flatten(1), count)
+            right = right.reshape(*right.shape, *p["down"].shape[2:])
+        else:
+            whole = cls._right(p)
+            ((up, right),) = nearest_products([(up, whole.flatten(1))], count, parts)
+            right = right.reshape(-1, *whole.shape[1:])
+            p.pop("mid", None)
+        p |= {"up": up.reshape(*up.shape, *p["up"].shape[2:]), "down": right}
+        return {cls.spec.keys[name]: t.to(tensors[cls.spec.keys[name]].dtype) for name, t in p.items()}
 
     @classmethod
     def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -336,18 +353,6 @@ class LoRA(Additive):
             found = f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}"
             raise ValueError(f"{found} do not fit a weight of {geometry.weight_shape}")
         return down.shape[0], {"use_tucker": tucker}
-
-
-def _stacked(up_OR: Tensor) -> int:
-    """Of how many parts a factor is the block-diagonal stack: the most for which every block has values of its own."""
-    O, R = up_OR.shape
-    for n in range(min(O, R), 1, -1):
-        if R % n:
-            continue
-        rows = [used.nonzero().flatten().tolist() for used in up_OR.reshape(O, n, -1).ne(0).any(-1).T]
-        if all(rows) and all(above[-1] < below[0] for above, below in zip(rows, rows[1:], strict=False)):
-            return n
-    return 1
 
 
 def _since(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> dict[str, Tensor]:

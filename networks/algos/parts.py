@@ -183,6 +183,11 @@ class Parts(Adapter):
         for part, own in zip(self._each(), _unstacked(self.algorithm, tensors, self.sizes), strict=True):
             part.check_fits(own)
 
+    def resized(self, tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[Mapping[str, Tensor], float | None]:
+        own, n = _unstacked(self.algorithm, tensors, self.sizes), len(self.sizes)
+        found = [part.resized(each, alpha and alpha / n) for part, each in zip(self._each(), own, strict=True)]
+        return _stacked(self.algorithm, [pack for pack, _ in found]), alpha and (found[0][1] or 0.0) * n
+
     def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
         self.check_fits(tensors)
         for part, own in zip(self._each(), _unstacked(self.algorithm, tensors, self.sizes), strict=True):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Count = Callable[[Tensor], int]  # how many of the singular values of a change, the largest first, are kept
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,6 @@ class Layout:
     def count(self, names: Collection[str]) -> int:
         """How many of the values belong to parameters of these names, in all parts."""
         return sum(math.prod(shape) for name, shape in self.shapes.items() if name.rpartition(".")[2] in names)
-
-
-@dataclass(frozen=True)
-class Resized:
-    """Saved tensors with fewer ranks.
-
-    Attributes:
-        ranks: before and after; with the nearest update both keep their scale, with the first ranks their alpha.
-        lost, whole: squared norms of what is left out of the nearest update, and of the whole.
-    """
-
-    tensors: dict[str, Tensor]
-    ranks: tuple[int, int]
-    lost: float = 0.0
-    whole: float = 0.0
 
 
 def check_tensors(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -117,6 +104,43 @@ def kept_ranks(left: Tensor, start: int, stop: int) -> Tensor | None:
     own = left[start:stop].any(0)
     idle = left.any(0) & ~own
     return None if not bool(idle.any()) or not bool(own.any()) else torch.nonzero(~idle).flatten()
+
+
+def with_ranks(own: Tensor, start: Tensor, parts: int = 1, still: bool = False) -> Tensor:
+    """A saved tensor of a higher rank, in which this one is.
+
+    Args:
+        own: [A, B, ...].
+        start: [A', B', ...], where A' and B' are equal to A and B or of a higher rank: what the new ranks are.
+        parts: of which it is a stack; the new ranks are behind those of each.
+        still: the new ranks are 0.
+    """
+    if own.shape[:2] == start.shape[:2] or any(old > new for old, new in zip(own.shape[:2], start.shape, strict=False)):
+        return own
+    found = start.reshape(*start.shape[:2], *own.shape[2:]).to(own.device, wide_dtype(own))
+    rows, columns = (_places(old, new, parts).to(own.device) for old, new in zip(own.shape, start.shape, strict=False))
+    found = found * (not still)
+    if len(rows) < len(found) and len(columns) < found.shape[1]:  # a core, in which old and new ones do not mix yet
+        found[rows], found[:, columns] = 0, 0
+    found[rows[:, None], columns] = own.to(found)
+    return found.to(own.dtype)
+
+
+def _places(old: int, new: int, parts: int) -> Tensor:
+    """Where the entries of an axis are in a longer one."""
+    return torch.arange(new).reshape(parts, -1)[:, : old // parts].flatten() if old < new else torch.arange(old)
+
+
+def blocks_of(up_OR: Tensor) -> int:
+    """Of how many parts a factor is the block-diagonal stack: the most for which every block has values of its own."""
+    O, R = up_OR.shape
+    for n in range(min(O, R), 1, -1):
+        if R % n:
+            continue
+        rows = [used.nonzero().flatten().tolist() for used in up_OR.reshape(O, n, -1).ne(0).any(-1).T]
+        if all(rows) and all(above[-1] < below[0] for above, below in zip(rows, rows[1:], strict=False)):
+            return n
+    return 1
 
 
 def concatenated(parts: Sequence[Tensor | None], sizes: Sequence[int], axis: int = 0, rest: float = 0.0) -> Tensor:

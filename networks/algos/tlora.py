@@ -31,7 +31,7 @@ from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, singular
 from .additive import Additive
 from .lora import LoRA
-from .saved import Layout, check_tensors
+from .saved import Count, Layout, check_tensors
 
 FOREIGN = TLORA.keys["lam"]  # marks the keys without a start
 NEAR = 0.5  # of their length, the least that such factors must have in the space of the start
@@ -200,6 +200,37 @@ class TLoRA(LoRA):
 
     def pack(self) -> dict[str, Tensor]:
         return {LoRA.spec.keys[name]: tensor.detach() for name, tensor in self.values().items()}
+
+    @classmethod
+    def nearest(
+        cls, tensors: Mapping[str, Tensor], count: Count, parts: int = 1, core: bool = False
+    ) -> dict[str, Tensor]:
+        """The first pairs, which act at all times: others would have no start."""
+        return cls.first_ranks(tensors, count(tensors["lora_down.weight"]) // 2)
+
+    @classmethod
+    def grown(cls, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], parts: int = 1) -> dict[str, Tensor]:
+        """New pairs are at their start, behind the others."""
+        return super().grown(cls._with_start(tensors), start, 2)
+
+    @staticmethod
+    def _with_start(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if FOREIGN in tensors:
+            raise ValueError(
+                f"{FOREIGN} without a start: such ranks cannot become more or fewer; load it at its own dim"
+            )
+        return tensors
+
+    @classmethod
+    def stacked(cls, tensors: Mapping[str, Tensor]) -> int:
+        return 1
+
+    @classmethod
+    def first_ranks(cls, tensors: Mapping[str, Tensor], dim: int) -> dict[str, Tensor]:
+        cls._with_start(tensors)
+        up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
+        kept = torch.arange(len(down)) % (len(down) // 2) < dim
+        return {**tensors, "lora_down.weight": down[kept], "lora_up.weight": up[:, kept]}
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:

@@ -93,7 +93,7 @@ class Dialect:
             suffixes: of their tensors.
             axes: of their kernel.
         """
-        is_tucker = spec.keys.get(spec.acts_on.get("use_tucker", ("", ""))[0]) in suffixes
+        is_tucker = spec.keys.get(spec.core) in suffixes
         return spec.file_algo in self.algos and (not is_tucker or (spec.file_algo, axes) in self.tucker)
 
     def written_suffix(self, suffix: str) -> str:

@@ -1,9 +1,13 @@
-"""Adapter files of a lower dim: the first ranks of nested ones (DyLoRA), or the nearest update of that rank."""
+"""Layers of files with another rank: cut to their first ranks, made smaller, or grown.
+
+The scale stays, so that a higher rank changes nothing, and a lower one is the nearest update. First ranks keep their
+alpha instead: a layer of DyLoRA then acts as it was trained at that dim.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,108 +15,142 @@ import torch
 from torch import Tensor
 
 from .._errors import located
-from ..algos.saved import Resized
+from ..algos import ALGOS, Adapter
+from ..algos.saved import Count
 from ..foreign.texts import parse_json
 from ..records import ALGORITHMS
-from . import dialects, dotted
-from .adapter_file import AdapterFile
+from ..tensors.norms import weight_geometry
+from ..tensors.seeding import seed_of, seeded
+from . import dotted, joining
 from .codec import SavedLayer
 
-WAYS = ("first", "nearest")
+Shape = tuple[int, ...]
 
 
-def is_nested(metadata: Mapping[str, str]) -> bool:
-    """Whether a file's metadata say that it was trained so that its first ranks stand alone."""
+def trained_by(metadata: Mapping[str, str]) -> type[Adapter] | None:
+    """The algorithm that metadata name; None = none that is known."""
     try:
         arguments = parse_json(metadata.get("ss_network_args", "{}"))
     except ValueError:
         arguments = None
     algo = arguments.get("algo") if isinstance(arguments, dict) else None
-    trained_by = str(algo or metadata.get("ss_network_module", "").rpartition(".")[2]).lower()
-    return trained_by in ALGORITHMS and ALGORITHMS[trained_by].nested
+    name = str(algo or metadata.get("ss_network_module", "").rpartition(".")[2]).lower()
+    return ALGOS[name] if name in ALGORITHMS else None
 
 
-def cut(saved: SavedLayer, dim: int, way: str) -> tuple[SavedLayer, Resized]:
-    """A layer with at most `dim` ranks.
+def ranks_of(saved: SavedLayer) -> int:
+    """Of a layer, or of each part of a stack; 0 = it has none."""
+    rank = saved.algorithm.spec.shown_rank(saved.tensors) if saved.algorithm.spec.grows else None
+    return (rank or 0) // saved.algorithm.stacked(saved.tensors)
 
-    Args:
-        way: "first" keeps the first ranks and alpha as it is: a layer of DyLoRA then acts as it was trained at that
-            dim. "nearest" keeps the nearest update of that rank at the same strength.
 
-    Returns:
-        The layer, and what became of its tensors.
+def cut(saved: SavedLayer, dim: int) -> SavedLayer:
+    """A layer with its first `dim` ranks at most, and alpha as it is.
 
     Raises:
-        ValueError: its form has no such ranks.
+        ValueError: no ranks of its form stand alone.
     """
     with located(dotted.shown(saved.name)):
-        resized = (saved.algorithm.first_ranks if way == "first" else saved.algorithm.nearest)(saved.tensors, dim)
-    before, after = resized.ranks
-    alpha = (saved.alpha or float(before)) * (after / before if way == "nearest" else 1.0)
-    key = saved.algorithm.spec.bias_key
-    bias = {key: saved.tensors[key]} if key in saved.tensors else {}
-    return replace(saved, tensors={**resized.tensors, **bias}, alpha=alpha), resized
+        tensors = saved.algorithm.first_ranks(saved.tensors, dim)
+    rank = saved.algorithm.spec.shown_rank(saved.tensors)
+    return replace(saved, tensors=tensors, alpha=saved.alpha or float(rank or 0))
 
 
-def resize(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], float]:
-    """A file's tensors with at most `dim` ranks in every layer, in the same dialect and dtype, under the same names.
+def shrunk(saved: SavedLayer, count: Count) -> SavedLayer:
+    """The nearest layer with fewer ranks.
 
     Args:
-        file: opened without an architecture.
-        way: as for `cut`.
-
-    Returns:
-        The tensors, and what is lost of all updates together, as a part of their length (0 for "first").
+        count: how many of the singular values, the largest first, are kept; of a stack, of each part.
 
     Raises:
-        ValueError: the form of a layer has no such ranks, or none has more than `dim`.
+        ValueError: it has no ranks.
     """
-    file.all_read()
-    with located(file.source):
-        return _resized(file, dim, way)
+    algorithm, spec = saved.algorithm, saved.algorithm.spec
+    with located(dotted.shown(saved.name)):
+        tensors = algorithm.nearest(saved.tensors, count, algorithm.stacked(saved.tensors))
+    before, after = (spec.shown_rank(each) or 1 for each in (saved.tensors, tensors))
+    return replace(saved, tensors=tensors, alpha=saved.alpha and saved.alpha * after / before)
 
 
-def _resized(file: AdapterFile, dim: int, way: str) -> tuple[dict[str, Tensor], float]:
-    """Raises ValueError without the name of the file."""
-    if file.flags.dialect.fold_flag:
-        raise ValueError(
-            "its DoRA magnitudes hold for the whole update alone (save_format=comfyui): resize another form"
-        )
-    file_format = dialects.FileFormat(file.flags.dialect, bool(file.flags.rs_lora))
-    keys = {(path, dotted.SUFFIXES.get(suffix, suffix)): key for key, path, suffix in dotted.divided(file.tensors)}
-    result, lost, whole, changed = dict(file.tensors), 0.0, 0.0, False
-    for name, saved in file.layers.items():
-        smaller, resized = cut(saved, dim, way)
-        before, after = resized.ranks
-        assert smaller.alpha is not None
-        bias_key = saved.algorithm.spec.bias_key  # which stays as it stands there
-        written = {
-            **{suffix: tensor for suffix, tensor in smaller.tensors.items() if suffix != bias_key},
-            "alpha": torch.tensor(file_format.alpha(smaller.alpha, after), dtype=torch.float32),
-        }
-        path = dotted.shown(name)
-        for suffix in saved.tensors.keys() - {bias_key}:
-            result.pop(keys.get((path, suffix), f"{path}.{suffix}"), None)
-        for suffix, tensor in written.items():
-            result[keys.get((path, suffix), f"{path}.{suffix}")] = tensor.contiguous()
-        scale_sq = (smaller.alpha / after) ** 2
-        lost, whole, changed = (
-            lost + scale_sq * resized.lost,
-            whole + scale_sq * resized.whole,
-            changed or after < before,
-        )
-    if not changed:
-        raise ValueError(f"no layer has more than {dim} ranks: give a lower dim")
-    return result, (lost / whole) ** 0.5 if whole else 0.0
+def grown(
+    saved: SavedLayer,
+    dim: int,
+    shape: Shape,
+    algorithm: type[Adapter],
+    seed: int,
+    base: Callable[[], Tensor | None],
+) -> SavedLayer:
+    """A layer with `dim` ranks (in each part of a stack), the same update, and new ranks that learn.
+
+    Args:
+        saved: with fewer ranks.
+        dim: of it then.
+        shape: of its weight, [O, I, *kernel].
+        algorithm: that trained it, whose files it has; as the new ranks begin.
+        seed: of what is random about them.
+        base: gives the weight, for algorithms which start from it; None = it is not known.
+
+    Raises:
+        ValueError: it has no ranks, or they start from the base weight, which is not given.
+    """
+    parts, geometry = saved.algorithm.stacked(saved.tensors), weight_geometry(shape)
+    with located(dotted.shown(saved.name)), torch.device("cpu"), seeded(seed_of(saved.name, seed)):
+        _, options = algorithm.describe(geometry, saved.tensors)
+        rank = algorithm.whole_layout(geometry, 1, options).saved_rank or 1
+        adapter = algorithm(geometry, dim * parts // rank, options)
+        if adapter.wants_base:
+            weight = base()
+            if weight is None:
+                raise ValueError(
+                    f"new ranks of {algorithm.spec.name} start from the weight below: give the model, --base "
+                    "CHECKPOINT, or train on with resume_resize=True"
+                )
+            with torch.no_grad():
+                adapter.init_from_base(weight)
+        tensors = algorithm.grown(saved.tensors, adapter.pack(), parts)
+    before, after = (saved.algorithm.spec.shown_rank(each) or 1 for each in (saved.tensors, tensors))
+    return replace(saved, tensors=tensors, alpha=saved.alpha and saved.alpha * after / before)
 
 
-def resized_metadata(metadata: Mapping[str, str], dim: int, way: str) -> dict[str, str]:
-    """Metadata of the smaller file."""
+def fitted(saved: SavedLayer, adapter: Adapter) -> SavedLayer:
+    """A layer with the ranks of an adapter.
+
+    Args:
+        saved: of the same algorithm.
+        adapter: a new one for the same weight, at its start; the layer is on its device.
+
+    Raises:
+        ValueError: it does not fit the weight, or its algorithm has no ranks.
+    """
+    saved.describe(adapter.geometry)
+    tensors, alpha = adapter.resized(saved.tensors, saved.alpha)
+    return replace(saved, tensors=dict(tensors), alpha=alpha)
+
+
+def distance(new: SavedLayer, old: SavedLayer, shape: Shape, base: Tensor | None = None) -> tuple[float, float]:
+    """Lengths of the difference of two layers' updates, and of the old update.
+
+    Args:
+        new, old: of one layer. Without `base` magnitudes of DoRA, which are the same in both, are not looked at.
+        shape: of the weight.
+        base: the weight.
+
+    Raises:
+        NeedsBase: the updates depend on it, and it is not given.
+    """
+    if base is None:
+        new, old = replace(new, magnitude=None), replace(old, magnitude=None)
+    before, after = (joining.update_of(one, shape, base) for one in (old, new))
+    return after.minus(before).norm(), before.norm()
+
+
+def resized_metadata(metadata: Mapping[str, str], dim: int) -> dict[str, str]:
+    """Metadata of a file with the first ranks."""
     changed = {"ss_network_dim": str(dim)} if "ss_network_dim" in metadata else {}
-    return {**metadata, **changed, "networks_resized": f"{way} {dim}"}
+    return {**metadata, **changed, "networks_resized": f"first {dim}"}
 
 
 def numbered(path: str | os.PathLike[str], dim: int) -> Path:
-    """Where the file of a lower dim goes: `name-0004.safetensors`, as the trainers' own script calls it."""
+    """Where the file of another dim goes: `name-0004.safetensors`, as the trainers' own script calls it."""
     file = Path(path)
     return file.with_name(f"{file.stem}-{dim:04d}.safetensors")

@@ -393,8 +393,8 @@ class Network(nn.Module):
             log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
         self._tell_readers(file.name, form)
         for dim in form.dims:
-            smaller = [resize.cut(layer, dim, "first")[0] for layer in saved]
-            write(resize.numbered(file, dim), form, smaller, resize.resized_metadata(known, dim, "first"))
+            smaller = [resize.cut(layer, dim) for layer in saved]
+            write(resize.numbered(file, dim), form, smaller, resize.resized_metadata(known, dim))
         for one in form.also:
             self._further.write(file, one.dialect, functools.partial(write, form=one, layers=saved, known=known))
             self._tell_readers(f"{file.stem}-{one.dialect.name}", one, one.dialect.name)

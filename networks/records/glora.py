@@ -13,6 +13,7 @@ GLORA = AlgoSpec(
     order=60,
     options=frozenset({"use_scalar"}),
     no_starts={"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"},
+    grows=frozenset({"a2", "b2"}),
     plus=frozenset({"a1", "b1"}),  # which lead out of the rank, as up does
     required=(frozenset(_KEYS.values()),),
     axes=({"a1.weight": "IR", "a2.weight": "RI", "b1.weight": "OP", "b2.weight": "QJ*"},),  # see `describe`

@@ -17,6 +17,7 @@ LOHA = AlgoSpec(
         "pissa": "the difference of two Hadamard products is none, so no file could hold it",
     },
     plus=frozenset({"w2_a"}),
+    grows=frozenset({"w1_a", "w2_a"}),  # each learns by what the other half has
     required=(frozenset({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}),),
     axes=(
         {

@@ -49,6 +49,7 @@ LOKR = AlgoSpec(
     },
     no_starts={"pissa": "the difference of two Kronecker products is none, so no file could hold it"},
     plus=frozenset({"w1", "w1_a", "w1_b"}),
+    grows=frozenset({"w1_a", "w2_b"}),
     required=tuple(
         frozenset(one | two)
         for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})

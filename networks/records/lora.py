@@ -18,6 +18,7 @@ LORA = AlgoSpec(
     acts_on={"use_tucker": ("mid", NO_KERNEL)},
     keeps_start=True,
     plus=frozenset({"up"}),
+    grows=frozenset({"up"}),
     required=(frozenset({"lora_up.weight", "lora_down.weight"}),),
     axes=(
         {"lora_mid.weight": "RR*", "lora_down.weight": "RI", "lora_up.weight": "OR"},

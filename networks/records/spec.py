@@ -50,6 +50,8 @@ class AlgoSpec:
         start_error: how far a layer may be from its base layer before the first step, relative to the largest value,
             in units of the rounding of its dtype; 0 = it is the base layer exactly.
         plus: parameters which LoRA+ (2402.12354) trains faster; none = it has no such pair.
+        grows: parameters which are 0 in ranks that are added to a file, so that they change nothing and yet learn; none
+            = it has no ranks.
         frozen: parameters without gradient and optimizer state; `values` of the class gives them detached.
         required: one of these sets of suffixes marks its files; () = all of `keys` together.
         more_keys: suffixes of what else its files can have.
@@ -92,6 +94,7 @@ class AlgoSpec:
     )
     start_error: float = 0.0
     plus: frozenset[str] = frozenset()
+    grows: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
     required: tuple[frozenset[str], ...] = ()
     more_keys: frozenset[str] = frozenset()
@@ -121,6 +124,11 @@ class AlgoSpec:
     def takes(self) -> frozenset[str]:
         """Arguments that have an effect on it and not on every algorithm."""
         return self.options | self.features
+
+    @property
+    def core(self) -> str:
+        """The parameter which its Tucker form has beside the others; "" = it has no such form."""
+        return self.acts_on.get("use_tucker", ("", ""))[0]
 
     @property
     def plus_keys(self) -> tuple[str, ...]:

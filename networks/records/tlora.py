@@ -86,5 +86,6 @@ TLORA = replace(
         for host in ("sd_scripts", "musubi")
     ),
     plus=frozenset({"p"}),
+    grows=frozenset({"p"}),  # see `grown` of its class
     timed=frozenset({"min_rank", "alpha_rank_scale", "mask_group_id"}),
 )

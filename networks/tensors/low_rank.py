@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -135,6 +136,31 @@ def refactor(left_OR: Tensor, right_RJ: Tensor, rank: int | None = None) -> tupl
     kept = len(s) if rank is None else min(rank, len(s))
     root = s[:kept].sqrt()
     return q_left @ (u[:, :kept] * root), (vh[:kept] * root[:, None]) @ q_right.T, s
+
+
+def nearest_products(
+    pairs: Sequence[tuple[Tensor, Tensor]], count: Callable[[Tensor], int], parts: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Factors [O, r] and [r, J] of the nearest products of fewer ranks, as many in all of them: the most that one
+    keeps, with zeros behind those of others.
+
+    Args:
+        pairs: [O, R] and [R, J] of each.
+        count: how many of the singular values of one, the largest first, are kept.
+        parts: the ranks belong to so many parts, one after the other, with rows of their own; each keeps as many.
+    """
+    pieces = [piece for left, right in pairs for piece in zip(left.chunk(parts, 1), right.chunk(parts), strict=True)]
+    found = [refactor(left, right) for left, right in pieces]
+    kept = max(count(s) for *_, s in found)
+    lefts = [
+        F.pad(new * left.any(1, keepdim=True), (0, kept - new.shape[1]))
+        for (left, _), (new, *_) in zip(pieces, found, strict=True)
+    ]
+    rights = [F.pad(right, (0, 0, 0, kept - len(right))) for _, right, _ in found]
+    return [
+        (torch.cat(lefts[at : at + parts], 1), torch.cat(rights[at : at + parts]))
+        for at in range(0, len(pieces), parts)
+    ]
 
 
 EXACT_BELOW = 512  # of the smaller side: a full SVD costs little there

@@ -95,6 +95,14 @@ class Opened:
         return {name: replace(layer, trained=name in there) for name, layer in found.items()}
 
     @functools.cached_property
+    def _layers_if_known(self) -> dict[str, Layer]:
+        """The same; none of a model that is not known."""
+        try:
+            return self.model_layers
+        except ValueError:
+            return {}
+
+    @functools.cached_property
     def on_model(self) -> AdapterFile:
         """Under the trainer's names, joined and divided as the trainer's model is.
 
@@ -114,10 +122,7 @@ class Opened:
             keys = {key for given in self._base for key in Checkpoint(divided(given)[1]).shapes}
             found = naming_for(self.tensors, keys)
             return found if found.arch is not None else replace(found, arch=arch_of(self.tensors, keys))
-        try:
-            return Naming(self.arch)
-        except ValueError:
-            return Naming()
+        return Naming(self.arch) if self._layers_if_known else Naming()
 
     @functools.cached_property
     def _shares(self) -> dict[str, tuple[Share, ...]]:
@@ -151,10 +156,7 @@ class Opened:
         shown = saved.algorithm.shown_shape(saved.tensors)
         if shown is not None and not saved.algorithm.spec.hides_kernel(saved.tensors):
             return shown
-        try:
-            layers = self.model_layers
-        except ValueError:
-            return shown
+        layers = self._layers_if_known
         return self._rows_shape(name, lambda one: layers[one].shape if one in layers else None) or shown
 
     def weight(self, name: str) -> Tensor | None:
