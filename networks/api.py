@@ -11,6 +11,12 @@
     api.load(pipe, "my-lokr.safetensors", strength=0.8)  # for pictures; api.merge puts it into the weights
 
 `plan` says what `apply` would build. Keywords are the trainers' network arguments; mistakes are ValueErrors, as there.
+
+Finished files, without a model: each returns a `Report` of what became of every layer.
+
+    api.convert("my-lokr.safetensors", "for-comfyui.safetensors", to="comfyui")
+    api.combine({"style.safetensors": 1.0, "person.safetensors": 0.7}, "both.safetensors")
+    api.resize("my-lora.safetensors", "small.safetensors", rule=api.RankRule(32, "energy", 0.99))
 """
 
 from __future__ import annotations
@@ -36,6 +42,13 @@ from .hosts.contract import HostNetwork, learning_rate
 from .network.optim import text_encoder_rates
 from .plan import file_format
 from .plan.plan import Plan, Request
+from .tools.combine import combine
+from .tools.compare import Comparison, compare
+from .tools.convert import convert
+from .tools.ranks import RankRule
+from .tools.report import Report
+from .tools.resize import resize
+from .tools.spectra import Spectra, spectra
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -376,4 +389,21 @@ def _fits(part: Part, model: nn.Module) -> bool:
     return any(type(each).__name__ in part.containers for each in model.modules())
 
 
-__all__ = ["AppliedNetwork", "Plan", "apply", "load", "merge", "plan", "save"]
+__all__ = [
+    "AppliedNetwork",
+    "Comparison",
+    "Plan",
+    "RankRule",
+    "Report",
+    "Spectra",
+    "apply",
+    "combine",
+    "compare",
+    "convert",
+    "load",
+    "merge",
+    "plan",
+    "resize",
+    "save",
+    "spectra",
+]

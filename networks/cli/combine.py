@@ -30,8 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--blocks", metavar="FILE:WHAT=STRENGTH", action="append", default=[],
         help="another strength for some layers of a file (its path, name or stem): a part (unet, text_encoder1), "
-        "blocks by their numbers (blocks.0-7), or a regular expression on dotted names; may be repeated, the last that means a "
-        "layer counts",
+        "blocks by their numbers (blocks.0-7), or a regular expression on dotted names; may be repeated, and the last "
+        "that means a layer counts",
     )  # fmt: skip
     add_output(parser)
     add_model(parser)

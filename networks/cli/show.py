@@ -9,6 +9,11 @@ Names, shapes and metadata say which model it is for; --model CHECKPOINT gives t
 
 prints the options that make this network again, for new weights: layers, dims, strengths and form as in the file, in
 bash, PowerShell and TOML. What no tensor shows (dropout, start values, learning rates) is there if metadata tell it.
+
+    kohya-networks show my-lora.safetensors --plot my-lora.png
+    kohya-networks show first.safetensors second.safetensors
+
+draws where its updates are and what each dim would keep, for resize; and says how alike two files are, layer by layer.
 """
 
 from __future__ import annotations
@@ -25,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..foreign.texts import SHOWN, printable
 from ..models.releases import RELEASES
-from .command_line import program, run_program, say, set_log_level
+from .command_line import add_overwrite, check_outputs, program, run_program, say, set_log_level
 from .plan import HOSTS
+from .tool_options import add_base, progress
 
 if TYPE_CHECKING:
     from ..files.adapter_file import FileTensors
@@ -35,6 +41,12 @@ if TYPE_CHECKING:
 def build_parser() -> argparse.ArgumentParser:
     parser = program(__doc__)
     parser.add_argument("file", metavar="FILE", type=Path)
+    parser.add_argument(
+        "other", metavar="OTHER", nargs="?", type=Path, help="the cosine of FILE with this one, instead"
+    )
+    parser.add_argument("--plot", metavar="PNG", type=Path, help="draw updates, singular values and what a dim keeps")
+    add_base(parser)
+    add_overwrite(parser)
     parser.add_argument("--layers", action="store_true", help="one line per layer, too")
     parser.add_argument("--metadata", action="store_true", help="all metadata, too")
     parser.add_argument("--as_args", action="store_true", help="the trainer's options for such a network, instead")
@@ -55,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
+    if args.other is not None:
+        return _compared(args)
+    if args.plot is not None:
+        return _drawn(args)
     if args.as_args:
         for line in _as_args(args):
             say(line)
@@ -70,6 +86,34 @@ def show(args: argparse.Namespace) -> int:
         return 0
     for line in lines(found, args.layers, args.metadata):
         say(line)
+    return 0
+
+
+def _compared(args: argparse.Namespace) -> int:
+    from ..tools.compare import compare
+
+    found = compare(args.file, args.other, model=args.model or "", base=args.base, walk=progress("comparing"))
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return 0
+    for line in found.lines(args.layers):
+        say(line)
+    return 0
+
+
+def _drawn(args: argparse.Namespace) -> int:
+    from ..tools.plots import draw
+    from ..tools.spectra import spectra
+
+    check_outputs([args.plot], [args.file], args.overwrite)
+    found = spectra(args.file, model=args.model or "", base=args.base, walk=progress("looking"))
+    draw(found, args.plot)
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return 0
+    for line in filter(None, found.lines()):
+        say(line)
+    say(f"wrote {args.plot}")
     return 0
 
 

@@ -32,6 +32,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """What a file is for: `--model` by name or shape, `--base` with its weights."""
     parser.add_argument("--model", default="", help="what it is for, where names and metadata leave that open: a name, "
                         "a diffusers folder or a checkpoint")  # fmt: skip
+    add_base(parser)
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The weights that a file was trained on."""
     parser.add_argument("--base", action="append", default=[], metavar="CHECKPOINT", help="the weights that it was "
                         "trained on, where the result depends on them; may be repeated, for a text encoder in a file "
                         "of its own lora_te1=CHECKPOINT")  # fmt: skip

@@ -176,7 +176,9 @@ class Opened:
         Raises:
             ValueError: it depends on the base weight, which is not given.
         """
-        return self._update(name, self.own.layers[name], self.shape(name) or (), self.weight)
+        saved = self.own.layers[name]  # as a matrix it needs no kernel, for which a model would be looked up
+        shape = saved.algorithm.shown_shape(saved.tensors) or self.shape(name) or ()
+        return self._update(name, saved, shape, self.weight)
 
     def _update(
         self, name: str, saved: SavedLayer, shape: tuple[int, ...], weight: Callable[[str], Tensor | None]
