@@ -33,7 +33,8 @@ class FileKeys:
             self._keys[path, dotted.own_suffix(path, suffix)] = key
             self._paths.setdefault(path, []).append(key)
         self._tensors = file.tensors
-        self._alphas = any(suffix == dotted.ALPHA for _, suffix in self._keys)
+        # PEFT's own form has none; everywhere else some reader takes a missing one for 1
+        self._alphas = not file.dotted or any(suffix == dotted.ALPHA for _, suffix in self._keys)
         self._layers = {dotted.shown(name) for name in file.layers}
 
     def rest(self) -> dict[str, Tensor]:

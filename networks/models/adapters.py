@@ -41,15 +41,22 @@ def model_of(file: FileTensors) -> Skeleton:
 
 
 def arch_of(file: FileTensors, keys: Collection[str]) -> ArchSpec | None:
-    """The architecture that a file is for, whose weights a checkpoint has: by the names in the file, then in that.
+    """The architecture that a file is for, whose weights a checkpoint has: by the names in the file; of several, the
+    one of which all layers are there, then the one whose own names these are rather than another program's.
 
     Args:
         keys: of the checkpoint.
     """
     there, likely = weight_names.all_names(keys), _likeliest(file)
-    shared = {arch: len(there & layers_of(arch.releases[0].name)[1].keys()) for arch in likely}
-    best = max(likely, key=lambda arch: shared[arch], default=None)
-    return best if best is not None and shared[best] else None
+    stems = {weight_names.stem_of(key).replace(".", "_") for key in keys}
+
+    def shared(arch: ArchSpec) -> tuple[bool, int, int]:
+        prefix, own = layers_of(arch.releases[0].name)
+        names = {name.removeprefix(f"{prefix}_") for name in own}
+        return own.keys() <= there, len(stems & names), len(there & own.keys())
+
+    best = max(likely, key=shared, default=None)
+    return best if best is not None and any(shared(best)) else None
 
 
 def given_of(file: FileTensors, model: Skeleton, checkpoint: Path | None = None) -> Given:

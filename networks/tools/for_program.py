@@ -148,12 +148,14 @@ class ForProgram:
 
     def layer(self, name: str) -> SavedLayer:
         """One of the trainer's layers, in the algorithm and with the magnitudes that the form has."""
-        saved = self.file.layers[name]
+        saved = _with_alpha(self.file.layers[name])
         with located(str(self.opened.path)):
             if not self.wanted.is_met(saved):
                 return self.wanted.made(saved, self.shape(name), self.weight)
         wanted = self.folds and saved.magnitude is not None
-        if saved.folded == wanted or saved.side(weight_geometry(self.shape(name))) == "input":
+        if saved.folded == wanted:
+            return saved
+        if saved.side(weight_geometry(self.shape(name))) == "input":
             return replace(saved, folded=wanted)
         return refolded(saved, self.needed_weight(name), wanted)
 
@@ -162,7 +164,9 @@ class ForProgram:
         if not self.form.dialect.program:
             for name in walk([*self.held]):
                 layer, before = self.layers[name], self.file.layers[name]
-                self.report.rows.append(kept(before, self.wanted.dtype) if layer == before else self._row(layer, name))
+                stays = layer.algorithm is before.algorithm and layer.folded == before.folded
+                same = stays and self.wanted.is_met(before)
+                self.report.rows.append(kept(before, self.wanted.dtype) if same else self._row(layer, name))
                 yield layer
             return
         makers = {target.name: (target, make) for target, make in self._makers()}
@@ -224,6 +228,12 @@ class ForProgram:
                 whole = self._update(share.saved_name).matrix()
             rows += [whole[start:stop] for start, stop in share.ranges]
         return Update(torch.cat(rows))
+
+
+def _with_alpha(saved: SavedLayer) -> SavedLayer:
+    """With the one that stands for scale 1, where its file has none: some readers take that for 1."""
+    rank = saved.algorithm.spec.shown_rank(saved.tensors)
+    return saved if saved.alpha is not None or not rank else replace(saved, alpha=float(rank))
 
 
 def _misfit(saved: SavedLayer, shape: Shape, dialect: Dialect) -> str:

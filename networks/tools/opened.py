@@ -81,12 +81,10 @@ class Opened:
         Raises:
             ValueError: the model is not known, and no checkpoint is given.
         """
-        try:
+        if not self._base or self._model:
             found = layers_of_model(self.arch, self.model)
-        except ValueError:
-            if not self._base:
-                raise
-            found = layers_of_model(self.arch, skeleton(self.arch.releases[0].name))  # its encoders' names are these
+        else:  # encoders have the same names at every size
+            found = layers_of_model(self.arch, skeleton(self.arch.releases[0].name))
             found = {name: one for name, one in found.items() if one.part is not self.arch.denoiser}
         for shapes in (Checkpoint(divided(given)[1]).shapes for given in self._base if not divided(given)[0]):
             for name, (trainer_name, target) in weight_names.layers(shapes, self.arch.denoiser).items():
@@ -117,12 +115,12 @@ class Opened:
 
     @functools.cached_property
     def _naming(self) -> Naming:
-        """Of the model: by the names in the checkpoints, if there are any."""
-        if self._base:
-            keys = {key for given in self._base for key in Checkpoint(divided(given)[1]).shapes}
-            found = naming_for(self.tensors, keys)
-            return found if found.arch is not None else replace(found, arch=arch_of(self.tensors, keys))
-        return Naming(self.arch) if self._layers_if_known else Naming()
+        """Of the model: the one that was said, or by the names in the checkpoints, or by those in the file."""
+        if not self._base or self._model:
+            return Naming(detect(self.model.unet)) if self._model or self._layers_if_known else Naming()
+        keys = {key for given in self._base for key in Checkpoint(divided(given)[1]).shapes}
+        arch = arch_of(self.tensors, keys)
+        return naming_for(self.tensors, keys) if arch is None else Naming(arch)
 
     @functools.cached_property
     def _shares(self) -> dict[str, tuple[Share, ...]]:
@@ -198,7 +196,10 @@ class Opened:
     def model_shape(self, name: str) -> tuple[int, ...]:
         """Of the weight of one of the trainer's layers that the file has; () = nothing tells."""
         layer, saved = self.model_layers.get(name), self.on_model.layers[name]
-        return layer.shape if layer is not None else saved.algorithm.shown_shape(saved.tensors) or ()
+        shown = (None if self.base is None else self.base.shape(name)) or saved.algorithm.shown_shape(saved.tensors)
+        if layer is None or (self._base and layer.part is not self.arch.denoiser):  # encoders come in several sizes
+            return shown or (() if layer is None else layer.shape)
+        return layer.shape
 
     def model_weight(self, name: str) -> Tensor | None:
         """The weight of one of the trainer's layers, in fp32 or wider; None = no checkpoint is given."""
