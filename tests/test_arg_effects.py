@@ -105,7 +105,7 @@ IN_THE_FORM = {"bypass_mode"}  # test_lycoris_entry.py
 BETWEEN_NETWORKS = {"mask_group_id"}  # test_tlora.py
 AFTER_A_CAST = {"adapter_dtype"}  # test_half_precision.py
 IN_FILES = {"save_format", "save_also", "save_dims"}  # test_dialects.py, test_save_also.py, test_resize.py
-IN_LOADING = {"allow_missing"}  # test_adapter_file.py
+IN_LOADING = {"allow_missing", "resume_resize"}  # test_adapter_file.py, test_resume_resize.py
 STOPPING = {"help", "dry_run"}  # test_stops.py
 
 

@@ -35,6 +35,7 @@ from .additive import Additive
 from .base import kaiming_
 from .saved import Count, Layout, alike, concatenated, each, there, wide_dtype
 
+HALVES = ("w1", "w2")
 LARGE = 5120  # a dim above it means a whole second factor, whatever the width
 Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
 
@@ -289,18 +290,17 @@ class LoKr(Additive):
     ) -> dict[str, Tensor]:
         """Of each factor that has ranks the nearest one: its relative error is that of the Kronecker product."""
         own = {name: tensors[key] for name, key in cls.spec.keys.items() if key in tensors}
-        if not {"w1_a", "w2_a"} & own.keys():
+        p, low = {name: t.double() for name, t in own.items()}, [half for half in HALVES if f"{half}_a" in own]
+        if not low:
             raise ValueError("both factors of this LoKr are whole: it has no ranks")
-        p = {name: t.double() for name, t in own.items()}
-        low = [half for half in ("w1", "w2") if f"{half}_a" in p]
-        if core and "t2" in p:
+        if "t2" in p and core:
             left, p["t2"], p["w2_b"] = nearest_tucker(p["w2_a"].T, p["t2"], p["w2_b"], count)
             p["w2_a"], count = left.T, functools.partial(_given, len(p["w2_b"]))
             low.remove("w2")
         elif "t2" in p:
             p["w2_a"], p["w2_b"] = p["w2_a"].T, core_times_right(p.pop("t2"), p["w2_b"]).flatten(1)
-        pairs = [(p[f"{half}_a"], p[f"{half}_b"]) for half in low]
-        for half, (left, right) in zip(low, nearest_products(pairs, count) if pairs else (), strict=True):
+        pairs = nearest_products([(p[f"{half}_a"], p[f"{half}_b"]) for half in low], count)
+        for half, (left, right) in zip(low, pairs, strict=True):
             p |= {f"{half}_a": left, f"{half}_b": right}
         return {cls.spec.keys[name]: t.to(own[name].dtype).contiguous() for name, t in p.items()}
 
@@ -308,23 +308,33 @@ class LoKr(Additive):
         """A factor may be whole here and a product in the file, or the other way about: the dim decides that."""
         rank, wanted = self.spec.shown_rank(tensors), self.laid_out.rank
         scale = alpha / rank if alpha and rank else 1.0
-        p = {name: tensors[key] for name, key in self.spec.keys.items() if key in tensors}
-        if tuple(p["w1"].shape if "w1" in p else (len(p["w1_a"]), p["w1_b"].shape[1])) != self._w1_shape():
-            return tensors, alpha  # of another factor
-        for half in ("w1", "w2"):
-            if half in self.laid_out.shapes and half not in p:
-                p[half] = self._made_whole(p, half)
-            elif half not in self.laid_out.shapes and half in p:
-                p |= self._divided(p.pop(half), half)
+        if self._first_shape(tensors) != self._w1_shape():  # of another factor
+            return tensors, alpha
+        p = self._in_form({name: tensors[key] for name, key in self.spec.keys.items() if key in tensors})
         found = {self.spec.keys[name]: t for name, t in p.items()}
         if wanted is None:
             key = self.spec.keys["w1"]
             return {**found, key: found[key] * scale}, None
-        ranks = [len(p[f"{half}_b"]) for half in ("w1", "w2") if half not in p]
-        if max(ranks) > wanted:
+        if max(len(p[name]) for name in ("w1_b", "w2_b") if name in p) > wanted:
             core = "t2" in self.laid_out.shapes
             found = self.nearest(found, lambda values: min(wanted, len(values)), core=core)
         return self.grown(found, self.pack()), scale * wanted
+
+    @staticmethod
+    def _first_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(A, C)."""
+        whole = tensors.get("lokr_w1")
+        left, right = (whole, whole) if whole is not None else (tensors["lokr_w1_a"], tensors["lokr_w1_b"])
+        return len(left), right.shape[1]
+
+    def _in_form(self, p: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each factor whole, or a product, as it is here: exact, or as nearly as this dim allows."""
+        for half in HALVES:
+            if half in self.laid_out.shapes and half not in p:
+                p[half] = self._made_whole(p, half)
+            elif half not in self.laid_out.shapes and half in p:
+                p |= self._divided(p.pop(half), half)
+        return p
 
     def _made_whole(self, p: dict[str, Tensor], half: str) -> Tensor:
         """A factor [.., .., *kernel] that is a product in a file, whose tensors go."""
@@ -335,18 +345,14 @@ class LoKr(Additive):
         return found.reshape(len(left), -1, *(self.geometry.kernel if half == "w2" else ())).to(wide_dtype(left))
 
     def _divided(self, whole: Tensor, half: str) -> dict[str, Tensor]:
-        """The other way about, as nearly as this dim allows."""
-        count, dtype = functools.partial(_given, self.dim), wide_dtype(whole)
-        one = torch.eye(whole.shape[1], dtype=torch.float64, device=whole.device)
-        if f"t{half[1]}" in self.laid_out.shapes:
-            left_one = torch.eye(len(whole), dtype=torch.float64, device=whole.device)
-            left, core, right = nearest_tucker(left_one, whole.double(), one, count)
-            found = {"w2_a": left.T, "t2": core, "w2_b": right}
-        else:
-            flat = whole.double().flatten(1)
-            left, right, _ = refactor(*_thinner(flat), self.dim)
-            found = {f"{half}_a": left, f"{half}_b": right}
-        return {name: t.to(dtype) for name, t in found.items()}
+        """The other way about."""
+        wide, dtype = whole.double(), wide_dtype(whole)
+        if half == "w2" and "t2" in self.laid_out.shapes:
+            rows, columns = (torch.eye(size, dtype=wide.dtype, device=wide.device) for size in wide.shape[:2])
+            left, core, right = nearest_tucker(rows, wide, columns, functools.partial(_given, self.dim))
+            return {"w2_a": left.T.to(dtype), "t2": core.to(dtype), "w2_b": right.to(dtype)}
+        left, right, _ = refactor(*_thinner(wide.flatten(1)), self.dim)
+        return {f"{half}_a": left.to(dtype), f"{half}_b": right.to(dtype)}
 
     @classmethod
     def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:

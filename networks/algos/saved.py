@@ -111,16 +111,16 @@ def with_ranks(own: Tensor, start: Tensor, parts: int = 1, still: bool = False) 
 
     Args:
         own: [A, B, ...].
-        start: [A', B', ...], where A' and B' are equal to A and B or of a higher rank: what the new ranks are.
+        start: [A', B', ...], each as A and B or longer: what the new ranks are.
         parts: of which it is a stack; the new ranks are behind those of each.
         still: the new ranks are 0.
     """
-    if own.shape[:2] == start.shape[:2] or any(old > new for old, new in zip(own.shape[:2], start.shape, strict=False)):
+    sizes = [*zip(own.shape[:2], start.shape[:2], strict=False)]
+    if all(old == new for old, new in sizes) or any(old > new for old, new in sizes):
         return own
-    found = start.reshape(*start.shape[:2], *own.shape[2:]).to(own.device, wide_dtype(own))
-    rows, columns = (_places(old, new, parts).to(own.device) for old, new in zip(own.shape, start.shape, strict=False))
-    found = found * (not still)
-    if len(rows) < len(found) and len(columns) < found.shape[1]:  # a core, in which old and new ones do not mix yet
+    found = start.reshape(*start.shape[:2], *own.shape[2:]).to(own.device, wide_dtype(own)) * (not still)
+    rows, columns = (_places(old, new, parts).to(own.device) for old, new in sizes)
+    if all(old < new for old, new in sizes):  # a core, in which old and new ones do not mix yet
         found[rows], found[:, columns] = 0, 0
     found[rows[:, None], columns] = own.to(found)
     return found.to(own.dtype)

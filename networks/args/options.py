@@ -117,6 +117,7 @@ class Options(TypedDict, total=False):
     diagnose_steps: int
     bypass_mode: bool
     allow_missing: bool
+    resume_resize: bool
     adapter_dtype: Literal["host", "fp32"]
     verbose: bool
     allow_unknown: bool

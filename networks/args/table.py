@@ -487,6 +487,15 @@ _ROWS: tuple[Arg, ...] = (
         _OTHER,
     ),
     Arg(
+        "resume_resize",
+        "bool",
+        False,
+        "layers of --network_weights with other dims than this network's are grown or made smaller as they are loaded: "
+        "with more ranks the update stays and the new ones begin at their start, with fewer it is the nearest one, and "
+        "the log says how near. States of a trainer (--resume) are not resized",
+        _OTHER,
+    ),
+    Arg(
         "adapter_dtype",
         "choice",
         "host",

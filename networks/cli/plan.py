@@ -31,8 +31,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..args.coerce import named, nearest
+from ..args.coerce import coerce, named, nearest
 from ..args.parse import Problems
+from ..args.table import BY_NAME
 from ..hosts.trainer_scripts import MUSUBI, SCRIPTS, SD_SCRIPTS, Script
 from ..models.releases import RELEASES, arch_of, others_of
 from .args import STANDS_FOR, Module
@@ -343,12 +344,15 @@ def _check_values(entry: Any, model: Skeleton, run: TrainerRun, plan: Any, probl
     theirs = {row.saved_name: row for row in found.trained}
     both = [(row, theirs[row.saved_name]) for row in plan.trained if row.saved_name in theirs]
     other = [(row, one) for row, one in both if row.layout.shapes != one.layout.shapes]
-    if other:
+    resizes = coerce(BY_NAME["resume_resize"], run.words.get("resume_resize", False))
+    if other and all(row.algo == one.algo for row, one in other) and resizes:
+        run.notes.append(f"--network_weights {file}: {len(other)} layers get other ranks as they are loaded")
+    elif other:
         row, one = other[0]
         problems.add(
             f"--network_weights {file}: {len(other)} layers have another form in it, such as {row.saved_name}, "
             f"{one.algo} of dim {one.dim}, here {row.algo} of dim {row.dim}: write its options (kohya-networks show "
-            f"{file} --as_args), or --dim_from_weights"
+            f"{file} --as_args), or --dim_from_weights; resume_resize=True gives a file of other dims these ranks"
         )
         problems.raise_if_any()
     new = len(plan.trained) - len(both)

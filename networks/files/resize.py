@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._errors import located
 from ..algos import ALGOS, Adapter
-from ..algos.saved import Count
+from ..algos.saved import Count, wide_dtype
 from ..foreign.texts import parse_json
 from ..records import ALGORITHMS
 from ..tensors.norms import weight_geometry
@@ -123,7 +123,8 @@ def fitted(saved: SavedLayer, adapter: Adapter) -> SavedLayer:
         ValueError: it does not fit the weight, or its algorithm has no ranks.
     """
     saved.describe(adapter.geometry)
-    tensors, alpha = adapter.resized(saved.tensors, saved.alpha)
+    wide = {suffix: t.to(wide_dtype(t)) if t.is_floating_point() else t for suffix, t in saved.tensors.items()}
+    tensors, alpha = adapter.resized(wide, saved.alpha)
     return replace(saved, tensors=dict(tensors), alpha=alpha)
 
 

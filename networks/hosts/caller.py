@@ -312,7 +312,7 @@ class Caller:
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, plan.file_format)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"
-        network.allowance = Allowance(a.allow_missing)
+        network.allowance, network.resizes = Allowance(a.allow_missing), a.resume_resize
         layers = f", {len(plan.trained)} layers" if for_inference else ""
         log.info("%s %s from %s: %s%s", self.name, __version__, origin(self.name), plan.title, layers)
         network.tell_warnings()

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from ..files import codec
+import torch
+
+from ..algos import Adapter
+from ..files import codec, resize
 from ..files.adapter_file import AdapterFile
 from ..files.codec import SavedLayer
 from ..files.places import Allowance, Missing, find_missing, part_of
 from ..layers.adapted import AdaptedLayer
 from ..plan.plan import PlanRow
+from ..tensors.seeding import seeded
 
 log = logging.getLogger(__name__)
 
 NAMED = 5  # layers in a message
+EXACT = 1e-6  # of the update: what rounding to fp32 takes
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Places:
         unwanted: saved names of layers that its call left out.
         title: of the network, for messages.
         allowance: what of a file may be without a place.
+        resizes: layers of a file with other ranks get those of the network.
     """
 
     layers: Mapping[str, tuple[PlanRow, AdaptedLayer]]
@@ -38,6 +47,7 @@ class Places:
     unwanted: Collection[str]
     title: str
     allowance: Allowance
+    resizes: bool = False
 
     def own(self, name: str) -> str:
         """The network's name of a file's layer; "" if it has none."""
@@ -52,6 +62,7 @@ def match(file: AdapterFile, places: Places) -> tuple[dict[str, SavedLayer], Mis
     """
     _check_read(file, places)
     found = {own: saved for name, saved in file.layers.items() if (own := places.own(name)) in places.layers}
+    found = _with_ranks(file, found, places) if places.resizes else found
     _check_fit(file, found, places)
     if not found:
         raise ValueError(_nothing(file, places))
@@ -72,6 +83,53 @@ def _check_read(file: AdapterFile, places: Places) -> None:
             raise ValueError(f"{text}; {places.allowance.remedy} goes on without such layers")
 
 
+def _with_ranks(file: AdapterFile, found: Mapping[str, SavedLayer], places: Places) -> dict[str, SavedLayer]:
+    """The layers with the ranks of the network's, and the log says how near they are. What fits no rank stays as it is,
+    for the check."""
+    resized, lost, whole = dict(found), list[float](), list[float]()
+    counts = Counter[tuple[int, int]]()
+    for own, saved in found.items():
+        row, layer = places.layers[own]
+        if layer.adapter.spec.file_algo != saved.algorithm.spec.file_algo or _fits(layer, saved):
+            continue
+        with contextlib.suppress(ValueError), seeded(0):  # the trainer's own draws do not depend on it
+            resized[own] = resize.fitted(saved, _at_start(row, layer))
+            counts[_rank(saved), _rank(resized[own])] += 1
+            base = layer.whole_weight() if saved.algorithm.spec.relative else None
+            error, size = resize.distance(resized[own], saved, row.shape, base)
+            lost, whole = [*lost, error], [*whole, size]
+    if counts:
+        told = ", ".join(f"{count} from {old} to {new}" for (old, new), count in counts.items())
+        error = math.hypot(*lost) / (math.hypot(*whole) or 1.0)
+        log.info(
+            "%s: %d layers get the ranks of this network (%s); %s",
+            file.source, sum(counts.values()), told,
+            f"{error:.2%} of the update is lost" if error > EXACT else "the update is that of the file",
+        )  # fmt: skip
+    return resized
+
+
+def _fits(layer: AdaptedLayer, saved: SavedLayer) -> bool:
+    try:
+        layer.adapter.check_fits(saved.tensors)
+    except ValueError:
+        return False
+    return True
+
+
+def _rank(saved: SavedLayer) -> int:
+    return saved.algorithm.spec.shown_rank(saved.tensors) or 0
+
+
+def _at_start(row: PlanRow, layer: AdaptedLayer) -> Adapter:
+    """A new adapter of a layer, of which ranks are taken that its file has not."""
+    adapter = replace(row, init="default", init_seed=row.init_seed or 0, plus_unit=1.0).make_adapter()
+    if adapter.wants_base:
+        with torch.no_grad():
+            adapter.init_from_base(layer.whole_weight())
+    return adapter
+
+
 def _check_fit(file: AdapterFile, found: Mapping[str, SavedLayer], places: Places) -> None:
     wrong = []
     for own, saved in found.items():
@@ -81,9 +139,24 @@ def _check_fit(file: AdapterFile, found: Mapping[str, SavedLayer], places: Place
             wrong.append(f"{saved.name}: {error}")
     if wrong:
         raise ValueError(
-            f"{file.source} does not fit this network in {len(wrong)} layers, e.g. {wrong[0]}; use the dim and "
-            "arguments it was trained with, or --dim_from_weights, which takes them from the file"
+            f"{file.source} does not fit this network in {len(wrong)} layers, e.g. {wrong[0]}; {_remedy(found, places)}"
         )
+
+
+def _remedy(found: Mapping[str, SavedLayer], places: Places) -> str:
+    """What to do about layers that do not fit."""
+    dims = Counter[int]()
+    for own, saved in found.items():
+        adapter = places.layers[own][1].adapter
+        rank, wanted = _rank(saved), adapter.laid_out.saved_rank
+        if wanted and rank != wanted and adapter.spec.file_algo == saved.algorithm.spec.file_algo:
+            dims[rank * adapter.dim // wanted] += 1
+    if not any(dims) or places.resizes:
+        return "use the dim and arguments it was trained with, or --dim_from_weights, which takes them from the file"
+    return (
+        f"give the dim of the file, network_dim={dims.most_common(1)[0][0]} (or --dim_from_weights), or "
+        "resume_resize=True, which gives its layers the ranks of this network (kohya-networks resize makes such a file)"
+    )
 
 
 def _check(layer: AdaptedLayer, saved: SavedLayer) -> None:

@@ -99,6 +99,7 @@ class Network(nn.Module):
         self._merged_at: float | Tensor | None = None  # the multiplier that the base weights have it at, if they do
         self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
         self.allowance = Allowance()  # what of a file may be without a place
+        self.resizes = False  # layers of a file with other ranks
         self._roots = dict(roots)
         self.timesteps: dict[str, Timestep] = {}  # part name -> how the forward of its root is told the time
         self.clock = Clock()
@@ -497,7 +498,7 @@ class Network(nn.Module):
         held = {prefixes[row.part] for row, _ in self.layers if row.part in prefixes}
         unwanted = {name for row in self.plan.rows if row.unwanted for name in (row.saved_name, row.own_saved_name)}
         known = {*prefixes.values()}
-        return Places(self._layers, self._aliases, held, known, unwanted, self.plan.title, self.allowance)
+        return Places(self._layers, self._aliases, held, known, unwanted, self.plan.title, self.allowance, self.resizes)
 
     def _follow_scales(self) -> None:
         """After a load: the plan states the scale that is in force, and the log says where it is another."""

@@ -27,7 +27,7 @@ _BY_NUMBER = {
 }  # fmt: skip
 _STANDS_FOR = {"enable_conv": "conv_dim"}
 # What else than dims, alphas and options of an algorithm a file decides.
-_FORM = frozenset({"algo", "preset", "train_norm", "rs_lora", "init", "init_seed"})
+_FORM = frozenset({"algo", "preset", "train_norm", "rs_lora", "init", "init_seed", "resume_resize"})
 
 
 def review(plan: Plan, request: Request, used: Collection[By], problems: Problems) -> list[str]:

@@ -151,7 +151,7 @@ def nearest_products(
     """
     pieces = [piece for left, right in pairs for piece in zip(left.chunk(parts, 1), right.chunk(parts), strict=True)]
     found = [refactor(left, right) for left, right in pieces]
-    kept = max(count(s) for *_, s in found)
+    kept = max((count(s) for *_, s in found), default=0)
     lefts = [
         F.pad(new * left.any(1, keepdim=True), (0, kept - new.shape[1]))
         for (left, _), (new, *_) in zip(pieces, found, strict=True)

@@ -93,7 +93,6 @@ class _Job:
 
     Attributes:
         way: that is taken, "first", "nearest" or "grow".
-        algo: that all layers have now; "" = those which they had.
         notes: for the user.
 
     Raises:
@@ -107,19 +106,21 @@ class _Job:
         self.trained_by, self.notes = trained_by(opened.metadata), list[str]()
         nested = self.trained_by is not None and self.trained_by.spec.nested
         self.way = way or ("first" if nested and not rule.rule else "nearest")
-        self.largest: dict[bool, int] = {}
+        if way == "first" and not nested:
+            self.notes.append("it does not say that DyLoRA trained it: the cut ranks are lost")
         layers = [*opened.own.layers.values()]
+        self.largest: dict[bool, int] = {}
         for saved in layers:
             kernel = self._kernel(saved.name)
             self.largest[kernel] = max(self.largest.get(kernel, 0), ranks_of(saved))
         self._check(layers)
-        if way == "first" and not nested:
-            self.notes.append("it does not say that DyLoRA trained it: the cut ranks are lost")
         self.as_lora = self._better_as_lora([saved for saved in layers if self._changes(saved)])
-        with_ranks = {saved.algorithm for saved in layers if ranks_of(saved)}
-        self.algo = LORA.name if self.as_lora and not any(one.nearest_is_best for one in with_ranks) else ""
-        if any(saved.magnitude is not None for saved in layers) and opened.base is None:
-            self.notes.append("errors of DoRA layers are of the change without magnitudes; --base has theirs")
+
+    @property
+    def algo(self) -> str:
+        """That all layers have now; "" = those which they had."""
+        exact = any(ranks_of(saved) and saved.algorithm.nearest_is_best for saved in self.opened.own.layers.values())
+        return LORA.name if self.as_lora and not exact else ""
 
     def resized(self, name: str) -> tuple[SavedLayer, Row]:
         """A layer as the file has it, and what it became."""
@@ -211,16 +212,23 @@ class _Job:
     def _row(self, new: SavedLayer, old: SavedLayer) -> Row:
         """With the error of what stands in the file."""
         before, rank = (one.algorithm.spec.shown_rank(one.tensors) or 0 for one in (old, new))
-        became = f"{'fewer' if rank < before else 'more'} ranks" if rank != before else ""
-        became = became if new.algorithm is old.algorithm else new.algorithm.spec.name
+        became = "" if rank == before else f"{'fewer' if rank < before else 'more'} ranks"
+        if new.algorithm is not old.algorithm:
+            became = new.algorithm.spec.name
         row, dtype = Row(dotted.shown(old.name), became, rank or None, None), self.dtype
         if dtype is not None:
             new = replace(new, tensors={suffix: t.to(dtype) for suffix, t in new.tensors.items()})
-        weight = None
-        if old.magnitude is not None or old.algorithm.spec.relative:
-            weight = self.opened.weight(old.name)
         try:
-            error, size = distance(new, old, () if weight is None else tuple(weight.shape), weight)
+            error, size = self._distance(new, old)
         except NeedsBase:
-            return replace(row, error=0.0) if new is old else row
+            return replace(row, error=0.0 if new is old else None)
         return replace(row, error=error / size if size else error, size=size)
+
+    def _distance(self, new: SavedLayer, old: SavedLayer) -> tuple[float, float]:
+        """As `distance`; of layers with magnitudes, and of those whose change depends on it, with the weight if there
+        is one."""
+        wants = old.magnitude is not None or old.algorithm.spec.relative
+        weight = self.opened.weight(old.name) if wants else None
+        if old.magnitude is not None and weight is None and not any("DoRA" in note for note in self.notes):
+            self.notes.append("errors of DoRA layers are of the change without magnitudes; --base has theirs")
+        return distance(new, old, () if weight is None else tuple(weight.shape), weight)

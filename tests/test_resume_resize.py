@@ -1,0 +1,138 @@
+"""resume_resize: a training of another dim goes on from a file, whose update stays."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_parts import draw, randomise, sd_unet
+from toy_models import signal, toy
+
+import networks.lora
+import networks.lora_flux
+
+CASES = {  # arguments of the file and of the network
+    "lora": {"conv_dim": "4"},
+    "tucker": {"conv_dim": "4", "use_tucker": "True"},
+    "dora": {"use_dora": "True"},
+    "reparam": {"loraplus_lr_ratio": "4", "loraplus_mode": "reparam", "use_scalar": "True"},
+    "rs_lora": {"rs_lora": "True", "save_format": "blissful"},
+    "lora_fa": {"algo": "lora_fa"},
+    "dylora": {"algo": "dylora"},
+    "loha": {"algo": "loha", "conv_dim": "4"},
+    "lokr": {"algo": "lokr", "conv_dim": "4", "factor": "2"},
+    "glora": {"algo": "glora"},
+    "tlora": {"algo": "tlora", "alpha_rank_scale": "0"},
+}
+
+
+def attached(dim: int, unet: torch.nn.Module, **arguments: str) -> Any:
+    some = r".*(attn2|resnets.*conv1).*" if "conv_dim" in arguments else ".*attn2.*"
+    network = networks.lora.create_network(1.0, dim, 3, None, None, unet, only_patterns=some, **arguments)
+    network.apply_to(None, unet, False, True)
+    return network.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_with_more_ranks(case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments, file = CASES[case], str(tmp_path / "a.safetensors")
+    first = attached(4, unet := sd_unet(), **arguments)
+    randomise(first)
+    first.save_weights(file, None, {})
+    drawn = draw(unet).detach()
+    first.detach()
+    more = {**arguments, **({"conv_dim": "9"} if "conv_dim" in arguments else {})}
+    torch.manual_seed(5)
+    second = attached(9, unet, **more, resume_resize="True")
+    state = torch.get_rng_state()
+    with caplog.at_level(logging.INFO, "networks"):
+        second.load_weights(file)
+    assert torch.equal(torch.get_rng_state(), state)  # what the trainer draws next does not depend on it
+    assert "the update is that of the file" in caplog.text
+    torch.testing.assert_close(draw(unet), drawn, atol=2e-5, rtol=2e-5)
+    (draw(unet) - 1).square().mean().backward()
+    moved = 0
+    for row, layer in second.layers:
+        for name, p in layer.adapter.named_parameters():
+            axes = [axis for axis in range(p.dim()) if p.shape[axis] == 9 and name in layer.adapter.spec.grows]
+            for axis in axes:
+                assert p.grad is not None
+                gradients = p.grad.movedim(axis, 0).flatten(1).abs().sum(1)
+                assert bool((gradients > 0).all()), (row.saved_name, name)
+                moved += 1
+    assert moved > (0 if case == "lokr" else len(second.layers) - 1)  # whole factors of LoKr have no ranks
+    second.save_weights(str(tmp_path / "b.safetensors"), None, {})
+    second.detach()
+    again = attached(9, unet, **more)  # a file of its own dim is what is written
+    again.load_weights(str(tmp_path / "b.safetensors"))
+    torch.testing.assert_close(draw(unet), drawn, atol=2e-5, rtol=2e-5)
+
+
+def test_fewer_ranks_are_the_nearest_and_the_log_says_how_near(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, small = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    first = attached(6, sd_unet())
+    randomise(first)
+    first.save_weights(file, None, {})
+    second = attached(2, sd_unet(), resume_resize="True")
+    with caplog.at_level(logging.INFO, "networks"):
+        second.load_weights(file)
+    second.save_weights(small, None, {})
+    lost = whole = 0.0
+    before, after = load_file(file), load_file(small)
+    for key in [key for key in before if key.endswith(".alpha")]:
+        name = key.removesuffix(".alpha")
+        old, new = (
+            (t[key].double() / len(t[f"{name}.lora_down.weight"]))
+            * t[f"{name}.lora_up.weight"].double().flatten(1)
+            @ t[f"{name}.lora_down.weight"].double().flatten(1)
+            for t in (before, after)
+        )
+        s = torch.linalg.svdvals(old)
+        assert float((new - old).norm()) == pytest.approx(float(s[2:].norm()), rel=1e-4)
+        lost, whole = lost + float((new - old).norm()) ** 2, whole + float(s.norm()) ** 2
+    assert f"{(lost / whole) ** 0.5:.2%} of the update is lost" in caplog.text
+
+
+@pytest.mark.parametrize("algo", ("lora", "loha", "dylora"))
+def test_stacks_stay_stacks(algo: str, tmp_path: Path) -> None:
+    model, file = toy("flux")["dit"], str(tmp_path / "a.safetensors")
+
+    def network(dim: int, **more: str) -> Any:
+        made = networks.lora_flux.create_network(
+            1.0, dim, 2, None, [None, None], model, algo=algo, split_qkv="True", **more
+        )
+        made.apply_to([None, None], model, False, True)
+        return made
+
+    first = network(2)
+    randomise(first)
+    first.save_weights(file, None, {})
+    first.eval()
+    expected = model(signal()).detach()
+    first.detach()
+    second = network(5, resume_resize="True")
+    second.load_weights(file)
+    second.eval()
+    torch.testing.assert_close(model(signal()), expected, atol=1e-5, rtol=1e-5)
+    second.detach()
+
+
+def test_without_it_the_error_names_both_ways(tmp_path: Path) -> None:
+    file = str(tmp_path / "a.safetensors")
+    attached(4, sd_unet()).save_weights(file, None, {})
+    other = attached(8, sd_unet())
+    with pytest.raises(ValueError, match="network_dim=4 .*resume_resize=True.*kohya-networks resize"):
+        other.load_weights(file)
+    other = attached(8, sd_unet(), algo="loha", resume_resize="True")
+    with pytest.raises(ValueError, match="the file has lora, this network has loha"):
+        other.load_weights(file)
+    read, _ = networks.lora.create_network_from_weights(
+        1.0, file, None, None, sd_unet(), resume_resize="True"
+    )  # which the file's dims leave nothing to do
+    assert any("resume_resize: not used, the file decides" in note for note in read.plan.notes)
