@@ -343,22 +343,31 @@ def _check_values(entry: Any, model: Skeleton, run: TrainerRun, plan: Any, probl
     found = entry.planned(HOSTS[run.host], None, None, encoders, model.unet, raw, problems, FileTensors(file), file)
     theirs = {row.saved_name: row for row in found.trained}
     both = [(row, theirs[row.saved_name]) for row in plan.trained if row.saved_name in theirs]
-    other = [(row, one) for row, one in both if row.layout.shapes != one.layout.shapes]
-    resizes = coerce(BY_NAME["resume_resize"], run.words.get("resume_resize", False))
-    if other and all(row.algo == one.algo for row, one in other) and resizes:
-        run.notes.append(f"--network_weights {file}: {len(other)} layers get other ranks as they are loaded")
-    elif other:
-        row, one = other[0]
-        problems.add(
-            f"--network_weights {file}: {len(other)} layers have another form in it, such as {row.saved_name}, "
-            f"{one.algo} of dim {one.dim}, here {row.algo} of dim {row.dim}: write its options (kohya-networks show "
-            f"{file} --as_args), or --dim_from_weights; resume_resize=True gives a file of other dims these ranks"
-        )
-        problems.raise_if_any()
+    if other := [(row, one) for row, one in both if row.layout.shapes != one.layout.shapes]:
+        _check_forms(other, file, run, problems)
     new = len(plan.trained) - len(both)
     run.notes.append(
         f"--network_weights {file}: training goes on from its values" + f", {new} layers start anew" * bool(new)
     )
+
+
+def _check_forms(other: Sequence[tuple[Any, Any]], file: str, run: TrainerRun, problems: Problems) -> None:
+    """Layers of a file may have other ranks than here if that is asked for, and no other form.
+
+    Raises:
+        ValueError: they have.
+    """
+    resizes = coerce(BY_NAME["resume_resize"], run.words.get("resume_resize", False))
+    if resizes and all(row.algo == one.algo for row, one in other):
+        run.notes.append(f"--network_weights {file}: {len(other)} layers get other ranks as they are loaded")
+        return
+    row, one = other[0]
+    problems.add(
+        f"--network_weights {file}: {len(other)} layers have another form in it, such as {row.saved_name}, {one.algo} "
+        f"of dim {one.dim}, here {row.algo} of dim {row.dim}: write its options (kohya-networks show {file} "
+        "--as_args), or --dim_from_weights; resume_resize=True gives a file of another dim these ranks"
+    )
+    problems.raise_if_any()
 
 
 def _rated(plan: Any, model: Skeleton, run: TrainerRun, problems: Problems) -> Any:
