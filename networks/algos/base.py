@@ -62,7 +62,6 @@ class Adapter(nn.Module):
 
     spec: AlgoSpec
     magnitudes: ClassVar[bool] = True  # whether magnitudes of DoRA can stand beside it in a file
-    nearest_is_best: ClassVar[bool] = True  # no other layer of that rank is nearer than that of `nearest`
 
     scalar: nn.Parameter | None
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them

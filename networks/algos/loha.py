@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from ..records.loha import LOHA
 from ..tensors.geometry import Geometry, RowRanges
-from ..tensors.low_rank import Gate, low_rank, nearest_products, sum_norm_sq
+from ..tensors.hadamard import nearest_hadamard
+from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right, nearest_tucker
+from ..tensors.updates import Update
 from .additive import Additive
 from .saved import (
     Count,
@@ -42,7 +44,6 @@ from .saved import (
 
 class LoHa(Additive):
     spec = LOHA
-    nearest_is_best = False
 
     w2_a: nn.Parameter
 
@@ -188,19 +189,40 @@ class LoHa(Additive):
     def nearest(
         cls, tensors: Mapping[str, Tensor], count: Count, parts: int = 1, core: bool = False
     ) -> dict[str, Tensor]:
-        """Of each half the nearest one: there is no closed form of the nearest product of two."""
-        own, p = tensors, {key: t.double() for key, t in tensors.items()}
-        if core and "hada_t1" in own:
+        """A near one: there is no closed form. With a core each half keeps its first directions."""
+        p = {name: tensors[key].double() for name, key in cls.spec.keys.items() if key in tensors}
+        if core and "t1" in p:
             for n in (1, 2):
-                a, t, b = (f"hada_{key}" for key in (f"w{n}_a", f"t{n}", f"w{n}_b"))
+                a, t, b = f"w{n}_a", f"t{n}", f"w{n}_b"
                 left, p[t], p[b] = nearest_tucker(p[a].T, p[t], p[b], count)
                 p[a] = left.T
         else:
-            halves = [cls._half({name: p[key] for name, key in cls.spec.keys.items() if key in p}, n) for n in (1, 2)]
-            for n, (left, right) in enumerate(nearest_products(halves, count, parts), 1):
-                p |= {f"hada_w{n}_a": left, f"hada_w{n}_b": right}
-                p.pop(f"hada_t{n}", None)
-        return {key: t.to(own[key].dtype).contiguous() for key, t in p.items()}
+            p |= cls._near(cls._half(p, 1), cls._half(p, 2), count, parts)
+            p = {name: t for name, t in p.items() if name not in ("t1", "t2")}
+        return {cls.spec.keys[name]: t.to(tensors[cls.spec.keys[name]].dtype).contiguous() for name, t in p.items()}
+
+    @staticmethod
+    def _near(
+        first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], count: Count, parts: int
+    ) -> dict[str, Tensor]:
+        """w1_a, w1_b, w2_a and w2_b; of each part by itself, on the rows which it has."""
+        pieces = list[tuple[Tensor, Update, tuple[Tensor, Tensor, Tensor]]]()
+        chunks = (zip(a.chunk(parts, 1), b.chunk(parts), strict=True) for a, b in (first, second))
+        for (a1, b1), (a2, b2) in zip(*chunks, strict=True):
+            rows = (a1.any(1) & a2.any(1)).nonzero().flatten() if parts > 1 else torch.arange(len(a1))
+            change = Update((a1[rows] @ b1) * (a2[rows] @ b2))
+            pieces.append((rows, change, change.decomposed()))
+        kept = max(count(s) for *_, (_, s, _) in pieces)
+        found = list[tuple[Tensor, ...]]()
+        for rows, change, (u, s, vh) in pieces:
+            fit = nearest_hadamard(change.matrix(), u[:, :kept], s[:kept], vh[:kept])
+            lefts = [first[0].new_zeros(len(first[0]), kept).index_put((rows,), left) for left in fit[::2]]
+            found.append((lefts[0], fit[1], lefts[1], fit[3]))
+        names = ("w1_a", "w1_b", "w2_a", "w2_b")
+        joined = (
+            torch.cat(factors, axis) for factors, axis in zip(zip(*found, strict=True), (1, 0, 1, 0), strict=True)
+        )
+        return dict(zip(names, joined, strict=True))
 
     @classmethod
     def shown_shape(cls, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from ..files import dotted
 from ..files.codec import SavedLayer
 from ..files.joining import update_of
 from ..tensors.factor import factorization
+from ..tensors.hadamard import nearest_hadamard
 from ..tensors.kronecker import nearest_kronecker
 from ..tensors.updates import Update
 from .ranks import RankRule
@@ -184,46 +185,13 @@ def _lokr(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
     return SavedLayer(name, LoKr, tensors, float(len(s)))
 
 
-_ROUNDS = 3  # of the fit of a LoHa: the first gains most
-
-
 def _loha(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
-    """A LoRA is a LoHa whose second pair is 1 everywhere. From that on, where ranks are left out, each row of w1_a and
-    w2_a and each column of w1_b and w2_b is the best beside the others, in turns, so that the error never rises."""
     u, s, vh = form.kept(update, shape)
     _check_size(form, update, 2 * len(s))
-    root, rank = s.sqrt(), len(s)
-    factors = [u * root, root[:, None] * vh, torch.zeros_like(u), torch.ones_like(vh)]
-    factors[2][:, 0] = 1
-    if rank > 1 and rank < update.most_ranks:
-        generator = torch.Generator().manual_seed(0)
-        factors[3][1:] = torch.randn(rank - 1, vh.shape[1], generator=generator, dtype=vh.dtype).to(vh)
-        matrix = update.matrix()
-        for _ in range(_ROUNDS):
-            for mine in (2, 0):
-                other = factors[2 - mine] @ factors[3 - mine]
-                factors[mine] = _best_rows(matrix, factors[mine + 1], other, factors[mine])
-                factors[mine + 1] = _best_rows(matrix.T, factors[mine].T, other.T, factors[mine + 1].T).T
+    factors = nearest_hadamard(update.matrix(), u, s, vh)
     names = ("w1_a", "w1_b", "w2_a", "w2_b")
     tensors = {LoHa.spec.keys[key]: factor for key, factor in zip(names, factors, strict=True)}
-    return SavedLayer(name, LoHa, tensors, float(rank))
-
-
-def _best_rows(matrix: Tensor, right: Tensor, other: Tensor, former: Tensor) -> Tensor:
-    """[O, R] with the least ||matrix - other * (it @ right)||, row by row.
-
-    Args:
-        matrix, other: [O, J].
-        right: [R, J].
-        former: [O, R], which stays where nothing decides.
-    """
-    weights = other.square()
-    gram = torch.einsum("oj,rj,sj->ors", weights, right, right)
-    wanted = (other * matrix) @ right.T - torch.einsum("ors,os->or", gram, former)
-    size = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(len(right), dtype=gram.dtype, device=gram.device)
-    step = torch.linalg.solve(gram + 1e-10 * size[:, None, None] * eye, wanted[..., None])[..., 0]
-    return former + step
+    return SavedLayer(name, LoHa, tensors, float(len(s)))
 
 
 def _has_kernel(shape: Shape) -> bool:

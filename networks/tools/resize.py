@@ -14,12 +14,10 @@ import torch
 from .._errors import located
 from ..files import dotted, writer
 from ..files.codec import SavedLayer
-from ..files.joining import NeedsBase, update_of
+from ..files.joining import NeedsBase
 from ..files.keys import FileKeys
 from ..files.outputs import check_outputs
 from ..files.resize import cut, distance, grown, ranks_of, shrunk, trained_by
-from ..records.lora import LORA
-from .forms import Form
 from .metadata import told
 from .opened import Opened
 from .ranks import RankRule
@@ -79,7 +77,7 @@ def resize(
         with located(str(file)):
             report.check(max_error=max_error)
         ranks = [row.rank for row in report.rows if row.rank]
-        metadata |= told(opened.metadata, "resize", {"to": str(rule), "way": job.way}, job.algo, ranks)
+        metadata |= told(opened.metadata, "resize", {"to": str(rule), "way": job.way}, ranks=ranks)
     report.out, report.notes = target, job.notes
     return report
 
@@ -114,27 +112,22 @@ class _Job:
             kernel = self._kernel(saved.name)
             self.largest[kernel] = max(self.largest.get(kernel, 0), ranks_of(saved))
         self._check(layers)
-        self.as_lora = self._better_as_lora([saved for saved in layers if self._changes(saved)])
-
-    @property
-    def algo(self) -> str:
-        """That all layers have now; "" = those which they had."""
-        exact = any(ranks_of(saved) and saved.algorithm.nearest_is_best for saved in self.opened.own.layers.values())
-        return LORA.name if self.as_lora and not exact else ""
+        if any(self._changes(saved) and self._grows(self._kernel(saved.name)) for saved in layers):
+            self.way = "grow"
 
     def resized(self, name: str) -> tuple[SavedLayer, Row]:
         """A layer as the file has it, and what it became."""
         saved = self._here(self.opened.own.layers[name])
         if not self._changes(saved):
-            return saved, self._row(saved, saved)
+            return saved, self._row(saved, saved, exact=True)
         dim = self.rule.most(self._kernel(name))
         if self._grows(self._kernel(name)):
             new = self._grown(saved, dim or 1)
-            return new, replace(self._row(new, saved), error=0.0)
+            return new, self._row(new, saved, exact=True)
         if self.way == "first":
             new = cut(saved, dim or 1)
             return new, replace(self._row(new, saved), error=None)
-        new = self._as_lora(saved) if self.as_lora and not saved.algorithm.nearest_is_best else self._nearest(saved)
+        new = shrunk(saved, functools.partial(self.rule.count, kernel=self._kernel(name)))
         return new, self._row(new, saved)
 
     # -- which
@@ -169,23 +162,6 @@ class _Job:
         most = self.rule.most(kernel)
         return rank > 0 and (bool(self.rule.rule) or self._grows(kernel) or (most is not None and most < rank))
 
-    def _better_as_lora(self, layers: Sequence[SavedLayer]) -> bool:
-        """Whether those of an algorithm which has no nearest layer lose less as LoRA of that rank."""
-        own = [
-            saved
-            for saved in map(self._here, layers)
-            if not saved.algorithm.nearest_is_best and not self._grows(self._kernel(saved.name))
-        ]
-        if not own or self.rule.rule or self.way == "first":
-            return bool(own and self.rule.rule)
-        kept, lora = (
-            math.hypot(*(distance(make(saved), saved, ())[0] for saved in own))
-            for make in (self._nearest, self._as_lora)
-        )
-        name, less = own[0].algorithm.spec.name, "less" if lora < kept else "more"
-        self.notes.append(f"as LoRA of that rank {name} layers lose {less}: {lora:.4g} of {kept:.4g}")
-        return lora < kept
-
     # -- layers
 
     def _grown(self, saved: SavedLayer, dim: int) -> SavedLayer:
@@ -195,27 +171,21 @@ class _Job:
         shape = saved.algorithm.shown_shape(saved.tensors) or ()
         return grown(saved, dim, shape, algorithm, self.seed, functools.partial(self.opened.weight, name))
 
-    def _nearest(self, saved: SavedLayer) -> SavedLayer:
-        return shrunk(saved, functools.partial(self.rule.count, kernel=self._kernel(saved.name)))
-
-    def _as_lora(self, saved: SavedLayer) -> SavedLayer:
-        key, shape = saved.algorithm.spec.bias_key, self.opened.shape(saved.name) or ()
-        update = update_of(replace(saved, magnitude=None), shape)
-        made = Form(LORA.name, self.rule, dtype=next(iter(saved.tensors.values())).dtype)
-        layer = made.layer(saved.name, update, shape)
-        bias = {key: saved.tensors[key]} if key in saved.tensors else {}
-        return replace(layer, tensors={**layer.tensors, **bias}, magnitude=saved.magnitude)
-
     def _here(self, saved: SavedLayer) -> SavedLayer:
-        return replace(saved, tensors={suffix: t.to(self.device) for suffix, t in saved.tensors.items()})
+        tensors = {suffix: t.to(self.device) for suffix, t in saved.tensors.items()}
+        magnitude = None if saved.magnitude is None else saved.magnitude.to(self.device)
+        return replace(saved, tensors=tensors, magnitude=magnitude)
 
-    def _row(self, new: SavedLayer, old: SavedLayer) -> Row:
-        """With the error of what stands in the file."""
+    def _row(self, new: SavedLayer, old: SavedLayer, exact: bool = False) -> Row:
+        """With the error of what stands in the file.
+
+        Args:
+            new, old: the layer.
+            exact: the algebra is.
+        """
         before, rank = (one.algorithm.spec.shown_rank(one.tensors) or 0 for one in (old, new))
         became = "" if rank == before else f"{'fewer' if rank < before else 'more'} ranks"
-        if new.algorithm is not old.algorithm:
-            became = new.algorithm.spec.name
-        row, dtype = Row(dotted.shown(old.name), became, rank or None, None), self.dtype
+        row, dtype = Row(dotted.shown(old.name), became, rank or None, None, exact=exact), self.dtype
         if dtype is not None:
             new = replace(new, tensors={suffix: t.to(dtype) for suffix, t in new.tensors.items()})
         try:
