@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_parts import draw, randomise, sd_unet
 from toy_models import signal, toy
 
@@ -195,3 +197,108 @@ def test_what_cannot_be_cut_says_so(tool: ModuleType, tmp_path: Path, capsys: py
     assert "does not say that DyLoRA trained it" in capsys.readouterr().out
     assert tool.main([str(path), "--dims", "four"]) == 2
     assert "write 4,8,16" in capsys.readouterr().err
+
+
+def factors(path: str, O: int = 24, J: int = 16, R: int = 8) -> dict[str, torch.Tensor]:
+    """Of a layer whose singular values fall off, under PEFT's names."""
+    falling = 0.6 ** torch.arange(R)
+    return {f"{path}.lora_A.weight": falling[:, None] * torch.randn(R, J), f"{path}.lora_B.weight": torch.randn(O, R)}
+
+
+RULES = [  # with how many of these singular values stay, by a loop over them
+    (RankRule(3), lambda s: 3),
+    (RankRule(None, "energy", 0.9), lambda s: fewest(s**2, 0.9)),
+    (RankRule(None, "sv_fro", 0.9), lambda s: fewest(s**2, 0.81)),
+    (RankRule(None, "sv_cumulative", 0.8), lambda s: fewest(s, 0.8)),
+    (RankRule(2, "sv_ratio", 5.0), lambda s: min(2, sum(value >= s[0] / 5 for value in s))),
+]
+
+
+def fewest(values: torch.Tensor, share: float) -> int:
+    return next(n for n in range(1, len(values) + 1) if float(values[:n].sum()) >= share * float(values.sum()))
+
+
+@pytest.mark.parametrize(("rule", "kept"), RULES, ids=lambda value: str(value) if isinstance(value, RankRule) else "")
+def test_names_way_and_precision_stay(rule: RankRule, kept: Callable[[torch.Tensor], int], tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    paths = ("transformer.transformer_blocks.0.attn.to_q", "transformer.transformer_blocks.0.attn.to_k")
+    tensors = {key: t.bfloat16() for path in paths for key, t in factors(path).items()}
+    tensors[f"{paths[0]}.lora_magnitude_vector"] = torch.rand(24) + 1
+    tensors["transformer.transformer_blocks.0.attn.norm_q.diff"] = torch.randn(8)
+    tensors["step"] = torch.tensor(7)
+    save_file(tensors, tmp_path / "a.safetensors", {"other": "stays"})
+    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rule=rule)
+    found, metadata = load_file(tmp_path / "b.safetensors"), reader.read_header(tmp_path / "b.safetensors").metadata
+    assert found.keys() == tensors.keys() and metadata["other"] == "stays" and "resize" in metadata["networks_history"]
+    assert {key: t.dtype for key, t in found.items()} == {key: t.dtype for key, t in tensors.items()}
+    for key in tensors.keys() - {key for key in tensors if ".lora_A." in key or ".lora_B." in key}:
+        assert torch.equal(found[key], tensors[key]), key
+    errors = {row.name: row.error for row in report.rows}
+    for path in paths:
+        old, new = (t[f"{path}.lora_B.weight"].double() @ t[f"{path}.lora_A.weight"].double() for t in (tensors, found))
+        s = torch.linalg.svdvals(old)[:8]
+        assert len(found[f"{path}.lora_A.weight"]) == kept(s)
+        torch.testing.assert_close(errors[path], float((new - old).norm() / old.norm()), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(float((new - old).norm()), float(s[kept(s) :].norm()), rtol=0.05, atol=0)
+
+
+def test_strength_beside_the_tensors_is_kept(tmp_path: Path) -> None:
+    """A folder of PEFT, r 8 and alpha 32: 4 times its factors' product, in every reader of the file."""
+    torch.manual_seed(4)
+    tensors = factors("base_model.model.transformer_blocks.0.attn.to_q")
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": ["to_q"]}
+    (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(settings))
+    A, B = (t.double() for t in tensors.values())
+    for dim in (2, 12):
+        resize(tmp_path / "in", tmp_path / "b.safetensors", rule=RankRule(dim), overwrite=True)
+        found = load_file(tmp_path / "b.safetensors")
+        assert found.keys() == tensors.keys()
+        a, b = (t.double() for t in found.values())
+        lost = float(torch.linalg.svdvals(B @ A)[dim:8].norm())
+        assert float((b @ a - 4 * B @ A).norm()) == pytest.approx(4 * lost, rel=1e-5, abs=1e-4) and len(a) == dim
+
+
+def test_fp8_grows_bit_for_bit(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    name = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    down, up = (torch.randn(shape).to(torch.float8_e4m3fn) for shape in ((4, 16), (24, 4)))
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(3.0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    report = resize(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rule=RankRule(8))
+    found = load_file(tmp_path / "b.safetensors")
+    assert torch.equal(found[f"{name}.lora_down.weight"][:4].float(), down.float())
+    assert torch.equal(found[f"{name}.lora_up.weight"][:, :4].float(), up.float())
+    assert not found[f"{name}.lora_up.weight"][:, 4:].float().any() and found[f"{name}.alpha"] == 6
+    assert found[f"{name}.lora_down.weight"][4:].float().abs().sum(1).gt(0).all() and report.error < 1e-12
+    again = resize(tmp_path / "a.safetensors", tmp_path / "c.safetensors", rule=RankRule(8), seed=1)
+    other = load_file(tmp_path / "c.safetensors")
+    assert again.out and not torch.equal(
+        other[f"{name}.lora_down.weight"].float(), found[f"{name}.lora_down.weight"].float()
+    )
+
+
+def test_the_command(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file(factors("transformer.transformer_blocks.0.attn.to_q"), file)
+    before = file.read_bytes()
+    assert tool.main([str(file), "--energy", "0.9", "--dim", "4", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["out"].endswith("a-energy-0.9.safetensors") and 0 < told["layers"][0]["rank"] <= 4
+    assert tool.main([str(file), "--dims", "2,16", "--json"]) == 0
+    assert [len(one["layers"]) for one in json.loads(capsys.readouterr().out)] == [1, 1]
+    for arguments, message in (
+        (["--dims", "4", "--energy", "0.9"], "--dims and --energy say the same thing twice"),
+        (["--dims", "4,2", "--out", str(tmp_path / "b.safetensors")], "--out is one file"),
+        ([], "say how many ranks are to stay"),
+        (["--dim", "4", "--out", str(file)], "writing it would destroy it"),
+        (["--dim", "4", "--out", str(tmp_path / "a-0002.safetensors")], "would be replaced"),
+        (["--dim", "1", "--max_error", "0.01"], "more than --max_error 0.01"),
+        (["--energy", "0.8", "--way", "first"], "the first ranks stand alone at a dim, not at energy"),
+    ):
+        assert tool.main([str(file), *arguments]) == 2, arguments
+        assert message in capsys.readouterr().err, arguments
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a-0002.safetensors", "a-0016.safetensors", "a-energy-0.9.safetensors", "a.safetensors"
+    ] and file.read_bytes() == before  # fmt: skip

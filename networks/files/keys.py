@@ -35,7 +35,7 @@ class FileKeys:
         self._tensors = file.tensors
         # PEFT's own form has none; everywhere else some reader takes a missing one for 1
         self._alphas = not file.dotted or any(suffix == dotted.ALPHA for _, suffix in self._keys)
-        self._layers = {dotted.shown(name) for name in file.layers}
+        self._layers = {dotted.shown(name): layer for name, layer in file.layers.items()}
 
     def rest(self) -> dict[str, Tensor]:
         """The tensors of what is no layer: flags of the whole, and keys of what is no adapter."""
@@ -50,6 +50,8 @@ class FileKeys:
             layer: by the name that the opened file has for it.
         """
         path, dialect = dotted.shown(layer.name), self._format.dialect
+        if layer is self._layers.get(path):
+            return {key: self._tensors[key] for key in self._paths[path]}
         tensors, alpha = dict(layer.tensors), layer.alpha
         if not self._alphas and alpha is not None:
             settled = layer.algorithm.settled(tensors, alpha)

@@ -64,7 +64,7 @@ def resize(
     """
     target = writer.checked_path(out)
     check_outputs([target], [Path(file), *(Path(str(one).rpartition("=")[2]) for one in base)], overwrite)
-    opened, metadata = Opened(file, model, base), dict[str, str]()
+    opened, metadata, alphas = Opened(file, model, base), dict[str, str](), set[float]()
     keys, report = FileKeys(opened.own), Report("resize", [Path(file)])
     with located(str(file)):
         job = _Job(opened, rule, way, seed, dtype, torch.device(device))
@@ -72,12 +72,15 @@ def resize(
         for name in walk([*opened.own.layers]):
             layer, row = job.resized(name)
             report.rows.append(row)
+            alphas |= {layer.alpha} if row.rank and layer.alpha is not None else set()
             stream.add(keys.of(layer))
         stream.add(keys.rest())
         with located(str(file)):
             report.check(max_error=max_error)
         ranks = [row.rank for row in report.rows if row.rank]
         metadata |= told(opened.metadata, "resize", {"to": str(rule), "way": job.way}, ranks=ranks)
+        if len(alphas) == 1:
+            metadata["ss_network_alpha"] = f"{alphas.pop():g}"
     report.out, report.notes = target, job.notes
     return report
 
@@ -117,16 +120,17 @@ class _Job:
 
     def resized(self, name: str) -> tuple[SavedLayer, Row]:
         """A layer as the file has it, and what it became."""
-        saved = self._here(self.opened.own.layers[name])
-        if not self._changes(saved):
-            return saved, self._row(saved, saved, exact=True)
+        own = self.opened.own.layers[name]
+        saved = self._here(own)
+        if not self._changes(own):
+            return own, self._row(saved, saved, exact=True)
         dim = self.rule.most(self._kernel(name))
         if self._grows(self._kernel(name)):
             new = self._grown(saved, dim or 1)
             return new, self._row(new, saved, exact=True)
         if self.way == "first":
             new = cut(saved, dim or 1)
-            return new, replace(self._row(new, saved), error=None)
+            return new, self._row(new, saved)
         new = shrunk(saved, functools.partial(self.rule.count, kernel=self._kernel(name)))
         return new, self._row(new, saved)
 
@@ -188,11 +192,13 @@ class _Job:
         row, dtype = Row(dotted.shown(old.name), became, rank or None, None, exact=exact), self.dtype
         if dtype is not None:
             new = replace(new, tensors={suffix: t.to(dtype) for suffix, t in new.tensors.items()})
+        if self.way == "first":  # what it was trained to be at that dim is not known
+            return row
         try:
             error, size = self._distance(new, old)
         except NeedsBase:
             return replace(row, error=0.0 if new is old else None)
-        return replace(row, error=error / size if size else error, size=size)
+        return replace(row, error=0.0 if new is old else error / size if size else error, size=size)
 
     def _distance(self, new: SavedLayer, old: SavedLayer) -> tuple[float, float]:
         """As `distance`; of layers with magnitudes, and of those whose change depends on it, with the weight if there
