@@ -8,6 +8,10 @@ from contextlib import contextmanager
 ITEM = "\n  - "  # between the mistakes of one call
 
 
+class Told(ValueError):
+    """An error of a class by which callers know it, also when it has been located."""
+
+
 @contextmanager
 def located(where: str) -> Iterator[None]:
     """A user's mistake that shows in here is told with its place: a file, a layer, a key.
@@ -18,4 +22,4 @@ def located(where: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise (type(error) if isinstance(error, Told) else ValueError)(f"{where}: {error}") from None

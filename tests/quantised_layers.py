@@ -177,7 +177,8 @@ def _torchao(config: str, block: tuple[int, int], steps: float, **options: Any) 
     def error(W: Tensor) -> Tensor:
         if not steps:  # float8
             return torch.maximum(W.abs() * 2**-4, _per_block(W.abs(), block) / 448 * 2**-10) * (1 + 1e-5)
-        return _per_block(W.abs(), block) / steps / 2 * (1 + 1e-5)
+        rounded = 2 * steps * torch.finfo(torch.float32).eps  # W' itself is in fp32, an ulp off: of half a step
+        return _per_block(W.abs(), block) / steps / 2 * (1 + 1e-5 + rounded)
 
     return Quantised(make, lambda m: m.weight.dequantize().double(), error)
 

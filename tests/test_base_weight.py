@@ -358,8 +358,11 @@ def test_base_weights_merge_into_a_model_that_is_fp8_already(tmp_path: Path, cap
     with torch.autocast("cpu", torch.bfloat16):  # some hosts merge inside it
         network.merge_to(None, unet, weights, torch.float32, "cpu")
     for layer in trained.adapted_layers:
-        stored = layer.base.weight
-        assert torch.equal(stored.to(torch.float32), wanted[layer.lora_name].float().to(stored.dtype).to(torch.float32))
+        stored, exact = layer.base.weight, wanted[layer.lora_name]
+        if stored.dtype == torch.float32:  # that of a convolution, which has the rounding of fp32 arithmetic
+            assert_close(stored.double(), exact, layer.lora_name, 1e-6)
+        else:
+            assert torch.equal(stored.to(torch.float32), exact.float().to(stored.dtype).to(torch.float32))
 
 
 # -- what is lost, and what is refused

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from ..tensors.low_rank import Gate, PassGate
 from ..tensors.products import OfWeight, Products
 from .base import Adapter, Base
 from .parts import Parts
+
+T = TypeVar("T", Tensor, "float | Tensor")
 
 CHUNK = 1 << 22  # elements of dW that are built at a time where only its norms are wanted
 
@@ -75,6 +77,10 @@ class Additive(Adapter):
     def rows(self, start: int, stop: int) -> Tensor:
         """dW[start:stop]."""
         return self.delta()[start:stop]
+
+    def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        """weight += strength * dW, in place; by the factors, where that builds no dW."""
+        return weight.add_((self.delta() * strength).to(weight))
 
     def apply_rows(self, x: Tensor, gate: Gate, row_ranges: RowRanges) -> Tensor:
         """`apply_delta` of a Linear for some of its output rows only, in their order."""
@@ -135,6 +141,9 @@ class Additive(Adapter):
     def weight_change(self, weight: Tensor, strength: float | Tensor) -> Tensor:
         return (self.on(OfWeight(weight)).delta() * strength).to(device=weight.device, dtype=weight.dtype)
 
+    def add_change_(self, weight: Tensor, multiplier: float, strength: float | Tensor) -> Tensor:
+        return self.on(OfWeight(weight)).add_delta_(weight, multiplier * strength)
+
     def output_change(self, x: Tensor, y: Tensor, base: Base, gate: PassGate, factored: bool | None = None) -> Tensor:
         return self.on(base).update(x, gate, base.row_ranges, factored)
 
@@ -194,6 +203,13 @@ class AdditiveParts(Parts, Additive):
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return torch.cat([_scaled(part, part.delta(rank_mask_R)) for part in self._each()])
 
+    def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        first = 0
+        for part, size in zip(self._each(), self.sizes, strict=True):
+            part.add_delta_(weight[first : first + size], _scaled(part, strength))
+            first += size
+        return weight
+
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         return torch.cat([part.apply_delta(x, _ScaledGate(gate, part.scalar)) for part in self._each()], -1)
 
@@ -225,7 +241,18 @@ class AdditiveParts(Parts, Additive):
             part.rescale_(ratio)
 
 
-def _scaled(part: Adapter, value: Tensor) -> Tensor:
+def add_product_(weight: Tensor, left_OR: Tensor, right_RIK: Tensor) -> Tensor:
+    """weight += left @ right, in place, in its dtype and on its device."""
+    left, right = left_OR.to(weight), right_RIK.flatten(1).to(weight)
+    if weight.dim() == 2:
+        return weight.addmm_(left, right)
+    if weight.is_contiguous():  # otherwise flat weights are copies
+        weight.view(len(weight), -1).addmm_(left, right)
+        return weight
+    return weight.add_((left @ right).reshape(weight.shape))
+
+
+def _scaled(part: Adapter, value: T) -> T:
     return value if part.scalar is None else value * part.scalar
 
 

@@ -271,6 +271,17 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def add_change_(self, weight: Tensor, multiplier: float, strength: float | Tensor) -> Tensor:
+        """Add `multiplier` times `weight_change` to a weight, in place, with little memory beside it: the largest
+        weights of a model take most of what there is. Both families define it.
+
+        Args:
+            weight: W [O, I, *kernel], fp32 or wider, which becomes W'; differentiable where it is no leaf.
+            multiplier: the user's.
+            strength: at multiplier 1.
+        """
+        raise NotImplementedError
+
     def input_change(self, x: Tensor) -> Tensor | None:
         """What the layer's input has to get added, at multiplier 1, in the dtype of x; None = nothing ever."""
         return None

@@ -77,6 +77,10 @@ class BOFTInput(Multiplicative):
         distances = tuple(2**i for i in range(stages))
         return butterfly_chain(t, less, axis, distances if back else distances[::-1], size // 2)
 
+    @property
+    def free_axis(self) -> int | None:
+        return None if CHANGE in self.laid_out.shapes else 0  # its numbers belong to the rows of the whole weight
+
     def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         flat = weight.flatten(1)
         turned = self._turned(flat, 1, back=True)

@@ -37,6 +37,11 @@ class Full(Additive):
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return self.diff
 
+    def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        if isinstance(strength, Tensor) or self.diff.dtype != weight.dtype:
+            return super().add_delta_(weight, strength)
+        return weight.add_(self.diff.to(weight.device), alpha=strength)
+
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         return gate.output(self.geometry.op(x, self.factors(x)["diff"]))
 

@@ -33,7 +33,7 @@ from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import Gate, low_rank, nearest_products, product_norm_sq, sum_norm_sq
 from ..tensors.per_thread import PerThread
 from ..tensors.products import OfWeight, Products, weight_times
-from .additive import Additive
+from .additive import Additive, add_product_
 from .base import kaiming_
 from .saved import Count, Layout, alike, block_diagonal, there, wide_dtype
 
@@ -107,6 +107,12 @@ class GLoRA(Additive):
             mask_a, mask_b = rank_mask_R.chunk(2)
             a2, b1 = a2 * mask_a[:, None], b1 * mask_b
         return weight_times(Wa, a2) + (b1 @ b2.flatten(1)).reshape(self.geometry.weight_shape)
+
+    def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        if self.geometry.has_kernel:
+            return super().add_delta_(weight, strength)
+        left, right = self._joined(self.values())
+        return add_product_(weight, left * strength, right)
 
     def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """W A has a rank for each position of a kernel, where B has one."""

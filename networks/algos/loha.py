@@ -27,7 +27,7 @@ from ..tensors.hadamard import nearest_hadamard
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right, nearest_tucker
 from ..tensors.updates import Update
-from .additive import Additive
+from .additive import CHUNK, Additive
 from .saved import (
     Count,
     Layout,
@@ -88,6 +88,16 @@ class LoHa(Additive):
         if rank_mask_R is not None:
             a1 = a1 * rank_mask_R
         return ((a1 @ b1) * (a2 @ b2)).reshape(self.geometry.weight_shape)
+
+    def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        p = dict(self.named_parameters())
+        ((a1, b1), (a2, b2)) = (tuple(t.to(weight) for t in self._half(p, half)) for half in (1, 2))
+        a1, step = a1 * strength, max(1, CHUNK // self.geometry.columns)
+        for start in range(0, len(weight), step):
+            rows = weight[start : start + step]
+            halves = (a[start : start + step] @ b for a, b in ((a1, b1), (a2, b2)))
+            rows.addcmul_(*(half.reshape(rows.shape) for half in halves))
+        return weight
 
     def apply_delta(self, x: Tensor, gate: Gate) -> Tensor:
         P, Q = self._product(self.factors(x))

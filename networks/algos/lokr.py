@@ -144,6 +144,15 @@ class LoKr(Additive):
         blocks = torch.einsum("ac,bd...->abcd...", w1, w2)
         return blocks.reshape(self.geometry.weight_shape)
 
+    def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        """As [A, B, C, D, *kernel], where each of the factors is spread over the axes of the other."""
+        p = dict(self.named_parameters())
+        w1, w2 = (self._w1(p) * strength).to(weight), self._w2(p).to(weight)
+        ones = [1] * len(self.geometry.kernel)
+        blocks = weight.unflatten(0, (len(w1), -1)).unflatten(2, (w1.shape[1], -1))
+        blocks.addcmul_(w1[:, None, :, None].reshape(len(w1), 1, -1, 1, *ones), w2[None, :, None])
+        return weight
+
     def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of kron(l1, l2) and kron(r1, r2), of as few ranks as the factors' own shapes allow."""
         p = dict(self.named_parameters())

@@ -41,7 +41,7 @@ from ..tensors.low_rank import (
     sum_norm_sq,
 )
 from ..tensors.tucker import core_times_right, nearest_tucker
-from .additive import Additive
+from .additive import Additive, add_product_
 from .base import kaiming_
 from .saved import (
     Count,
@@ -162,6 +162,10 @@ class LoRA(Additive):
         if rank_mask_R is not None:
             up_OR = up_OR * rank_mask_R
         return (up_OR @ self._right(p).flatten(1)).reshape(self.geometry.weight_shape)
+
+    def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
+        p = self.values()
+        return add_product_(weight, p["up"].flatten(1) * strength, self._right(p))
 
     def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         p = self.values()

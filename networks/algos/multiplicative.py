@@ -21,6 +21,8 @@ from .base import Adapter, Base
 from .parts import Parts
 from .saved import alike, there
 
+SLICES, SLICE = 8, 1 << 20  # of a weight that is changed in place: at most so many, and of so many elements at least
+
 
 class Multiplicative(Adapter):
     """Base of all multiplicative algorithms. They have no rank, no scale and nothing that dropouts could act on."""
@@ -68,6 +70,22 @@ class Multiplicative(Adapter):
 
     def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         return self.change(weight, 0 if self.side == "output" else 1)
+
+    def add_change_(self, weight: Tensor, multiplier: float, strength: float | Tensor) -> Tensor:
+        axis = self.free_axis
+        if axis is None or weight.dim() < 2:
+            return weight.add_(self.weight_change(weight, strength), alpha=multiplier)
+        size = weight.shape[axis]
+        step = max(-(-size // SLICES), SLICE * size // max(1, weight.numel()), 1)
+        for start in range(0, size, step):
+            part = weight.narrow(axis, start, min(step, size - start))
+            part.add_(self.weight_change(part, strength), alpha=multiplier)
+        return weight
+
+    @property
+    def free_axis(self) -> int | None:
+        """Of a weight, along which slices of it change by themselves; None = there is none."""
+        return 1 if self.side == "output" else 0
 
     def input_change(self, x: Tensor) -> Tensor | None:
         return self.change(x, self.geometry.feature_axis) if self.side == "input" else None

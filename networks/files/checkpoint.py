@@ -11,8 +11,10 @@ import logging
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from io import RawIOBase
 from pathlib import Path
 
 import torch
@@ -48,6 +50,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._streams: dict[Path, RawIOBase] = {}
         self.files, self.index = _files_of(path)
         self.headers = {file: _whole(file, reader.read_header(file)) for file in self.files}
         self.where: dict[str, Path] = {}
@@ -70,10 +73,19 @@ class Checkpoint:
         if dtype not in _DTYPES:
             raise ValueError(f"{self.where[key]}: {key} is stored as {dtype}, which is not read here")
         start, end = header.entries[key]["data_offsets"]
-        with self.where[key].open("rb") as stream:
-            stream.seek(header.start + start)
-            data = bytearray(stream.read(end - start))
-        return torch.frombuffer(data, dtype=_DTYPES[dtype]).reshape(shape) if data else torch.empty(shape)
+        data = torch.empty(end - start, dtype=torch.uint8)
+        stream = self._stream(self.where[key])
+        stream.seek(header.start + start)
+        if stream.readinto(data.numpy().data) != len(data):
+            raise ValueError(f"{self.where[key]} has become shorter since it was opened: copy or download it again")
+        return data.view(_DTYPES[dtype]).reshape(shape) if len(data) else torch.empty(shape)
+
+    def _stream(self, file: Path) -> RawIOBase:
+        """One for each file, for as long as this object lives: to open it anew costs more than a small tensor."""
+        if file not in self._streams:
+            self._streams[file] = file.open("rb", buffering=0)
+            weakref.finalize(self, self._streams[file].close)
+        return self._streams[file]
 
     def dtype(self, key: str) -> str:
         """As the file's header has it: F32, BF16, F8_E4M3 ..."""

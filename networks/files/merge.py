@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -117,6 +118,7 @@ class CheckpointMerge:
         self.conversions: dict[str, int] = {}  # what layers of files had to become, and how often
         self.targets = weight_names.find(self.checkpoint.shapes, names, self.prefix)
         self.roundings: list[base_weight.Rounding] = []
+        self._careful = False
         self._ready: dict[str, Tensor] = {}
         for adapter in self.adapters:
             if not self.matched(adapter):
@@ -182,7 +184,11 @@ class CheckpointMerge:
     def _changed(self, key: str) -> Tensor | None:
         owner = self._owner.get(key)
         if owner is not None and key not in self._ready:
-            self._ready.update(self._merge(self._names[owner]))
+            try:
+                self._ready.update(self._merge(self._names[owner]))
+            except base_weight.NotFinite:
+                self._careful = True  # once more, to find out whose values those are
+                self._ready.update(self._merge(self._names[owner]))
         return self._ready.pop(key, None)
 
     @torch.no_grad()
@@ -196,25 +202,33 @@ class CheckpointMerge:
         self, layers: Mapping[str, Sequence[Piece]], new: Callable[[str, Tensor], Tensor]
     ) -> dict[str, Tensor]:
         """New tensors of all keys in these layers, with what `new` makes of the rows of each."""
-        keys = dict.fromkeys(piece.key for pieces in layers.values() for piece in pieces)
-        stores = {key: stored.load(self.checkpoint, key) for key in keys}
-        olds = {key: self._read(key, store) for key, store in stores.items()}
-        news = dict(olds)
+        stores: dict[str, stored.Stored] = {}
+        wholes: dict[str, Tensor] = {}
+
+        def read(piece: Piece) -> Tensor:
+            """Rows of a weight as they are by now; it is kept where others of its rows may be wanted, too."""
+            whole = wholes.get(piece.key)
+            if whole is None:
+                stores[piece.key] = stored.load(self.checkpoint, piece.key)
+                whole = self._read(piece.key, stores[piece.key])
+            if piece.count > 1:
+                wholes[piece.key] = whole
+            with located(f"{self.checkpoint.path}: {piece.key}"):
+                return piece.cut(whole)
+
         for name, pieces in layers.items():
-            with located(f"{self.checkpoint.path}: {pieces[0].key}"):
-                rows = [piece.cut(olds[piece.key]) for piece in pieces]
-            parts = new(name, torch.cat(rows) if len(rows) > 1 else rows[0]).split([len(part) for part in rows])
-            for piece, part in zip(pieces, parts, strict=True):
-                news[piece.key] = piece.put(news[piece.key], part, olds[piece.key])
+            rows = new(name, self._joined(name, pieces, read))
+            for piece, part in zip(pieces, rows.split([self._rows(piece) for piece in pieces]), strict=True):
+                wholes[piece.key] = piece.put(wholes.get(piece.key, part), part)
         changed: dict[str, Tensor] = {}
         for key, store in stores.items():
-            changed |= self._written(key, store, olds.pop(key), news.pop(key))
+            changed |= self._written(key, store, wholes.pop(key))
         return changed
 
-    def _written(self, key: str, store: stored.Stored, old: Tensor, new: Tensor) -> dict[str, Tensor]:
+    def _written(self, key: str, store: stored.Stored, new: Tensor) -> dict[str, Tensor]:
         """The tensors of one weight, with the new value in the form in which the old one was stored."""
         with located(f"{self.checkpoint.path}: {key}"):
-            self.roundings.append(base_weight.change(store, old, new))
+            self.roundings.append(base_weight.change(store, new))
         if store.scale is None:
             return {key: store.weight.detach()}
         scale = stored.scale_key(self.checkpoint, key)
@@ -223,18 +237,23 @@ class CheckpointMerge:
     def _read(self, key: str, store: stored.Stored) -> Tensor:
         with located(f"{self.checkpoint.path}: {key}"):
             weight = base_weight.read(store, self.device)
-            if not _is_finite(weight):
+            if self._careful and not _is_finite(weight):
                 raise ValueError("it has NaN or infinite values: download or make the checkpoint again")
         return weight
 
+    def _rows(self, piece: Piece) -> int:
+        """How many a layer has of a weight or of a bias."""
+        shape = self.checkpoint.shapes[piece.key]
+        return (shape[-1] if piece.transposed else shape[0]) // piece.count * piece.shares
+
     def _new_weight(self, name: str, weight: Tensor) -> Tensor:
-        start = weight
         for adapter in self.adapters:
             if name in adapter.families:
                 with located(f"{adapter.path}: {name} and {self.targets[name].keys[0]}"):
                     saved = self._layer(adapter, name)
-                    weight = merged_weight(saved, weight, adapter.multiplier, start, bias_too=True)
-                    _check_finite(weight, "weight")
+                    start = functools.partial(self._base, name)
+                    weight = merged_weight(saved, weight, adapter.multiplier, start, bias_too=True, in_place=True)
+                    self._check_finite(weight, "weight")
         return weight
 
     def _layer(self, adapter: MergeInput, name: str) -> SavedLayer:
@@ -242,23 +261,47 @@ class CheckpointMerge:
         file = adapter.file
         if name in file.layers:
             return file.layers[name]
-        saved, text = file.layer_of(name, self.targets[name].shape(self.checkpoint.shapes), self._base)
+        saved, text = file.layer_of(name, self._shape(name), self._base)
         if text:
             self.conversions[text] = self.conversions.get(text, 0) + 1
         return saved
 
     def _base(self, name: str) -> Tensor:
         """The weight of a layer as the checkpoint has it."""
-        pieces = [piece.of(self.checkpoint.shapes) for piece in self.targets[name].pieces]
-        rows = [piece.cut(self._read(piece.key, stored.load(self.checkpoint, piece.key))) for piece in pieces]
-        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+        def read(piece: Piece) -> Tensor:
+            return piece.cut(self._read(piece.key, stored.load(self.checkpoint, piece.key)))
+
+        return self._joined(name, [piece.of(self.checkpoint.shapes) for piece in self.targets[name].pieces], read)
+
+    def _joined(self, name: str, pieces: Sequence[Piece], read: Callable[[Piece], Tensor]) -> Tensor:
+        """All rows of a layer, in memory of their own where it has several pieces; one after the other is read."""
+        if len(pieces) == 1:
+            return read(pieces[0])
+        whole, first = torch.empty(0), 0
+        for piece in pieces:
+            rows = read(piece)
+            if not first:
+                whole = rows.new_empty(self._shape(name)[0], *rows.shape[1:])
+            whole[first : first + len(rows)] = rows
+            first += len(rows)
+        return whole
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.targets[name].shape(self.checkpoint.shapes)
 
     def _new_bias(self, name: str, bias: Tensor) -> Tensor:
         for adapter in self._shifted(name):
             with located(f"{adapter.path}: {name} and {self.targets[name].pieces[0].bias_key}"):
                 bias = merged_bias(self._layer(adapter, name), bias, adapter.multiplier)
-                _check_finite(bias, "bias")
+                self._check_finite(bias, "bias")
         return bias
+
+    def _check_finite(self, merged: Tensor, kind: str) -> None:
+        if self._careful and not _is_finite(merged):
+            raise ValueError(
+                f"the merged {kind} has NaN or infinite values: lower the multiplier, or choose an earlier file"
+            )
 
     def _shifted(self, name: str) -> list[MergeInput]:
         """The files that change the bias of a layer."""
@@ -277,10 +320,3 @@ class CheckpointMerge:
 def _is_finite(tensor: Tensor) -> bool:
     """By its extremes: a mask would need as much memory again."""
     return all(math.isfinite(value.item()) for value in tensor.aminmax())
-
-
-def _check_finite(merged: Tensor, kind: str) -> None:
-    if not _is_finite(merged):
-        raise ValueError(
-            f"the merged {kind} has NaN or infinite values: lower the multiplier, or choose an earlier file"
-        )

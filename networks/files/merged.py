@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,15 +15,24 @@ from .codec import SavedLayer
 
 
 def merged_weight(
-    saved: SavedLayer, weight: Tensor, multiplier: float = 1.0, start: Tensor | None = None, bias_too: bool = False
+    saved: SavedLayer,
+    weight: Tensor,
+    multiplier: float = 1.0,
+    start: Callable[[], Tensor] | None = None,
+    bias_too: bool = False,
+    in_place: bool = False,
 ) -> Tensor:
     """W' of one layer, by the formula of the forward pass.
 
     Args:
         saved: the layer as `codec.decode` found it.
         weight: base weight [O, I, *kernel], or [C] of a normalisation layer; fp32 or wider.
-        start: the same before other files were merged into it, where the adapter's start values come from.
+        start: gives it as it was before other files were merged into it, where the adapter's start values come from.
         bias_too: the caller sees to the bias (`merged_bias`).
+        in_place: the weight may be written over, which saves the memory of another.
+
+    Returns:
+        As the weight; itself where nothing changes, or in place.
 
     Raises:
         ValueError: the file's tensors do not fit the weight, or would change a bias that is not merged.
@@ -35,12 +44,12 @@ def merged_weight(
             "(scripts/merge.py)"
         )
     with _layer(saved, weight) as layer:
-        if start is not None and layer.adapter.wants_base:
-            with torch.no_grad():
-                layer.adapter.init_from_base(start)
-        layer.init_from_base()
-        layer.load_magnitude(saved.magnitude, saved.folded)
-        return layer.new_weight(weight, multiplier).detach()
+        with torch.no_grad():
+            if start is not None and layer.adapter.wants_base:
+                layer.adapter.init_from_base(start())
+            layer.init_from_base()
+            layer.load_magnitude(saved.magnitude, saved.folded)
+            return layer.new_weight(weight, multiplier, in_place).detach()
 
 
 @contextmanager
@@ -48,9 +57,10 @@ def _layer(saved: SavedLayer, weight: Tensor) -> Iterator[AdaptedLayer]:
     """It on a module that has nothing but this weight."""
     geometry = weight_geometry(weight.shape)
     adapter, base = saved.build(geometry).to(weight.device), nn.Identity()
-    base.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    base.register_parameter("weight", nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False))
     layer = AdaptedLayer(saved.name, base, adapter, saved.scale, dora=saved.side(geometry))
     try:
+        layer.base.weight = nn.Parameter(weight, requires_grad=False)  # not before: no start of magnitudes is wanted
         yield layer
     finally:
         layer.sites = ()  # each knows its layer: as a cycle they would keep the weight until the next collection

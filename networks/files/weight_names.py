@@ -83,17 +83,19 @@ class Piece:
         """
         return self._turned(self._share(whole))
 
-    def put(self, whole: Tensor, rows: Tensor, old: Tensor) -> Tensor:
-        """The inverse of `take`: the weight with these rows, for one of which others may have been put already.
+    def put(self, whole: Tensor, rows: Tensor) -> Tensor:
+        """The inverse of `cut`: the weight with these rows, itself where it has others.
 
         Args:
-            old: the weight as it was, which stays so.
+            whole: what was cut; a share of it is written over.
+            rows: what became of the cut, in the same memory or in another.
         """
         rows = self._turned(rows)
         if self.count == 1:
             return rows.T if self.transposed and rows.dim() == 2 else rows
-        whole = old.clone() if whole is old else whole
-        self._share(whole).copy_(rows)
+        own = self._share(whole)
+        if own.data_ptr() != rows.data_ptr() or own.stride() != rows.stride():
+            own.copy_(rows)
         return whole
 
     def _turned(self, rows: Tensor) -> Tensor:

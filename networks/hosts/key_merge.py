@@ -87,7 +87,7 @@ def merge_weights_to_tensor(
 
     def new(weight: Tensor) -> Tensor:
         with located(f"{part.source}: {layer.name}"):
-            return merged_weight(layer, weight, multiplier, weight)
+            return merged_weight(layer, weight, multiplier, in_place=True)
 
     return _rounded(model_weight, [f"{part.source}: {layer.name}"], new, calc_device).to(model_weight.device)
 
@@ -95,12 +95,13 @@ def merge_weights_to_tensor(
 def _rounded(
     weight: Tensor, names: Sequence[str], new: Callable[[Tensor], Tensor], device: torch.device | str
 ) -> Tensor:
-    """What `new` makes of a weight, or of a bias, in fp32 or wider; on `device`, in the weight's dtype."""
-    wide = weight.to(device, torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32)
-    wide, limit = new(wide), torch.finfo(weight.dtype).max
+    """What `new` makes of a weight, or of a bias, in memory of its own, fp32 or wider; on `device`, in the weight's
+    dtype."""
+    dtype = torch.promote_types(weight.dtype, torch.float32) if weight.itemsize > 1 else torch.float32
+    wide, limit = new(weight.to(device, dtype, copy=True)), torch.finfo(weight.dtype).max
     if weight.itemsize == 1:  # depending on torch and kind, a cast to fp8 makes inf or NaN of what is too large
-        wide = wide.clamp(-limit, limit)
-    if not bool((wide.abs() <= limit).all()):
+        wide.clamp_(-limit, limit)
+    if not all(abs(value.item()) <= limit for value in wide.aminmax()):
         raise ValueError(
             f"{', '.join(names)}: the merged values are NaN, or too large for {weight.dtype}: lower the multiplier, or "
             "choose an earlier file"
@@ -158,7 +159,7 @@ class _File:
 
         Args:
             key: its own.
-            tensor: fp32 or wider.
+            tensor: fp32 or wider; written over.
             start: the same before other files were merged.
 
         Raises:
@@ -167,15 +168,16 @@ class _File:
         result, bias = tensor, key.endswith(".bias")
         for name, rows in self.layers_for(key):
             with located(f"{self.file.source}: {dotted.shown(name)}"):
-                own = rows.piece.cut(tensor)
+                own = rows.piece.cut(result)
                 saved = self._layer(name, rows, own, bias)
                 if bias and saved.bias_change is None:
                     continue
                 if bias:
                     new = merged_bias(saved, own, self.multiplier)
                 else:
-                    new = merged_weight(saved, own, self.multiplier, rows.piece.cut(start), bias_too=True)
-            result = rows.piece.put(result, new, tensor)
+                    before = functools.partial(rows.piece.cut, start)
+                    new = merged_weight(saved, own, self.multiplier, before, bias_too=True, in_place=True)
+            result = rows.piece.put(result, new)
             (self.shifted if bias else self.used).add(name)
         return result
 
@@ -346,7 +348,7 @@ def _hook(theirs: Callable[..., Tensor] | None, files: Sequence[_File], device: 
             return weight
 
         def new(wide: Tensor) -> Tensor:
-            start = wide
+            start = wide.clone() if len(files) > 1 else wide  # which the first file changes
             for file in files:
                 wide = file.merged(key, wide, start)
             return wide

@@ -274,15 +274,16 @@ class AdaptedLayer(nn.Module):
 
     # -- weight space
 
-    def new_weight(self, weight: Tensor, multiplier: float | None = None) -> Tensor:
+    def new_weight(self, weight: Tensor, multiplier: float | None = None, in_place: bool = False) -> Tensor:
         """W' of a base weight.
 
         Args:
             weight: W [O, I, *kernel] of fp32 or wider.
             multiplier: None = that of the network.
+            in_place: W may be written over, without gradient: the memory of one large weight is saved.
 
         Returns:
-            As W, on its device; W itself at multiplier 0.
+            As W, on its device; W itself at multiplier 0, or changed in place.
 
         Raises:
             ValueError: there is a multiplier for each sample.
@@ -292,14 +293,19 @@ class AdaptedLayer(nn.Module):
             raise ValueError("one multiplier per sample cannot be merged into a weight: set a single number")
         if m == 0:
             return weight
+        adapter, magnitude = self.wide_adapter(), self.magnitude
         with torch.autocast(weight.device.type, enabled=False):  # hosts merge inside their autocast, too
-            change, magnitude = self.wide_adapter().weight_change(weight, self.strength), self.magnitude
             if magnitude is None:
-                return weight + m * change
-            magnitude, whole = magnitude.to(weight), weight + change
+                return adapter.add_change_(weight if in_place else weight.clone(), m, self.strength)
+            alone = in_place and m == 1
+            whole = adapter.add_change_(weight if alone else weight.clone(), 1.0, self.strength)
             kept = 0 if self.on_output else 1
             norms = torch.linalg.vector_norm(whole, dim=[i for i in range(whole.dim()) if i != kept], keepdim=True)
-            return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)
+            factor = ratio(magnitude.to(weight), norms.detach())
+            if not in_place:
+                return weight + m * (whole * factor - weight)
+            whole.mul_(factor)
+            return whole if alone else weight.lerp_(whole, m)
 
     def merge(self, multiplier: float | None = None, device: torch.device | None = None) -> base_weight.Rounding:
         """Put W' into the base layer, computed in fp32 or wider and rounded once. The forward pass adds nothing from
@@ -322,10 +328,10 @@ class AdaptedLayer(nn.Module):
             return base_weight.EXACT
         with torch.no_grad():
             W = read_whole(self.sites, self.adapter.geometry.weight_shape, lambda site: site.read(device))
-            new = self.new_weight(W, multiplier)
+            new = self.new_weight(W, multiplier, in_place=not any(site.shares(W) for site in self.sites))
             lost = base_weight.EXACT
             for site in self.sites:
-                lost += site.change(site.select_rows(W), site.select_rows(new))
+                lost += site.change(site.select_rows(new))
                 site.hold()
             for site in self.sites:
                 site.add_to_bias(self.adapter.bias_change(), m)

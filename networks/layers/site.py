@@ -179,9 +179,14 @@ class Site:
             wide = torch.float64 if bias.dtype == torch.float64 else torch.float32
             bias.copy_(bias.to(wide) + multiplier * self.select_rows(change).to(bias.device, wide))
 
-    def change(self, old: Tensor, new: Tensor) -> base_weight.Rounding:
+    def shares(self, weight: Tensor) -> bool:
+        """Whether what was read is the module's own memory."""
+        plain = base_weight.plain(self.module)
+        return plain is not None and plain.data_ptr() == weight.data_ptr()
+
+    def change(self, new: Tensor) -> base_weight.Rounding:
         """Store another weight, in the module's own form."""
-        return base_weight.change(self.module, old, new)
+        return base_weight.change(self.module, new)
 
     def hold(self) -> None:
         """The module's weight has this layer's update from now on."""

@@ -7,13 +7,14 @@ trainers' scale, bitsandbytes' int8, nf4 and fp4, torchao's weight-only tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from .._errors import Told
 from .forms import Form, Plain, PlainFloat8, ScaledFloat8, Unknown, bare
 from .forms_quantised import BitsAndBytes4, BitsAndBytes8, TorchAO
 
@@ -33,6 +34,10 @@ _BIASES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 def form_of(module: nn.Module) -> Form:
     """The form of this layer's weight, as it is now: hosts cast and quantise after a network was made."""
     return next(form for form in _FORMS if form.matches(module))
+
+
+class NotFinite(Told):
+    """A weight to be stored has NaN or infinite values."""
 
 
 class _ByAnotherName(nn.Module):
@@ -108,10 +113,10 @@ def write(module: nn.Module, weight: Tensor) -> None:
     check(module)
     low, high = (value.item() for value in weight.aminmax())
     if not math.isfinite(low + high):
-        raise ValueError("the merged weight has NaN or infinite values: the adapter is broken, choose an earlier file")
+        raise NotFinite("the merged weight has NaN or infinite values: the adapter is broken, choose an earlier file")
     with torch.no_grad():
         module = _holder(module)
-        form_of(module).write(module, weight)
+        form_of(module).write(module, weight, max(abs(low), abs(high)))
 
 
 @dataclass(frozen=True)
@@ -135,13 +140,12 @@ EXACT = Rounding()
 LOSS = 0.1  # of the strength; more is worth a warning
 
 
-def change(module: nn.Module, old: Tensor, new: Tensor) -> Rounding:
-    """Store another weight. Equal weights change nothing: not even a quantisation is done again.
+def change(module: nn.Module, new: Tensor) -> Rounding:
+    """Store another weight. An equal one changes nothing: not even a quantisation is done again.
 
     Args:
         module: the layer.
-        old: W [O, I, *kernel], what `read` gave.
-        new: W', of its shape and dtype.
+        new: W', of the shape and dtype of what `read` gave.
 
     Returns:
         What was lost of W' - W.
@@ -149,14 +153,32 @@ def change(module: nn.Module, old: Tensor, new: Tensor) -> Rounding:
     Raises:
         ValueError: as `write`.
     """
-    if torch.equal(old, new):
-        return EXACT
-    write(module, new)
-    form = form_of(_holder(module))
+    check(module)
+    holder = _holder(module)
+    form = form_of(holder)
     if not form.coarse:
+        write(module, new)
         return EXACT
-    update = new - old
-    return Rounding(form.title, ((read(module, old.device) - old) * update).sum().item(), update.square().sum().item())
+    with torch.no_grad():
+        update, kept, size = new.clone(), 0.0, 0.0
+        for rows, old in _placed(form.parts(holder, new.device)):
+            update[rows].sub_(old)
+        if not bool(update.any()):
+            return EXACT
+        write(module, new)
+        for rows, stored in _placed(form.parts(holder, new.device)):
+            part = update[rows]
+            kept += ((stored - new[rows] + part) * part).sum().item()
+            size += part.square().sum().item()
+    return Rounding(form.title, kept, size)
+
+
+def _placed(parts: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a weight, and which they are."""
+    first = 0
+    for part in parts:
+        yield slice(first, first + len(part)), part
+        first += len(part)
 
 
 def rounding_warning(roundings: Sequence[Rounding]) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SLICE = 1 << 20  # elements of a weight that are worked on at a time, where it need not be whole
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -36,13 +38,21 @@ class Codes:
 
     def decode(self, device: torch.device | None = None) -> Tensor:
         """W in fp32 or wider. Codes and scales may stand on different devices (block swap moves codes alone)."""
+        return self.rows(0, len(self.codes), device)
+
+    def rows(self, start: int, stop: int, device: torch.device | None = None) -> Tensor:
+        """W[start:stop], likewise."""
         device = device or self.codes.device
         dtype = torch.promote_types(self.scale.dtype, torch.float32)
-        values = _blocks(self.codes.to(device).to(dtype), self.block)
+        codes = self.codes[start:stop]
+        values = codes.to(device).to(
+            dtype, copy=True, memory_format=torch.contiguous_format
+        )  # the rest is done in place
+        blocks = _blocks(values, (1, *self.block[1:]))
         if self.zero is not None:
-            values = values - self._per_block(self.zero, values).to(device, dtype)
-        values = values * (self._per_block(self.scale, values).to(device, dtype) / self.unit)
-        return values.reshape(self.codes.shape)
+            blocks.sub_(self._per_row(self.zero, start, stop).to(device, dtype))
+        blocks.mul_(self._per_row(self.scale, start, stop).to(device, dtype) / self.unit)
+        return values
 
     def encode_(self, weight: Tensor) -> None:
         """Take another W [as codes], in place: a new scale for every block, each value rounded once to that scale.
@@ -52,17 +62,25 @@ class Codes:
         values = _blocks(weight, self.block)
         axes = tuple(range(1, values.dim(), 2))
         shifted = self.zero is not None and bool(self.zero.any())
+        top, bottom = values.amax(axes, keepdim=True), values.amin(axes, keepdim=True)
         if shifted:
-            top, bottom = values.amax(axes, keepdim=True).clamp(min=0), values.amin(axes, keepdim=True).clamp(max=0)
+            top, bottom = top.clamp(min=0), bottom.clamp(max=0)
             scale = self._rounded(top - bottom, self.high - self.low)
             zero = torch.round(self.low - bottom / scale)
         else:
-            scale = self._rounded(values.abs().amax(axes, keepdim=True), self.high)
+            scale = self._rounded(torch.maximum(top, -bottom), self.high)
             zero = torch.zeros_like(scale)
-        codes = values / scale + zero
-        if not self.codes.is_floating_point():
-            codes = codes.round()
-        self.codes.copy_(codes.clamp(self.low, self.high).reshape(self.codes.shape))
+        axis = 0 if len(values) > 1 else 1  # by slices, so that little memory is needed beside a large weight
+        step = max(1, SLICE * values.shape[axis] // max(1, values.numel()))
+        for start in range(0, values.shape[axis], step):
+            size = min(step, values.shape[axis] - start)
+            part = slice(start, start + size) if axis == 0 else slice(None)
+            codes = (values.narrow(axis, start, size) / scale[part]).add_(zero[part])
+            if not self.codes.is_floating_point():
+                codes.round_()
+            first, per = (start * self.block[0], self.block[0]) if axis == 0 else (start, 1)
+            rows = self.codes[first : first + size * per]
+            rows.copy_(codes.clamp_(self.low, self.high).reshape(rows.shape))
         self.scale.copy_((scale * self.unit).reshape(self.scale.shape))
         if shifted and self.zero is not None:
             self.zero.copy_(zero.reshape(self.zero.shape))
@@ -76,8 +94,11 @@ class Codes:
         scale = torch.where((scale < exact) | (scale == 0), more, scale)
         return scale / self.unit
 
-    def _per_block(self, tensor: Tensor, values: Tensor) -> Tensor:
-        return tensor.reshape([n if axis % 2 == 0 else 1 for axis, n in enumerate(values.shape)])
+    def _per_row(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """One value per block, for some rows as blocks of one row."""
+        counts = [size // part for size, part in zip(self.codes.shape, self.block, strict=True)]
+        by_rows = tensor.reshape(counts).repeat_interleave(self.block[0], 0)[start:stop]
+        return by_rows.reshape([stop - start, 1, *(n for count in counts[1:] for n in (count, 1))])
 
 
 def block_of_scale(weight: Sequence[int], scale: Sequence[int]) -> tuple[int, ...] | None:

@@ -6,13 +6,13 @@ Here are the contract and the forms that are plain tensors: numbers, and the tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Codes, block_of_scale
+from .blocks import SLICE, Codes, block_of_scale
 
 _HALF_AND_WIDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -45,8 +45,15 @@ class Form:
         """W [O, I, *kernel] in fp32 or wider, detached; on a device, or where it is stored."""
         raise NotImplementedError
 
-    def write(self, module: Any, weight: Tensor) -> None:
+    def parts(self, module: Any, device: torch.device | None) -> Iterator[Tensor]:
+        """`read`, some rows after the other; all at once where the form has no rows."""
+        yield self.read(module, device)
+
+    def write(self, module: Any, weight: Tensor, largest: float) -> None:
         """Store a weight [O, I, *kernel], in place: hosts hold the tensors.
+
+        Args:
+            largest: its largest absolute value.
 
         Raises:
             ValueError: it has values which the form cannot hold; nothing was changed.
@@ -75,10 +82,9 @@ class Plain(Form):
         weight = bare(module)
         return weight.to(device or weight.device).to(torch.promote_types(weight.dtype, torch.float32))
 
-    def write(self, module: Any, weight: Tensor) -> None:
+    def write(self, module: Any, weight: Tensor, largest: float) -> None:
         own = bare(module)
         limit = torch.finfo(own.dtype).max
-        largest = weight.abs().max().item() if weight.numel() else 0.0
         if largest > limit:
             raise ValueError(
                 f"the merged weight reaches {largest:.4g}, but {own.dtype} ends at {limit:g}: lower the strength, or "
@@ -110,6 +116,11 @@ class PlainFloat8(Plain):
         weight = bare(module)
         return weight.to(device or weight.device).to(torch.float32)  # float8 has no promotion rules
 
+    def parts(self, module: Any, device: torch.device | None) -> Iterator[Tensor]:
+        for start, stop in _slices(module.weight):
+            rows = bare(module)[start:stop]
+            yield rows.to(device or rows.device).to(torch.float32)
+
 
 class Coded(Form):
     """Codes with a scale per block, wherever they are kept."""
@@ -128,7 +139,12 @@ class Coded(Form):
     def read(self, module: Any, device: torch.device | None) -> Tensor:
         return self.codes(module).decode(device)
 
-    def write(self, module: Any, weight: Tensor) -> None:
+    def parts(self, module: Any, device: torch.device | None) -> Iterator[Tensor]:
+        codes = self.codes(module)
+        for start, stop in _slices(codes.codes):
+            yield codes.rows(start, stop, device)
+
+    def write(self, module: Any, weight: Tensor, largest: float) -> None:
         self.codes(module).encode_(weight)
 
     def save(self, module: Any) -> Callable[[Any], None]:
@@ -200,6 +216,13 @@ def has_class(weight: object, package: str, name: str) -> bool:
     if type(weight) in (Tensor, nn.Parameter):  # the usual ones first: torch.compile cannot walk over base classes
         return False
     return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(weight).__mro__)
+
+
+def _slices(weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Rows that are worked on together."""
+    step = max(1, SLICE * len(weight) // max(1, weight.numel()))
+    for start in range(0, len(weight), step):
+        yield start, min(start + step, len(weight))
 
 
 def scales_beside(module: Any) -> set[str]:

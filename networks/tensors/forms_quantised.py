@@ -70,7 +70,7 @@ class BitsAndBytes4(Form):
         state.dtype = torch.float32
         return functional.dequantize_4bit(codes, state).reshape(state.shape)
 
-    def write(self, module: Any, weight: Tensor) -> None:
+    def write(self, module: Any, weight: Tensor, largest: float) -> None:
         from bitsandbytes import functional
 
         own, state = module.weight, self._state(module)
