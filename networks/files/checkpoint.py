@@ -175,6 +175,7 @@ class Checkpoint:
                     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                     assert data.numel() == end - start, key
                     yield data.numpy().data
+                    del data, tensor  # not two of them in memory, while the next one is made
                 progress(key, end - start)
 
 

@@ -159,6 +159,7 @@ def write(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
     with file.open("xb") as stream:
         for chunk in chunks:
             stream.write(chunk)
+            del chunk  # while the next one is made: they are large
         stream.flush()
         os.fsync(stream.fileno())
 

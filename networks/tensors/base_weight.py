@@ -7,7 +7,7 @@ trainers' scale, bitsandbytes' int8, nf4 and fp4, torchao's weight-only tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -137,6 +137,7 @@ class Rounding:
 
 
 EXACT = Rounding()
+_SAMPLE = 4  # slices of a weight, about, from which a loss is known well enough
 LOSS = 0.1  # of the strength; more is worth a warning
 
 
@@ -148,7 +149,7 @@ def change(module: nn.Module, new: Tensor) -> Rounding:
         new: W', of the shape and dtype of what `read` gave.
 
     Returns:
-        What was lost of W' - W.
+        What was lost of W' - W, as some rows of a large weight show it.
 
     Raises:
         ValueError: as `write`.
@@ -160,25 +161,22 @@ def change(module: nn.Module, new: Tensor) -> Rounding:
         write(module, new)
         return EXACT
     with torch.no_grad():
-        update, kept, size = new.clone(), 0.0, 0.0
-        for rows, old in _placed(form.parts(holder, new.device)):
-            update[rows].sub_(old)
-        if not bool(update.any()):
+        slices = form.slices(holder)
+        sample = slices[:: max(1, len(slices) // _SAMPLE)]
+        updates = {rows: new[slice(*rows)] - form.rows(holder, *rows, new.device) for rows in sample}
+        if not any(bool(update.any()) for update in updates.values()) and _is_stored(form, holder, new, slices):
             return EXACT
         write(module, new)
-        for rows, stored in _placed(form.parts(holder, new.device)):
-            part = update[rows]
-            kept += ((stored - new[rows] + part) * part).sum().item()
-            size += part.square().sum().item()
-    return Rounding(form.title, kept, size)
+        lost = Rounding(form.title)
+        for rows, update in updates.items():
+            kept = form.rows(holder, *rows, new.device) - new[slice(*rows)] + update
+            lost += Rounding(form.title, (kept * update).sum().item(), update.square().sum().item())
+    share = len(new) / sum(stop - start for start, stop in sample)
+    return Rounding(form.title, lost.kept * share, lost.update * share)
 
 
-def _placed(parts: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a weight, and which they are."""
-    first = 0
-    for part in parts:
-        yield slice(first, first + len(part)), part
-        first += len(part)
+def _is_stored(form: Form, holder: nn.Module, new: Tensor, slices: Sequence[tuple[int, int]]) -> bool:
+    return all(torch.equal(new[slice(*rows)], form.rows(holder, *rows, new.device)) for rows in slices)
 
 
 def rounding_warning(roundings: Sequence[Rounding]) -> str:

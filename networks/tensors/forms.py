@@ -6,13 +6,13 @@ Here are the contract and the forms that are plain tensors: numbers, and the tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import SLICE, Codes, block_of_scale
+from .blocks import SLICE, Codes, block_of_scale, widened
 
 _HALF_AND_WIDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
@@ -45,9 +45,13 @@ class Form:
         """W [O, I, *kernel] in fp32 or wider, detached; on a device, or where it is stored."""
         raise NotImplementedError
 
-    def parts(self, module: Any, device: torch.device | None) -> Iterator[Tensor]:
-        """`read`, some rows after the other; all at once where the form has no rows."""
-        yield self.read(module, device)
+    def slices(self, module: Any) -> list[tuple[int, int]]:
+        """Ranges of rows which `rows` reads alone; one of all where the form has no rows."""
+        return [(0, self.read(module, None).shape[0])]
+
+    def rows(self, module: Any, start: int, stop: int, device: torch.device | None) -> Tensor:
+        """`read` of one of the `slices`."""
+        return self.read(module, device)
 
     def write(self, module: Any, weight: Tensor, largest: float) -> None:
         """Store a weight [O, I, *kernel], in place: hosts hold the tensors.
@@ -114,12 +118,14 @@ class PlainFloat8(Plain):
 
     def read(self, module: Any, device: torch.device | None) -> Tensor:
         weight = bare(module)
-        return weight.to(device or weight.device).to(torch.float32)  # float8 has no promotion rules
+        return widened(weight.to(device or weight.device), torch.float32)  # float8 has no promotion rules
 
-    def parts(self, module: Any, device: torch.device | None) -> Iterator[Tensor]:
-        for start, stop in _slices(module.weight):
-            rows = bare(module)[start:stop]
-            yield rows.to(device or rows.device).to(torch.float32)
+    def slices(self, module: Any) -> list[tuple[int, int]]:
+        return _slices(module.weight)
+
+    def rows(self, module: Any, start: int, stop: int, device: torch.device | None) -> Tensor:
+        rows = bare(module)[start:stop]
+        return widened(rows.to(device or rows.device), torch.float32)
 
 
 class Coded(Form):
@@ -139,10 +145,11 @@ class Coded(Form):
     def read(self, module: Any, device: torch.device | None) -> Tensor:
         return self.codes(module).decode(device)
 
-    def parts(self, module: Any, device: torch.device | None) -> Iterator[Tensor]:
-        codes = self.codes(module)
-        for start, stop in _slices(codes.codes):
-            yield codes.rows(start, stop, device)
+    def slices(self, module: Any) -> list[tuple[int, int]]:
+        return _slices(self.codes(module).codes)
+
+    def rows(self, module: Any, start: int, stop: int, device: torch.device | None) -> Tensor:
+        return self.codes(module).rows(start, stop, device)
 
     def write(self, module: Any, weight: Tensor, largest: float) -> None:
         self.codes(module).encode_(weight)
@@ -218,11 +225,9 @@ def has_class(weight: object, package: str, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.partition(".")[0] == package for c in type(weight).__mro__)
 
 
-def _slices(weight: Tensor) -> Iterator[tuple[int, int]]:
-    """Rows that are worked on together."""
+def _slices(weight: Tensor) -> list[tuple[int, int]]:
     step = max(1, SLICE * len(weight) // max(1, weight.numel()))
-    for start in range(0, len(weight), step):
-        yield start, min(start + step, len(weight))
+    return [(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
 
 
 def scales_beside(module: Any) -> set[str]:
