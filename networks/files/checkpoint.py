@@ -6,16 +6,18 @@ near the largest of them; dtypes, shapes and all other bytes are the same.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from io import RawIOBase
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,7 +32,6 @@ _DTYPES = {  # by safetensors' names: of weights, of what may stand beside them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U8": torch.uint8,
 }  # fmt: skip
-_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")  # of tensors that have changed
 _WEIGHTS = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 
 
@@ -113,7 +114,8 @@ class Checkpoint:
         """Write a copy; a folder appears whole or not at all, like a file. What is there already is replaced.
 
         Args:
-            changed: key -> its new tensor, of the same shape and dtype, or None where it stays; asked once per key.
+            changed: key -> the new tensors of all that change with it, itself among them, of the same shapes and
+                dtypes; {} where it stays. Asked once for each of these.
             metadata: added to that of each file.
             progress: told each key and its bytes, when it has been written.
 
@@ -122,18 +124,50 @@ class Checkpoint:
             OSError: it cannot be written; nothing is left behind.
         """
         check_free(self, out)
-        size = sum(self._end(file) for file in self.files)
-        if not self.path.is_dir():
-            outputs.replace(out, self._chunks(self.files[0], changed, metadata, progress), size)
-            return
-        with outputs.whole(out, size) as part:
-            shutil.copytree(self.path, part, ignore=self._not_copied)
-            for file in self.files:
-                place = part / file.relative_to(self.path)
-                outputs.write(place, self._chunks(file, changed, metadata, progress))
+        whole_folder = self.path.is_dir()
+        with outputs.whole(out, self.size, "" if whole_folder else ".part") as part, contextlib.ExitStack() as opened:
+            if whole_folder:
+                shutil.copytree(self.path, part, ignore=self._not_copied)
+            places = {file: part / file.relative_to(self.path) if whole_folder else part for file in self.files}
+            copies = {file: _Copy(self.headers[file], metadata) for file in self.files}
+            for file, copy in copies.items():
+                copy.begin(opened.enter_context(places[file].open("x+b")))
+            self._fill(copies, changed, progress)
+            for copy in copies.values():
+                copy.finish()
         if self.other_weights:
             names = ", ".join(str(file.relative_to(self.path)) for file in self.other_weights)
             log.warning("not in %s: %s, which would be weights without the change", out, names)
+
+    def _fill(
+        self,
+        copies: Mapping[Path, _Copy],
+        changed: Callable[[str], Mapping[str, Tensor]],
+        progress: Callable[[str, int], None],
+    ) -> None:
+        """Write all tensors, in the order of the files; what changes together at once, wherever it stands, so that none
+        of it waits in memory."""
+        written = set[str]()
+        for file, header in self.headers.items():
+            for key in sorted(header.entries, key=lambda key: tuple(header.entries[key]["data_offsets"])):
+                if key in written:
+                    continue
+                new = {**changed(key)}
+                if not new:
+                    copies[file].keep(key, self._stream(file))
+                assert not new or key in new, key
+                for each in [*new] or [key]:
+                    home = self.where[each]
+                    if new:
+                        copies[home].put(each, new.pop(each))
+                    start, end = self.headers[home].entries[each]["data_offsets"]
+                    written.add(each)
+                    progress(each, end - start)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self._end(file) for file in self.files)
 
     @cached_property
     def other_weights(self) -> list[Path]:
@@ -152,31 +186,65 @@ class Checkpoint:
         """Bytes of a file's tensors."""
         return max((entry["data_offsets"][1] for entry in self.headers[file].entries.values()), default=0)
 
-    def _chunks(
-        self,
-        file: Path,
-        changed: Callable[[str], Tensor | None],
-        metadata: Mapping[str, str],
-        progress: Callable[[str, int], None],
-    ) -> Iterator[bytes | memoryview]:
-        """The new contents of a file, one tensor after the other."""
-        header = self.headers[file]
-        kept = {key: value for key, value in header.metadata.items() if key not in _STALE}
-        yield writer.safetensors_header(header.entries, {**kept, **metadata})
-        with file.open("rb") as stream:
-            for key in sorted(header.entries, key=lambda key: header.entries[key]["data_offsets"]):
-                start, end = header.entries[key]["data_offsets"]
-                tensor = changed(key)
-                if tensor is None:
-                    stream.seek(header.start + start)
-                    for at in range(start, end, _CHUNK):
-                        yield stream.read(min(_CHUNK, end - at))
-                else:
-                    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    assert data.numel() == end - start, key
-                    yield data.numpy().data
-                    del data, tensor  # not two of them in memory, while the next one is made
-                progress(key, end - start)
+
+class _Copy:
+    """The copy of one file in the making: its header, then its tensors in any order, then the hashes that it had.
+
+    Args:
+        header: of the file.
+        metadata: added to its own.
+    """
+
+    def __init__(self, header: reader.Header, metadata: Mapping[str, str]) -> None:
+        self._header = header
+        kept = {key: text for key, text in header.metadata.items() if key not in writer.HASHES}
+        self._metadata = {**kept, **metadata}
+        self._hashed = [key for key in writer.HASHES if key in header.metadata]
+
+    def begin(self, stream: BinaryIO) -> None:
+        """
+        Args:
+            stream: of the new file, empty.
+        """
+        self._stream, begin = stream, self._begin(writer.HASHES)
+        self._start = len(begin)
+        stream.write(begin)
+
+    def _begin(self, hashes: Mapping[str, str]) -> bytes:
+        found = {key: hashes[key] for key in self._hashed}
+        return writer.safetensors_header(self._header.entries, {**self._metadata, **found})
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """A new tensor, of the old shape and dtype."""
+        start, end = self._header.entries[key]["data_offsets"]
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        assert data.numel() == end - start, key
+        self._stream.seek(self._start + start)
+        self._stream.write(data.numpy().data)
+
+    def keep(self, key: str, source: RawIOBase) -> None:
+        """The bytes that are in the old file."""
+        start, end = self._header.entries[key]["data_offsets"]
+        source.seek(self._header.start + start)
+        self._stream.seek(self._start + start)
+        buffer = memoryview(bytearray(min(_CHUNK, end - start)))
+        while start < end:
+            size = source.readinto(buffer[: end - start]) or 0
+            if not size:
+                raise ValueError(f"{key} has become shorter since the checkpoint was opened: copy or download it again")
+            self._stream.write(buffer[:size])
+            start += size
+
+    def finish(self) -> None:
+        """The hashes of the new tensors, where the old file told those of its own; all of it down to the disk."""
+        if self._hashed:
+            self._stream.seek(self._start)
+            payload = iter(functools.partial(self._stream.read, _CHUNK), b"")
+            begin = self._begin(writer.hashes(self._header.entries, self._metadata, payload))
+            self._stream.seek(0)
+            self._stream.write(begin)
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
 
 
 def check_free(checkpoint: Checkpoint, out: Path) -> None:

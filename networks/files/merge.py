@@ -97,6 +97,14 @@ def naming_for(tensors: Mapping[str, Tensor], keys: Collection[str], prefix: str
 
 
 @dataclass
+class _Group:
+    """Layers that share weights, and the keys of these."""
+
+    names: list[str]
+    keys: list[str]
+
+
+@dataclass
 class CheckpointMerge:
     """Adapter files on the weights of a checkpoint: planned from keys, then written in one pass.
 
@@ -119,19 +127,19 @@ class CheckpointMerge:
         self.targets = weight_names.find(self.checkpoint.shapes, names, self.prefix)
         self.roundings: list[base_weight.Rounding] = []
         self._careful = False
-        self._ready: dict[str, Tensor] = {}
         for adapter in self.adapters:
             if not self.matched(adapter):
                 raise ValueError(self._nothing(adapter))
-        self._names: dict[str, list[str]] = {}  # of the layers that a weight holds
-        self._owner: dict[str, str] = {}  # key of a tensor that changes -> the weight with which it is computed
+        self._groups: dict[str, _Group] = {}  # key of a tensor that changes -> what changes with it
         for name, target in self.targets.items():
-            for key in target.keys:
-                self._names.setdefault(key, []).append(name)
-            self._owner |= dict.fromkeys((*target.keys, *self._bias_keys(name)), target.keys[0])
-        stored.check(self.checkpoint, self._owner)
-        scales = {stored.scale_key(self.checkpoint, key): owner for key, owner in self._owner.items()}
-        self._owner |= {scale: owner for scale, owner in scales.items() if scale}
+            group = _Group([name], [*target.keys, *self._bias_keys(name)])
+            others = {id(other): other for key in group.keys if (other := self._groups.get(key))}
+            for other in others.values():
+                group.names[:0], group.keys[:0] = other.names, other.keys
+            self._groups |= dict.fromkeys(group.keys, group)
+        stored.check(self.checkpoint, self._groups)
+        scales = {stored.scale_key(self.checkpoint, key): group for key, group in self._groups.items()}
+        self._groups |= {scale: group for scale, group in scales.items() if scale}
 
     def _bias_keys(self, name: str) -> list[str]:
         """Of the biases that change with a layer."""
@@ -181,15 +189,15 @@ class CheckpointMerge:
         self.checkpoint.write(out, self._changed, {"networks_merged": json.dumps(told)}, progress)
         return base_weight.rounding_warning(self.roundings)
 
-    def _changed(self, key: str) -> Tensor | None:
-        owner = self._owner.get(key)
-        if owner is not None and key not in self._ready:
-            try:
-                self._ready.update(self._merge(self._names[owner]))
-            except base_weight.NotFinite:
-                self._careful = True  # once more, to find out whose values those are
-                self._ready.update(self._merge(self._names[owner]))
-        return self._ready.pop(key, None)
+    def _changed(self, key: str) -> dict[str, Tensor]:
+        group = self._groups.get(key)
+        if group is None:
+            return {}
+        try:
+            return self._merge(group.names)
+        except base_weight.NotFinite:
+            self._careful = True  # once more, to find out whose values those are
+            return self._merge(group.names)
 
     @torch.no_grad()
     def _merge(self, names: Sequence[str]) -> dict[str, Tensor]:

@@ -47,14 +47,12 @@ class Stored(nn.Module):
 def load(checkpoint: Checkpoint, key: str) -> Stored:
     """The tensors of a weight, in memory of their own."""
     scale = scale_key(checkpoint, key)
-    if scale and checkpoint.dtype(key) in _PLAIN:  # `check` has seen that it is 1
-        scale = ""
     return Stored(checkpoint.tensor(key), checkpoint.tensor(scale) if scale else None)
 
 
 def scale_key(checkpoint: Checkpoint, key: str) -> str:
     """Of the tensor which scales a weight; "" for a weight without one."""
-    stem = stem_of(key)
+    stem = "" if checkpoint.dtype(key) in _PLAIN else stem_of(key)  # beside those `check` has seen that it is 1
     return next((f"{stem}.{name}" for name in SCALES if stem and f"{stem}.{name}" in checkpoint.shapes), "")
 
 

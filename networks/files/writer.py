@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 24  # bytes that are copied at once
 _HASHED = slice(0x100000, 0x110000)  # the bytes by which older web UIs know a file
+
+# Of a file's tensors, in its metadata: before they are known, in their length.
+HASHES = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x" + "0" * 64}
 
 
 def write_tensors(
@@ -94,15 +97,9 @@ class Stream:
             for key, entry in self._entries[size].items():
                 entries[key] = {**entry, "data_offsets": [at + offset for offset in entry["data_offsets"]]}
             at += self._waiting[size].tell()
-        training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-        short = safetensors_header(entries, training)
-        digest, window, start = hashlib.sha256(), short[_HASHED], len(short)
-        for chunk in self._payload():
-            digest.update(chunk)
-            window += chunk[max(0, _HASHED.start - start) : max(0, _HASHED.stop - start)]
-            start += len(chunk)
-        hashes = {"sshs_model_hash": digest.hexdigest(), "sshs_legacy_hash": _legacy_hash(window)}
-        yield safetensors_header(entries, {**metadata, **hashes})
+        found = hashes(entries, metadata, self._payload())
+        del found["modelspec.hash_sha256"]
+        yield safetensors_header(entries, {**metadata, **found})
         yield from self._payload()
 
     def _payload(self) -> Iterator[bytes]:
@@ -206,6 +203,24 @@ def _chosen(key: str, own: torch.dtype, wanted: torch.dtype | None) -> torch.dty
         return own
     chosen = wanted or own
     return torch.float32 if is_magnitude(key) and chosen.itemsize < torch.float32.itemsize else chosen
+
+
+def hashes(entries: Mapping[str, object], metadata: Mapping[str, str], payload: Iterable[bytes]) -> dict[str, str]:
+    """What a file may tell of its tensors, see HASHES.
+
+    Args:
+        entries, metadata: of its header.
+        payload: all that follows it.
+    """
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    short = safetensors_header(entries, training)
+    digest, window, start = hashlib.sha256(), short[_HASHED], len(short)
+    for chunk in payload:
+        digest.update(chunk)
+        window += chunk[max(0, _HASHED.start - start) : max(0, _HASHED.stop - start)]
+        start += len(chunk)
+    whole = digest.hexdigest()
+    return dict(zip(HASHES, (whole, _legacy_hash(window), f"0x{whole}"), strict=True))
 
 
 def safetensors_header(entries: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
