@@ -45,6 +45,7 @@ from .plan.plan import Plan, Request
 from .tools.combine import combine
 from .tools.compare import Comparison, compare
 from .tools.convert import convert
+from .tools.merge import merge_checkpoint
 from .tools.ranks import RankRule
 from .tools.report import Report
 from .tools.resize import resize
@@ -402,6 +403,7 @@ __all__ = [
     "convert",
     "load",
     "merge",
+    "merge_checkpoint",
     "plan",
     "resize",
     "save",

@@ -87,8 +87,13 @@ def tell(report: Report, args: argparse.Namespace) -> int:
         for line in report.lines(getattr(args, "layers", False)):
             say(line)
         if report.out is not None:
-            say(f"wrote {report.out} ({report.out.stat().st_size / 2**20:.1f} MiB)")
+            say(f"wrote {report.out} ({_size(report.out) / 2**20:.1f} MiB)")
     return 0
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def progress(title: str) -> Walk:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._errors import located
 from ..archs import ARCHS
 from ..tensors import base_weight
+from ..tensors.norms import weight_geometry
 from . import dotted, stored, weight_names
 from .adapter_file import AdapterFile, FileTensors, Naming
 from .checkpoint import Checkpoint, check_free
@@ -174,6 +175,30 @@ class CheckpointMerge:
             held = {self.prefix}
         names = weight_names.all_names(self.checkpoint.shapes)
         return find_missing(families, placed, held, weight_names.PREFIXES, (), allowance, str(adapter.path), names)
+
+    @property
+    def changed(self) -> Collection[str]:
+        """Keys of the tensors that are written anew."""
+        return self._groups.keys()
+
+    def check(self) -> None:
+        """Whether every layer fits its weight, found out before anything is computed.
+
+        Raises:
+            ValueError: with the file, the layer and the weight.
+        """
+        for adapter in self.adapters:
+            for name in self.matched(adapter):
+                target, shape = self.targets[name], self._shape(name)
+                with located(f"{adapter.path}: {name} and {target.keys[0]}"):
+                    for piece in target.pieces:
+                        piece.cut(torch.empty(self.checkpoint.shapes[piece.key], device="meta"))
+                    saved = adapter.file.layers.get(name)
+                    if saved is not None:
+                        geometry = weight_geometry(shape)
+                        saved.describe(geometry)
+                        saved.side(geometry)
+                        merged_bias(saved, torch.empty(shape[0], device="meta"))
 
     def write(self, out: Path, progress: Callable[[str, int], None] = lambda key, size: None) -> str:
         """Write the merged checkpoint, atomically.
