@@ -34,6 +34,7 @@ COMMANDS = {
     "combine": Command("several adapter files as one", ".combine"),
     "merge": Command("merge adapter files into a checkpoint", ".merge"),
     "resize": Command("make smaller adapter files", ".resize"),
+    "rescue": Command("what is wrong with an adapter file that does not work elsewhere, and the good one", ".rescue"),
     "doctor": Command(
         "whether a trainer finds these modules, what is missing, and the --network_module to write", ".doctor"
     ),

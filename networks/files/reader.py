@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from ..foreign.texts import exists, is_file, parse_json, printable
@@ -100,6 +102,91 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})
     except SafetensorError as error:
         raise ValueError(_damaged(file, printable(error, 200))) from None
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What can be read of a file, damaged or not.
+
+    Attributes:
+        tensors: those that are complete, key -> tensor on the CPU.
+        metadata: of the header, as text.
+        lost: (key, why) of the others.
+        damage: what is wrong with the file as a whole; "" = it is a sound safetensors file.
+    """
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    lost: tuple[tuple[str, str], ...] = ()
+    damage: str = ""
+
+
+# First bytes -> what people have under the name of a .safetensors file.
+_OTHERS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS, not the file: download the file itself (git lfs pull)",
+    b"<": "it is a web page, not the file: download the file itself, logged in where the site asks for it",
+    **dict.fromkeys(
+        (b"PK\x03\x04", b"\x80\x02"),
+        "it is a pickled file under another name: rename it to .pt and convert it in a program that you trust",
+    ),
+    b"GGUF": "it is a GGUF file under another name: convert it with the program that made it",
+}
+
+
+def read_remains(path: str | os.PathLike[str]) -> Remains:
+    """All that can be read of a safetensors file, tensor by tensor, by what its header says of each.
+
+    Raises:
+        ValueError: its header cannot be read, so that nobody knows what its bytes are.
+    """
+    file = checked_path(path)
+    try:
+        return Remains(*read_tensors(file))
+    except ValueError as error:
+        damage = str(error)
+    with file.open("rb") as stream:
+        first = stream.read(32)
+        for start, what in _OTHERS.items():
+            if first.startswith(start):
+                raise ValueError(f"nothing can be read of {file}: {what}")
+        length, size = int.from_bytes(first[:8], "little"), file.stat().st_size
+        stream.seek(8)
+        try:
+            if not 0 < length <= min(size - 8, _LONGEST):
+                raise ValueError("its first bytes are no safetensors header")
+            entries = dict(parse_json(stream.read(length)))
+            metadata = {str(key): str(text) for key, text in dict(entries.pop("__metadata__", None) or {}).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"nothing can be read of {file}: its header, which says what its bytes are, is lost "
+                f"({printable(error, 200)}); download or copy it again"
+            ) from None
+        if len(entries) > _MOST_TENSORS:
+            raise ValueError(damage)
+        tensors, lost = dict[str, Tensor](), list[tuple[str, str]]()
+        for key, entry in entries.items():
+            try:
+                check_names([key], "it")
+                tensors[key] = _one_tensor(stream, entry, 8 + length, size)
+            except (ValueError, TypeError, KeyError, OverflowError, SafetensorError) as error:
+                lost.append((printable(key, 200), str(error) if type(error) is _Cut else "its entry is broken"))
+    return Remains(tensors, metadata, tuple(lost), damage)
+
+
+class _Cut(ValueError):
+    """The file ends before a tensor does."""
+
+
+def _one_tensor(stream: BinaryIO, entry: dict[str, Any], start: int, size: int) -> Tensor:
+    """Raises one of several errors for an entry that is none."""
+    first, last = (int(offset) for offset in entry["data_offsets"])
+    if start + last > size:
+        raise _Cut("the file ends before it does")
+    stream.seek(start + first)
+    data = stream.read(last - first)
+    shape = list(_shape(entry["shape"]))
+    header = json.dumps({"x": {"dtype": entry["dtype"], "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    return load(len(header).to_bytes(8, "little") + header + data)["x"]
 
 
 def checked_path(path: str | os.PathLike[str]) -> Path:

@@ -14,6 +14,7 @@ from ..archs.spec import ArchSpec
 from ..files import dotted, weight_names
 from ..files.adapter_file import AdapterFile, FileTensors, Naming
 from ..files.base_weights import BaseWeights
+from ..files.codec import SavedLayer
 from ..files.readers import Given
 from ..plan.walk import Candidate, candidates
 from .releases import plain
@@ -57,6 +58,27 @@ def arch_of(file: FileTensors, keys: Collection[str]) -> ArchSpec | None:
 
     best = max(likely, key=shared, default=None)
     return best if best is not None and any(shared(best)) else None
+
+
+def nearest_model(file: FileTensors) -> Skeleton | None:
+    """The one released model into which most layers of a file fit, though not all; None = there is none for more than
+    half, or several."""
+    counts: dict[str, int] = {}
+    for arch in _likeliest(file):
+        opened = file.opened(Naming(arch))
+        for release in arch.releases:
+            there = {c.saved_name: c.geometry for c in _layers(arch, skeleton(release.name))}
+            counts[release.name] = sum(_fit(there.get(name), saved) for name, saved in opened.layers.items())
+    best = sorted(counts, key=lambda name: -counts[name])[:2]
+    clear = best and 2 * counts[best[0]] > len(file.opened(Naming()).layers)
+    return skeleton(best[0]) if clear and (len(best) < 2 or counts[best[0]] > counts[best[1]]) else None
+
+
+def _fit(geometry: Geometry | None, saved: SavedLayer) -> bool:
+    try:
+        return geometry is not None and bool(saved.describe(geometry))
+    except ValueError:
+        return False
 
 
 def given_of(file: FileTensors, model: Skeleton, checkpoint: Path | None = None) -> Given:

@@ -35,13 +35,20 @@ class Opened:
         path: of the file, or of the folder of one that PEFT wrote.
         model: what it is for, where names and metadata leave that open: as for `skeleton`; "" = as they say.
         base: checkpoints with the weights, as for BaseWeights.
+        tensors: what is to count as the file, where that is not what stands there.
 
     Raises:
         ValueError: it is no adapter file, or not sound.
     """
 
-    def __init__(self, path: str | os.PathLike[str], model: str = "", base: Sequence[Path | str] = ()) -> None:
-        self.path, self.tensors = Path(path), FileTensors(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: str = "",
+        base: Sequence[Path | str] = (),
+        tensors: FileTensors | None = None,
+    ) -> None:
+        self.path, self.tensors = Path(path), FileTensors(path) if tensors is None else tensors
         self._model, self._base = model, base
 
     @property

@@ -1,0 +1,389 @@
+"""What is wrong with a file that does not work elsewhere, and the good file where there can be one.
+
+The causes in the bare tensors come first (`causes`); then what only a model tells: layers that it has not, magnitudes,
+names of another program. What was made is proved before it is written: it is opened as any file is, its updates are
+compared, and the models of other programs say what they make of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import located
+from ..archs import places
+from ..archs.names import nearest_layout
+from ..files import codec, dotted, reader, save_formats, strengths, twins, writer
+from ..files.adapter_file import FileTensors, Naming
+from ..files.codec import SavedLayer
+from ..files.dialects import DIALECTS, PORTABLE, Dialect, FileFormat
+from ..files.joining import NeedsBase, update_of
+from ..files.keys import FileKeys
+from ..files.merged import merged_weight
+from ..files.outputs import check_outputs
+from ..files.verdicts import Verdict, verdicts
+from ..models.adapters import given_of, nearest_model
+from ..models.skeleton import Skeleton
+from ..tensors.norms import weight_geometry
+from .causes import CAUSES, Finding, Patient
+from .metadata import told
+from .opened import Opened
+from .report import Report, Row, Walk, silently
+
+TARGETS = tuple(name for name, dialect in DIALECTS.items() if not dialect.folder)
+UNTOUCHED = 0.9  # of a layer's magnitudes: if so many round to ||W||, training has left them where they began
+
+
+def rescue(
+    file: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    to: str = "",
+    model: str = "",
+    base: Sequence[Path | str] = (),
+    strength: float | None = None,
+    dtype: torch.dtype | None = None,
+    allow_dropped: bool = False,
+    overwrite: bool = False,
+    walk: Walk = silently,
+) -> Report:
+    """Say what is wrong with a file, and write the good one.
+
+    Args:
+        file: which other programs refuse or read wrongly.
+        out: the .safetensors file to write; None = it is only looked at.
+        to: the form that the file is to have, one of TARGETS; "" = portable, or its own names where nothing tells
+            what it is for.
+        model: what it is for, where names and metadata leave that open: as for `skeleton`. A checkpoint is its base,
+            too.
+        base: checkpoints with the weights on which it acts, where a cure depends on them.
+        strength: of layers that do not say it themselves.
+        dtype: of the tensors; None = as they are.
+        allow_dropped: write although something of the file is lost.
+        overwrite: whether `out` may exist.
+        walk: goes over the layers, and may show how far it is.
+
+    Returns:
+        The report; `details["findings"]` has what is wrong, `details["readers"]` the programs before and after.
+
+    Raises:
+        ValueError: nothing can be read of it, or nothing can be written; the sentence says why.
+    """
+    if to and to not in TARGETS:
+        raise ValueError(f"there is no form {to}: one of {', '.join(TARGETS)}")
+    target = None if out is None else writer.checked_path(out)
+    base = base or ([model] if model and Path(model).is_file() else [])
+    if target is not None:
+        check_outputs([target], [Path(file), *(Path(str(one).rpartition("=")[2]) for one in base)], overwrite)
+    report = Report("rescue", [Path(file)])
+    patient, findings = _examined(file, strength)
+    case = _Case(patient, findings, to, model, base)
+    made = case.cured()
+    report.rows, report.notes = case.rows(made, walk), [*patient.notes]
+    report.dropped = [(name, one.what) for one in case.findings if one.lost for name in one.where]
+    report.details = {
+        "findings": [one.to_dict() for one in case.findings],
+        "sound": not case.findings,
+        "model": case.title,
+        "readers": case.readers(made),
+    }
+    if target is not None:
+        report.check(allow_dropped)
+        metadata = told(patient.metadata, "rescue", {"found": [one.what for one in case.findings]})
+        report.out = writer.write_tensors(target, made, dtype, metadata)
+        with located(f"{target} was written and does not prove right"):
+            FileTensors(target).opened(Naming()).all_read()
+    return report
+
+
+def _examined(file: str | os.PathLike[str], strength: float | None) -> tuple[Patient, list[Finding]]:
+    """A file after all causes in its bare tensors."""
+    remains = reader.read_remains(file)
+    findings, settings = list[Finding](), None
+    if remains.damage:
+        cure = "every tensor that is complete is taken out of it, by what its header says"
+        findings.append(Finding(remains.damage, (), cure))
+    for why in dict.fromkeys(why for _, why in remains.lost):
+        names = tuple(name for name, one in remains.lost if one == why)
+        findings.append(Finding(f"tensors cannot be read, {why}", names, "left out", lost=True))
+    try:
+        settings = strengths.beside(reader.checked_path(file))
+    except ValueError as error:
+        findings.append(Finding(str(error), (), "it counts as missing"))
+    patient = Patient(str(file), remains.tensors, remains.metadata, settings, strength)
+    for cause in CAUSES:
+        findings += cause(patient)
+    return patient, findings
+
+
+class _Case:
+    """A file whose tensors are mended as far as they can be without a model.
+
+    Args:
+        patient, findings: of `_examined`.
+        to, model, base: as for `rescue`.
+
+    Raises:
+        ValueError: nothing is left of it, or what is left is refused for a reason that nobody can mend.
+    """
+
+    def __init__(
+        self, patient: Patient, findings: list[Finding], to: str, model: str, base: Sequence[Path | str]
+    ) -> None:
+        self.patient, self.findings, self.to = patient, findings, to
+        self.opened = Opened(patient.source, model, base, patient.opened())
+        try:
+            self._strays()
+            self.own = self.opened.own
+        except ValueError as error:
+            told = "; ".join(one.sentence for one in findings if not one.cure or one.lost)
+            raise ValueError(f"{error}" + (f" (what is wrong: {told})" if told else "")) from None
+        self.model = self._model(model)
+        self.title = "" if self.model is None else self.model.title
+
+    def _strays(self) -> None:
+        """Keys that are no adapter go."""
+        file = self.patient.opened().opened(Naming())
+        if file.stray and file.families:
+            own = {dotted.shown(key): key for key in self.patient.tensors}
+            keys = tuple(own.get(dotted.shown(key), key) for key in file.stray)
+            self.patient.remove(key for key in keys if key in self.patient.tensors)
+            self.findings.append(Finding("keys are no adapter", keys, "left out", lost=True))
+            self.opened.tensors = self.patient.opened()
+
+    def _model(self, model: str) -> Skeleton | None:
+        try:
+            return self.opened.model
+        except ValueError as error:
+            nearest = None if model else nearest_model(self.opened.tensors)
+            if nearest is not None:
+                self.opened.model = nearest
+                return nearest
+            if model or self.to:
+                raise
+            self.patient.notes.append(f"{error}: until then its names stay, and no program's opinion is known")
+            return None
+
+    # -- the good file
+
+    def cured(self) -> dict[str, Tensor]:
+        """The tensors of the good file."""
+        if self.model is None:
+            self.layers = dict(self.own.layers)
+            keys = FileKeys(self.own)
+            made = {key: t for layer in self.layers.values() for key, t in keys.of(layer).items()}
+            return made | keys.rest()
+        self._names()
+        self.layers = {name: self._with_magnitudes(saved) for name, saved in self._placed().items()}
+        if not self.layers:
+            raise ValueError(
+                f"{self.patient.source}: {self.title} has none of its layers: say which model it is for, --model"
+            )
+        self._magnitudes_told()
+        return self._written(DIALECTS[self.to or PORTABLE.name])
+
+    def _names(self) -> None:
+        paths = dotted.layers(self.patient.tensors)
+        arch = self.opened.arch
+        spoken = Naming(arch).shares(paths)
+        foreign = [path for path, found in spoken.items() if path != found[0].name]
+        if foreign:
+            whose = nearest_layout(paths, [arch]) or f"not those of the trainer for {arch.title}"
+            form = self.to or PORTABLE.name
+            cure = f"written under the names of the form {form}"
+            self.findings.append(
+                Finding(f"its names are {whose}", tuple(foreign[:1]), f"{cure}, {len(foreign)} layers")
+            )
+        suffixes = {path: set(keys) for path, keys in self.patient.layers.items()}
+        swapped = twins.right_names({path: keys for path, keys in suffixes.items() if "." not in path}, True)
+        if swapped:
+            what = "layers have each other's names, as earlier versions of this package saved them"
+            self.findings.append(Finding(what, tuple(swapped), "written under their own"))
+
+    def _placed(self) -> dict[str, SavedLayer]:
+        """The layers that the model has, under the trainer's names, as its own are."""
+        file, there = self.opened.tensors.opened(Naming(self.opened.arch)), self.opened.model_layers
+        found, why = dict[str, SavedLayer](), dict[str, list[str]]()
+        for name in [*file.layers, *file.portions]:
+            try:
+                if name not in there:
+                    raise ValueError(f"{self.title} has no such layer")
+                shape = there[name].shape
+                saved = file.layers.get(name) or file.layer_of(name, shape, self.opened.base)[0]
+                saved.describe(weight_geometry(shape))
+                found[name] = saved
+            except ValueError as error:
+                why.setdefault(str(error).removeprefix(f"{name}: "), []).append(name)
+        for reason, names in why.items():
+            self.findings.append(Finding(reason, tuple(names), "left out", lost=True))
+        return found
+
+    def _written(self, dialect: Dialect) -> dict[str, Tensor]:
+        there, form = self.opened.model_layers, FileFormat(dialect, arch=self.opened.arch)
+        if dialect.program:
+            every = (replace(layer, trained=name in self.layers) for name, layer in there.items())
+            form = replace(form, targets=places.targets(self.opened.arch, every, dialect.program))
+        layers = [self._folded(saved, dialect) for saved in self.layers.values()]
+        made, words = save_formats.translated(layers, form, self._weight)
+        if words:
+            self.patient.notes.append(f"{self.to} holds {words}")
+        marked = (replace(one, alpha=1.0) if self._lacks_mark(one) else one for one in made)
+        return codec.written(marked, form)
+
+    @staticmethod
+    def _lacks_mark(saved: SavedLayer) -> bool:
+        return saved.alpha is None and twins.is_marked(saved.name, saved.tensors)
+
+    def _weight(self, name: str) -> Tensor:
+        if self.opened.base is None:
+            raise ValueError(f"{dotted.shown(name)} depends on the weight below it: give the model, --base CHECKPOINT")
+        return self.opened.base(name)
+
+    # -- magnitudes
+
+    @functools.cached_property
+    def _about(self) -> dict[str, list[str]]:
+        """What was done about magnitudes -> layers."""
+        return {"unfolded": [], "folded": [], "exact": [], "rounded": []}
+
+    def _with_magnitudes(self, saved: SavedLayer) -> SavedLayer:
+        """With magnitudes as they act, in fp32, and exact where they are known to be."""
+        magnitude = saved.magnitude
+        if magnitude is None:
+            return saved
+        if saved.folded:
+            self._about["folded" if self.opened.base is None else "unfolded"].append(saved.name)
+            return saved if self.opened.base is None else self._refolded(saved, back=True)
+        if magnitude.itemsize < 4:
+            exact = self._exact(saved, magnitude)
+            self._about["rounded" if exact is None else "exact"].append(saved.name)
+            return replace(saved, magnitude=magnitude.float() if exact is None else exact)
+        return saved
+
+    def _exact(self, saved: SavedLayer, magnitude: Tensor) -> Tensor | None:
+        """Of a layer whose magnitudes training has left where they began, ||W||, but for their rounding."""
+        if self.opened.base is None:
+            return None
+        weight = self.opened.base(saved.name).double()
+        rows = saved.side(weight_geometry(weight.shape)) == "output"
+        norms = (weight if rows else weight.transpose(0, 1)).flatten(1).norm(dim=1).reshape(magnitude.shape)
+        # The stored number is that of bf16 tensors, whatever it was widened to when the file was opened.
+        same = norms.to(magnitude.dtype) == magnitude
+        return torch.where(same, norms.float(), magnitude.float()) if same.double().mean() >= UNTOUCHED else None
+
+    def _refolded(self, saved: SavedLayer, back: bool) -> SavedLayer:
+        """Magnitudes of output rows for readers that divide by ||W|| instead of ||W + dW||; back: as they act."""
+        assert saved.magnitude is not None
+        weight = self._weight(saved.name).double()
+        if saved.side(weight_geometry(weight.shape)) != "output":
+            return replace(saved, folded=not back)
+        changed = merged_weight(replace(saved, magnitude=None, folded=False), weight, bias_too=True)
+        shape = saved.magnitude.shape
+        before, after = (one.flatten(1).norm(dim=1).reshape(shape) for one in (weight, changed))
+        factor = torch.where((before > 0) & (after > 0), after / before if back else before / after, 1.0)
+        return replace(saved, magnitude=(saved.magnitude * factor).float(), folded=not back)
+
+    def _folded(self, saved: SavedLayer, dialect: Dialect) -> SavedLayer:
+        if saved.magnitude is None or bool(dialect.fold_flag) == saved.folded:
+            return saved
+        if saved.folded:
+            raise ValueError(
+                f"{self.patient.source}: its DoRA magnitudes are those for ComfyUI, and the others follow from the "
+                "weights: give the model, --base CHECKPOINT"
+            )
+        return self._refolded(saved, back=False)
+
+    def _magnitudes_told(self) -> None:
+        about = self._about
+        if about["unfolded"]:
+            what = "DoRA magnitudes are those for ComfyUI, which other programs read wrongly"
+            self.findings.append(Finding(what, tuple(about["unfolded"]), "computed back from the weights"))
+        if about["exact"]:
+            what = "DoRA magnitudes are rounded to half precision or less"
+            cure = "training has left them where they began, at ||W||, which is written exactly"
+            self.findings.append(Finding(what, tuple(about["exact"]), cure))
+        if about["rounded"]:
+            what = "DoRA magnitudes are rounded to half precision or less, and what was rounded off is in no file"
+            more = (
+                "" if self.opened.base is not None else "; those that training has not moved can be made exact, --base"
+            )
+            cure = f"written in float32, so that nothing more is lost{more}"
+            self.findings.append(Finding(what, tuple(about["rounded"]), cure))
+
+    # -- proof
+
+    def rows(self, made: dict[str, Tensor], walk: Walk) -> list[Row]:
+        """Each layer with its distance from what the mended tensors are, in the new file opened as any other.
+
+        Raises:
+            ValueError: the new file is refused, or a layer is not in it.
+        """
+        after = FileTensors(made, f"the new file of {self.patient.source}")
+        if self.model is None:
+            layers = after.opened(Naming()).all_read().layers
+        else:
+            opened = after.opened(Naming(self.opened.arch)).all_read()
+            there = self.opened.model_layers
+            layers = opened.on(lambda name: there[name].shape if name in there else None, self.opened.base).layers
+        return [self._row(name, layers) for name in walk([*self.layers])]
+
+    def _row(self, name: str, layers: Any) -> Row:
+        saved = self.layers[name]
+        if name not in layers:
+            raise ValueError(f"{self.patient.source}: {dotted.shown(name)} is lost on the way, please report it")
+        shape = self.opened.model_layers[name].shape if self.model is not None else ()
+        rank = saved.algorithm.spec.shown_rank(saved.tensors)
+        if _same(saved, layers[name]):
+            return Row(dotted.shown(name), "", rank)
+        try:
+            weight = self._weight(name) if self.opened.base is not None and _needs_base(saved) else None
+            before, now = update_of(saved, shape, weight), update_of(layers[name], shape, weight)
+        except NeedsBase:
+            return Row(dotted.shown(name), "", rank, None)
+        size, error = before.norm(), now.minus(before).norm()
+        return Row(dotted.shown(name), "", rank, error / size if size else error, size)
+
+    def readers(self, made: dict[str, Tensor]) -> list[dict[str, Any]]:
+        """What other programs make of the file, before and after."""
+        if self.model is None:
+            return []
+        after = {one.name: one for one in self._verdicts(FileTensors(made), self.model)}
+        try:
+            before = {one.name: one for one in self._verdicts(FileTensors(self.patient.source), self.model)}
+        except ValueError:  # it is refused even here
+            before = {}
+        return [
+            {"program": one.title, "before": _short(before.get(name)), "after": _short(one), "exact": one.exact}
+            for name, one in after.items()
+            if one.unasked
+        ]
+
+    @staticmethod
+    def _verdicts(file: FileTensors, model: Skeleton) -> Iterator[Verdict]:
+        yield from verdicts(given_of(file, model))
+
+
+def _short(verdict: Verdict | None) -> str:
+    return "not known" if verdict is None else verdict.short.partition(": ")[2]
+
+
+def _needs_base(saved: SavedLayer) -> bool:
+    return saved.magnitude is not None or saved.algorithm.spec.relative
+
+
+def _same(one: SavedLayer, other: SavedLayer) -> bool:
+    """Whether two layers are the same to the bit."""
+    pairs = [(t, other.tensors.get(name)) for name, t in one.tensors.items()]
+    pairs += [(one.magnitude, other.magnitude)] if one.magnitude is not None else []
+    return (
+        one.algorithm is other.algorithm
+        and one.scale == other.scale
+        and all(b is not None and a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+    )
