@@ -32,7 +32,7 @@ ORIGIN = {  # metadata -> what it tells
     "networks_health": "health at the last save",
 }
 
-_DORA = ("use_dora", "dora", "dora_wd", "weight_decompose")  # the trainers' words for it
+DORA = ("use_dora", "dora", "dora_wd", "weight_decompose")  # the trainers' words for it
 _ON = ("true", "1", "yes", "on")
 
 
@@ -152,7 +152,7 @@ def _of_algorithm(layers: Sequence[SavedLayer], said: Mapping[str, Any]) -> str:
 
 
 def _of_magnitudes(layers: Sequence[SavedLayer], said: Mapping[str, Any]) -> str:
-    on = any(str(said.get(name)).lower() in _ON for name in _DORA)
+    on = any(str(said.get(name)).lower() in _ON for name in DORA)
     if not on or any(saved.magnitude is not None for saved in layers):
         return ""
     return "the metadata say use_dora, and it has no magnitudes: they are lost, and a part of the update with them"

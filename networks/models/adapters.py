@@ -67,16 +67,16 @@ def nearest_model(file: FileTensors) -> Skeleton | None:
     for arch in _likeliest(file):
         opened = file.opened(Naming(arch))
         for release in arch.releases:
-            there = {c.saved_name: c.geometry for c in _layers(arch, skeleton(release.name))}
+            there = {c.saved_name: c for c in _layers(arch, skeleton(release.name))}
             counts[release.name] = sum(_fit(there.get(name), saved) for name, saved in opened.layers.items())
     best = sorted(counts, key=lambda name: -counts[name])[:2]
     clear = best and 2 * counts[best[0]] > len(file.opened(Naming()).layers)
     return skeleton(best[0]) if clear and (len(best) < 2 or counts[best[0]] > counts[best[1]]) else None
 
 
-def _fit(geometry: Geometry | None, saved: SavedLayer) -> bool:
+def _fit(there: Candidate | None, saved: SavedLayer) -> bool:
     try:
-        return geometry is not None and bool(saved.describe(geometry))
+        return there is not None and bool(saved.describe(there.geometry))
     except ValueError:
         return False
 

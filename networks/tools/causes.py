@@ -7,6 +7,7 @@ and says both. They are asked in the order of CAUSES: each may count on what the
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -21,7 +22,8 @@ from ..algos import Adapter, recognise
 from ..archs.names import DENOISER
 from ..files import codec, dialects, dotted, soundness, strengths
 from ..files.adapter_file import FileTensors
-from ..files.explain import contradictions
+from ..files.explain import DORA, contradictions
+from ..foreign.texts import parse_json
 from ..models.adapters import model_of
 from ..records.lora import LORA
 
@@ -362,14 +364,15 @@ def magnitudes(patient: Patient) -> Iterator[Finding]:
         layers, _ = codec.decode(patient.tensors)
     except ValueError:
         return
-    lost = [text for text in contradictions(layers.values(), patient.metadata) if "no magnitudes" in text]
-    if lost:
+    if any("no magnitudes" in text for text in contradictions(layers.values(), patient.metadata)):
+        arguments = parse_json(patient.metadata["ss_network_args"])
+        plain = {name: value for name, value in arguments.items() if name not in DORA}
+        patient.metadata = {**patient.metadata, "ss_network_args": json.dumps(plain)}
         yield Finding(
-            "metadata say that DoRA trained it, and it has no magnitudes: a converter has left them out. They are "
-            "values of their own, learnt with the factors, and nothing else holds them; what is left acts as a plain "
-            "adapter, and a magnitude of ||W + dW|| would change nothing about that. Take the file before it was "
-            "converted"
-        )  # fmt: skip
+            "metadata say that DoRA trained it, and it has no magnitudes: a converter has left them out. They were "
+            "learnt with the factors and nothing else holds them; what is left acts as a plain adapter, and magnitudes "
+            "of ||W + dW|| would change nothing about that. Take the file from before it was converted"
+        )
 
 
 CAUSES: tuple[Cause, ...] = (

@@ -143,8 +143,8 @@ class _Case:
             self._strays()
             self.own = self.opened.own
         except ValueError as error:
-            told = "; ".join(one.sentence for one in findings if not one.cure or one.lost)
-            raise ValueError(f"{error}" + (f" (what is wrong: {told})" if told else "")) from None
+            told = [one.what for one in findings if not one.cure and one.what.startswith(str(error))]
+            raise ValueError(told[0] if told else str(error)) from None
         self.model = self._model(model)
         self.title = "" if self.model is None else self.model.title
 
@@ -195,7 +195,7 @@ class _Case:
         spoken = Naming(arch).shares(paths)
         foreign = [path for path, found in spoken.items() if path != found[0].name]
         if foreign:
-            whose = nearest_layout(paths, [arch]) or f"not those of the trainer for {arch.title}"
+            whose = nearest_layout(paths, [arch]) or f"no names of {arch.title} in the trainer"
             form = self.to or PORTABLE.name
             cure = f"written under the names of the form {form}"
             self.findings.append(
