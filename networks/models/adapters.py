@@ -74,6 +74,12 @@ def nearest_model(file: FileTensors) -> Skeleton | None:
     return skeleton(best[0]) if clear and (len(best) < 2 or counts[best[0]] > counts[best[1]]) else None
 
 
+def fits(file: FileTensors, model: Skeleton) -> bool:
+    """Whether layers of a file fit this model, and none does not."""
+    arch = detect(model.unet)
+    return bool(_fits(file.opened(Naming(arch)), arch, model))
+
+
 def _fit(there: Candidate | None, saved: SavedLayer) -> bool:
     try:
         return there is not None and bool(saved.describe(there.geometry))

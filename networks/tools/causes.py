@@ -24,7 +24,8 @@ from ..files import codec, dialects, dotted, soundness, strengths
 from ..files.adapter_file import FileTensors
 from ..files.explain import DORA, contradictions
 from ..foreign.texts import parse_json
-from ..models.adapters import model_of
+from ..models.adapters import fits, model_of
+from ..models.skeleton import skeleton
 from ..records.lora import LORA
 
 DOWN, UP = LORA.keys["down"], LORA.keys["up"]
@@ -68,6 +69,7 @@ class Patient:
         metadata: of its header.
         settings: PEFT's, which stand beside it.
         strength: which the user says that its layers have, where they do not say it themselves.
+        model: for which the user says that it is; "" = as its names and metadata say.
         notes: what is worth knowing and not wrong.
     """
 
@@ -76,6 +78,7 @@ class Patient:
     metadata: dict[str, str]
     settings: Mapping[str, Any] | None = None
     strength: float | None = None
+    model: str = ""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -172,7 +175,7 @@ def types(patient: Patient) -> Iterator[Finding]:
     """Values in a type which programs do not read."""
     wide = [key for key, t in patient.tensors.items() if t.dtype == torch.float64]
     if wide:
-        patient.tensors |= {key: patient.tensors[key].float() for key in wide if _fits(patient.tensors[key])}
+        patient.tensors |= {key: patient.tensors[key].float() for key in wide if _in_float32(patient.tensors[key])}
         yield Finding("values are in float64, which many programs do not read", tuple(wide), "written in float32")
     narrow = [key for key, t in patient.tensors.items() if t.is_floating_point() and t.itemsize == 1]
     if narrow:
@@ -180,7 +183,7 @@ def types(patient: Patient) -> Iterator[Finding]:
         yield Finding(what, tuple(narrow), "written in bfloat16, which has all of them exactly")
 
 
-def _fits(tensor: Tensor) -> bool:
+def _in_float32(tensor: Tensor) -> bool:
     return not tensor.numel() or float(tensor.abs().max()) <= torch.finfo(torch.float32).max
 
 
@@ -222,17 +225,21 @@ def _of_both(patient: Patient, paths: list[str]) -> Finding:
     fitting = []
     for cure, tensors in ways.items():
         patient.tensors = tensors
-        try:
-            model_of(patient.opened())
-        except ValueError:
-            continue
-        fitting.append(cure)
+        fitting += [cure] if _fits_its_model(patient) else []
     patient.tensors = ways[fitting[0]] if len(fitting) == 1 else before
     what = "the factors have their axes the other way round, or each has the other's name"
     if len(fitting) == 1:
         return Finding(what, tuple(paths), fitting[0])
     patient.remove(key for path in paths for key in layers[path].values())
     return Finding(f"{what}, and no model tells which", tuple(paths), "left out", lost=True)
+
+
+def _fits_its_model(patient: Patient) -> bool:
+    try:
+        file = patient.opened()
+        return fits(file, skeleton(patient.model) if patient.model else model_of(file))
+    except ValueError:
+        return False
 
 
 def broken_alphas(patient: Patient) -> Iterator[Finding]:

@@ -83,7 +83,7 @@ def rescue(
     if target is not None:
         check_outputs([target], [Path(file), *(Path(str(one).rpartition("=")[2]) for one in base)], overwrite)
     report = Report("rescue", [Path(file)])
-    patient, findings = _examined(file, strength)
+    patient, findings = _examined(file, strength, model)
     case = _Case(patient, findings, to, model, base)
     made = case.cured()
     report.rows, report.notes = case.rows(made, walk), [*patient.notes]
@@ -103,7 +103,7 @@ def rescue(
     return report
 
 
-def _examined(file: str | os.PathLike[str], strength: float | None) -> tuple[Patient, list[Finding]]:
+def _examined(file: str | os.PathLike[str], strength: float | None, model: str) -> tuple[Patient, list[Finding]]:
     """A file after all causes in its bare tensors."""
     remains = reader.read_remains(file)
     findings, settings = list[Finding](), None
@@ -117,7 +117,7 @@ def _examined(file: str | os.PathLike[str], strength: float | None) -> tuple[Pat
         settings = strengths.beside(reader.checked_path(file))
     except ValueError as error:
         findings.append(Finding(str(error), (), "it counts as missing"))
-    patient = Patient(str(file), remains.tensors, remains.metadata, settings, strength)
+    patient = Patient(str(file), remains.tensors, remains.metadata, settings, strength, model)
     for cause in CAUSES:
         findings += cause(patient)
     return patient, findings
