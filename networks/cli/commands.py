@@ -33,6 +33,7 @@ COMMANDS = {
     "convert": Command("an adapter file in the form of another program, or as another algorithm", ".convert"),
     "combine": Command("several adapter files as one", ".combine"),
     "merge": Command("merge adapter files into a checkpoint", ".merge"),
+    "extract": Command("an adapter out of a tuned model and the one that it was tuned from", ".extract"),
     "resize": Command("make smaller adapter files", ".resize"),
     "rescue": Command("what is wrong with an adapter file that does not work elsewhere, and the good one", ".rescue"),
     "doctor": Command(

@@ -56,8 +56,23 @@ def scale_key(checkpoint: Checkpoint, key: str) -> str:
     return next((f"{stem}.{name}" for name in SCALES if stem and f"{stem}.{name}" in checkpoint.shapes), "")
 
 
-def check(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+def is_of_storage(key: str) -> bool:
+    """Whether a tensor says how another one is stored, as scales and the names of formats do."""
+    return key.rpartition(".")[2] in (*SCALES, *_OF_INPUTS, "comfy_quant", "scaled_fp8")
+
+
+def check(
+    checkpoint: Checkpoint,
+    keys: Iterable[str],
+    wanted: str = "to be changed cannot be written again",
+    way: str = REMEDY,
+) -> None:
     """Whether the weights can be read and written again, found out before anything is.
+
+    Args:
+        keys: of the weights.
+        wanted: what cannot be done with other forms, for the message.
+        way: what to do then.
 
     Raises:
         ValueError: with the form in which they are stored, and what to do.
@@ -70,9 +85,7 @@ def check(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
             found.setdefault(problem, []).append(key)
     if found:
         told = (f"{len(group)} stored as {form}, e.g. {group[0]}" for form, group in found.items())
-        raise ValueError(
-            f"{checkpoint.path}: weights to be changed cannot be written again: {'; '.join(told)}: {REMEDY}"
-        )
+        raise ValueError(f"{checkpoint.path}: weights {wanted}: {'; '.join(told)}: {way}")
 
 
 def _problem(checkpoint: Checkpoint, key: str, formats: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ DENOISERS = ("unet", "transformer")  # their folders in a pipeline
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 OUTLINES = Path(__file__).parent / "skeletons"  # written by scripts/names.py
 _NUMBER = re.compile(r"\d+")
+_ALIKE = re.compile(r"^( *\d+)\.\.\d+(?= )", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ def skeleton(model: str, likely: Sequence[str] = ()) -> Skeleton:
     )
 
 
-def recorded(name: str) -> nn.Module:
+def recorded(name: str, short: bool = False) -> nn.Module:
     """The denoiser of a release or a text encoder, from its outline in `skeletons/`.
+
+    Args:
+        short: with the first alone of blocks which are all alike.
 
     Raises:
         ValueError: the outline is not there.
@@ -73,7 +77,8 @@ def recorded(name: str) -> nn.Module:
     path = OUTLINES / f"{name}.txt"
     if not path.is_file():
         raise ValueError(f"{path} is missing: `python scripts/names.py --skeletons` writes it from the model's class")
-    return outline.build(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    return outline.build(_ALIKE.sub(r"\1", text) if short else text)
 
 
 def _from_release(release: Release, with_text_encoders: bool = True, whole: bool = True) -> Skeleton:

@@ -7,6 +7,7 @@ has some: QR of both and SVD of the small middle. The matrix is built where some
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from .low_rank import EXACT_BELOW, singular
+
+_BLOCK = 1024  # rows or columns that are widened at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +121,21 @@ def total(updates: Sequence[Update]) -> Update:
     return Update(matrix)
 
 
+def distance(one: Update, other: Update) -> float:
+    """||one - other||, in float64; of whole matrices without another one of their size."""
+    if one.right is not None and other.right is not None:
+        return one.minus(other).norm()
+    squares = 0.0
+    for start in range(0, one.shape[0], _BLOCK):
+        first, second = (
+            up.left[start : start + _BLOCK].double() if up.right is None
+            else up.left[start : start + _BLOCK].double() @ up.right.double()
+            for up in (one, other)
+        )  # fmt: skip
+        squares += float((first - second).square().sum())
+    return math.sqrt(squares)
+
+
 def _svd(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """All singular triples of a large matrix come from the eigenvectors of its smaller square: several times cheaper,
     and exact for all values above 1e-8 of the largest one in float64."""
@@ -129,9 +147,13 @@ def _svd(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
     if matrix.shape[0] > matrix.shape[1]:
         u, s, vh = _svd(matrix.T, None)
         return vh.T, s, u.T
-    wide = matrix.double()
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    square = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+    for block in matrix.split(_BLOCK, 1):
+        wide = block.double()
+        square.addmm_(wide, wide.T)
+    squares, vectors = torch.linalg.eigh(square)
     order = squares.argsort(descending=True)
     u, s = vectors[:, order], squares[order].clamp_min(0).sqrt()
-    vh = (u.T @ wide) / s.clamp_min(torch.finfo(s.dtype).tiny)[:, None]
-    return u.to(matrix), s.to(matrix), vh.to(matrix)
+    scaled = u / s.clamp_min(torch.finfo(s.dtype).tiny)
+    vh = torch.cat([(scaled.T @ block.double()).to(matrix) for block in matrix.split(_BLOCK, 1)], 1)
+    return u.to(matrix), s.to(matrix), vh

@@ -25,7 +25,7 @@ from ..files.joining import update_of
 from ..tensors.factor import factorization
 from ..tensors.hadamard import nearest_hadamard
 from ..tensors.kronecker import nearest_kronecker
-from ..tensors.updates import Update
+from ..tensors.updates import Update, distance
 from .ranks import RankRule
 from .report import Row
 
@@ -103,7 +103,7 @@ def row_of(saved: SavedLayer, shape: Shape, update: Update, exact: bool = False,
         weight: the base weight, where what it adds depends on that.
     """
     size, rank = update.norm(), saved.algorithm.spec.shown_rank(saved.tensors)
-    error = update_of(saved, shape, weight).to(update.left.device).minus(update).norm()
+    error = distance(update_of(saved, shape, weight).to(update.left.device), update)
     became = FORM_OF.get(saved.algorithm.spec.file_algo, saved.algorithm.spec.file_algo)
     return Row(dotted.shown(saved.name), became, rank, error / size if size else error, size, exact)
 
