@@ -100,7 +100,7 @@ class Model:
         """
         found = {arch: _likeness(arch, self) for arch in ARCHS if arch.releases}
         best = max(found, key=lambda arch: found[arch])
-        if not found[best]:
+        if not found[best][0]:
             raise ValueError(
                 f"{self.path} has not the layers of an architecture that is known here: give --model with the name of "
                 "its model, if it is a variant of one"
@@ -159,9 +159,9 @@ def kinds(arch: ArchSpec) -> Mapping[Part, Mapping[str, bool]]:
     return found
 
 
-def _likeness(arch: ArchSpec, model: Model) -> float:
-    """How many of an architecture's kinds of layers a model has, and how many of its very layers, weighted by how many
-    of its tensors they are; without a denoiser those of its text encoders. 0 = too few."""
+def _likeness(arch: ArchSpec, model: Model) -> tuple[float, float]:
+    """Share of an architecture's kinds of layers that a model has, weighted by how many of its tensors are of them, and
+    share of its very layers; without a denoiser those of its text encoders. 0 = too few."""
     encoders = [part for part in arch.text_encoders if any(where == part.prefix for where, _ in model.files)]
     wanted = [(arch.denoiser, some_layers(arch.denoiser, release.name).keys()) for release in arch.releases]
     if encoders and len(encoders) == len(model.files):
@@ -171,13 +171,13 @@ def _likeness(arch: ArchSpec, model: Model) -> float:
             for part, encoder in zip(arch.text_encoders, release.text_encoders, strict=False)
             if encoder and part in encoders
         ]
-    best = 0.0
+    best = (0.0, 0.0)
     for part, names in wanted:
         layers, own = model.layers(part), {kind_of(name) for name in names}
         keys = {key for name, (_, one) in layers.items() if kind_of(name) in own for key in one.target.keys}
         share = len({kind_of(name) for name in layers} & own) / len(own)
         if share > _ENOUGH:
-            best = max(best, (share + len(layers.keys() & names) / len(names)) * len(keys))
+            best = max(best, (share * len(keys), len(layers.keys() & names) / len(names)))
     return best
 
 
