@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..algos.lora import LoRA
+from ..archs.places import Layer
+from ..archs.spec import ArchSpec
 from ..args.coerce import coerce, finite, nearest
 from ..args.expressions import checked, part_of
 from ..args.table import BY_NAME
@@ -22,7 +25,7 @@ from ..files.codec import SavedLayer
 from ..tensors.updates import Update, total
 from . import metadata
 from .convert import FILE_ALGOS, convert, inputs, plain_dtype, targets
-from .forms import Form, Shape, row_of, side_by_side
+from .forms import Form, Shape, row_of
 from .opened import Opened
 from .ranks import RankRule
 from .report import Report, Walk, silently
@@ -55,10 +58,13 @@ def combine(
         out: the file to write.
         to: an algorithm (lora, lokr, loha, diff), and if it is to have another form than the trainers', that too.
         blocks: strengths of some layers of a file in place of its own, `FILE:WHAT=0.5`; WHAT is a part (`unet`,
-            `text_encoder1`), blocks by their numbers (`blocks.0-7`), or a regular expression on dotted names; of
-            several that mean a layer the last one counts.
+            `text_encoder1`), blocks by their numbers (`blocks.0-7,12` counted as the argument `blocks` does,
+            `single_blocks.0-7` by the model's own), or a regular expression on dotted names; of several that mean a
+            layer the last one counts.
         model, base, rule, factor, dtype, device, max_error, allow_dropped, overwrite, walk: as for `convert`. Of
-            algorithms whose change depends on the weight, and of DoRA, what each adds to the base alone is summed.
+            algorithms whose change depends on the weight, and of DoRA, what each adds to the base alone is summed. As
+            LoRA without a rule nothing is lost: the factors of all stand side by side; where these are more ranks than
+            the layer can have, it has all of those.
 
     Returns:
         What each layer became, and how far it is from the sum.
@@ -70,13 +76,17 @@ def combine(
     algo, dialect = targets(to)
     place = Path(out) if dialect is not None and dialect.folder else writer.checked_path(out)
     strengths = dict(files) if isinstance(files, Mapping) else dict.fromkeys(files, 1.0)
+    if len({Path(file) for file in strengths}) < len(files):
+        raise ValueError("a file is given twice: give it once, with the sum of its strengths")
     outputs.check_outputs([place], [one for file in strengths for one in inputs(file, base)], overwrite)
     together = Together.of([Opened(path, model, base) for path in strengths])
     form = Form(algo or "lora", rule, factor)
     summed = _Sum(together, _Strengths.of(together, [*strengths.values()], blocks), form, dtype, torch.device(device))
     report = Report("combine", [*strengths])
-    report.details = {"strengths": {Path(path).name: value for path, value in strengths.items()}, "blocks": [*blocks]}
+    told = [{"file": Path(file).name, "strength": value} for file, value in strengths.items()]
+    report.details = {"strengths": told, "blocks": [*blocks]}
     report.dropped = [one for file in together.files for one in together.lost(file)]
+    report.notes = [*filter(None, map(together.order, together.files))] if len(strengths) > 1 else []
     report.check(allow_dropped)
     if dialect is None:
         summed.write(place, report, walk, allow_dropped, max_error)
@@ -91,13 +101,41 @@ def combine(
 
 
 @dataclass(frozen=True)
-class _Strength:
-    """Of some layers of a file: those of a part, with these block numbers, whose names match."""
+class _Place:
+    """Where a layer is.
+
+    Attributes:
+        part: of the architecture; "" = not known.
+        name: dotted.
+        numbers: of its block, as `blocks` counts and below the name of its row of blocks.
+    """
 
     part: str
-    numbers: frozenset[int] | None
+    name: str
+    numbers: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Strength:
+    """Of some layers of a file: those of a part, with these numbers of blocks, whose names match.
+
+    Attributes:
+        part: "" = all.
+        row: by which count the numbers are; "" = there are none.
+    """
+
+    part: str
     pattern: re.Pattern[str]
     value: float
+    row: str = ""
+    numbers: frozenset[int] = frozenset()
+
+    def means(self, place: _Place) -> bool:
+        numbered = not self.row or place.numbers.get(self.row) in self.numbers
+        return self.part in ("", place.part) and numbered and self.pattern.fullmatch(place.name) is not None
+
+
+_ALL = re.compile(".*")
 
 
 class _Strengths:
@@ -106,13 +144,14 @@ class _Strengths:
     Args:
         together: the files.
         values: of each.
-        places: file -> saved name -> (part, dotted name, block number).
     """
 
     def __init__(self, together: Together, values: Sequence[float]) -> None:
         self.values = dict(zip(together.files, values, strict=True))
         self.own: dict[Opened, list[_Strength]] = {file: [] for file in together.files}
         self.together = together
+        self.rows: dict[str, int] = {}  # name of a count of blocks -> the last number that the model has
+        self.places = {file: self._places_of(file) for file in together.files}
 
     @classmethod
     def of(cls, together: Together, values: Sequence[float], blocks: Sequence[str]) -> _Strengths:
@@ -124,58 +163,74 @@ class _Strengths:
         found = cls(together, values)
         for text in blocks:
             file, what, value = found._divided(text)
-            one = found._read(what, value)
-            if not any(found._means(one, file, name) for name in together.layers(file)):
+            one = found._read(text, what, value)
+            if not any(map(one.means, found.places[file].values())):
                 raise ValueError(f"--blocks {text}: {what} means no layer of {file.path}{found._hint(what, file)}")
             found.own[file].append(one)
         return found
 
     def __call__(self, file: Opened, name: str) -> float:
         """Of one layer of a file; the last that means it counts."""
-        own = (one.value for one in reversed(self.own[file]) if self._means(one, file, name))
+        own = (one.value for one in reversed(self.own[file]) if one.means(self.places[file][name]))
         return next(own, self.values[file])
 
     def _divided(self, text: str) -> tuple[Opened, str, float]:
+        """The file, what of it, and the strength. A path may have colons and equals signs."""
         head, equals, number = text.rpartition("=")
-        names = {spelled: file for file in self.values for spelled in (str(file.path), file.path.name, file.path.stem)}
-        spelled = max((name for name in names if head.startswith(f"{name}:")), key=len, default=None)
-        if spelled is None or not equals:
-            given = head.partition(":")[0]
-            raise ValueError(f"--blocks {text}: write FILE:WHAT=0.5 with one of the files{nearest(given, names)}")
+        names = [(name, file) for file in self.values for name in {str(file.path), file.path.name, file.path.stem}]
+        longest = max((len(name) for name, _ in names if head.startswith(f"{name}:")), default=0)
+        meant = [file for name, file in names if len(name) == longest and head.startswith(f"{name}:")]
+        if len(meant) > 1:
+            raise ValueError(
+                f"--blocks {text}: {head[:longest]} is the name of {len(meant)} files; write the path of one"
+            )
+        if not meant or not equals:
+            hint = nearest(head.partition(":")[0], [name for name, _ in names])
+            raise ValueError(f"--blocks {text}: write FILE:WHAT=0.5 with one of the files{hint}")
         try:
-            return names[spelled], head[len(spelled) + 1 :], finite(number)
+            return meant[0], head[longest + 1 :], finite(number)
         except ValueError:
             raise ValueError(f"--blocks {text}: {number!r} is no strength; write FILE:WHAT=0.5") from None
 
-    def _read(self, what: str, value: float) -> _Strength:
-        parts = self.together.arch.part_names if self.together.arch is not None else ()
-        if what in parts:
-            return _Strength(what, None, re.compile(".*"), value)
-        head, dot, numbers = what.partition(".")
-        if head == "blocks" and dot and re.fullmatch(r"[\d,\- ]+", numbers):
-            chosen = coerce(BY_NAME["blocks"], numbers)
-            return _Strength("", frozenset(chosen), re.compile(".*"), value)
-        part, expression = part_of(checked(what), parts)
-        return _Strength(part, None, re.compile(expression), value)
-
-    def _means(self, one: _Strength, file: Opened, name: str) -> bool:
-        part, dotted_name, block = self._place(file, name)
-        numbered = one.numbers is None or block in one.numbers
-        return one.part in ("", part) and numbered and one.pattern.fullmatch(dotted_name) is not None
-
-    def _place(self, file: Opened, name: str) -> tuple[str, str, int | None]:
-        """(part, dotted name, block number) of a layer."""
+    def _read(self, text: str, what: str, value: float) -> _Strength:
         arch = self.together.arch
-        layer = file.model_layers.get(name) if arch is not None else None
-        if arch is None or layer is None:
-            return "", dotted.shown(name), None
-        fitted = arch.fit([one.trainer_name for one in file.model_layers.values() if one.part is arch.denoiser])
-        block = fitted.block_of(layer.trainer_name) if layer.part is arch.denoiser else None
-        return layer.part.name, layer.trainer_name, block
+        parts = arch.part_names if arch is not None else ()
+        if what in parts:
+            return _Strength(what, _ALL, value)
+        row = next((row for row in self.rows if re.fullmatch(rf"{re.escape(row)}\.[\d,\- ]+", what)), "")
+        if not row:
+            part, expression = part_of(checked(what), parts)
+            return _Strength(part, re.compile(expression), value)
+        numbers = frozenset(coerce(BY_NAME["blocks"], what[len(row) + 1 :]))
+        if max(numbers, default=0) > self.rows[row]:
+            raise ValueError(f"--blocks {text}: this model has {row}.0 to {self.rows[row]}")
+        return _Strength("", _ALL, value, row, numbers)
+
+    def _places_of(self, file: Opened) -> Mapping[str, _Place]:
+        """Of all layers of a file."""
+        arch, layers = self.together.arch, self.together.layers(file)
+        if arch is None:
+            return {name: _Place("", dotted.shown(name)) for name in layers}
+        model = file.model_layers
+        arch = arch.fit([one.trainer_name for one in model.values() if one.part is arch.denoiser])
+        places = {name: _place(arch, one) for name, one in model.items()}
+        for place in places.values():
+            self.rows |= {row: max(number, self.rows.get(row, 0)) for row, number in place.numbers.items()}
+        return {name: places.get(name) or _Place("", dotted.shown(name)) for name in layers}
 
     def _hint(self, what: str, file: Opened) -> str:
-        names = [self._place(file, name)[1] for name in self.together.layers(file)]
-        return f", whose layers have names like {names[0]}{nearest(what, names)}" if names else ""
+        names = [place.name for place in self.places[file].values()]
+        unknown = "" if self.together.arch else "; parts and numbers of blocks take its model: say it with --model"
+        return f", whose layers have names like {names[0]}{nearest(what, names)}{unknown}" if names else ""
+
+
+def _place(arch: ArchSpec, layer: Layer) -> _Place:
+    """Of a layer of a model to which this record is fitted."""
+    if layer.part.name != arch.denoiser.name:
+        return _Place(layer.part.name, layer.trainer_name)
+    own = {axis.prefix.rstrip("."): axis.index(layer.trainer_name) for axis in arch.axes}
+    numbers = {**own, "blocks": arch.block_of(layer.trainer_name)}
+    return _Place(layer.part.name, layer.trainer_name, {row: n for row, n in numbers.items() if n is not None})
 
 
 @dataclass(frozen=True)
@@ -187,6 +242,7 @@ class _Sum:
     form: Form
     dtype: torch.dtype | None
     device: torch.device
+    alphas: set[float] = field(default_factory=set)  # of the layers made
 
     def write(self, out: Path, report: Report, walk: Walk, allow_dropped: bool, max_error: float | None) -> None:
         """Write the file in the trainers' form."""
@@ -212,15 +268,35 @@ class _Sum:
         whole = total(updates)
         shape = next(filter(None, (self.together.shape(file, name) for file, _ in parts)), whole.shape)
         form = replace(self.form, dtype=self.dtype or max(map(plain_dtype, saved), key=lambda dtype: dtype.itemsize))
-        made = self._made(name, form, whole, shape)
+        scale = max(abs(one.scale * strength) for one, (_, strength) in zip(saved, parts, strict=True))
+        made = self._side_by_side(name, updates, shape, scale, form.dtype) or form.layer(name, whole, shape)
         report.rows.append(row_of(made, shape, whole, form.rule is None and form.algo != "lokr"))
+        if made.alpha is not None:
+            self.alphas.add(made.alpha)
         return [_with_bias(made, saved, [strength for _, strength in parts], form.dtype)]
 
-    @staticmethod
-    def _made(name: str, form: Form, whole: Update, shape: Shape) -> SavedLayer:
-        if form.rule is None and form.algo == "lora" and whole.right is not None:
-            return side_by_side(name, whole, shape, form.dtype)
-        return form.layer(name, whole, shape)
+    def _side_by_side(
+        self, name: str, updates: Sequence[Update], shape: Shape, scale: float, dtype: torch.dtype
+    ) -> SavedLayer | None:
+        """A LoRA of the very factors of all updates; None where something else is wanted, or one has none.
+
+        Args:
+            name, shape: of the layer.
+            updates: of one weight.
+            scale: alpha / rank of the LoRA, so that factors of an update with this scale keep their values.
+            dtype: of the tensors.
+        """
+        rights = [one.right for one in updates if one.right is not None]
+        if self.form.algo != "lora" or self.form.rule is not None or len(rights) < len(updates):
+            return None
+        ranks, most = sum(map(len, rights)), min(updates[0].shape)
+        if ranks > most:
+            return replace(self.form, rule=RankRule(most), dtype=dtype).layer(name, total(updates), shape)
+        left = torch.cat([one.left for one in updates], 1) / scale
+        down = torch.cat(rights).reshape(ranks, *shape[1:])
+        up = left.reshape(*left.shape, *[1] * (len(shape) - 2))
+        tensors = {LoRA.spec.keys["down"]: down.to(dtype), LoRA.spec.keys["up"]: up.to(dtype)}
+        return SavedLayer(name, LoRA, tensors, scale * ranks)
 
     def _check_shapes(self, name: str, parts: Sequence[tuple[Opened, float]], updates: Sequence[Update]) -> None:
         """
@@ -242,6 +318,8 @@ class _Sum:
         ranks = [row.rank for row in report.rows if row.rank is not None]
         algo = FILE_ALGOS.get(self.form.algo, self.form.algo)
         found = metadata.told(shared, "combine", {**report.details, "error": report.error}, algo, ranks)
+        if "ss_network_alpha" in found:
+            found["ss_network_alpha"] = f"{min(self.alphas):g}" if len(self.alphas) == 1 else "Dynamic"
         return {**found, "networks_dialect": "portable"}
 
 

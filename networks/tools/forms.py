@@ -121,25 +121,6 @@ def _lora(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
     return SavedLayer(name, LoRA, {LoRA.spec.keys["down"]: down, LoRA.spec.keys["up"]: up}, float(len(s)))
 
 
-def side_by_side(name: str, update: Update, shape: Shape, dtype: torch.dtype) -> SavedLayer:
-    """A LoRA of the very factors of an update, alpha = rank.
-
-    Args:
-        name: of the layer.
-        update: with factors.
-        shape: of the weight.
-        dtype: of the tensors.
-
-    Raises:
-        ValueError: it would be larger than the weight.
-    """
-    assert update.right is not None
-    _check_size(Form("lora"), update, len(update.right))
-    down = update.right.reshape(-1, *shape[1:]).to(dtype).contiguous()
-    up = update.left.reshape(*update.left.shape, *[1] * (len(shape) - 2)).to(dtype).contiguous()
-    return SavedLayer(name, LoRA, {LoRA.spec.keys["down"]: down, LoRA.spec.keys["up"]: up}, float(len(down)))
-
-
 _SMALL = 16  # ranks, which are never too many
 
 

@@ -30,7 +30,7 @@ class Together:
     def of(cls, files: Sequence[Opened]) -> Together:
         """
         Raises:
-            ValueError: they are for different models, or have no layer in common.
+            ValueError: they are for different models, or where none is known have no layer in common.
         """
         archs = [_arch_of(file) for file in files]
         known = {arch.name: (arch, file) for arch, file in zip(archs, files, strict=True) if arch is not None}
@@ -40,7 +40,7 @@ class Together:
                 f"{first.path} is for {one.title}, {second.path} for {other.title}: give files of one model"
             )
         found = cls(tuple(files), next((arch for arch, _ in known.values()), None) if None not in archs else None)
-        for file in files[1:]:
+        for file in files[1:] if found.arch is None else ():
             if found.layers(file).keys().isdisjoint(found.layers(files[0])):
                 names = [dotted.shown(next(iter(found.layers(one)), "none")) for one in (files[0], file)]
                 raise ValueError(
@@ -66,6 +66,19 @@ class Together:
     def update(self, file: Opened, name: str) -> Update:
         """What a layer adds at strength 1. Raises ValueError as `Opened.update`."""
         return file.update(name) if self.arch is None else file.model_update(name)
+
+    def order(self, file: Opened) -> str:
+        """A sentence on what a sum with this file means where merging one after another is something else; "" = it is
+        the same."""
+        layers = self.layers(file).values()
+        count = sum(one.algorithm.spec.relative or one.magnitude is not None for one in layers)
+        return (
+            f"{file.path}: {count} layers act on the weight that they find (DoRA, rotations, factors of the weight); "
+            "what is summed is what they add to the base alone, so merging the files one after another differs in "
+            "products of two changes"
+            if count
+            else ""
+        )
 
     def lost(self, file: Opened) -> list[tuple[str, str]]:
         """(key or layer, why) of what a file has besides its layers."""
