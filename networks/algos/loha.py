@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records.loha import LOHA
@@ -226,8 +227,11 @@ class LoHa(Additive):
         found = list[tuple[Tensor, ...]]()
         for rows, change, (u, s, vh) in pieces:
             fit = nearest_hadamard(change.matrix(), u[:, :kept], s[:kept], vh[:kept])
-            lefts = [first[0].new_zeros(len(first[0]), kept).index_put((rows,), left) for left in fit[::2]]
-            found.append((lefts[0], fit[1], lefts[1], fit[3]))
+            lefts = [first[0].new_zeros(len(first[0]), kept) for _ in range(2)]
+            for left, narrow in zip(lefts, fit[::2], strict=True):
+                left[rows, : narrow.shape[1]] = narrow
+            rights = [F.pad(right, (0, 0, 0, kept - len(right))) for right in fit[1::2]]  # it may have fewer ranks
+            found.append((lefts[0], rights[0], lefts[1], rights[1]))
         names = ("w1_a", "w1_b", "w2_a", "w2_b")
         joined = (
             torch.cat(factors, axis) for factors, axis in zip(zip(*found, strict=True), (1, 0, 1, 0), strict=True)

@@ -108,7 +108,7 @@ class Checkpoint:
     def write(
         self,
         out: Path,
-        changed: Callable[[str], Tensor | None],
+        changed: Callable[[str], Mapping[str, Tensor]],
         metadata: Mapping[str, str],
         progress: Callable[[str, int], None],
     ) -> None:

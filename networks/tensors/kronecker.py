@@ -1,50 +1,82 @@
-"""The nearest Kronecker product kron(w1 [A, C], w2 [B, D K]) of a matrix [A B, C D K], the second factor of any rank or
-of a low one.
+"""The nearest Kronecker product kron(w1 [A, C], w2 [B, D, *kernel]) of a change of a weight [A B, C D, *kernel].
 
-Rearranged as [A C, B D K], a Kronecker product is a matrix of rank 1 (Van Loan, Pitsianis 1993): the nearest one is the
-first singular pair. With a limit on the rank of w2 the two factors are found in turns, each the best beside the other,
-so that the error never rises.
+Rearranged as [A C, B D K], a Kronecker product is a matrix of rank 1 (Van Loan, Pitsianis 1993), so that the nearest
+one is the first singular pair. With a low rank for w2 [B, D K] both factors are found in turns, each the best beside
+the other, from that pair on: the error never rises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .low_rank import singular
+from .leading import leading, random_directions
+from .updates import Triples, Update
 
+_DIRECTIONS = 8  # the first pair is looked for in
 _TURNS = 50
-_ENOUGH = 1e-9  # of what is covered, gained in one turn
+_ENOUGH = 1e-6  # of what is not covered, gained in one turn
+
+Split = tuple[int, int]
 
 
-def nearest_kronecker(
-    matrix: Tensor, rows: tuple[int, int], columns: tuple[int, int], limit: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest_kronecker(update: Update, rows: Split, columns: Split) -> tuple[Tensor, Tensor]:
     """w1 [A, C] of length 1 and w2 [B, D K].
 
     Args:
-        matrix: [A B, C D K], fp32 or wider; with a kernel of K positions, the last axis runs over D, then over K.
+        update: [A B, C D K], its last axis running over D, then over K.
         rows: (A, B).
         columns: (C, D).
-        limit: what w2 may be, its nearest such matrix; None = any.
     """
-    (A, B), (C, _) = rows, columns
-    pieces = matrix.reshape(A, B, C, -1).transpose(1, 2).reshape(A * C, -1)  # [AC, BDK]
-    first = singular(pieces, 1)[0][:, 0]
-    covered = 0.0
+    pieces = _Pieces(update, rows, columns)
+    start = random_directions(pieces.size[1], min(_DIRECTIONS, *pieces.size), update.left)
+    u, s, vh = leading(pieces.forth, pieces.back, start, 1, update.norm() ** 2)
+    return u[:, 0].reshape(rows[0], columns[0]), (s[0] * vh[0]).reshape(rows[1], -1)
+
+
+def with_low_rank(update: Update, rows: Split, columns: Split, triples: Triples) -> tuple[Tensor, Triples]:
+    """The same with a w2 of low rank, as its singular triples.
+
+    Args:
+        update, rows, columns: as above.
+        triples: the first ones of the w2 of `nearest_kronecker`, as many as stay.
+    """
+    pieces, energy = _Pieces(update, rows, columns), update.norm() ** 2
+    (u, s, vh), covered = triples, 0.0
     for _ in range(_TURNS):
-        second = first @ pieces
-        if limit is not None:
-            second = limit(second.reshape(B, -1)).flatten()
-        size = float(second.norm())
-        if not size:
+        w1 = pieces.forth(((u * s) @ vh).reshape(-1, 1))
+        w1 /= w1.norm().clamp_min(torch.finfo(w1.dtype).tiny)
+        u, s, vh = Update(pieces.back(w1).reshape(rows[1], -1)).decomposed(len(triples[1]))
+        before, covered = covered, float(s.double().square().sum())
+        if covered - before <= _ENOUGH * (energy - covered):
             break
-        other = pieces @ (second / size)
-        first, now = other / other.norm().clamp_min(torch.finfo(other.dtype).tiny), float(other.norm())
-        if now - covered <= _ENOUGH * now:
-            break
-        covered = now
-    second = first @ pieces
-    return first.reshape(A, C), second.reshape(B, -1) if limit is None else limit(second.reshape(B, -1))
+    return w1.reshape(rows[0], columns[0]), (u, s, vh)
+
+
+class _Pieces:
+    """The change as a matrix [A C, B D K], a row for each element of w1: as factors where they make products with it
+    cheaper, or else as one copy."""
+
+    def __init__(self, update: Update, rows: Split, columns: Split) -> None:
+        (A, B), C = rows, columns[0]
+        DK = update.shape[1] // C
+        self.size, self.right, self.left = (A * C, B * DK), update.right, update.left
+        if update.right is None or len(update.right) * (A + DK) >= A * DK:
+            self.right, self.left = None, update.matrix().reshape(A, B, C, DK).transpose(1, 2).reshape(self.size)
+        else:
+            self.left = update.left.reshape(A, B, -1)  # a b r
+            self.right = update.right.reshape(-1, C, DK)  # r c e, e = positions in D K
+
+    def forth(self, w2: Tensor) -> Tensor:
+        """[B D K, n] -> [A C, n]."""
+        if self.right is None:
+            return self.left @ w2
+        found = torch.einsum("rce,ben->rcbn", self.right, w2.reshape(self.left.shape[1], -1, w2.shape[1]))
+        return torch.einsum("abr,rcbn->acn", self.left, found).flatten(0, 1)
+
+    def back(self, w1: Tensor) -> Tensor:
+        """[A C, n] -> [B D K, n]."""
+        if self.right is None:
+            return self.left.T @ w1
+        found = torch.einsum("abr,acn->rcbn", self.left, w1.reshape(len(self.left), -1, w1.shape[1]))
+        return torch.einsum("rce,rcbn->ben", self.right, found).flatten(0, 1)

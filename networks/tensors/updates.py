@@ -1,22 +1,31 @@
 """A change of a weight as a matrix [O, J], J = input features x positions of the kernel: whole, or as two factors.
 
 What is asked of it (its length, singular values, the nearest one of a lower rank) is computed from the factors where it
-has some: QR of both and SVD of the small middle. The matrix is built where somebody wants it.
+has fewer ranks than the matrix could have: QR of both and SVD of the small middle. The matrix is built where somebody
+wants it. The leading part of a large matrix comes from products with some directions, see `leading`, all of it from the
+eigenvectors of its smaller square; neither takes more memory than the matrix does once more.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .low_rank import EXACT_BELOW, singular
+from .leading import EXTRA, leading, random_directions
+from .low_rank import EXACT_BELOW
 
-_BLOCK = 1024  # rows or columns that are widened at once
+Triples = tuple[Tensor, Tensor, Tensor]  # u [O, R], s [R], vh [R, J], the largest value first
+Enough = Callable[[Tensor], bool]  # whether the first singular values, in descending order, are as many as are wanted
+
+_FIRST = 32  # triples of a large matrix to begin with, where it shows only then whether they are enough
+_SHARE = 8  # with more than this part of all triples, all of them together are no dearer
+_BLOCK = 1024  # rows that are widened at once
+_CHUNK = 1 << 24  # values that are cast to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +33,17 @@ class Update:
     """One change of a weight.
 
     Attributes:
-        left: [O, R]; without `right` the matrix itself, [O, J].
+        left: [O, R]; without `right` the matrix itself, [O, J]. Factors of fewer bits become fp32.
         right: [R, J]; None = there are no factors.
     """
 
     left: Tensor
     right: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, factor in (("left", self.left), ("right", self.right)):
+            if factor is not None and factor.itemsize < 4:
+                object.__setattr__(self, name, factor.float())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,11 +66,11 @@ class Update:
         return Update(self.left * factor, self.right)
 
     def minus(self, other: Update) -> Update:
-        return total([self, other.times(-1.0)])
+        return total([self, other], [1.0, -1.0])
 
     def norm(self) -> float:
-        """Frobenius norm; no small difference of large numbers, so that a tiny one is right, too."""
-        return float(self._middle.norm())
+        """Frobenius norm, as right as the values are: nothing is taken from anything larger."""
+        return float(torch.linalg.vector_norm(self._middle, dtype=torch.float64))
 
     def inner(self, other: Update) -> float:
         """Sum of the products of all elements."""
@@ -68,56 +82,66 @@ class Update:
         return float(((self.left.T @ other.left) * (self.right @ other.right.T)).sum())
 
     def singular_values(self) -> Tensor:
-        """All of them, in descending order, [most_ranks] at most."""
-        return torch.linalg.svdvals(self._middle)
+        """All of them, in descending order; those of large matrices below 1e-8 of the first are not told from 0."""
+        middle = self._middle
+        if min(middle.shape) <= EXACT_BELOW:
+            return torch.linalg.svdvals(middle)
+        return torch.linalg.eigvalsh(_square(middle)).flip(0).clamp_min(0).sqrt().to(middle)
 
-    def decomposed(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Singular triples u [O, R], s [R], vh [R, J], the largest value first.
+    def decomposed(self, rank: int | None = None, enough: Enough | None = None) -> Triples:
+        """Singular triples u [O, R], s [R], vh [R, J], the largest value first: those that are more than rounding, and
+        at least one.
 
         Args:
-            rank: at most so many; None = all. Few of a large matrix come from a subspace iteration.
+            rank: at most so many; None = all.
+            enough: of the values so far; no more are then looked for, but there may be more than it takes.
         """
-        if self.right is None:
-            return _svd(self.left, rank)
-        u, s, vh = torch.linalg.svd(self._middle, full_matrices=False)
-        return self._lefts @ u[:, :rank], s[:rank], vh[:rank] @ self._rights
+        u, s, vh = _triples(self._middle, rank, enough)
+        limit = float(s[:1].sum()) * torch.finfo(s.dtype).eps * math.sqrt(max(self.shape))
+        count = max(1, int((s > limit).sum()))
+        u, s, vh = u[:, :count], s[:count], vh[:count]
+        return (self._split[0] @ u, s, vh @ self._split[2]) if self._is_slim else (u, s, vh)
+
+    @property
+    def _is_slim(self) -> bool:
+        """Whether its factors are smaller than the matrix."""
+        return self.right is not None and 0 < len(self.right) < min(self.shape)
 
     @functools.cached_property
-    def _split(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self) -> Triples:
+        """Orthonormal factors, and the small matrix between them."""
         assert self.right is not None
         q_left, r_left = torch.linalg.qr(self.left)
         q_right, r_right = torch.linalg.qr(self.right.T)
         return q_left, r_left @ r_right.T, q_right.T
 
     @property
-    def _lefts(self) -> Tensor:
-        return self._split[0]
-
-    @property
-    def _rights(self) -> Tensor:
-        return self._split[2]
-
-    @property
     def _middle(self) -> Tensor:
         """Of the same singular values: itself, or the small matrix between orthonormal ones."""
-        return self.left if self.right is None else self._split[1]
+        return self._split[1] if self._is_slim else self.matrix()
 
 
-def total(updates: Sequence[Update]) -> Update:
-    """The sum of updates of one weight: factors side by side where that has fewer values than the matrix.
+def total(updates: Sequence[Update], weights: Sequence[float] | None = None) -> Update:
+    """The sum of updates of one weight: factors side by side where that has fewer values than the matrix, which takes
+    no more memory than itself and one of them.
 
     Args:
-        updates: one at least, of one shape, dtype and device.
+        updates: one at least, of one shape and device; of several dtypes the widest one holds.
+        weights: what each is multiplied with; None = 1.
     """
-    if len(updates) == 1:
-        return updates[0]
+    factors = weights or [1.0] * len(updates)
     O, J = updates[0].shape
     rights = [one.right for one in updates if one.right is not None]
     if len(rights) == len(updates) and sum(map(len, rights)) * (O + J) < O * J:
-        return Update(torch.cat([one.left for one in updates], 1), torch.cat(rights))
-    matrix = updates[0].matrix().clone()
-    for one in updates[1:]:
-        matrix = matrix.add_(one.left) if one.right is None else matrix.addmm_(one.left, one.right)
+        lefts = [one.left * factor for one, factor in zip(updates, factors, strict=True)]
+        return Update(torch.cat(lefts, 1), torch.cat(rights))
+    wide = max((one.left.dtype for one in updates), key=lambda dtype: dtype.itemsize)
+    matrix = updates[0].left.new_zeros(O, J, dtype=wide)
+    for one, factor in zip(updates, factors, strict=True):
+        if one.right is None:
+            matrix.add_(one.left, alpha=factor)
+        else:
+            matrix.addmm_(one.left.to(wide), one.right.to(wide), alpha=factor)
     return Update(matrix)
 
 
@@ -136,24 +160,55 @@ def distance(one: Update, other: Update) -> float:
     return math.sqrt(squares)
 
 
-def _svd(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triples of a large matrix come from the eigenvectors of its smaller square: several times cheaper,
-    and exact for all values above 1e-8 of the largest one in float64."""
-    if rank is not None:
-        return singular(matrix, rank)
-    if min(matrix.shape) <= EXACT_BELOW:
+def _triples(matrix: Tensor, rank: int | None, enough: Enough | None) -> Triples:
+    """The first ones of a matrix: `rank` at most, as few as are enough at least."""
+    full = min(matrix.shape)
+    most = full if rank is None else min(rank, full)
+    if full <= EXACT_BELOW:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u, s, vh
+        return u[:, :most], s[:most], vh[:most]
+    energy, known = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2, 0
+    size = most if rank is not None and enough is None else min(_FIRST, most)
+    start = matrix.new_empty(matrix.shape[1], 0)
+    while (size + EXTRA) * _SHARE <= full:
+        fresh = random_directions(matrix.shape[1], size + EXTRA, matrix)[:, known:]
+        u, s, vh = leading(matrix.__matmul__, matrix.T.__matmul__, torch.cat([start, fresh], 1), size, energy)
+        found = u[:, :size], s[:size], vh[:size]
+        if size == most or (_is_all(matrix, found) if enough is None else enough(found[1])):
+            return found
+        start, known, size = vh.T, len(vh), min(4 * size, most)
+    u, s, vh = _all_triples(matrix)
+    return u[:, :most], s[:most], vh[:most]
+
+
+def _is_all(matrix: Tensor, found: Triples) -> bool:
+    """Whether nothing but rounding is left."""
+    u, s, vh = found
+    eps = torch.finfo(s.dtype).eps
+    if float(s[-1]) > math.sqrt(eps) * float(s[0]):
+        return False
+    return float(torch.addmm(matrix, u * s, vh, alpha=-1).norm()) <= float(s[0]) * eps * math.sqrt(max(matrix.shape))
+
+
+def _all_triples(matrix: Tensor) -> Triples:
+    """From the eigenvectors of the smaller square: several times cheaper than a singular value decomposition. The
+    vectors of small values are not quite those of it, but orthonormal on the smaller side, so that nothing is lost."""
     if matrix.shape[0] > matrix.shape[1]:
-        u, s, vh = _svd(matrix.T, None)
+        u, s, vh = _all_triples(matrix.T)
         return vh.T, s, u.T
-    square = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(_BLOCK, 1):
-        wide = block.double()
-        square.addmm_(wide, wide.T)
-    squares, vectors = torch.linalg.eigh(square)
-    order = squares.argsort(descending=True)
-    u, s = vectors[:, order], squares[order].clamp_min(0).sqrt()
-    scaled = u / s.clamp_min(torch.finfo(s.dtype).tiny)
-    vh = torch.cat([(scaled.T @ block.double()).to(matrix) for block in matrix.split(_BLOCK, 1)], 1)
-    return u.to(matrix), s.to(matrix), vh
+    u = torch.linalg.eigh(_square(matrix))[1].to(matrix.dtype)
+    rows = u.T @ matrix
+    s = torch.linalg.vector_norm(rows, dim=1)
+    order = s.argsort(descending=True)
+    u, s, rows = u[:, order], s[order], rows[order]
+    return u, s, rows.div_(s.clamp_min(torch.finfo(s.dtype).tiny)[:, None])
+
+
+def _square(matrix: Tensor) -> Tensor:
+    """matrix matrix^T, or the other way where that is smaller, in float64."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    square = torch.zeros(len(wide), len(wide), dtype=torch.float64, device=matrix.device)
+    for part in wide.split(max(1, _CHUNK // len(wide)), 1):
+        part = part.double()
+        square.addmm_(part, part.T)
+    return square

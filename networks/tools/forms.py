@@ -24,13 +24,14 @@ from ..files.codec import SavedLayer
 from ..files.joining import update_of
 from ..tensors.factor import factorization
 from ..tensors.hadamard import nearest_hadamard
-from ..tensors.kronecker import nearest_kronecker
-from ..tensors.updates import Update, distance
+from ..tensors.kronecker import nearest_kronecker, with_low_rank
+from ..tensors.updates import Triples, Update, distance
 from .ranks import RankRule
 from .report import Row
 
 Shape = tuple[int, ...]
 FORM_OF = {"full": "diff"}  # algorithms that have another name among FORMS
+_FEW = 16  # ranks, which are never too many
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Form:
 
     Attributes:
         algo: one of FORMS.
-        rule: of the rank; None = as many as the update has, so that nothing is lost.
+        rule: of the rank, of a LoKr that of its second factor: shares are those of the nearest LoKr without limit;
+            None = as many as the update has.
         factor: of a LoKr, as in training; -1 = the most even one.
         dtype: of the tensors; magnitudes and alpha stay in fp32.
         clamp: of a LoRA: elements beyond this quantile of all are cut, as the trainers' extraction does; None = none.
@@ -69,15 +71,17 @@ class Form:
         """Whether the rank follows from the singular values."""
         return self.rule is not None and bool(self.rule.rule)
 
-    def kept(self, update: Update, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    def kept(self, update: Update, shape: Shape) -> Triples:
         """The singular triples of a matrix that stay; without a rule all that are more than rounding."""
-        rule, kernel = self.rule, _has_kernel(shape)
-        u, s, vh = update.decomposed(None if rule is None or rule.rule else rule.most(kernel))
-        if rule is None:
-            limit = float(s[0]) * torch.finfo(s.dtype).eps * max(update.shape) if len(s) else 0.0
-            count = max(1, int((s > limit).sum()))
-        else:
-            count = rule.count(s, kernel)
+        if self.rule is None:
+            return update.decomposed()
+        kernel = math.prod(shape[2:]) > 1
+        rule, most = self.rule, self.rule.most(kernel)
+        if not rule.rule:
+            return update.decomposed(most)
+        energy = update.norm() ** 2
+        u, s, vh = update.decomposed(None if rule.needs_all else most, lambda s: rule.settled(s, energy))
+        count = rule.count(s, kernel, energy)
         return u[:, :count], s[:count], vh[:count]
 
     def layer(self, name: str, update: Update, shape: Shape) -> SavedLayer:
@@ -87,9 +91,19 @@ class Form:
             name: of it.
             update: at strength 1.
             shape: of the weight, [O, I, *kernel], or [C] of a normalisation layer, whose form is its own.
+
+        Raises:
+            ValueError: its values are not finite, in itself or in this dtype, or no rank was asked for and it has so
+                many that the weight is smaller.
         """
+        if not all(bool(t.isfinite().all()) for t in (update.left, update.right) if t is not None):
+            raise ValueError(f"{dotted.shown(name)}: its values are not finite, the file it comes from is damaged")
         made = FORMS["diff" if len(shape) == 1 else self.algo](self, name, update, shape)
-        return replace(made, tensors={key: t.to(self.dtype).contiguous() for key, t in made.tensors.items()})
+        tensors = {key: t.to(self.dtype).contiguous() for key, t in made.tensors.items()}
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            where = f"{dotted.shown(name)}: its values are above the largest one of {str(self.dtype)[6:]}"
+            raise ValueError(f"{where}, give --dtype bfloat16 or float32")
+        return replace(made, tensors=tensors)
 
 
 def row_of(saved: SavedLayer, shape: Shape, update: Update, exact: bool = False, weight: Tensor | None = None) -> Row:
@@ -111,25 +125,62 @@ def row_of(saved: SavedLayer, shape: Shape, update: Update, exact: bool = False,
 def _lora(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
     """Balanced factors, so that half precision holds both, and alpha = rank."""
     u, s, vh = form.kept(update, shape)
-    _check_size(form, update, len(s))
-    if form.clamp is None:
-        root = s.sqrt()
-        left, right = u * root, root[:, None] * vh
-    else:
-        left, right = _clamped(u * s, vh, form.clamp)
+    _check_size(form, shape, len(s), 1)
+    root = s.sqrt()
+    left, right = (u * root, root[:, None] * vh) if form.clamp is None else _clamped(u * s, vh, form.clamp)
     down, up = right.reshape(-1, *shape[1:]), left.reshape(*left.shape, *[1] * (len(shape) - 2))
     return SavedLayer(name, LoRA, {LoRA.spec.keys["down"]: down, LoRA.spec.keys["up"]: up}, float(len(s)))
 
 
-_SMALL = 16  # ranks, which are never too many
+def _loha(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
+    """Of as many ranks as a LoRA, and at least as near."""
+    triples = form.kept(update, shape)
+    rank = len(triples[1])
+    _check_size(form, shape, rank, 2)
+    found = nearest_hadamard(update.matrix(), *triples)
+    names = ("w1_a", "w1_b", "w2_a", "w2_b")
+    tensors = {LoHa.spec.keys[key]: factor for key, factor in zip(names, found, strict=True)}
+    return SavedLayer(name, LoHa, tensors, float(rank))
 
 
-def _check_size(form: Form, update: Update, ranks: int) -> None:
+def _lokr(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
+    """Elements of both factors alike in size. The second one is whole where its ranks would have more values; its
+    scale is then 1 for all readers."""
+    rows, columns = factorization(shape[0], form.factor), factorization(shape[1], form.factor)
+    w1, w2 = nearest_kronecker(update, rows, columns)
+    triples, keys = form.kept(Update(w2), shape), LoKr.spec.keys
+    ranks = len(triples[1])
+    if ranks * sum(w2.shape) >= w2.numel():
+        length = _balance(w1, w2, float(w2.norm()))
+        tensors = {keys["w1"]: w1 * length, keys["w2"]: (w2 / length).reshape(rows[1], columns[1], *shape[2:])}
+        return SavedLayer(name, LoKr, tensors, 1.0)
+    if ranks < min(w2.shape) and form.rule is not None:
+        w1, triples = with_low_rank(update, rows, columns, triples)
+    u, s, vh = triples
+    length, root = _balance(w1, w2, float(s.norm())), s.sqrt()
+    tensors = {keys["w1"]: w1 * length, keys["w2_a"]: u * root / length, keys["w2_b"]: root[:, None] * vh}
+    return SavedLayer(name, LoKr, tensors, float(len(s)))
+
+
+def _balance(w1: Tensor, w2: Tensor, size: float) -> float:
+    """What w1, of length 1, is multiplied with and w2, of this length, is divided by."""
+    return math.sqrt(size) * (w1.numel() / w2.numel()) ** 0.25 or 1.0
+
+
+def _diff(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
+    found = update.matrix().reshape(shape)
+    if len(shape) == 1:
+        return SavedLayer(name, Norm, {Norm.spec.keys["w_norm"]: found}, None)
+    return SavedLayer(name, Full, {Full.spec.keys["diff"]: found}, None)
+
+
+def _check_size(form: Form, shape: Shape, ranks: int, pairs: int) -> None:
     """
     Raises:
-        ValueError: no rank was asked for, and with all of them it would be larger than the weight.
+        ValueError: no rank was asked for, and with all of them there would be more values than in the weight.
     """
-    if form.rule is None and ranks > _SMALL and ranks * sum(update.shape) > math.prod(update.shape):
+    values, size = pairs * ranks * (shape[0] + math.prod(shape[1:])), math.prod(shape)
+    if form.rule is None and ranks > _FEW and values > size:
         raise ValueError(
             f"as {form.algo} of all its {ranks} ranks it has more values than its weight: give a rank (--dim, "
             "--energy), or write the difference (--to diff)"
@@ -137,52 +188,11 @@ def _check_size(form: Form, update: Update, ranks: int) -> None:
 
 
 def _clamped(left: Tensor, right: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Within the value which this share of all their elements stays below: torch's own has a limit of elements."""
-    every = torch.cat([left.flatten(), right.flatten()]).sort().values
-    at = quantile * (len(every) - 1)
-    low, high = every[math.floor(at)], every[math.ceil(at)]
-    limit = float(low + (high - low) * (at - math.floor(at)))
-    return left.clamp(-limit, limit), right.clamp(-limit, limit)
-
-
-def _lokr(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
-    """The factors of length alike; the second one whole where its rank would not make it smaller."""
-    rows, columns = factorization(shape[0], form.factor), factorization(shape[1], form.factor)
-    second_shape = (rows[1], columns[1], *shape[2:])
-    whole = form.rule is None or (form.rule.most(_has_kernel(shape)) or 1) * 2 >= max(second_shape[:2])
-
-    def limit(second: Tensor) -> Tensor:
-        u, s, vh = form.kept(Update(second), shape)
-        return u * s @ vh
-
-    first, second = nearest_kronecker(update.matrix(), rows, columns, None if whole and not form.by_values else limit)
-    balance = float(second.norm()) ** 0.5 or 1.0
-    keys, first, second = LoKr.spec.keys, first * balance, second / balance
-    if whole and not form.by_values:
-        return SavedLayer(name, LoKr, {keys["w1"]: first, keys["w2"]: second.reshape(second_shape)}, 1.0)
-    u, s, vh = form.kept(Update(second), shape)
-    root = s.sqrt()
-    tensors = {keys["w1"]: first, keys["w2_a"]: u * root, keys["w2_b"]: root[:, None] * vh}
-    return SavedLayer(name, LoKr, tensors, float(len(s)))
-
-
-def _loha(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
-    u, s, vh = form.kept(update, shape)
-    _check_size(form, update, 2 * len(s))
-    factors = nearest_hadamard(update.matrix(), u, s, vh)
-    names = ("w1_a", "w1_b", "w2_a", "w2_b")
-    tensors = {LoHa.spec.keys[key]: factor for key, factor in zip(names, factors, strict=True)}
-    return SavedLayer(name, LoHa, tensors, float(len(s)))
-
-
-def _has_kernel(shape: Shape) -> bool:
-    return math.prod(shape[2:]) > 1
-
-
-def _diff(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
-    if len(shape) == 1:
-        return SavedLayer(name, Norm, {Norm.spec.keys["w_norm"]: update.matrix().reshape(shape)}, None)
-    return SavedLayer(name, Full, {Full.spec.keys["diff"]: update.matrix().reshape(shape)}, None)
+    """Within the value which this share of all their elements is below, linearly between two of them."""
+    values = torch.cat([left.flatten(), right.flatten()]).sort().values
+    at = quantile * (len(values) - 1)
+    limit = float(torch.lerp(values[math.floor(at)].double(), values[math.ceil(at)].double(), at - math.floor(at)))
+    return left.clamp(-abs(limit), abs(limit)), right.clamp(-abs(limit), abs(limit))
 
 
 FORMS: Mapping[str, Callable[[Form, str, Update, Shape], SavedLayer]] = {

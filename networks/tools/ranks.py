@@ -4,10 +4,10 @@
     energy         the fewest that hold this share of the squared singular values (0.99)
     sv_fro         the fewest that hold this share of the Frobenius norm (0.99; energy is its square)
     sv_cumulative  the fewest that hold this share of the sum of the singular values
-    sv_ratio       those above the largest / ratio
+    sv_ratio       those above the largest / ratio (2 keeps values down to half of it)
 
-The three last are called as in sd-scripts' resize_lora.py, which keeps one more than the fewest. With one of the rules
-`dim` is the most.
+With one of the rules `dim` is the most. The three last are called as in sd-scripts' resize_lora.py, which keeps one
+rank more than it takes (and two at least), so that a layer here has one less for the same number.
 """
 
 from __future__ import annotations
@@ -69,26 +69,45 @@ class RankRule:
         """Of a layer, whose kernel is above 1x1 or not; None = no limit."""
         return self.conv_dim if kernel and self.conv_dim is not None else self.dim
 
-    def count(self, values: Tensor, kernel: bool = False) -> int:
-        """How many of all singular values of a layer, the largest first, are kept: 1 at least, if there are any."""
+    def count(self, values: Tensor, kernel: bool = False, energy: float | None = None) -> int:
+        """How many of a layer's singular values are kept: 1 at least, if there are any.
+
+        Args:
+            values: all of them, the largest first; with `energy` the first ones will do, see `settled`.
+            kernel: whether the layer has one above 1x1.
+            energy: of all of them, their sum of squares.
+        """
         most = min(self.most(kernel) or len(values), len(values))
         if not self.rule or not len(values) or not float(values[0]):
             return most if not self.rule else min(1, most)
-        return max(1, min(most, _COUNTS[self.rule](values.double(), self.value)))
+        return max(1, min(most, self._wanted(values, energy)))
+
+    def settled(self, values: Tensor, energy: float) -> bool:
+        """Whether the first singular values show how many a rule keeps."""
+        return not self.needs_all and (not float(values[0]) or self._wanted(values, energy) < len(values))
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether the first singular values never show how many are kept."""
+        return self.rule == "sv_cumulative"
+
+    def _wanted(self, values: Tensor, energy: float | None) -> int:
+        squares = values.double().square()
+        return _COUNTS[self.rule](values.double(), self.value, float(squares.sum()) if energy is None else energy)
 
     def __str__(self) -> str:
         rule = f"{self.rule} {self.value:g}" if self.rule else ""
         return ", at most ".join(filter(None, (rule, f"dim {self.dim}" if self.dim else "")))
 
 
-def _reaching(sums: Tensor, share: float) -> int:
-    """How many values it takes until their running sum has a share of the whole."""
-    return int(torch.searchsorted(sums, share * float(sums[-1]) * (1 - 1e-12))) + 1
+def _reaching(parts: Tensor, amount: float) -> int:
+    """How many values it takes until their sum is so much; one more than there are where it never is."""
+    return int(torch.searchsorted(parts.cumsum(0), amount * (1 - 1e-12))) + 1
 
 
-_COUNTS: Mapping[str, Callable[[Tensor, float], int]] = {
-    "energy": lambda s, share: _reaching(s.square().cumsum(0), share),
-    "sv_fro": lambda s, share: _reaching(s.square().cumsum(0), share**2),
-    "sv_cumulative": lambda s, share: _reaching(s.cumsum(0), share),
-    "sv_ratio": lambda s, ratio: int((s > float(s[0]) / ratio).sum()),
+_COUNTS: Mapping[str, Callable[[Tensor, float, float], int]] = {  # values, what the rule says, energy
+    "energy": lambda s, share, energy: _reaching(s.square(), share * energy),
+    "sv_fro": lambda s, share, energy: _reaching(s.square(), share**2 * energy),
+    "sv_cumulative": lambda s, share, _: _reaching(s, share * float(s.sum())),
+    "sv_ratio": lambda s, ratio, _: int((s > float(s[0]) / ratio).sum()),
 }
