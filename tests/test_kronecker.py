@@ -1,4 +1,4 @@
-"""The nearest Kronecker product, against numpy: its rearrangement element by element, np.kron, np.linalg.svd and lstsq."""
+"""The nearest Kronecker product against numpy: a rearrangement block by block, np.kron, np.linalg.svd and lstsq."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def test_factors_act_as_their_matrix() -> None:
     rows, columns = (8, 3), (6, 10)
     low = Update(drawn(24, 3), drawn(3, 60))
     w1, w2 = nearest_kronecker(low, rows, columns)
-    np.testing.assert_allclose(
-        dense(w1, w2), dense(*nearest_kronecker(Update(low.matrix()), rows, columns)), atol=1e-4
-    )
+    np.testing.assert_allclose(dense(w1, w2), dense(*nearest_kronecker(Update(low.matrix()), rows, columns)), atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", (1, 2, 3))

@@ -13,8 +13,8 @@ from .leading import random_directions
 
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 
-_SWEEPS = 20
-_ENOUGH = 1e-3  # of the squared error, gained in one sweep
+_SWEEPS = 10
+_ENOUGH = 5e-3  # of the squared error, gained in one sweep
 _DAMPED = 1e-10  # towards the former rows, of the largest number on the diagonal: rows that nothing decides stay
 _CHUNK = 1 << 22  # values at a time
 
