@@ -25,6 +25,7 @@ from ..files.joining import update_of
 from ..tensors.factor import factorization
 from ..tensors.hadamard import nearest_hadamard
 from ..tensors.kronecker import nearest_kronecker, with_low_rank
+from ..tensors.low_rank import EXACT_BELOW
 from ..tensors.updates import Triples, Update, distance
 from .ranks import RankRule
 from .report import Row
@@ -148,8 +149,10 @@ def _lokr(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
     scale is then 1 for all readers."""
     rows, columns = factorization(shape[0], form.factor), factorization(shape[1], form.factor)
     w1, w2 = nearest_kronecker(update, rows, columns)
-    triples, keys = form.kept(Update(w2), shape), LoKr.spec.keys
-    ranks = len(triples[1])
+    keys, ranks = LoKr.spec.keys, min(w2.shape)
+    if form.rule is not None or ranks <= EXACT_BELOW:  # or else it is not worth the time to look for few ranks
+        triples = form.kept(Update(w2), shape)
+        ranks = len(triples[1])
     if ranks * sum(w2.shape) >= w2.numel():
         length = _balance(w1, w2, float(w2.norm()))
         tensors = {keys["w1"]: w1 * length, keys["w2"]: (w2 / length).reshape(rows[1], columns[1], *shape[2:])}
