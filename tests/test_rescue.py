@@ -88,6 +88,12 @@ CASES: dict[str, tuple[Tensors, dict[str, str], str, float, bool]] = {
     "int8": (broken(lambda t: t.update({Q + UP: t[Q + UP].to(torch.int8)})), {}, "of type int8", SCALE, True),
     "other shape": (broken(lambda t: t.update({Q + UP: torch.ones(7, RANK)})), {}, "do not fit a weight of (320, 320)",
                     SCALE, True),
+    "unknown value": (broken(lambda t: t.update({f"{Q}.foo": torch.ones(3)})), {}, "has foo, a form which this version",
+                      SCALE, True),
+    "flag of RS-LoRA": (
+        {k: t / RANK**0.5 if k.endswith(ALPHA) else t for k, t in good().items()}
+        | {"use_rslora_flag": torch.tensor(1.0), "use_dora_flag": torch.tensor(0.0)},
+        {}, "by the root of the rank", SCALE, False),
     "other ranks": (broken(lambda t: t.update({Q + UP: torch.ones(320, 3)})), {}, "4 and 3 ranks", SCALE, True),
     "alpha missing in one": (broken(lambda t: t.pop(Q + ALPHA)), {}, "written with strength 0.5, that of all other",
                              SCALE, False),
@@ -254,6 +260,22 @@ def test_layers_with_each_others_names(tmp_path: Path) -> None:
             name: torch.equal(found[f"{stem}{name}.w_norm"], t) for name, t in right.items()
         }
         assert rescue(out, model="wan2.1-t2v-1.3b").details["sound"], "the new file is read as it is meant"
+
+
+def test_what_no_cure_is_for(tmp_path: Path) -> None:
+    path = tmp_path / "in.safetensors"
+    cases: dict[str, tuple[Tensors, str]] = {
+        "is no adapter: its keys look like nothing": ({}, ""),
+        "nothing is left of": ({Q + DOWN: torch.ones(4, 320)}, ""),
+        "there is no form": (good(), "auto"),
+    }
+    for said, (tensors, to) in cases.items():
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=said):
+            rescue(path, to=to)
+    save_file(good() | {"step": torch.ones(1), "diffusion_model.x": torch.ones(2)}, path)
+    report, told = diagnosed(path, model="sd15")
+    assert {name for name, _ in report.dropped} == {"step", "diffusion_model.x"} and "keys are no adapter" in told
 
 
 FOR = ["--model", "sd15"]

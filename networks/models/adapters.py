@@ -14,7 +14,6 @@ from ..archs.spec import ArchSpec
 from ..files import dotted, weight_names
 from ..files.adapter_file import AdapterFile, FileTensors, Naming
 from ..files.base_weights import BaseWeights
-from ..files.codec import SavedLayer
 from ..files.readers import Given
 from ..plan.walk import Candidate, candidates
 from .releases import plain
@@ -63,28 +62,34 @@ def arch_of(file: FileTensors, keys: Collection[str]) -> ArchSpec | None:
 def nearest_model(file: FileTensors) -> Skeleton | None:
     """The one released model into which most layers of a file fit, though not all; None = there is none for more than
     half, or several."""
-    counts: dict[str, int] = {}
+    shares: dict[str, float] = {}
     for arch in _likeliest(file):
         opened = file.opened(Naming(arch))
         for release in arch.releases:
             there = {c.saved_name: c for c in _layers(arch, skeleton(release.name))}
-            counts[release.name] = sum(_fit(there.get(name), saved) for name, saved in opened.layers.items())
-    best = sorted(counts, key=lambda name: -counts[name])[:2]
-    clear = best and 2 * counts[best[0]] > len(file.opened(Naming()).layers)
-    return skeleton(best[0]) if clear and (len(best) < 2 or counts[best[0]] > counts[best[1]]) else None
+            fitting = sum(_fit(opened, name, there.get(name)) for name in opened.families)
+            shares[release.name] = fitting / len(opened.families)
+    best = sorted(shares, key=lambda name: -shares[name])[:2]
+    clear = best and shares[best[0]] > max([0.5, *(shares[name] for name in best[1:])])
+    return skeleton(best[0]) if clear else None
+
+
+def _fit(file: AdapterFile, name: str, there: Candidate | None) -> bool:
+    """Whether a layer of a file fits one of a model."""
+    if there is None or name in file.unread:
+        return False
+    try:
+        shape = there.geometry.weight_shape
+        saved = file.layers[name] if name in file.layers else file.layer_of(name, shape)[0]
+        return bool(saved.describe(there.geometry))
+    except ValueError:
+        return False
 
 
 def fits(file: FileTensors, model: Skeleton) -> bool:
     """Whether layers of a file fit this model, and none does not."""
     arch = detect(model.unet)
     return bool(_fits(file.opened(Naming(arch)), arch, model))
-
-
-def _fit(there: Candidate | None, saved: SavedLayer) -> bool:
-    try:
-        return there is not None and bool(saved.describe(there.geometry))
-    except ValueError:
-        return False
 
 
 def given_of(file: FileTensors, model: Skeleton, checkpoint: Path | None = None) -> Given:

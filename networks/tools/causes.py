@@ -255,7 +255,27 @@ def broken_alphas(patient: Patient) -> Iterator[Finding]:
 
 
 def missing_alphas(patient: Patient) -> Iterator[Finding]:
-    """Layers without a strength, among others that have one."""
+    """Layers without a strength, among others that have one or where the user says it."""
+    lacking, scales = _by_alpha(patient)
+    said, known = "as --strength says", [] if patient.strength is None else [patient.strength]
+    if not known:
+        said, known = "that of all other layers; --strength says another", sorted(scales)
+    if not lacking or not known:
+        return
+    if len(known) > 1:
+        patient.notes.append(
+            f"{len(lacking)} layers have no alpha, e.g. {next(iter(lacking))}, and the others have several strengths: "
+            "they keep strength 1; --strength says another"
+        )
+        return
+    for path, rank in lacking.items():
+        patient.tensors[f"{path}.{dotted.ALPHA}"] = torch.tensor(known[0] * rank, dtype=torch.float32)
+    what = "layers have no alpha, so that programs take their strength for 1"
+    yield Finding(what, tuple(lacking), f"written with strength {known[0]:g}, {said}")
+
+
+def _by_alpha(patient: Patient) -> tuple[dict[str, int], set[float]]:
+    """Layers without an alpha -> rank, and the strengths of the others."""
     lacking, scales = dict[str, int](), set[float]()
     for path, keys in patient.layers.items():
         rank = _rank(patient, keys)
@@ -263,20 +283,7 @@ def missing_alphas(patient: Patient) -> Iterator[Finding]:
             scales.add(float(patient.tensors[keys[dotted.ALPHA]]) / rank or 1.0)
         elif rank:
             lacking[path] = rank
-    what, known = "layers have no alpha, so that programs take their strength for 1", patient.strength
-    if not lacking or (not scales and known is None):
-        return
-    if known is None and len(scales) > 1:
-        patient.notes.append(
-            f"{len(lacking)} layers have no alpha, e.g. {next(iter(lacking))}, and the others have several strengths: "
-            "they keep strength 1; --strength says another"
-        )
-        return
-    said = "that of all other layers; --strength says another" if known is None else "as --strength says"
-    scale = min(scales) if known is None else known
-    for path, rank in lacking.items():
-        patient.tensors[f"{path}.{dotted.ALPHA}"] = torch.tensor(scale * rank, dtype=torch.float32)
-    yield Finding(what, tuple(lacking), f"written with strength {scale:g}, {said}")
+    return lacking, scales
 
 
 def _rank(patient: Patient, keys: Mapping[str, str]) -> int | None:
@@ -313,26 +320,21 @@ def _problem(patient: Patient, path: str, keys: Mapping[str, str]) -> str:
         soundness.readable(tensors, "")
     except ValueError as error:
         return str(error).removeprefix(f": {path}: ").removeprefix(": ")
-    suffixes = [suffix for _, of, suffix in dotted.divided(tensors) if of == path and suffix]
-    if patient.algorithm(keys) is not None or not suffixes:
+    strange = _strange(patient, path, keys)
+    if not strange or not dotted.layers(tensors):
         return ""
-    if suffixes == [dotted.ALPHA]:
+    if strange == [dotted.ALPHA]:
         return "has an alpha alone, without factors"
-    suffixes = [suffix for suffix in suffixes if suffix != dotted.ALPHA]
-    told = codec.unknown_form("", path, ", ".join(suffixes))
+    told = codec.unknown_form("", path, ", ".join(suffix for suffix in strange if suffix != dotted.ALPHA))
     return told.removeprefix(f": {dotted.shown(path)} ")
 
 
-def nothing(patient: Patient) -> Iterator[Finding]:
-    """Layers of which all is 0."""
-    found = []
-    for path, keys in patient.layers.items():
-        values = [patient.tensors[key] for own, key in keys.items() if own not in _BESIDE]
-        if values and patient.algorithm(keys) is not None and not any(bool(t.bool().any()) for t in values):
-            found.append(path)
-    if found:
-        patient.notes.append(f"{len(found)} layers are 0 throughout and do nothing, e.g. {found[0]}: they stay")
-    yield from ()
+def _strange(patient: Patient, path: str, keys: Mapping[str, str]) -> list[str]:
+    """The suffixes, as the file has them, that its algorithm does not know; all of them without one."""
+    algorithm = patient.algorithm(keys)
+    known = [] if algorithm is None else [own for own in keys if own in _BESIDE or algorithm.spec.knows(own)]
+    spoken = {dotted.own_suffix(path, suffix): suffix for _, _, suffix in dotted.divided(keys.values()) if suffix}
+    return [suffix for own, suffix in spoken.items() if own not in known]
 
 
 _BESIDE_TENSORS = tuple(strengths.SAID[one] for one in (strengths.CONFIG, strengths.METADATA, strengths.HEADER))
@@ -383,5 +385,5 @@ def magnitudes(patient: Patient) -> Iterator[Finding]:
 
 
 CAUSES: tuple[Cause, ...] = (
-    wrapped, twice, types, flipped, broken_alphas, unsound, nothing, beside, missing_alphas, magnitudes
+    wrapped, twice, types, flipped, broken_alphas, unsound, beside, missing_alphas, magnitudes
 )  # fmt: skip

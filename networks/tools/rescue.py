@@ -22,6 +22,7 @@ from ..archs import places
 from ..archs.names import nearest_layout
 from ..files import codec, dotted, reader, save_formats, strengths, twins, writer
 from ..files.adapter_file import FileTensors, Naming
+from ..files.base_weights import divided
 from ..files.codec import SavedLayer
 from ..files.dialects import DIALECTS, PORTABLE, Dialect, FileFormat
 from ..files.joining import NeedsBase, update_of
@@ -76,17 +77,15 @@ def rescue(
     Raises:
         ValueError: nothing can be read of it, or nothing can be written; the sentence says why.
     """
-    if to and to not in TARGETS:
+    if to not in ("", *TARGETS):
         raise ValueError(f"there is no form {to}: one of {', '.join(TARGETS)}")
-    target = None if out is None else writer.checked_path(out)
     base = base or ([model] if model and Path(model).is_file() else [])
-    if target is not None:
-        check_outputs([target], [Path(file), *(Path(str(one).rpartition("=")[2]) for one in base)], overwrite)
+    target = None if out is None else _checked(out, [Path(file), *(divided(one)[1] for one in base)], overwrite)
     report = Report("rescue", [Path(file)])
     patient, findings = _examined(file, strength, model)
     case = _Case(patient, findings, to, model, base)
     made = case.cured()
-    report.rows, report.notes = case.rows(made, walk), [*patient.notes]
+    report.rows = case.rows(made, walk)
     report.dropped = [(name, one.what) for one in case.findings if one.lost for name in one.where]
     report.details = {
         "findings": [one.to_dict() for one in case.findings],
@@ -94,13 +93,19 @@ def rescue(
         "model": case.title,
         "readers": case.readers(made),
     }
+    report.notes = [*patient.notes, *case.remarks(report)]
     if target is not None:
         report.check(allow_dropped)
-        metadata = told(patient.metadata, "rescue", {"found": [one.what for one in case.findings]})
-        report.out = writer.write_tensors(target, made, dtype, metadata)
+        report.out = writer.write_tensors(target, made, dtype, case.metadata)
         with located(f"{target} was written and does not prove right"):
             FileTensors(target).opened(Naming()).all_read()
     return report
+
+
+def _checked(out: str | os.PathLike[str], inputs: Sequence[Path], overwrite: bool) -> Path:
+    target = writer.checked_path(out)
+    check_outputs([target], inputs, overwrite)
+    return target
 
 
 def _examined(file: str | os.PathLike[str], strength: float | None, model: str) -> tuple[Patient, list[Finding]]:
@@ -120,6 +125,12 @@ def _examined(file: str | os.PathLike[str], strength: float | None, model: str) 
     patient = Patient(str(file), remains.tensors, remains.metadata, settings, strength, model)
     for cause in CAUSES:
         findings += cause(patient)
+    if not patient.layers:
+        if not any(one.lost for one in findings):
+            first = next(iter(remains.tensors), "nothing")
+            raise ValueError(f"{file} is no adapter: its keys look like {first}; give an adapter file")
+        told_of = "; ".join(f"{one.what} ({', '.join(one.where[:3])})" for one in findings if one.lost)
+        raise ValueError(f"nothing is left of {file}: {told_of}; use an earlier save")
     return patient, findings
 
 
@@ -147,6 +158,12 @@ class _Case:
             raise ValueError(told[0] if told else str(error)) from None
         self.model = self._model(model)
         self.title = "" if self.model is None else self.model.title
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Of the new file."""
+        found = told(self.patient.metadata, "rescue", {"found": [one.what for one in self.findings]})
+        return found if self.model is None else {**found, "networks_dialect": self.to or PORTABLE.name}
 
     def _strays(self) -> None:
         """Keys that are no adapter go."""
@@ -195,12 +212,19 @@ class _Case:
         spoken = Naming(arch).shares(paths)
         foreign = [path for path, found in spoken.items() if path != found[0].name]
         if foreign:
-            whose = nearest_layout(paths, [arch]) or f"no names of {arch.title} in the trainer"
+            whose = nearest_layout(paths, [arch]) or f"not those which the trainers have for {arch.title}"
             form = self.to or PORTABLE.name
             cure = f"written under the names of the form {form}"
             self.findings.append(
                 Finding(f"its names are {whose}", tuple(foreign[:1]), f"{cure}, {len(foreign)} layers")
             )
+        flags = self.own.flags
+        if flags.rs_lora:
+            what = (
+                f"its alphas are to be divided by the root of the rank, as {flags.dialect.rs_flag} in it says, which "
+            )
+            cure = "" if self.to == flags.dialect.name else "written so that alpha / rank is the strength"
+            self.findings += [Finding(f"{what}few programs read", (), cure)] if cure else []
         suffixes = {path: set(keys) for path, keys in self.patient.layers.items()}
         swapped = twins.right_names({path: keys for path, keys in suffixes.items() if "." not in path}, True)
         if swapped:
@@ -319,6 +343,15 @@ class _Case:
 
     # -- proof
 
+    def remarks(self, report: Report) -> Iterator[str]:
+        """What is worth knowing of the new file."""
+        empty = [row.name for row in report.rows if row.size == 0]
+        if empty:
+            yield f"{len(empty)} layers are 0 and do nothing, e.g. {empty[0]}: they stay"
+        worse = [one["program"] for one in report.details["readers"] if one["was_exact"] and not one["exact"]]
+        if worse:
+            yield f"{' and '.join(worse)} read the file before, and not the new one: --for says for which program it is"
+
     def rows(self, made: dict[str, Tensor], walk: Walk) -> list[Row]:
         """Each layer with its distance from what the mended tensors are, in the new file opened as any other.
 
@@ -340,14 +373,14 @@ class _Case:
             raise ValueError(f"{self.patient.source}: {dotted.shown(name)} is lost on the way, please report it")
         shape = self.opened.model_layers[name].shape if self.model is not None else ()
         rank = saved.algorithm.spec.shown_rank(saved.tensors)
-        if _same(saved, layers[name]):
-            return Row(dotted.shown(name), "", rank)
+        same = _same(saved, layers[name])
         try:
             weight = self._weight(name) if self.opened.base is not None and _needs_base(saved) else None
-            before, now = update_of(saved, shape, weight), update_of(layers[name], shape, weight)
+            before = update_of(saved, shape, weight)
+            size = before.norm()
+            error = 0.0 if same else update_of(layers[name], shape, weight).minus(before).norm()
         except NeedsBase:
-            return Row(dotted.shown(name), "", rank, None)
-        size, error = before.norm(), now.minus(before).norm()
+            return Row(dotted.shown(name), "", rank, 0.0 if same else None)
         return Row(dotted.shown(name), "", rank, error / size if size else error, size)
 
     def readers(self, made: dict[str, Tensor]) -> list[dict[str, Any]]:
@@ -360,7 +393,13 @@ class _Case:
         except ValueError:  # it is refused even here
             before = {}
         return [
-            {"program": one.title, "before": _short(before.get(name)), "after": _short(one), "exact": one.exact}
+            {
+                "program": one.title,
+                "before": _short(before.get(name)),
+                "after": _short(one),
+                "was_exact": name in before and before[name].exact,
+                "exact": one.exact,
+            }
             for name, one in after.items()
             if one.unasked
         ]
