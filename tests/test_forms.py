@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from registry import dense_loha, dense_lokr, dense_lora
 from torch import Tensor
 
+from networks.algos.loha import LoHa
+from networks.algos.lora import LoRA
 from networks.files import codec
 from networks.files.joining import update_of
 from networks.tensors.updates import Update, total
@@ -255,3 +258,40 @@ def test_updates_of_all_algorithms_are_their_formulas(kind: str) -> None:
             least = math.sqrt(float((values[7:] ** 2).sum() / (values**2).sum()))
             found, _ = distance(Form("lora", RankRule(7), dtype=torch.float64), update, shape)
             assert abs(found - least) < 1e-7, case
+
+
+@pytest.mark.parametrize("shape", ((20, 30), (20, 4, 3, 3)), ids=str)
+def test_updates_with_magnitudes_are_their_formula(shape: tuple[int, ...]) -> None:
+    """Of DoRA on rows and on columns, with more ranks than the weight could have, too."""
+    torch.manual_seed(10)
+    W, ones = drawn(*shape), [1] * (len(shape) - 2)
+    for rank in (3, 40):
+        down, up = drawn(rank, *shape[1:]), drawn(shape[0], rank, *ones)
+        whole = W + torch.einsum("or,r...->o...", up.flatten(1), down) * (2.0 / rank)
+        for axis in (0, 1):
+            over = [n for n in range(len(shape)) if n != axis]
+            magnitude = whole.pow(2).sum(over, keepdim=True).sqrt() * (0.5 + torch.rand(shape[axis])).reshape(
+                [-1 if n == axis else 1 for n in range(len(shape))]
+            )
+            tensors = {"lora_down.weight": down, "lora_up.weight": up}
+            saved = codec.SavedLayer("x", LoRA, tensors, 2.0, magnitude)
+            wanted = whole * magnitude / whole.pow(2).sum(over, keepdim=True).sqrt() - W
+            assert_close(update_of(saved, shape, W).matrix().reshape(shape), wanted, f"{rank} {axis}")
+            plain = update_of(replace(saved, magnitude=None), shape)
+            assert (plain.right is None) == (rank > 20)
+            assert_close(plain.matrix().reshape(shape), whole - W, f"{rank} {axis}")
+
+
+def test_parts_of_a_hadamard_product_with_unlike_ranks() -> None:
+    """The rows of three parts: of rank 4, of rank 1, of none."""
+    torch.manual_seed(11)
+    left, other, right, second = torch.zeros(18, 6).double(), torch.zeros(18, 6).double(), drawn(6, 20), drawn(6, 20)
+    left[:6, :2], other[:6, :2], left[6:12, 2], other[6:12, 2] = drawn(6, 2), drawn(6, 2), drawn(6), drawn(6)
+    tensors = {"hada_w1_a": left, "hada_w1_b": right, "hada_w2_a": other, "hada_w2_b": second}
+    change = dense_loha(tensors, (18, 20))
+    found = LoHa.nearest(tensors, lambda s: min(2, len(s)), parts=3)
+    assert all(t.isfinite().all() for t in found.values())
+    made = dense_loha(found, (18, 20))
+    values = np.linalg.svd(change[:6].numpy(), compute_uv=False)
+    assert float((made - change)[:6].norm()) <= math.sqrt(float((values[2:] ** 2).sum())) + 1e-9
+    torch.testing.assert_close(made[6:], change[6:], atol=1e-9, rtol=0)

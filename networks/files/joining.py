@@ -209,7 +209,7 @@ class _Part:
         adapter = self._built()
         strength = adapter.strength(1.0, saved.scale)
         pair = adapter.product(self.weight) if len(self.shape) > 1 else None
-        if pair is not None:
+        if pair is not None and pair[0].shape[1] < min(len(pair[0]), pair[1][0].numel()):
             return Update(pair[0].detach() * strength, pair[1].detach().flatten(1))
         zeros = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         weight = self._known_weight().double() if adapter.spec.relative else zeros

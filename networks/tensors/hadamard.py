@@ -48,9 +48,9 @@ def _start(u: Tensor, s: Tensor, vh: Tensor) -> Pairs:
     """The matrix of these triples. In the second pair one rank gives 1; the others give nothing, and could: their rows
     of b2 are random."""
     root, ones = s.sqrt(), torch.zeros_like(u)
-    ones[:, 0] = 1
+    ones[:, :1] = 1
     other = random_directions(vh.shape[1], len(s), vh).T.contiguous()
-    other[0] = 1
+    other[:1] = 1
     return u * root, root[:, None] * vh, ones, other
 
 
