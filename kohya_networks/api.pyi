@@ -1,8 +1,20 @@
 # For type checkers, which do not follow the folder of the modules.
 from networks.api import AppliedNetwork as AppliedNetwork
+from networks.api import Comparison as Comparison
 from networks.api import Plan as Plan
+from networks.api import RankRule as RankRule
+from networks.api import Report as Report
+from networks.api import Spectra as Spectra
 from networks.api import apply as apply
+from networks.api import combine as combine
+from networks.api import compare as compare
+from networks.api import convert as convert
+from networks.api import extract as extract
 from networks.api import load as load
 from networks.api import merge as merge
+from networks.api import merge_checkpoint as merge_checkpoint
 from networks.api import plan as plan
+from networks.api import rescue as rescue
+from networks.api import resize as resize
 from networks.api import save as save
+from networks.api import spectra as spectra

@@ -17,6 +17,7 @@ Finished files, without a model: each returns a `Report` of what became of every
     api.convert("my-lokr.safetensors", "for-comfyui.safetensors", to="comfyui")
     api.combine({"style.safetensors": 1.0, "person.safetensors": 0.7}, "both.safetensors")
     api.resize("my-lora.safetensors", "small.safetensors", rule=api.RankRule(32, "energy", 0.99))
+    api.extract("tuned.safetensors", "base.safetensors", "my-lora.safetensors", rule=api.RankRule(16))
 """
 
 from __future__ import annotations
