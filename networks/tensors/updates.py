@@ -65,6 +65,10 @@ class Update:
     def times(self, factor: float) -> Update:
         return Update(self.left * factor, self.right)
 
+    def rows(self, ranges: Sequence[tuple[int, int]]) -> Update:
+        """Some of them, (start, stop) each, in this order."""
+        return Update(torch.cat([self.left[start:stop] for start, stop in ranges]), self.right)
+
     def minus(self, other: Update) -> Update:
         return total([self, other], [1.0, -1.0])
 
@@ -119,6 +123,22 @@ class Update:
     def _middle(self) -> Tensor:
         """Of the same singular values: itself, or the small matrix between orthonormal ones."""
         return self._split[1] if self._is_slim else self.matrix()
+
+
+def stacked(updates: Sequence[Update]) -> Update:
+    """The update whose rows are those of these, one below the other: factors along a diagonal where that has fewer
+    values than the matrix.
+
+    Args:
+        updates: one at least, of one number of columns, dtype and device.
+    """
+    if len(updates) == 1:
+        return updates[0]
+    O, J = sum(one.shape[0] for one in updates), updates[0].shape[1]
+    rights = [one.right for one in updates if one.right is not None]
+    if len(rights) == len(updates) and sum(map(len, rights)) * (O + J) < O * J:
+        return Update(torch.block_diag(*[one.left for one in updates]), torch.cat(rights))
+    return Update(torch.cat([one.matrix() for one in updates]))
 
 
 def total(updates: Sequence[Update], weights: Sequence[float] | None = None) -> Update:

@@ -17,7 +17,7 @@ from ..files.codec import SavedLayer
 from ..files.dialects import Dialect, FileFormat
 from ..files.merged import refolded
 from ..tensors.norms import weight_geometry
-from ..tensors.updates import Update
+from ..tensors.updates import Update, stacked
 from .convert import Told, Wanted, kept
 from .forms import FORMS, Shape, row_of
 from .opened import Opened
@@ -164,9 +164,7 @@ class ForProgram:
         if not self.form.dialect.program:
             for name in walk([*self.held]):
                 layer, before = self.layers[name], self.file.layers[name]
-                stays = layer.algorithm is before.algorithm and layer.folded == before.folded
-                same = stays and self.wanted.is_met(before)
-                self.report.rows.append(kept(before, self.wanted.dtype) if same else self._row(layer, name))
+                self.report.rows.append(kept(before, self.wanted.dtype) if _is(layer, before) else self._row(layer, name))
                 yield layer
             return
         makers = {target.name: (target, make) for target, make in self._makers()}
@@ -189,7 +187,7 @@ class ForProgram:
         first = target.shares[0]
         before = self.file.layers.get(first.saved_name)
         if before is not None and len(target.shares) == 1 and first.is_all and not told:
-            if layer.algorithm is before.algorithm and layer.folded == before.folded and self.wanted.is_met(before):
+            if _is(layer, before):
                 return replace(kept(before, self.wanted.dtype), name=name)
         return self._row(layer, name, target)
 
@@ -218,16 +216,20 @@ class ForProgram:
 
     def _rows(self, target: Target) -> Update:
         """What the rows of a program's layer are to add."""
-        if len(target.shares) == 1 and target.shares[0].is_all:
-            return self._update(target.shares[0].saved_name)
         columns = torch.Size(target.columns).numel()
+        none = torch.zeros(0, columns, dtype=torch.float64, device=self.wanted.device)
         rows = []
         for share in target.shares:
-            whole = torch.zeros(share.of, columns, dtype=torch.float64)
             if share.saved_name in self.held:
-                whole = self._update(share.saved_name).matrix()
-            rows += [whole[start:stop] for start, stop in share.ranges]
-        return Update(torch.cat(rows))
+                rows.append(self._update(share.saved_name).rows(share.ranges))
+            else:
+                rows.append(Update(none.new_zeros(share.stop - share.start, 0), none))
+        return stacked(rows)
+
+
+def _is(layer: SavedLayer, before: SavedLayer) -> bool:
+    """Whether a layer has the very tensors that it had."""
+    return layer.tensors is before.tensors and layer.magnitude is before.magnitude
 
 
 def _with_alpha(saved: SavedLayer) -> SavedLayer:
