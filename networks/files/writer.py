@@ -167,6 +167,15 @@ def content(
     return header, payload
 
 
+def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Tensors as they will stand in a file.
+
+    Args:
+        tensors, dtype: as for `write_tensors`.
+    """
+    return _cast(tensors, dtype)[0]
+
+
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Tensors as they are saved, and how many are broken or lost; one warning for each of these kinds.
 

@@ -7,7 +7,7 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from .._errors import located
 from ..args.coerce import nearest
 from ..files import dotted, writer
+from ..files.adapter_file import FileTensors, Naming
 from ..files.codec import SavedLayer
 from ..files.dialects import DIALECTS, PORTABLE, Dialect
 from ..files.joining import NeedsBase, as_diff, as_lora, update_of
@@ -65,8 +66,10 @@ class Wanted:
         """Whether a layer stays what it is: it is that already, or of a kind which has one form alone."""
         if not self.algo or saved.algorithm.spec.family != "matrix":
             return True
-        own = saved.algorithm.spec.file_algo == FILE_ALGOS.get(self.algo, self.algo)
-        return own and self.rule is None and self.factor == -1 and saved.magnitude is None
+        spec = saved.algorithm.spec
+        own = spec.file_algo == FILE_ALGOS.get(self.algo, self.algo) and saved.magnitude is None
+        has_core = self.algo == "lora" and spec.keys.get(spec.core) in saved.tensors  # which few programs know
+        return own and not has_core and self.rule is None and self.factor == -1
 
     @property
     def exact(self) -> bool:
@@ -192,8 +195,11 @@ def convert(
     def told() -> Mapping[str, str]:
         report.check(allow_dropped, max_error)
         details = {**report.details, "input": opened.path.name, "error": report.error}
-        ranks = [row.rank for row in report.rows if row.rank is not None] if algo else []
-        known = metadata.told(opened.metadata, "convert", details, FILE_ALGOS.get(algo, algo), ranks)
+        changed = FILE_ALGOS.get(algo, algo) if any(row.became for row in report.rows) else ""
+        ranks = [row.rank for row in report.rows if row.rank is not None] if changed else []
+        known = metadata.told(opened.metadata, "convert", details, changed, ranks)
+        if changed and rule is None:  # each layer keeps its scale
+            known.pop("ss_network_alpha", None)
         return known if dialect is None else {**known, "networks_dialect": dialect.name}
 
     job.write(place, walk, told)
@@ -244,26 +250,64 @@ class _OwnNames:
         known = dict[str, str]()
         with writer.streamed(out, self.wanted.dtype, known) as stream:
             stream.add(self.keys.rest())
-            for tensors in self._layers(walk):
-                stream.add(tensors)
+            for name in walk([*self.opened.own.layers]):
+                made = self._made(name)
+                written = self.keys.of(made)
+                self.report.rows.append(self._row(name, made, written, stream.add(written)))
             known |= told()
 
-    def _layers(self, walk: Walk) -> Iterator[Mapping[str, Tensor]]:
-        opened, wanted = self.opened, self.wanted
-        for name in walk([*opened.own.layers]):
-            saved = opened.own.layers[name]
-            with located(str(opened.path)):
-                made = saved if wanted.is_met(saved) else wanted.made(saved, opened.shape(name) or (), opened.weight)
-            self.report.rows.append(kept(saved, wanted.dtype) if made is saved else self._row(name, made))
-            yield self.keys.of(made)
+    def _made(self, name: str) -> SavedLayer:
+        opened, saved = self.opened, self.opened.own.layers[name]
+        with located(str(opened.path)):
+            if self.wanted.is_met(saved):
+                return saved
+            return self.wanted.made(saved, opened.shape(name) or (), opened.weight)
 
-    def _row(self, name: str, made: SavedLayer) -> Row:
-        update = self.opened.update(name).to(self.wanted.device)
-        return row_of(made, self.opened.shape(name) or update.shape, update, self.wanted.exact)
+    def _row(self, name: str, made: SavedLayer, written: Mapping[str, Tensor], stands: Mapping[str, Tensor]) -> Row:
+        """What became of a layer.
+
+        Args:
+            made: it.
+            written: its tensors.
+            stands: the same as the file has them.
+        """
+        opened, stays = self.opened, is_same(made, self.opened.own.layers[name])
+        if stays and is_whole(written, stands):
+            return kept(made)
+        flags = {key: tensor for key, tensor in self.keys.rest().items() if "." not in key}
+        try:
+            update = opened.update(name).to(self.wanted.device)
+            weight = None if made.magnitude is None else opened.weight(name)
+        except ValueError:
+            if not stays:
+                raise
+            return replace(kept(made), error=None)
+        shape = opened.shape(name) or update.shape
+        row = row_of(as_it_stands(made, {**flags, **stands}), shape, update, stays or self.wanted.exact, weight)
+        return replace(row, became="") if stays else row
 
 
-def kept(saved: SavedLayer, dtype: torch.dtype | None) -> Row:
-    """The row of a layer that stays, in its dtype or another."""
-    narrower = dtype is not None and any(t.itemsize > dtype.itemsize for t in saved.tensors.values())
-    rank = saved.algorithm.spec.shown_rank(saved.tensors)
-    return Row(dotted.shown(saved.name), rank=rank, error=None if narrower else 0.0)
+def is_same(layer: SavedLayer, before: SavedLayer) -> bool:
+    """Whether a layer has the very tensors that it had."""
+    return layer.tensors is before.tensors and layer.magnitude is before.magnitude
+
+
+def is_whole(written: Mapping[str, Tensor], stands: Mapping[str, Tensor]) -> bool:
+    """Whether a file has tensors in dtypes that hold all of their values."""
+    return all(torch.promote_types(t.dtype, stands[key].dtype) == stands[key].dtype for key, t in written.items())
+
+
+def as_it_stands(layer: SavedLayer, stands: Mapping[str, Tensor]) -> SavedLayer:
+    """A layer as a reader finds it.
+
+    Args:
+        layer: as it was to be.
+        stands: its tensors in the file, and what is said there of all layers.
+    """
+    (found,) = FileTensors(stands).opened(Naming()).layers.values()
+    return replace(found, folded=layer.folded)
+
+
+def kept(saved: SavedLayer) -> Row:
+    """The row of a layer that stays."""
+    return Row(dotted.shown(saved.name), rank=saved.algorithm.spec.shown_rank(saved.tensors))

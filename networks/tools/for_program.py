@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from ..files.dialects import Dialect, FileFormat
 from ..files.merged import refolded
 from ..tensors.norms import weight_geometry
 from ..tensors.updates import Update, stacked
-from .convert import Told, Wanted, kept
+from .convert import Told, Wanted, as_it_stands, is_same, is_whole
 from .forms import FORMS, Shape, row_of
 from .opened import Opened
 from .report import Report, Row, Walk
 
+RowOf = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Row]  # of the tensors of a layer, made and in the file
 KEPT = 8  # layers of which others may still want rows
 
 
@@ -56,16 +58,23 @@ class ForProgram:
 
     def write(self, out: Path, walk: Walk, told: Told) -> None:
         """Write it, with what `told` says when all layers are there."""
+        dtype = self.wanted.dtype
         if self.form.dialect.folder:
-            layers = [*self._made(walk)]
-            peft_folder.write(out, layers, self.form, self.wanted.dtype, told())
+            layers = []
+            for layer, row in self._made(walk):
+                written = codec.written([layer], self.form)
+                self.report.rows.append(row(written, writer.cast(written, dtype)))
+                layers.append(layer)
+            peft_folder.write(out, layers, self.form, dtype, told())
             return
         known, flags = dict[str, str](), dict[str, Tensor]()
-        with writer.streamed(out, self.wanted.dtype, known) as stream:
-            for layer in self._made(walk):
+        with writer.streamed(out, dtype, known) as stream:
+            for layer, row in self._made(walk):
                 written = codec.written([layer], self.form)
-                flags |= {key: tensor for key, tensor in written.items() if "." not in key}
-                stream.add({key: tensor.contiguous() for key, tensor in written.items() if "." in key})
+                said = {key: tensor for key, tensor in written.items() if "." not in key}
+                own = {key: tensor.contiguous() for key, tensor in written.items() if "." in key}
+                self.report.rows.append(row(own, {**stream.add(own), **said}))
+                flags |= said
             stream.add(flags)
             known |= told()
 
@@ -110,7 +119,7 @@ class ForProgram:
                 )
 
     def _form(self, dialect: Dialect) -> FileFormat:
-        form = FileFormat(dialect, arch=self.opened.arch)
+        form = FileFormat(dialect, bool(self.file.flags.rs_lora), arch=self.opened.arch)
         if not dialect.program:
             return form
         layers = [replace(one, trained=name in self.held) for name, one in self.opened.model_layers.items()]
@@ -159,50 +168,59 @@ class ForProgram:
             return replace(saved, folded=wanted)
         return refolded(saved, self.needed_weight(name), wanted)
 
-    def _made(self, walk: Walk) -> Iterator[SavedLayer]:
-        """Every layer of the file, with a row in the report."""
+    def _made(self, walk: Walk) -> Iterator[tuple[SavedLayer, RowOf]]:
+        """Every layer of the file, and what tells its row of the report."""
         if not self.form.dialect.program:
             for name in walk([*self.held]):
-                layer, before = self.layers[name], self.file.layers[name]
-                self.report.rows.append(kept(before, self.wanted.dtype) if _is(layer, before) else self._row(layer, name))
-                yield layer
+                yield self.layers[name], functools.partial(self._row, self.layers[name], name, None)
             return
         makers = {target.name: (target, make) for target, make in self._makers()}
         for key in walk([*makers]):
             target, make = makers[key]
             try:
-                layer, told = make()
+                layer, _ = make()
             except ValueError as error:
                 helps = "; or add --to lora with a rank (--dim 32)" if not self.wanted.algo else ""
                 raise ValueError(f"{self.opened.path}: {error}{helps}") from None
             name = ", ".join(share.saved_name for share in target.shares if share.saved_name in self.held)
-            self.report.rows.append(self._told(layer, name, target, told))
-            yield layer
+            yield layer, functools.partial(self._row, layer, name, target)
 
     def _makers(self) -> Iterator[tuple[Target, save_formats.Make]]:
         return save_formats.making(self.layers, self.form, self.needed_weight)
 
-    def _told(self, layer: SavedLayer, name: str, target: Target, told: str) -> Row:
-        """The row of a layer of the program's."""
-        first = target.shares[0]
-        before = self.file.layers.get(first.saved_name)
-        if before is not None and len(target.shares) == 1 and first.is_all and not told:
-            if _is(layer, before):
-                return replace(kept(before, self.wanted.dtype), name=name)
-        return self._row(layer, name, target)
+    def _row(
+        self,
+        layer: SavedLayer,
+        name: str,
+        target: Target | None,
+        written: Mapping[str, Tensor],
+        stands: Mapping[str, Tensor],
+    ) -> Row:
+        """What became of a layer, beside the rows of the updates that it stands for.
 
-    def _row(self, layer: SavedLayer, name: str, target: Target | None = None) -> Row:
-        """What became of a layer, beside the rows of the updates that it stands for."""
-        rank = layer.algorithm.spec.shown_rank(layer.tensors)
-        if layer.folded or layer.algorithm.spec.family != "matrix":
-            return Row(name, "magnitudes as ComfyUI takes them" if layer.folded else "", rank)
+        Args:
+            layer: it, named as in the file.
+            name: of what it is made of, for people.
+            target: of the program; None = one of the trainer's layers.
+            written: its tensors.
+            stands: the same as the file has them, and what that says of all layers.
+        """
+        whole = target is None or (len(target.shares) == 1 and target.shares[0].is_all)
+        before = self.file.layers.get(name) if whole else None
+        stays, rank = before is not None and is_same(layer, before), layer.algorithm.spec.shown_rank(layer.tensors)
+        scaled = self.form.dialect.peft and layer.scale != 1
+        if stays and not scaled and is_whole(written, stands):
+            return Row(name, rank=rank)
+        if layer.folded:  # each divided by a length: its dtype is wider than what rounds there
+            return Row(name, "magnitudes as ComfyUI takes them", rank, 0.0 if is_whole(written, stands) else None)
         try:
             update = self._update(name) if target is None else self._rows(target)
             weight = None if layer.magnitude is None else self._below(name, target)
         except ValueError:  # it depends on a weight that is not given, and the change of names did not
-            return Row(name, layer.algorithm.spec.name, rank, None)
+            return Row(name, "" if stays else layer.algorithm.spec.name, rank, None)
         shape = self.shape(name) if target is None else (len(update.left), *target.columns)
-        return replace(row_of(layer, shape, update, self.wanted.exact, weight), name=name)
+        row = row_of(as_it_stands(layer, stands), shape, update, stays or self.wanted.exact, weight)
+        return replace(row, name=name, became="" if stays else row.became)
 
     def _below(self, name: str, target: Target | None) -> Tensor:
         """The weight below a layer of the file."""
@@ -225,11 +243,6 @@ class ForProgram:
             else:
                 rows.append(Update(none.new_zeros(share.stop - share.start, 0), none))
         return stacked(rows)
-
-
-def _is(layer: SavedLayer, before: SavedLayer) -> bool:
-    """Whether a layer has the very tensors that it had."""
-    return layer.tensors is before.tensors and layer.magnitude is before.magnitude
 
 
 def _with_alpha(saved: SavedLayer) -> SavedLayer:

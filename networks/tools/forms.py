@@ -107,6 +107,9 @@ class Form:
         return replace(made, tensors=tensors)
 
 
+_NOISE = 1e-14  # of float64, in which errors are computed
+
+
 def row_of(saved: SavedLayer, shape: Shape, update: Update, exact: bool = False, weight: Tensor | None = None) -> Row:
     """What a layer became, with its error as it stands in the file.
 
@@ -120,7 +123,8 @@ def row_of(saved: SavedLayer, shape: Shape, update: Update, exact: bool = False,
     size, rank = update.norm(), saved.algorithm.spec.shown_rank(saved.tensors)
     error = distance(update_of(saved, shape, weight).to(update.left.device), update)
     became = FORM_OF.get(saved.algorithm.spec.file_algo, saved.algorithm.spec.file_algo)
-    return Row(dotted.shown(saved.name), became, rank, error / size if size else error, size, exact)
+    error = 0.0 if error < _NOISE * size else error / size if size else error
+    return Row(dotted.shown(saved.name), became, rank, error, size, exact)
 
 
 def _lora(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:

@@ -29,7 +29,8 @@ def told(
     found = {key: value for key, value in metadata.items() if key not in _STALE}
     if algo:
         found["ss_network_module"] = f"networks.{algo}"
-        found.pop("ss_network_args", None)
+        for key in ("ss_network_args", "ss_network_dim", "ss_network_alpha"):
+            found.pop(key, None)
     dims = sorted(set(ranks))
     if dims:
         found["ss_network_dim"] = str(dims[0]) if len(dims) == 1 else "Dynamic"  # the trainers' word for several
