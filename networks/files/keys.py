@@ -15,13 +15,14 @@ class FileKeys:
 
     Args:
         file: opened without an architecture, so that layers have its own names.
+        whole: layers stay as they are or lose their magnitudes.
 
     Raises:
-        ValueError: its magnitudes hold for the whole update alone.
+        ValueError: its magnitudes hold for the whole update alone, of which something may change.
     """
 
-    def __init__(self, file: AdapterFile) -> None:
-        if file.flags.dialect.fold_flag:
+    def __init__(self, file: AdapterFile, whole: bool = False) -> None:
+        if file.flags.dialect.fold_flag and not whole:
             raise ValueError(
                 f"{file.source}: its DoRA magnitudes hold for the whole update alone (save_format=comfyui): convert it "
                 "to portable first"

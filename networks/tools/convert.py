@@ -243,13 +243,16 @@ class _OwnNames:
 
     def __init__(self, opened: Opened, wanted: Wanted, report: Report) -> None:
         self.opened, self.wanted, self.report = opened, wanted, report
-        self.keys = FileKeys(opened.own)
+        self.keys, own = FileKeys(opened.own, whole=True), opened.own
+        self.rest = self.keys.rest()
+        if not any(saved.magnitude is not None and wanted.is_met(saved) for saved in own.layers.values()):
+            self.rest.pop(own.flags.dialect.fold_flag, None)
 
     def write(self, out: Path, walk: Walk, told: Told) -> None:
         """Write it, with what `told` says when all layers are there."""
         known = dict[str, str]()
         with writer.streamed(out, self.wanted.dtype, known) as stream:
-            stream.add(self.keys.rest())
+            stream.add(self.rest)
             for name in walk([*self.opened.own.layers]):
                 made = self._made(name)
                 written = self.keys.of(made)
@@ -274,7 +277,7 @@ class _OwnNames:
         opened, stays = self.opened, is_same(made, self.opened.own.layers[name])
         if stays and is_whole(written, stands):
             return kept(made)
-        flags = {key: tensor for key, tensor in self.keys.rest().items() if "." not in key}
+        flags = {key: tensor for key, tensor in self.rest.items() if "." not in key}
         try:
             update = opened.update(name).to(self.wanted.device)
             weight = None if made.magnitude is None else opened.weight(name)

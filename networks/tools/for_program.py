@@ -87,8 +87,11 @@ class ForProgram:
         layer = self.opened.model_layers.get(name)
         if layer is None:
             return f"is no layer of {self.opened.arch.title}"
-        lacking = dialect.program == places.DIFFUSERS and not layer.part.diffusers
-        return f"diffusers reads no adapter of the {layer.part.name}" if lacking else ""
+        if dialect.program == places.DIFFUSERS and not layer.part.diffusers:
+            return f"diffusers reads no adapter of the {layer.part.name}"
+        saved = self.file.layers[name]
+        held = saved.algorithm.spec.family == "matrix" or dialect.computes(saved.algorithm.spec, saved.tensors, 0)
+        return "" if held else f"{dialect.name} has no place for normalisation layers"
 
     def _check_algorithms(self, dialect: Dialect) -> None:
         """
@@ -112,7 +115,9 @@ class ForProgram:
             ValueError: the form has no place for the magnitudes or an option of a layer that stays what it is.
         """
         for name, saved in self.held.items():
-            if self.wanted.is_met(saved) and (why := _misfit(saved, self.shape(name), dialect)):
+            with located(f"{self.opened.path}: {name}"):
+                why = _misfit(saved, self.shape(name), dialect) if self.wanted.is_met(saved) else ""
+            if why:
                 raise ValueError(
                     f"{self.opened.path}: {name}: {dialect.name} has no place for {why}: add --to lora with a rank, or "
                     "choose another form"
@@ -158,10 +163,10 @@ class ForProgram:
     def layer(self, name: str) -> SavedLayer:
         """One of the trainer's layers, in the algorithm and with the magnitudes that the form has."""
         saved = _with_alpha(self.file.layers[name])
+        wanted = self.folds and saved.magnitude is not None
         with located(str(self.opened.path)):
             if not self.wanted.is_met(saved):
                 return self.wanted.made(saved, self.shape(name), self.weight)
-        wanted = self.folds and saved.magnitude is not None
         if saved.folded == wanted:
             return saved
         if saved.side(weight_geometry(self.shape(name))) == "input":
@@ -220,7 +225,9 @@ class ForProgram:
             return Row(name, "" if stays else layer.algorithm.spec.name, rank, None)
         shape = self.shape(name) if target is None else (len(update.left), *target.columns)
         row = row_of(as_it_stands(layer, stands), shape, update, stays or self.wanted.exact, weight)
-        return replace(row, name=name, became="" if stays else row.became)
+        if before is not None and layer.tensors is before.tensors:
+            row = replace(row, became="" if stays else "magnitudes as they were trained")
+        return replace(row, name=name)
 
     def _below(self, name: str, target: Target | None) -> Tensor:
         """The weight below a layer of the file."""
