@@ -2,7 +2,7 @@
 
     kohya-networks combine style.safetensors person.safetensors=0.7 --out both.safetensors
     kohya-networks combine a.safetensors b.safetensors=-0.3 --dim 32 --out c.safetensors
-    kohya-networks combine a.safetensors b.safetensors --blocks a:blocks.0-7=0.5 --blocks b:unet=0 --out c.safetensors
+    kohya-networks combine a.safetensors b.safetensors --blocks a:blocks.0-7=0.5 --blocks b:unet=0.2 --out c.safetensors
 
 Any algorithms, ranks, alphas, dtypes and layouts. As a LoRA without --dim the sum is exact: the factors of all stand
 side by side, and the ranks add up. With --dim or a rule it is the nearest of that rank, and the error is printed.
@@ -29,9 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--blocks", metavar="FILE:WHAT=STRENGTH", action="append", default=[],
-        help="another strength for some layers of a file (its path, name or stem): a part (unet, text_encoder1), "
-        "blocks by their numbers (blocks.0-7), or a regular expression on dotted names; may be repeated, and the last "
-        "that means a layer counts",
+        help="another strength for some layers of a file (its path, name or stem): a part (unet, dit, text_encoder1), "
+        "blocks by their numbers (blocks.0-7,12; double_blocks.0-7 by the model's own), or a regular expression on "
+        "dotted names; may be repeated, and the last that means a layer counts",
     )  # fmt: skip
     add_output(parser)
     add_model(parser)
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tools.combine import combine
 
     files: dict[Path | str, float] = dict(split_multiplier(item) for item in args.files)
-    if len(files) < len(args.files):
+    if len(files) < len(args.files):  # of one file the last strength would count
         raise ValueError("a file is given twice: give it once, with the sum of its strengths")
     report = combine(
         files,

@@ -58,7 +58,7 @@ def combine(
         out: the file to write.
         to: an algorithm (lora, lokr, loha, diff), and if it is to have another form than the trainers', that too.
         blocks: strengths of some layers of a file in place of its own, `FILE:WHAT=0.5`; WHAT is a part (`unet`,
-            `text_encoder1`), blocks by their numbers (`blocks.0-7,12` counted as the argument `blocks` does,
+            `dit`, `text_encoder1`), blocks by their numbers (`blocks.0-7,12` counted as the argument `blocks` does,
             `single_blocks.0-7` by the model's own), or a regular expression on dotted names; of several that mean a
             layer the last one counts.
         model, base, rule, factor, dtype, device, max_error, allow_dropped, overwrite, walk: as for `convert`. Of
@@ -219,9 +219,13 @@ class _Strengths:
         return {name: places.get(name) or _Place("", dotted.shown(name)) for name in layers}
 
     def _hint(self, what: str, file: Opened) -> str:
-        names = [place.name for place in self.places[file].values()]
-        unknown = "" if self.together.arch else "; parts and numbers of blocks take its model: say it with --model"
-        return f", whose layers have names like {names[0]}{nearest(what, names)}{unknown}" if names else ""
+        """What there is, for a message."""
+        arch, names = self.together.arch, [place.name for place in self.places[file].values()]
+        if arch is None:
+            known = "parts and numbers of blocks are known of a model alone, say it with --model"
+        else:
+            known = f"parts are {', '.join(arch.part_names)}"
+        return f"{nearest(what, [*(arch.part_names if arch else ()), *names])}; names are like {names[0]}, {known}"
 
 
 def _place(arch: ArchSpec, layer: Layer) -> _Place:

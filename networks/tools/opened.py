@@ -33,7 +33,7 @@ class Opened:
 
     Args:
         path: of the file, or of the folder of one that PEFT wrote.
-        model: what it is for, where names and metadata leave that open: as for `skeleton`; "" = as they say.
+        model: what it is for, where names and metadata leave that open: as for `skeleton`, or one; "" = as they say.
         base: checkpoints with the weights, as for BaseWeights.
         tensors: what is to count as the file, where that is not what stands there.
 
@@ -44,7 +44,7 @@ class Opened:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        model: str = "",
+        model: str | Skeleton = "",
         base: Sequence[Path | str] = (),
         tensors: FileTensors | None = None,
     ) -> None:
@@ -73,7 +73,13 @@ class Opened:
         Raises:
             ValueError: it is not known, or several models have such layers.
         """
+        if isinstance(self._model, Skeleton):
+            return self._model
         return skeleton(self._model) if self._model else model_of(self.tensors)
+
+    def on(self, model: Skeleton) -> Opened:
+        """The same file, for this model."""
+        return Opened(self.path, model, self._base, self.tensors)
 
     @functools.cached_property
     def arch(self) -> ArchSpec:

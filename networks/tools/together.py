@@ -10,6 +10,7 @@ from torch import Tensor
 from ..archs.spec import ArchSpec
 from ..files import dotted
 from ..files.codec import SavedLayer
+from ..models.skeleton import Skeleton
 from ..tensors.updates import Update
 from .opened import Opened
 
@@ -32,7 +33,7 @@ class Together:
         Raises:
             ValueError: they are for different models, or where none is known have no layer in common.
         """
-        archs = [_arch_of(file) for file in files]
+        files, archs = _of_one_model(files, [_arch_of(file) for file in files])
         known = {arch.name: (arch, file) for arch, file in zip(archs, files, strict=True) if arch is not None}
         if len(known) > 1:
             (one, first), (other, second), *_ = known.values()
@@ -87,6 +88,38 @@ class Together:
             *((key, "is no adapter") for key in opened.stray),
             *((name, "has no place") for name in opened.portions),
         ]
+
+
+def _of_one_model(
+    files: Sequence[Opened], archs: Sequence[ArchSpec | None]
+) -> tuple[list[Opened], list[ArchSpec | None]]:
+    """Files, and what they are for: where that is open, the model of another, if it has all layers of the file."""
+    if None not in archs:
+        return [*files], [*archs]
+    model = next(filter(None, map(_model_of, files)), None)
+    if model is None:
+        return [*files], [*archs]
+    found: list[tuple[Opened, ArchSpec | None]] = []
+    for file, arch in zip(files, archs, strict=True):
+        other = file if arch is not None else file.on(model)
+        found.append((other, other.arch) if _has_all(other) else (file, arch))
+    return [file for file, _ in found], [arch for _, arch in found]
+
+
+def _has_all(file: Opened) -> bool:
+    """Whether its model has all layers of a file."""
+    try:
+        layers = file.on_model
+    except ValueError:
+        return False
+    return not layers.portions and layers.layers.keys() <= file.model_layers.keys()
+
+
+def _model_of(file: Opened) -> Skeleton | None:
+    try:
+        return file.model
+    except ValueError:
+        return None
 
 
 def _arch_of(file: Opened) -> ArchSpec | None:
