@@ -78,6 +78,16 @@ def test_side_by_side_is_the_sum(tmp_path: Path) -> None:
     assert report.error < 1e-6 and all(row.exact for row in report.rows)
 
 
+def test_a_change_of_the_bias_alone(tmp_path: Path) -> None:
+    """Some programs write it for layers of which nothing else is changed."""
+    a, b = lora(Q, (24, 16), 3, 3.0), {f"{Q}.diff_b": torch.randn(24), f"{Q}.diff": torch.zeros(24, 16)}
+    b |= lora(CONV, (12, 8, 3, 3), 2, 2.0)
+    files = [saved(tmp_path / "a.safetensors", a), saved(tmp_path / "b.safetensors", b)]
+    api.combine(files, tmp_path / "c.safetensors")
+    made = load_file(tmp_path / "c.safetensors")
+    assert torch.equal(made[f"{Q}.diff_b"], b[f"{Q}.diff_b"]) and off(of_lora(made, Q), of_lora(a, Q)) < 1e-6
+
+
 def test_factors_at_one_scale_stay_bit_for_bit(tmp_path: Path) -> None:
     """In half precision a third times a factor would be another factor; so it goes into alpha."""
     a, b = (lora(Q, (24, 16), rank, rank / 3, torch.bfloat16) for rank in (3, 4))
@@ -256,6 +266,20 @@ def test_a_name_of_two_files_is_no_name(tmp_path: Path) -> None:
     assert [one["file"] for one in json.loads(header(out)["networks_history"])[-1]["strengths"]] == [
         "a.safetensors"
     ] * 2
+
+
+def test_the_form_of_a_program(pair: tuple[Path, Files, Files], tmp_path: Path) -> None:
+    """Under diffusers' names, with q, k and v apart again; nothing else is left beside the file."""
+    folder, _, b = pair
+    out = tmp_path / "c.safetensors"
+    api.combine({folder / "b.safetensors": 0.5}, out, to=["lora", "diffusers"], model="flux")
+    made, x = load_file(out), torch.randn(3072, 1)
+    assert made.keys() == b.keys()
+    for key in (one for one in b if one.endswith(".lora_A.weight")):
+        up = key.replace("lora_A", "lora_B")
+        assert torch.allclose(made[up] @ (made[key] @ x), 0.5 * (b[up] @ (b[key] @ x)), rtol=1e-4, atol=1e-3), key
+    commands = [one["command"] for one in json.loads(header(out)["networks_history"])]
+    assert commands == ["combine", "convert"] and [*tmp_path.iterdir()] == [out]
 
 
 # -- what does not go together

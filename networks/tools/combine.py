@@ -6,13 +6,13 @@ another algorithm, it is the nearest one, with its error.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..algos.lora import LoRA
 from ..archs.places import Layer
@@ -32,10 +32,11 @@ from .report import Report, Walk, silently
 from .together import Together
 
 File = Path | str
+Files = Mapping[File, float] | Mapping[Path, float] | Mapping[str, float] | Sequence[File]  # each with its strength
 
 
 def combine(
-    files: Mapping[File, float] | Sequence[File],
+    files: Files,
     out: File,
     *,
     to: str | Sequence[str] = "lora",
@@ -75,9 +76,7 @@ def combine(
     """
     algo, dialect = targets(to)
     place = Path(out) if dialect is not None and dialect.folder else writer.checked_path(out)
-    strengths = dict(files) if isinstance(files, Mapping) else dict.fromkeys(files, 1.0)
-    if len({Path(file) for file in strengths}) < len(files):
-        raise ValueError("a file is given twice: give it once, with the sum of its strengths")
+    strengths = _strengths(files)
     outputs.check_outputs([place], [one for file in strengths for one in inputs(file, base)], overwrite)
     together = Together.of([Opened(path, model, base) for path in strengths])
     form = Form(algo or "lora", rule, factor)
@@ -94,10 +93,28 @@ def combine(
         with outputs.whole(place) as part:
             plain = part.with_name("combined.safetensors")
             summed.write(plain, report, walk, allow_dropped, max_error)
-            made = convert(plain, part, to=dialect.name, model=model, base=base, allow_dropped=allow_dropped)
+            made = convert(
+                plain, part, to=dialect.name, model=model, base=base, max_error=max_error, allow_dropped=allow_dropped
+            )
             report.dropped += made.dropped
+            report.notes += [f"as {dialect.name}: {line}" for line in made.lines()]
     report.out = place
     return report
+
+
+def _strengths(files: Files) -> dict[File, float]:
+    """
+    Raises:
+        ValueError: one is no number, or a file is there twice.
+    """
+    pairs = files.items() if isinstance(files, Mapping) else [(file, 1.0) for file in files]
+    found: dict[File, float] = {file: strength for file, strength in pairs}
+    if len({Path(file) for file in found}) < len(files):
+        raise ValueError("a file is given twice: give it once, with the sum of its strengths")
+    for file, value in found.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{file}: the strength {value} is no finite number")
+    return found
 
 
 @dataclass(frozen=True)
@@ -238,6 +255,22 @@ def _place(arch: ArchSpec, layer: Layer) -> _Place:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """What one file adds to a layer.
+
+    Attributes:
+        update: at its strength.
+        shape: of the weight; () = nothing tells.
+    """
+
+    file: Opened
+    saved: SavedLayer
+    strength: float
+    update: Update
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class _Sum:
     """The layers of the sum."""
 
@@ -246,7 +279,7 @@ class _Sum:
     form: Form
     dtype: torch.dtype | None
     device: torch.device
-    alphas: set[float] = field(default_factory=set)  # of the layers made
+    alphas: set[float | None] = field(default_factory=set)  # of the layers made
 
     def write(self, out: Path, report: Report, walk: Walk, allow_dropped: bool, max_error: float | None) -> None:
         """Write the file in the trainers' form."""
@@ -262,22 +295,27 @@ class _Sum:
 
     def _layers(self, name: str, report: Report) -> list[SavedLayer]:
         """The layer of the sum; none where nothing is added."""
-        having = [file for file in self.together.files if name in self.together.layers(file)]
-        parts = [(file, strength) for file in having if (strength := self.strength(file, name))]
+        parts = [one for file in self.together.files if (one := self._part(file, name)) is not None]
         if not parts:
             return []
-        saved = [self.together.layers(file)[name] for file, _ in parts]
-        updates = [self.together.update(file, name).times(strength).to(self.device) for file, strength in parts]
-        self._check_shapes(name, parts, updates)
-        whole = total(updates)
-        shape = next(filter(None, (self.together.shape(file, name) for file, _ in parts)), whole.shape)
-        form = replace(self.form, dtype=self.dtype or max(map(plain_dtype, saved), key=lambda dtype: dtype.itemsize))
-        scale = max(abs(one.scale * strength) for one, (_, strength) in zip(saved, parts, strict=True))
-        made = self._side_by_side(name, updates, shape, scale, form.dtype) or form.layer(name, whole, shape)
+        self._check_shapes(name, parts)
+        updates = [part.update for part in parts]
+        whole, shape = total(updates), next((part.shape for part in parts if part.shape), updates[0].shape)
+        dtype = self.dtype or max((plain_dtype(part.saved) for part in parts), key=lambda dtype: dtype.itemsize)
+        form, scale = replace(self.form, dtype=dtype), max(abs(part.saved.scale * part.strength) for part in parts)
+        made = self._side_by_side(name, updates, shape, scale, dtype) or form.layer(name, whole, shape)
         report.rows.append(row_of(made, shape, whole, form.rule is None and form.algo != "lokr"))
-        if made.alpha is not None:
-            self.alphas.add(made.alpha)
-        return [_with_bias(made, saved, [strength for _, strength in parts], form.dtype)]
+        self.alphas.add(made.alpha)
+        return [_with_bias(made, parts, dtype)]
+
+    def _part(self, file: Opened, name: str) -> _Part | None:
+        """What a file adds to a layer; None = nothing."""
+        saved = self.together.layers(file).get(name)
+        strength = self.strength(file, name) if saved is not None else 0.0
+        if saved is None or not strength:
+            return None
+        update = self.together.update(file, name).times(strength).to(self.device)
+        return _Part(file, saved, strength, update, self.together.shape(file, name))
 
     def _side_by_side(
         self, name: str, updates: Sequence[Update], shape: Shape, scale: float, dtype: torch.dtype
@@ -302,17 +340,19 @@ class _Sum:
         tensors = {LoRA.spec.keys["down"]: down.to(dtype), LoRA.spec.keys["up"]: up.to(dtype)}
         return SavedLayer(name, LoRA, tensors, scale * ranks)
 
-    def _check_shapes(self, name: str, parts: Sequence[tuple[Opened, float]], updates: Sequence[Update]) -> None:
+    @staticmethod
+    def _check_shapes(name: str, parts: Sequence[_Part]) -> None:
         """
         Raises:
             ValueError: the files have layers of different shapes under one name.
         """
-        for (file, _), update in zip(parts, updates, strict=True):
-            if update.shape != updates[0].shape:
-                first, other = updates[0].shape, update.shape
+        first = parts[0]
+        for part in parts:
+            if part.update.shape != first.update.shape:
+                sizes = [" x ".join(map(str, one.update.shape)) for one in (first, part)]
                 raise ValueError(
-                    f"{dotted.shown(name)} is {first[0]} x {first[1]} in {parts[0][0].path} and {other[0]} x "
-                    f"{other[1]} in {file.path}: give files of one model"
+                    f"{dotted.shown(name)} is {sizes[0]} in {first.file.path} and {sizes[1]} in {part.file.path}: give "
+                    "files of one model"
                 )
 
     def _metadata(self, report: Report) -> dict[str, str]:
@@ -323,19 +363,18 @@ class _Sum:
         algo = FILE_ALGOS.get(self.form.algo, self.form.algo)
         found = metadata.told(shared, "combine", {**report.details, "error": report.error}, algo, ranks)
         if "ss_network_alpha" in found:
-            found["ss_network_alpha"] = f"{min(self.alphas):g}" if len(self.alphas) == 1 else "Dynamic"
+            alphas = {alpha for alpha in self.alphas if alpha is not None}
+            found["ss_network_alpha"] = f"{min(alphas):g}" if len(alphas) == 1 else "Dynamic"
         return {**found, "networks_dialect": "portable"}
 
 
-def _with_bias(
-    made: SavedLayer, saved: Sequence[SavedLayer], strengths: Sequence[float], dtype: torch.dtype
-) -> SavedLayer:
-    """With the sum of what the layers add to the bias."""
-    found = list[Tensor]()
-    for one, strength in zip(saved, strengths, strict=True):
-        key = one.algorithm.spec.bias_key
-        if key in one.tensors:
-            found.append(one.tensors[key].double() * strength)
+def _with_bias(made: SavedLayer, parts: Sequence[_Part], dtype: torch.dtype) -> SavedLayer:
+    """With the sum of what the parts add to the bias."""
+    found = [
+        part.saved.tensors[key].double() * part.strength
+        for part in parts
+        if (key := part.saved.algorithm.spec.bias_key) in part.saved.tensors
+    ]
     if not found:
         return made
     return replace(made, tensors={**made.tensors, made.algorithm.spec.bias_key: sum(found[1:], found[0]).to(dtype)})
