@@ -8,6 +8,7 @@ that is given a file starts here, so that all of them come to the same verdict.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections import Counter
@@ -127,7 +128,7 @@ class AdapterFile:
         first = next(iter(self.stray), "nothing")
         return "" if self.families else f"{self.source} has no adapter that we know; its keys look like {first}"
 
-    @property
+    @functools.cached_property
     def families(self) -> dict[str, str]:
         """Saved name of each layer -> the kind of layer that it is for, "unknown" for what is not read."""
         known = {name: self.of(name)[0].algorithm.spec.family for name in (*self.layers, *self.portions)}
