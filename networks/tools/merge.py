@@ -63,18 +63,15 @@ def merge_checkpoint(
         ValueError: a file or the checkpoint is broken, they do not belong together, or the output is in the way.
         OSError: it cannot be written; nothing is left behind.
     """
-    base, target = Checkpoint(Path(checkpoint)), Path(out)
-    pairs = [*files.items()] if isinstance(files, Mapping) else [f if isinstance(f, tuple) else (f, 1.0) for f in files]
-    given = [(Path(path), multiplier) for path, multiplier in pairs]
+    base, target, given = Checkpoint(Path(checkpoint)), Path(out), _pairs(files)
     check_free(base, target)
     outputs.check_outputs(_replaced(target), [base.path, *(path for path, _ in given)], overwrite)
     _check_space(target, base.size)
     adapters = [MergeInput.open(path, multiplier, base.shapes, prefix) for path, multiplier in given]
     plan = CheckpointMerge(base, adapters, prefix, torch.device(device))
-    parts = [""] if allow_missing is True else [*allow_missing] if allow_missing else None
     report = Report("merge", [base.path, *(path for path, _ in given)])
     for adapter in adapters:
-        _describe(plan, adapter, Allowance.given(parts, "--allow_missing"), strict, report)
+        _describe(plan, adapter, _allowance(allow_missing), strict, report)
     plan.check()
     changed = len(plan.changed)
     report.details = {"dry_run": dry_run, "weights_changed": changed, "weights": len(base.shapes), "bytes": base.size}
@@ -88,6 +85,18 @@ def merge_checkpoint(
     report.notes += [f"{text} ({count} layers)" for text, count in plan.conversions.items()]
     report.notes += [f"warning: {warning}"] if warning else []
     return report
+
+
+def _pairs(files: Mapping[File, float] | Sequence[Given]) -> list[tuple[Path, float]]:
+    if isinstance(files, Mapping):
+        return [(Path(file), multiplier) for file, multiplier in files.items()]
+    pairs = [each if isinstance(each, tuple) else (each, 1.0) for each in files]
+    return [(Path(file), multiplier) for file, multiplier in pairs]
+
+
+def _allowance(allow_missing: bool | Collection[str]) -> Allowance:
+    parts = [*allow_missing] if not isinstance(allow_missing, bool) else [""] if allow_missing else []
+    return Allowance.given(parts, "--allow_missing")
 
 
 def _describe(plan: CheckpointMerge, adapter: MergeInput, allowance: Allowance, strict: bool, report: Report) -> None:
