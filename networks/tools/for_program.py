@@ -13,7 +13,7 @@ from torch import Tensor
 from .._errors import located
 from ..archs import places
 from ..archs.places import Target
-from ..files import codec, dotted, peft_folder, save_formats, writer
+from ..files import codec, dotted, peft_folder, save_formats, twins, writer
 from ..files.codec import SavedLayer
 from ..files.dialects import Dialect, FileFormat
 from ..files.merged import refolded
@@ -77,6 +77,10 @@ class ForProgram:
                 flags |= said
             stream.add(flags)
             known |= told()
+
+    def tensors(self, walk: Walk) -> dict[str, Tensor]:
+        """All of them, for a form that is no folder."""
+        return codec.written(self._made(walk), self.form)
 
     # -- what has a place
 
@@ -162,7 +166,7 @@ class ForProgram:
 
     def layer(self, name: str) -> SavedLayer:
         """One of the trainer's layers, in the algorithm and with the magnitudes that the form has."""
-        saved = _with_alpha(self.file.layers[name])
+        saved = with_alpha(self.file.layers[name])
         wanted = self.folds and saved.magnitude is not None
         with located(str(self.opened.path)):
             if not self.wanted.is_met(saved):
@@ -252,9 +256,10 @@ class ForProgram:
         return stacked(rows)
 
 
-def _with_alpha(saved: SavedLayer) -> SavedLayer:
-    """With the one that stands for scale 1, where its file has none: some readers take that for 1."""
-    rank = saved.algorithm.spec.shown_rank(saved.tensors)
+def with_alpha(saved: SavedLayer) -> SavedLayer:
+    """With the one that stands for scale 1, where its file has none: some readers take that for 1. Of a layer whose
+    name another may have, it is the mark that the name is right."""
+    rank = saved.algorithm.spec.shown_rank(saved.tensors) or int(twins.is_marked(saved.name, saved.tensors))
     return saved if saved.alpha is not None or not rank else replace(saved, alpha=float(rank))
 
 

@@ -51,6 +51,12 @@ class Opened:
         self.path, self.tensors = Path(path), FileTensors(path) if tensors is None else tensors
         self._model, self._base = model, base
 
+    def with_tensors(self, tensors: FileTensors) -> Opened:
+        """These as the file, for the same model."""
+        found = Opened(self.path, self._model, self._base, tensors)
+        vars(found).update({name: one for name, one in vars(self).items() if name in ("model", "arch")})
+        return found
+
     @property
     def metadata(self) -> Mapping[str, str]:
         return self.tensors.metadata

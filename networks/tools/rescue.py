@@ -18,22 +18,23 @@ import torch
 from torch import Tensor
 
 from .._errors import located
-from ..archs import places
 from ..archs.names import nearest_layout
-from ..files import codec, dotted, reader, save_formats, strengths, twins, writer
+from ..files import codec, dotted, reader, strengths, twins, writer
 from ..files.adapter_file import FileTensors, Naming
 from ..files.base_weights import divided
 from ..files.codec import SavedLayer
-from ..files.dialects import DIALECTS, PORTABLE, Dialect, FileFormat
+from ..files.dialects import COMFYUI, DIALECTS, PORTABLE, Dialect, FileFormat
 from ..files.joining import NeedsBase, update_of
 from ..files.keys import FileKeys
-from ..files.merged import merged_weight
+from ..files.merged import refolded
 from ..files.outputs import check_outputs
 from ..files.verdicts import Verdict, verdicts
 from ..models.adapters import given_of, nearest_model
 from ..models.skeleton import Skeleton
 from ..tensors.norms import weight_geometry
 from .causes import CAUSES, Finding, Patient
+from .convert import Wanted
+from .for_program import ForProgram, with_alpha
 from .metadata import told
 from .opened import Opened
 from .report import Report, Row, Walk, silently
@@ -250,20 +251,22 @@ class _Case:
         return found
 
     def _written(self, dialect: Dialect) -> dict[str, Tensor]:
-        there, form = self.opened.model_layers, FileFormat(dialect, arch=self.opened.arch)
-        if dialect.program:
-            every = (replace(layer, trained=name in self.layers) for name, layer in there.items())
-            form = replace(form, targets=places.targets(self.opened.arch, every, dialect.program))
-        layers = [self._folded(saved, dialect) for saved in self.layers.values()]
-        made, words = save_formats.translated(layers, form, self._weight)
-        if words:
-            self.patient.notes.append(f"{self.to} holds {words}")
-        marked = (replace(one, alpha=1.0) if self._lacks_mark(one) else one for one in made)
-        return codec.written(marked, form)
-
-    @staticmethod
-    def _lacks_mark(saved: SavedLayer) -> bool:
-        return saved.alpha is None and twins.is_marked(saved.name, saved.tensors)
+        """The layers in a form: as the trainers have them, and from there as any file becomes one of it."""
+        folded = any(saved.folded for saved in self.layers.values())
+        plain = COMFYUI if folded else PORTABLE  # its mark, under the trainers' names
+        marked = (with_alpha(saved) for saved in self.layers.values())
+        made = codec.written(marked, FileFormat(plain, arch=self.opened.arch))
+        if dialect is PORTABLE and not folded:
+            return made
+        again, report = self.opened.with_tensors(FileTensors(made, self.patient.source)), Report("rescue", [])
+        made = ForProgram(again, Wanted(), dialect, report).tensors(silently)
+        why: dict[str, list[str]] = {}
+        for name, reason in report.dropped:
+            why.setdefault(reason, []).append(name)
+            self.layers.pop(name, None)
+        self.findings += [Finding(reason, tuple(names), "left out", lost=True) for reason, names in why.items()]
+        self.patient.notes += report.notes
+        return made
 
     def _weight(self, name: str) -> Tensor:
         if self.opened.base is None:
@@ -284,7 +287,7 @@ class _Case:
             return saved
         if saved.folded:
             self._about["folded" if self.opened.base is None else "unfolded"].append(saved.name)
-            return saved if self.opened.base is None else self._refolded(saved, back=True)
+            return saved if self.opened.base is None else refolded(saved, self._weight(saved.name), False)
         if magnitude.itemsize < 4:
             exact = self._exact(saved, magnitude)
             self._about["rounded" if exact is None else "exact"].append(saved.name)
@@ -301,28 +304,6 @@ class _Case:
         # The stored number is that of bf16 tensors, whatever it was widened to when the file was opened.
         same = norms.to(magnitude.dtype) == magnitude
         return torch.where(same, norms.float(), magnitude.float()) if same.double().mean() >= UNTOUCHED else None
-
-    def _refolded(self, saved: SavedLayer, back: bool) -> SavedLayer:
-        """Magnitudes of output rows for readers that divide by ||W|| instead of ||W + dW||; back: as they act."""
-        assert saved.magnitude is not None
-        weight = self._weight(saved.name).double()
-        if saved.side(weight_geometry(weight.shape)) != "output":
-            return replace(saved, folded=not back)
-        changed = merged_weight(replace(saved, magnitude=None, folded=False), weight, bias_too=True)
-        shape = saved.magnitude.shape
-        before, after = (one.flatten(1).norm(dim=1).reshape(shape) for one in (weight, changed))
-        factor = torch.where((before > 0) & (after > 0), after / before if back else before / after, 1.0)
-        return replace(saved, magnitude=(saved.magnitude * factor).float(), folded=not back)
-
-    def _folded(self, saved: SavedLayer, dialect: Dialect) -> SavedLayer:
-        if saved.magnitude is None or bool(dialect.fold_flag) == saved.folded:
-            return saved
-        if saved.folded:
-            raise ValueError(
-                f"{self.patient.source}: its DoRA magnitudes are those for ComfyUI, and the others follow from the "
-                "weights: give the model, --base CHECKPOINT"
-            )
-        return self._refolded(saved, back=False)
 
     def _magnitudes_told(self) -> None:
         about = self._about
