@@ -80,7 +80,7 @@ class ForProgram:
 
     def tensors(self, walk: Walk) -> dict[str, Tensor]:
         """All of them, for a form that is no folder."""
-        return codec.written(self._made(walk), self.form)
+        return codec.written([layer for layer, _ in self._made(walk)], self.form)
 
     # -- what has a place
 
