@@ -14,10 +14,10 @@
 
 Finished files, without a model: each returns a `Report` of what became of every layer.
 
-    api.convert("my-lokr.safetensors", "for-comfyui.safetensors", to="comfyui")
-    api.combine({"style.safetensors": 1.0, "person.safetensors": 0.7}, "both.safetensors")
-    api.resize("my-lora.safetensors", "small.safetensors", rule=api.RankRule(32, "energy", 0.99))
-    api.extract("tuned.safetensors", "base.safetensors", "my-lora.safetensors", rule=api.RankRule(16))
+    api.convert("my-lokr.safetensors", "my-lora.safetensors", to="lora", rule=api.RankRule(16))
+    api.combine({"my-lokr.safetensors": 0.7, "my-lora.safetensors": 0.3}, "both.safetensors", rule=api.RankRule(8))
+    api.resize("my-lora.safetensors", "small.safetensors", rule=api.RankRule(16, "energy", 0.99))
+    print(api.compare("my-lora.safetensors", "small.safetensors").cosine)
 """
 
 from __future__ import annotations
