@@ -1,381 +1,353 @@
-"""Files converted. What a file adds to a weight is built by hand before, and read by hand after: dense formulas in
-float64, keys as they stand; the programs' own readers are in readers/."""
+"""Files in the form of another program or algorithm: names by hand, updates by dense formulas in float64, what is lost
+and what is refused."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from registry import dense_glora, dense_loha, dense_lokr, dense_lora
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from networks import api
 from networks.cli import convert as command
-from networks.tools.convert import convert
-from networks.tools.ranks import RankRule
 
-Tensors = dict[str, Tensor]
-WEIGHTS = {"x": (24, 16), "c": (12, 8, 3, 3)}  # a Linear and a convolution
-R, ALPHA = 2, 3.0
+Q, K = "lora_unet_blocks_0_self_attn_q", "lora_unet_blocks_0_self_attn_k"  # of Wan, whose names are the trainer's own
+WEIGHTS = {"blocks.0.self_attn.q.weight": (48, 32), "blocks.0.self_attn.k.weight": (48, 32)}
 
 
-def rand(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64)
-
-
-def lora(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    ones = [1] * (len(shape) - 2)
-    own = {"lora_down.weight": rand(R, *shape[1:]), "lora_up.weight": rand(shape[0], R, *ones)}
-    return own, dense_lora(own, shape) * ALPHA / R
-
-
-def tucker(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    if len(shape) == 2:
-        return lora(shape, W)
-    own = {
-        "lora_down.weight": rand(R, shape[1], 1, 1),
-        "lora_mid.weight": rand(R, R, *shape[2:]),
-        "lora_up.weight": rand(shape[0], R, 1, 1),
+def pair(name: str, O: int, I: int, rank: int = 2, alpha: float = 1.0, *kernel: int) -> dict[str, Tensor]:
+    return {
+        f"{name}.lora_down.weight": torch.randn(rank, I, *kernel),
+        f"{name}.lora_up.weight": torch.randn(O, rank, *[1] * len(kernel)),
+        f"{name}.alpha": torch.tensor(alpha),
     }
-    return own, dense_lora(own, shape) * ALPHA / R
 
 
-def loha(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    columns = math.prod(shape[1:])
-    own = {f"hada_w{n}_{s}": rand(*size) for n in (1, 2) for s, size in (("a", (shape[0], R)), ("b", (R, columns)))}
-    return own, dense_loha(own, shape) * ALPHA / R
+def product(tensors: Mapping[str, Tensor], name: str, down: str = "lora_down", up: str = "lora_up") -> Tensor:
+    """[O, J], what a LoRA of a file adds."""
+    D, U = (tensors[f"{name}.{suffix}.weight"].double().flatten(1) for suffix in (down, up))
+    alpha = tensors.get(f"{name}.alpha")
+    return U @ D * (1.0 if alpha is None else float(alpha) / len(D))
 
 
-def lokr(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    columns = math.prod(shape[1:]) // 2
-    own = {"lokr_w1": rand(2, 2), "lokr_w2_a": rand(shape[0] // 2, R), "lokr_w2_b": rand(R, columns)}
-    return own, dense_lokr(own, shape) * ALPHA / R
+def far(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
 
 
-def whole_lokr(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    own = {"lokr_w1": rand(2, 2), "lokr_w2": rand(shape[0] // 2, shape[1] // 2, *shape[2:])}
-    return own, dense_lokr(own, shape)  # without a rank the scale is 1, whatever alpha says
+def converted(folder: Path, tensors: Mapping[str, Tensor], to: str | list[str], **more: Any) -> dict[str, Tensor]:
+    """What becomes of a file of these, `out.safetensors` or the folder `out`."""
+    save_file(dict(tensors), folder / "in.safetensors", more.pop("metadata", {}))
+    out = folder / ("out" if to == "peft" else "out.safetensors")
+    api.convert(folder / "in.safetensors", out, to=to, overwrite=True, **more)
+    return load_file(out / "adapter_model.safetensors" if out.is_dir() else out)
 
 
-def glora(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    O, I, *kernel = shape
-    own = {"a1.weight": rand(I, R), "a2.weight": rand(R, I), "b1.weight": rand(O, R), "b2.weight": rand(R, I, *kernel)}
-    if kernel:
-        own |= {key: own[key][..., None, None] for key in ("a1.weight", "a2.weight", "b1.weight")}
-    return own, dense_glora({**own, "base": W}, shape) * ALPHA / R
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
 
 
-def ia3(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    w = rand(shape[0], *[1] * (len(shape) - 1)) * 0.1
-    return {"weight": w, "on_input": torch.tensor(False)}, W * w
+# -- names
 
 
-def oft(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    blocks = rand(shape[0] // 4, 4, 4)
-    Q, eye = blocks - blocks.transpose(1, 2), torch.eye(4, dtype=torch.float64)
-    turns = torch.block_diag(*(torch.linalg.inv((eye + q) @ torch.linalg.inv(eye - q)) for q in Q))
-    return {"oft_blocks": blocks}, (turns @ W.flatten(1)).reshape(shape) - W
-
-
-def full(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    diff = rand(*shape)
-    return {"diff": diff}, diff
-
-
-def dora(shape: tuple[int, ...], W: Tensor) -> tuple[Tensors, Tensor]:
-    own, delta = lora(shape, W)
-    magnitude = rand(shape[0], *[1] * (len(shape) - 1)).abs() + 1
-    new = W + delta
-    lengths = new.flatten(1).norm(dim=1).reshape(magnitude.shape)
-    return {**own, "dora_scale": magnitude}, magnitude * new / lengths - W
-
-
-MAKERS: dict[str, Callable[[tuple[int, ...], Tensor], tuple[Tensors, Tensor]]] = {
-    one.__name__: one for one in (lora, tucker, loha, lokr, whole_lokr, glora, ia3, oft, full, dora)
+FLUX_QKV, FLUX_1 = "lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_0_linear1"
+FLUX = "transformer.transformer_blocks.0.attn.to_{q,k,v} transformer.single_transformer_blocks.0.{attn.to_q,attn.to_k," \
+    "attn.to_v,proj_mlp}"  # fmt: skip
+SDXL = {
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1": (5120, 1280),
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (640, 640),
 }
-ON_BASE = {"glora", "ia3", "oft", "dora"}
-HIDDEN = {"loha", "lokr"}  # whose factors do not tell a kernel from columns
-WITHOUT_ALPHA = {"ia3", "full"}
+ZIMAGE = {f"lora_unet_layers_0_attention_{name}": (3840, 3840) for name in ("to_q", "to_out_0")}
+# Release, layers of the trainer's, target -> names there.
+NAMES = {
+    ("flux", "diffusers"): ({FLUX_QKV: (9216, 3072), FLUX_1: (21504, 3072)}, FLUX),
+    ("sdxl", "diffusers"): (
+        SDXL,
+        "text_encoder_2.text_model.encoder.layers.0.mlp.fc1 unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+        ".to_q",
+    ),
+    ("sdxl", "blissful"): (SDXL, " ".join(SDXL)),
+    ("sdxl", "lycoris"): (SDXL, " ".join(SDXL)),
+    ("zimage", "comfyui"): (ZIMAGE, "diffusion_model.layers.0.attention.{to_q,out}"),
+    ("zimage", "peft"): (ZIMAGE, "base_model.model.layers.0.attention.{to_q,to_out.0}"),
+}
+SUFFIXES = {"diffusers": {"lora_A.weight", "lora_B.weight"}, "peft": {"lora_A.weight", "lora_B.weight"}}
+FLAGS = {"blissful": {"use_rslora_flag", "use_dora_flag"}}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint, and a file of each kind for it."""
-    found = tmp_path_factory.mktemp("files")
+def spelt(line: str) -> list[str]:
+    """`a.{b,c}` -> a.b, a.c."""
+    found = []
+    for word in line.split():
+        stem, _, rest = word.partition("{")
+        inner, _, end = rest.partition("}")
+        found += [f"{stem}{one}{end}" for one in inner.split(",")] if rest else [word]
+    return found
+
+
+@pytest.mark.parametrize(("model", "to"), NAMES)
+def test_names_by_hand_and_back(model: str, to: str, tmp_path: Path) -> None:
+    """And the file that comes back adds what the first one added; bit for bit where names alone have changed."""
     torch.manual_seed(0)
-    weights = {name: rand(*shape) for name, shape in WEIGHTS.items()}
-    save_file({f"{name}.weight": W for name, W in weights.items()}, found / "base.safetensors")
-    for kind, make in MAKERS.items():
-        tensors = dict[str, Tensor]()
-        for name, shape in WEIGHTS.items():
-            own, update = make(shape, weights[name])
-            if kind not in WITHOUT_ALPHA:
-                own["alpha"] = torch.tensor(0.0 if kind == "oft" else ALPHA)
-            tensors |= {f"lora_unet_{name}.{key}": t.contiguous() for key, t in own.items()}
-            WANTED[kind, name] = update
-        save_file(tensors, found / f"{kind}.safetensors", {"ss_steps": "5", "ss_network_module": f"networks.{kind}"})
-    return found
+    layers, line = NAMES[model, to]
+    tensors = {key: t for name, (O, I) in layers.items() for key, t in pair(name, O, I).items()}
+    found = converted(tmp_path, tensors, to, model=model)
+    suffixes = SUFFIXES.get(to, {"lora_down.weight", "lora_up.weight", "alpha"})
+    assert found.keys() == {f"{name}.{suffix}" for name in spelt(line) for suffix in suffixes} | FLAGS.get(to, set())
+    source = tmp_path / ("out" if to == "peft" else "out.safetensors")
+    report = api.convert(source, tmp_path / "back.safetensors", to="portable", model=model)
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == tensors.keys()
+    for name in layers:
+        assert far(product(back, name), product(tensors, name)) < 1e-6 and report.error < 1e-6
+    if to not in SUFFIXES:
+        assert all(torch.equal(back[key], tensor) for key, tensor in tensors.items())
 
 
-WANTED: dict[tuple[str, str], Tensor] = {}
-
-
-def by_hand(path: Path) -> dict[str, Tensor]:
-    """What a file of plain LoRA, LoHa, LoKr or differences adds to each weight."""
-    tensors, found = {key: t.double() for key, t in load_file(path).items()}, dict[str, Tensor]()
-    for name, shape in WEIGHTS.items():
-        stem = f"lora_unet_{name}."
-        own = {key.removeprefix(stem): t for key, t in tensors.items() if key.startswith(stem)}
-        alpha = float(own.pop("alpha", torch.tensor(1.0)))
-        if "diff" in own:
-            found[name] = own["diff"]
-        elif "lora_up.weight" in own:
-            found[name] = dense_lora(own, shape) * alpha / own["lora_down.weight"].shape[0]
-        elif "hada_w1_a" in own:
-            found[name] = dense_loha(own, shape) * alpha / own["hada_w1_b"].shape[0]
-        else:
-            rank = own["lokr_w2_b"].shape[0] if "lokr_w2_b" in own else alpha
-            found[name] = dense_lokr(own, shape) * alpha / rank
-    return found
-
-
-def off(found: Mapping[str, Tensor], kind: str) -> float:
-    """How far the file is from what it was to be, as a share of that."""
-    pairs = [(found[name], WANTED[kind, name]) for name in WEIGHTS]
-    return math.sqrt(
-        sum(float((a - b).square().sum()) for a, b in pairs) / sum(float(b.square().sum()) for _, b in pairs)
-    )
-
-
-@pytest.mark.parametrize("target", ("lora", "loha", "lokr", "diff"))
-@pytest.mark.parametrize("kind", MAKERS)
-def test_every_kind_becomes_every_other(folder: Path, tmp_path: Path, kind: str, target: str) -> None:
-    dense = kind in ("ia3", "oft", "full", "dora", "whole_lokr") or (kind, target) == ("glora", "loha")
-    rule = RankRule(4) if target != "diff" and (dense or target == "lokr") else None
-    base = [folder / "base.safetensors"] if kind in ON_BASE | HIDDEN else []
-    report = convert(
-        folder / f"{kind}.safetensors", tmp_path / "a.safetensors", to=target, rule=rule, base=base, dtype=torch.float64
-    )
-    error = off(by_hand(tmp_path / "a.safetensors"), kind)
-    assert math.isclose(report.error, error, rel_tol=1e-6, abs_tol=1e-12), (report.error, error)
-    if rule is None:
-        assert error < 1e-12
-    else:
-        assert error < 0.99 and all(row.rank is None or row.rank <= 4 for row in report.rows)
-    if rule is not None and target == "lora":  # the nearest there is, says numpy
-        for row in report.rows:
-            s = torch.linalg.svdvals(WANTED[kind, row.name.removeprefix("lora_unet_")].flatten(1))
-            best = float((s[4:].square().sum() / s.square().sum()).sqrt())
-            assert row.error is not None and math.isclose(row.error, best, rel_tol=1e-6, abs_tol=1e-9)
-
-
-def test_ranks_are_those_of_the_algebra(folder: Path, tmp_path: Path) -> None:
-    """R^2 of a LoHa, rank(w1) R of a LoKr, 2 R of a GLoRA, which with a kernel has one of its own for each position."""
-    for kind, rank in (("loha", R * R), ("lokr", 2 * R), ("glora", 2 * R), ("tucker", R)):
-        report = convert(
-            folder / f"{kind}.safetensors",
-            tmp_path / f"{kind}.safetensors",
-            to="lora",
-            base=[folder / "base.safetensors"],
-        )
-        assert {row.rank for row in report.rows if kind != "glora" or row.name == "lora_unet_x"} == {rank}, kind
-
-
-def test_what_depends_on_the_base_asks_for_it(folder: Path, tmp_path: Path) -> None:
-    for kind in ON_BASE:
-        with pytest.raises(ValueError, match=rf"{kind}\.safetensors: lora_unet_[cx]: .*--base CHECKPOINT"):
-            convert(folder / f"{kind}.safetensors", tmp_path / "a.safetensors", to="diff")
-    assert not [*tmp_path.iterdir()]
-
-
-def test_an_error_above_the_limit_writes_nothing(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"0\.\d+ off its input, more than --max_error 0\.01"):
-        convert(folder / "full.safetensors", tmp_path / "a.safetensors", to="lora", rule=RankRule(2), max_error=0.01)
-    assert not [*tmp_path.iterdir()]
-
-
-def test_a_lora_larger_than_its_weight_is_not_written_unasked(tmp_path: Path) -> None:
-    save_file({"lora_unet_x.diff": torch.randn(40, 40)}, tmp_path / "a.safetensors")
-    with pytest.raises(
-        ValueError, match="x: as lora of all its 40 ranks it has more values than its weight: give a rank"
-    ):
-        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="lora")
-
-
-def test_dtypes_biases_and_keys_that_are_no_layer_stay(folder: Path, tmp_path: Path) -> None:
+def test_fused_layers_are_divided_row_by_row(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    tensors = {key: t.bfloat16() for key, t in load_file(folder / "loha.safetensors").items() if "alpha" not in key}
-    tensors |= {"lora_unet_x.diff_b": torch.randn(24).bfloat16(), "lora_unet_n.w_norm": torch.randn(6).bfloat16()}
-    tensors |= {"lora_unet_x.alpha": torch.tensor(2), "step": torch.tensor(7)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="lora")
-    found = load_file(tmp_path / "b.safetensors")
-    assert {key: t.dtype for key, t in found.items()} == {
-        **{f"lora_unet_{name}.lora_{side}.weight": torch.bfloat16 for name in WEIGHTS for side in ("down", "up")},
-        **{f"lora_unet_{name}.alpha": torch.float32 for name in WEIGHTS},
-        "lora_unet_x.diff_b": torch.bfloat16,
-        "lora_unet_n.w_norm": torch.bfloat16,
-        "step": torch.int64,
-    }
-    for key in ("lora_unet_x.diff_b", "lora_unet_n.w_norm", "step"):
-        assert torch.equal(found[key], tensors[key]), key
+    tensors = pair(FLUX_QKV, 9216, 3072, 2, 3.0)
+    found = converted(tmp_path, tensors, "diffusers", model="flux")
+    rows = product(tensors, FLUX_QKV).split(3072)
+    for name, wanted in zip("qkv", rows, strict=True):
+        path = f"transformer.transformer_blocks.0.attn.to_{name}"
+        assert far(product(found, path, "lora_A", "lora_B"), wanted) < 1e-6
 
 
-def test_metadata_and_hashes_of_what_is_written(folder: Path, tmp_path: Path) -> None:
-    import hashlib
-
-    convert(folder / "loha.safetensors", tmp_path / "b.safetensors", to="lora")
-    with safe_open(tmp_path / "b.safetensors", "pt") as file:
-        known = file.metadata()
-    assert known["ss_steps"] == "5" and known["ss_network_module"] == "networks.lora" and known["ss_network_dim"] == "4"
-    (done,) = json.loads(known["networks_history"])
-    assert done["command"] == "convert" and done["to"] == ["lora"] and done["input"] == "loha.safetensors"
-    data = (tmp_path / "b.safetensors").read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    assert known["sshs_model_hash"] == hashlib.sha256(data[start:]).hexdigest()
+# -- algorithms
 
 
-# -- forms of programs
+def lokr(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    w1, a, b = torch.randn(4, 2), torch.randn(12, 3), torch.randn(3, 16)
+    tensors = {"lokr_w1": w1, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(6.0)}
+    return {f"{name}.{key}": t for key, t in tensors.items()}, 2 * torch.kron(w1.double(), a.double() @ b.double())
 
 
-def flux_file(
-    path: Path, algo: Callable[[tuple[int, ...], Tensor], tuple[Tensors, Tensor]] = lora
-) -> dict[str, Tensor]:
-    """A file and its checkpoint beside it, in the trainer's names; layer -> what it adds."""
+def loha(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    a, b, c, d = torch.randn(48, 2), torch.randn(2, 32), torch.randn(48, 2), torch.randn(2, 32)
+    tensors = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": torch.tensor(1.0)}
+    update = 0.5 * (a.double() @ b.double()) * (c.double() @ d.double())
+    return {f"{name}.{key}": t for key, t in tensors.items()}, update
+
+
+def plain(name: str) -> tuple[dict[str, Tensor], Tensor]:
+    tensors = pair(name, 48, 32, 3, 2.0)
+    return tensors, product(tensors, name)
+
+
+INPUTS = {"lokr": lokr, "loha": loha, "lora": plain}
+RANKS = {"lokr": 4 // 2 * 3, "loha": 4, "lora": 3}  # rank(w1) r, r^2, r
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float8_e4m3fn))
+def test_exact_algebra(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """To a LoRA of the rank that it takes, and to the difference; in float8's case out of and in bfloat16."""
     torch.manual_seed(2)
-    D = 8
-    shapes = {
-        "double_blocks.0.img_attn.qkv": (3 * D, D),
-        "double_blocks.0.img_attn.proj": (D, D),
-        "single_blocks.0.linear1": (7 * D, D),
-        "single_blocks.0.linear2": (D, 5 * D),
-    }
-    weights = {name: rand(*shape) for name, shape in shapes.items()}
-    save_file({f"{name}.weight": W for name, W in weights.items()}, path.with_name("flux-base.safetensors"))
-    tensors, wanted = dict[str, Tensor](), dict[str, Tensor]()
-    for name, shape in shapes.items():
-        own, wanted[name] = algo(shape, weights[name])
-        own["alpha"] = torch.tensor(ALPHA)
-        tensors |= {f"lora_unet_{name}.".replace(".", "_")[:-1] + f".{key}": t for key, t in own.items()}
-    save_file({key: t.contiguous() for key, t in tensors.items()}, path)
-    return wanted
+    tensors, _ = INPUTS[kind](Q)
+    stored = {key: t if key.endswith("alpha") else t.to(dtype) for key, t in tensors.items()}
+    torch.manual_seed(2)
+    _, update = INPUTS[kind](Q)
+    if dtype != torch.float32:  # what the rounded factors amount to
+        update = _update(kind, {key: t.double() for key, t in stored.items()})
+    limit = 1e-6 if dtype == torch.float32 else 2e-2
+    wanted_dtype = dtype if dtype.itemsize > 1 else torch.bfloat16
+    lora = converted(tmp_path, stored, "lora")
+    assert lora.keys() == {f"{Q}.{suffix}" for suffix in ("lora_down.weight", "lora_up.weight", "alpha")}
+    assert lora[f"{Q}.lora_down.weight"].shape == (RANKS[kind], 32)
+    assert lora[f"{Q}.lora_up.weight"].dtype == wanted_dtype and far(product(lora, Q), update) < limit
+    diff = converted(tmp_path, stored, "diff")
+    assert diff.keys() == {f"{Q}.diff"} and diff[f"{Q}.diff"].dtype == wanted_dtype
+    assert far(diff[f"{Q}.diff"], update) < limit
 
 
-DIFFUSERS = {  # layer there -> the trainer's, and its rows in units of the width
-    "transformer_blocks.0.attn.to_q": ("double_blocks.0.img_attn.qkv", 0, 1),
-    "transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv", 1, 2),
-    "transformer_blocks.0.attn.to_v": ("double_blocks.0.img_attn.qkv", 2, 3),
-    "transformer_blocks.0.attn.to_out.0": ("double_blocks.0.img_attn.proj", 0, 1),
-    "single_transformer_blocks.0.attn.to_q": ("single_blocks.0.linear1", 0, 1),
-    "single_transformer_blocks.0.attn.to_k": ("single_blocks.0.linear1", 1, 2),
-    "single_transformer_blocks.0.attn.to_v": ("single_blocks.0.linear1", 2, 3),
-    "single_transformer_blocks.0.proj_mlp": ("single_blocks.0.linear1", 3, 7),
-    "single_transformer_blocks.0.proj_out": ("single_blocks.0.linear2", 0, 1),
+def _update(kind: str, t: Mapping[str, Tensor]) -> Tensor:
+    if kind == "lora":
+        return product(t, Q)
+    if kind == "loha":
+        pairs = [t[f"{Q}.hada_w{i}_a"] @ t[f"{Q}.hada_w{i}_b"] for i in (1, 2)]
+        return 0.5 * pairs[0] * pairs[1]
+    return 2 * torch.kron(t[f"{Q}.lokr_w1"], t[f"{Q}.lokr_w2_a"] @ t[f"{Q}.lokr_w2_b"])
+
+
+def test_what_is_told_is_the_error_of_the_file(tmp_path: Path) -> None:
+    """Of the nearest of a lower rank, and of what the dtype rounds, under the file's names and for another program."""
+    torch.manual_seed(3)
+    tensors, update = loha(Q)
+    save_file(tensors, tmp_path / "in.safetensors")
+    base = {key: torch.randn(shape) for key, shape in WEIGHTS.items()}
+    save_file(base, tmp_path / "base.safetensors")
+    names = (Q, "lora_down", "lora_up"), ("transformer.blocks.0.attn1.to_q", "lora_A", "lora_B")
+    for (name, *sides), more in zip(names, ([], ["diffusers"]), strict=True):
+        for rule, dtype in ((api.RankRule(2), torch.float32), (None, torch.bfloat16)):
+            out = tmp_path / f"{len(more)}{dtype}.safetensors"
+            given = {"base": [tmp_path / "base.safetensors"], "rule": rule, "dtype": dtype}
+            report = api.convert(tmp_path / "in.safetensors", out, to=["lora", *more], **given)
+            error = far(product(load_file(out), name, *sides), update)
+            assert 1e-4 < error and math.isclose(report.error, error, rel_tol=1e-5), (more, dtype)
+            assert ("exact, but for" in " ".join(report.lines())) == (rule is None)
+
+
+def test_scales_that_go_into_rounded_factors_are_told(tmp_path: Path) -> None:
+    """A third is none of bfloat16's values."""
+    torch.manual_seed(4)
+    stored = {key: t.bfloat16() if t.dim() else t for key, t in pair(Q, 5120, 5120, 3).items()}
+    save_file(stored, tmp_path / "in.safetensors")
+    more = {"model": "wan", "dtype": torch.bfloat16}
+    report = api.convert(tmp_path / "in.safetensors", tmp_path / "o.safetensors", to="diffusers", **more)
+    path = "transformer.blocks.0.attn1.to_q"
+    error = far(product(load_file(tmp_path / "o.safetensors"), path, "lora_A", "lora_B"), product(stored, Q))
+    assert math.isclose(report.error, error, rel_tol=1e-5) and error > 1e-4
+
+
+def test_convolutions_and_cores(tmp_path: Path) -> None:
+    """A LoRA with a core becomes a plain one, which more programs read."""
+    torch.manual_seed(5)
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    down, mid, up = torch.randn(4, 20, 1, 1), torch.randn(4, 4, 3, 3), torch.randn(24, 4, 1, 1)
+    factors = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(2.0)}
+    tensors = {f"{name}.{suffix}": t for suffix, t in factors.items()}
+    found = converted(tmp_path, tensors, "lora")
+    wanted = 0.5 * torch.einsum("or,rsxy,si->oixy", *(t.double() for t in (up[..., 0, 0], mid, down[..., 0, 0])))
+    assert found[f"{name}.lora_down.weight"].shape == (4, 20, 3, 3) and f"{name}.lora_mid.weight" not in found
+    assert far(product(found, name), wanted.flatten(1)) < 1e-6
+    assert far(converted(tmp_path, tensors, "diff")[f"{name}.diff"], wanted) < 1e-6
+
+
+def test_biases_norms_and_what_nobody_knows_stay(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    rest = {f"{Q}.diff_b": torch.randn(48), f"{K}.w_norm": torch.randn(32), "emb_params": torch.randn(3)}
+    tensors, _ = loha(Q)
+    for to in ("lora", "lokr", "diff"):
+        found = converted(tmp_path, {**tensors, **rest}, to)
+        assert all(torch.equal(found[key], tensor) for key, tensor in rest.items()), to
+        assert not any("hada" in key for key in found)
+
+
+# -- DoRA
+
+
+def dora() -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """A file, the base weights, and what its first layer adds."""
+    torch.manual_seed(7)
+    tensors = {**pair(Q, 48, 32, 3, 2.0), f"{Q}.dora_scale": torch.rand(48, 1) + 3, **pair(K, 48, 32)}
+    base = {key: torch.randn(shape) for key, shape in WEIGHTS.items()}
+    W = base["blocks.0.self_attn.q.weight"].double()
+    changed = W + product(tensors, Q)
+    return tensors, base, changed * tensors[f"{Q}.dora_scale"] / changed.norm(dim=1, keepdim=True) - W
+
+
+def test_dora_to_comfyui_back_and_to_others(tmp_path: Path) -> None:
+    tensors, base, update = dora()
+    save_file(base, tmp_path / "base.safetensors")
+    given = {"base": [tmp_path / "base.safetensors"]}
+    found = converted(tmp_path, tensors, "comfyui", **given)
+    W = base["blocks.0.self_attn.q.weight"].double()
+    theirs = (W + product(found, Q)) * found[f"{Q}.dora_scale"] / W.norm(dim=1, keepdim=True) - W
+    assert far(theirs, update) < 1e-6 and "use_folded_dora_flag" in found
+    back = converted(tmp_path, found, "portable", **given)
+    assert back.keys() == tensors.keys()
+    assert far(back[f"{Q}.dora_scale"], tensors[f"{Q}.dora_scale"].double()) < 1e-6
+    for source in (tensors, found):  # of either form
+        assert far(converted(tmp_path, source, "diff", **given)[f"{Q}.diff"], update) < 1e-6
+        lora = converted(tmp_path, source, "lora", rule=api.RankRule(8), **given)
+        s = torch.linalg.svdvals(update)
+        assert math.isclose(far(product(lora, Q), update), float(s[8:].norm() / s.norm()), rel_tol=1e-4)
+        assert lora.keys() == {key for key in tensors if "dora" not in key}
+
+
+# -- what the header says
+
+
+def test_metadata_tell_of_the_new_file(tmp_path: Path) -> None:
+    training = {"ss_network_module": "networks.loha", "ss_network_args": '{"algo": "loha"}', "ss_steps": "5"}
+    training |= {"ss_network_dim": "2", "ss_network_alpha": "1.0", "modelspec.title": "t", "sshs_model_hash": "old"}
+    converted(tmp_path, loha(Q)[0], "lora", metadata=training)
+    found = metadata_of(tmp_path / "out.safetensors")
+    assert found["ss_network_module"] == "networks.lora" and found["ss_network_dim"] == "4"
+    assert not {"ss_network_args", "ss_network_alpha"} & found.keys() and found["sshs_model_hash"] != "old"
+    assert found["ss_steps"] == "5" and found["modelspec.title"] == "t"
+    assert json.loads(found["networks_history"])[0]["to"] == ["lora"]
+    converted(tmp_path, loha(Q)[0], "loha", metadata=training)  # which it is: nothing else changes
+    assert training.items() - {("sshs_model_hash", "old")} <= metadata_of(tmp_path / "out.safetensors").items()
+
+
+def test_files_without_alpha_get_the_one_that_trainers_ask_for(tmp_path: Path) -> None:
+    tensors = {f"transformer.blocks.0.attn1.to_q.lora_{one}.weight": torch.randn(3, 5120) for one in "A"}
+    tensors |= {"transformer.blocks.0.attn1.to_q.lora_B.weight": torch.randn(5120, 3)}
+    found = converted(tmp_path, tensors, "portable", model="wan")
+    assert float(found[f"{Q}.alpha"]) == 3.0
+
+
+def test_rs_lora_keeps_its_flag(tmp_path: Path) -> None:
+    tensors = {**pair(Q, 5120, 5120, 4, 1.0), "use_rslora_flag": torch.tensor(1.0), "use_dora_flag": torch.tensor(0.0)}
+    for to in ("blissful", "lora"):
+        found = converted(tmp_path, tensors, to, model="wan")
+        assert float(found["use_rslora_flag"]) == 1.0 and float(found[f"{Q}.alpha"]) == 1.0
+    assert float(converted(tmp_path, tensors, "portable", model="wan")[f"{Q}.alpha"]) == 2.0
+
+
+# -- what is refused
+
+
+def test_what_has_no_place_is_lost_only_where_that_is_allowed(tmp_path: Path) -> None:
+    name, norm = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "lora_unet_conv_norm_out"
+    tensors = {**pair(name, 320, 320), f"{norm}.w_norm": torch.randn(320), "emb_params": torch.randn(3)}
+    with pytest.raises(ValueError, match="2 layers or tensors would be lost.*--allow_dropped"):
+        converted(tmp_path, tensors, "diffusers", model="sd15")
+    assert not (tmp_path / "out.safetensors").exists()
+    found = converted(tmp_path, tensors, "diffusers", model="sd15", allow_dropped=True)
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert found.keys() == {f"{path}.lora_A.weight", f"{path}.lora_B.weight"}
+
+
+def test_the_adapters_of_text_encoders_in_a_folder_are_not_forgotten(tmp_path: Path) -> None:
+    tensors = {key: t for name, (O, I) in SDXL.items() for key, t in pair(name, O, I).items()}
+    converted(tmp_path, tensors, "peft", model="sdxl")
+    out = tmp_path / "portable.safetensors"
+    with pytest.raises(ValueError, match="text_encoder_2.*an adapter of its own"):
+        api.convert(tmp_path / "out", out, to="portable", model="sdxl")
+    assert len(api.convert(tmp_path / "out", out, to="portable", model="sdxl", allow_dropped=True).rows) == 1
+
+
+REFUSED = {
+    "no base": ("lora", {}, rf"{Q}.*depends on the weight below it.*--base CHECKPOINT"),
+    "another base": ("diff", {"base": "wrong"}, r"do not fit a weight of \(40, 32\)"),
+    "no layer of it": ("diff", {"base": "other"}, "has none of the layers"),
+    "too far": ("lora", {"base": "base", "rule": api.RankRule(1), "max_error": 0.01}, "more than --max_error 0.01"),
+    "no such target": ("comfy", {}, "there is no target comfy, did you mean|there is no target comfy.*comfyui"),
+    "two of a kind": (["lora", "lokr"], {}, "one of each"),
+    "a rank for names": ("comfyui", {"rule": api.RankRule(4)}, "add --to lora"),
+    "no such model": ("comfyui", {"model": "wann"}, "neither a built-in model"),
+    "not of that form": ("oft", {"base": "base"}, "oft holds diag-oft alone"),
 }
 
 
-@pytest.mark.parametrize("algo", (lora, loha, lokr))
-def test_layers_of_diffusers_by_hand(tmp_path: Path, algo: Callable[..., tuple[Tensors, Tensor]]) -> None:
-    wanted = flux_file(tmp_path / "a.safetensors", algo)
-    base = [tmp_path / "flux-base.safetensors"]
-    report = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to=["lora", "diffusers"], base=base)
-    found = {key: t.double() for key, t in load_file(tmp_path / "b.safetensors").items()}
-    assert found.keys() == {f"transformer.{name}.lora_{side}.weight" for name in DIFFUSERS for side in "AB"}
-    for name, (layer, start, stop) in DIFFUSERS.items():
-        update = found[f"transformer.{name}.lora_B.weight"] @ found[f"transformer.{name}.lora_A.weight"]
-        torch.testing.assert_close(update, wanted[layer][8 * start : 8 * stop], atol=1e-9, rtol=1e-9)
-    assert report.error < 1e-9
-    # and back under the trainer's names
-    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="portable", base=base)
-    back = {key: t.double() for key, t in load_file(tmp_path / "c.safetensors").items()}
-    for layer, update in wanted.items():
-        stem = f"lora_unet_{layer.replace('.', '_')}"
-        down, up = back[f"{stem}.lora_down.weight"], back[f"{stem}.lora_up.weight"]
-        torch.testing.assert_close(up @ down * float(back[f"{stem}.alpha"]) / len(down), update, atol=1e-9, rtol=1e-9)
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_are_one_sentence_and_leave_no_file(case: str, tmp_path: Path) -> None:
+    tensors, base, _ = dora()
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({key: torch.randn(40, 32) for key in base}, tmp_path / "wrong.safetensors")
+    save_file({"x.weight": torch.randn(3, 3)}, tmp_path / "other.safetensors")
+    to, given, message = REFUSED[case]
+    more = {**given, "base": [tmp_path / f"{given['base']}.safetensors"] if "base" in given else []}
+    with pytest.raises(ValueError, match=message):
+        converted(tmp_path, tensors, to, **more)
+    assert {file.stem for file in tmp_path.iterdir()} == {"base", "wrong", "other", "in"}
 
 
-def test_dora_in_the_form_for_comfyui_and_back(tmp_path: Path) -> None:
-    """There W' = magnitude * (W + dW) / ||W||, so it is the magnitude * ||W|| / ||W + dW|| that is written."""
-    wanted = flux_file(tmp_path / "a.safetensors", dora)
-    base = [tmp_path / "flux-base.safetensors"]
-    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfyui", base=base)
-    tensors, weights = load_file(tmp_path / "b.safetensors"), load_file(base[0])
-    assert "use_folded_dora_flag" in tensors
-    for layer, update in wanted.items():
-        stem, W = f"lora_unet_{layer.replace('.', '_')}", weights[f"{layer}.weight"].double()
-        down, up = (tensors[f"{stem}.lora_{side}.weight"].double() for side in ("down", "up"))
-        theirs = tensors[f"{stem}.dora_scale"].double() * (W + up @ down * ALPHA / R) / W.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(theirs - W, update, atol=1e-5, rtol=1e-5)
-    convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", to="portable", base=base)
-    first, last = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "c.safetensors")
-    assert first.keys() == last.keys()
-    for key, tensor in first.items():
-        torch.testing.assert_close(last[key].double(), tensor.double(), atol=1e-6, rtol=1e-6)
-
-
-def test_names_alone_change_there_and_back_bit_for_bit(tmp_path: Path) -> None:
-    flux_file(tmp_path / "a.safetensors")
-    base = [tmp_path / "flux-base.safetensors"]
-    for form in ("comfyui", "blissful"):
-        convert(tmp_path / "a.safetensors", tmp_path / f"{form}.safetensors", to=form, base=base)
-        convert(tmp_path / f"{form}.safetensors", tmp_path / f"{form}2.safetensors", to="portable", base=base)
-        first, last = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / f"{form}2.safetensors")
-        assert first.keys() == last.keys() and all(torch.equal(first[key], last[key]) for key in first), form
-
-
-def test_a_folder_for_peft(tmp_path: Path) -> None:
-    wanted = flux_file(tmp_path / "a.safetensors")
-    convert(tmp_path / "a.safetensors", tmp_path / "folder", to="peft", base=[tmp_path / "flux-base.safetensors"])
-    settings = json.loads((tmp_path / "folder" / "adapter_config.json").read_text())
-    tensors = {key: t.double() for key, t in load_file(tmp_path / "folder" / "adapter_model.safetensors").items()}
-    assert settings["peft_type"] == "LORA" and settings["r"] == settings["lora_alpha"] == R
-    for name, (layer, start, stop) in DIFFUSERS.items():
-        stem = f"base_model.model.{name}"
-        update = tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
-        torch.testing.assert_close(update, wanted[layer][8 * start : 8 * stop], atol=1e-9, rtol=1e-9)
-
-
-def test_what_a_form_has_no_place_for(folder: Path, tmp_path: Path) -> None:
-    flux_file(tmp_path / "a.safetensors", loha)
-    base = [tmp_path / "flux-base.safetensors"]
-    with pytest.raises(ValueError, match="layers of loha, and blissful holds lora alone: add --to lora"):
-        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="blissful", base=base)
-    flux_file(tmp_path / "a.safetensors")
-    tensors = load_file(tmp_path / "a.safetensors") | {"step": torch.tensor(3)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="1 layers or tensors would be lost, e.g. step .* --allow_dropped"):
-        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfyui", base=base)
-    report = convert(
-        tmp_path / "a.safetensors", tmp_path / "b.safetensors", to="comfyui", base=base, allow_dropped=True
-    )
-    assert report.dropped == [("step", "is no adapter")]
-
-
-# -- the command
-
-
-def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = folder / "loha.safetensors", tmp_path / "a.safetensors"
-    assert command.main([str(source), "--to", "lora", "--out", str(out), "--json"]) == 0
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(loha(Q)[0], tmp_path / "in.safetensors")
+    line = [str(tmp_path / "in.safetensors"), "--to", "lora", "--out", str(tmp_path / "out.safetensors")]
+    assert command.main([*line, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["command"] == "convert" and len(told["layers"]) == 2 and told["error"] < 1e-9
-    assert command.main([str(source), "--to", "lora", "--out", str(out)]) == 2
-    assert "add --overwrite" in capsys.readouterr().err
-    assert command.main([str(source), "--to", "lora", "--out", str(source), "--overwrite"]) == 2
-    assert "choose another output" in capsys.readouterr().err
-    for options, message in (
-        (["--to", "lorra"], "there is no target lorra; did you mean lora?"),
-        (["--to", "lora", "--to", "diff"], "give an algorithm, the form of a program, or one of each"),
-        (["--to", "lora", "--energy", "0.9", "--sv_ratio", "3"], "two rules for one rank"),
-        (["--to", "lora", "--energy", "1.5"], "above 0 and up to 1"),
-        (["--to", "comfyui", "--dim", "4"], "a rank or a factor is for an algorithm"),
-        (["--to", "diff", "--dim", "4"], "the whole difference has no rank"),
-        (["--to", "lora", "--factor", "4"], "factor=4 is for lokr alone"),
-    ):
-        assert command.main([str(source), *options, "--out", str(tmp_path / "b.safetensors")]) == 2
-        assert message in capsys.readouterr().err, options
+    assert told["layers"][0]["rank"] == 4 and told["error"] < 1e-6 and told["to"] == ["lora"]
+    assert command.main(line) == 2 and "--overwrite" in capsys.readouterr().err
+    assert command.main([*line[:4], str(tmp_path / "in.safetensors"), "--overwrite"]) == 2

@@ -24,6 +24,7 @@ from ..files.dialects import DIALECTS, PORTABLE, Dialect
 from ..files.joining import NeedsBase, as_diff, as_lora, update_of
 from ..files.keys import FileKeys
 from ..files.outputs import check_outputs
+from ..files.strengths import CONFIG
 from . import metadata
 from .forms import FORM_OF, FORMS, Form, Shape, row_of
 from .opened import Opened
@@ -187,6 +188,7 @@ def convert(
     place = Path(out) if dialect is not None and dialect.folder else writer.checked_path(out)
     check_outputs([place], inputs(file, base), overwrite)
     opened, report = Opened(file, model, base), Report("convert", [file])
+    report.dropped += [(str(one), "is an adapter of its own in that folder: convert it, too") for one in below(file)]
     job: _OwnNames | ForProgram
     job = _OwnNames(opened, wanted, report) if dialect is None else ForProgram(opened, wanted, dialect, report)
     report.details = {"to": [name for name in (algo, dialect and dialect.name) if name]}
@@ -205,6 +207,11 @@ def convert(
     job.write(place, walk, told)
     report.out = place
     return report
+
+
+def below(file: Path | str) -> list[Path]:
+    """The folders of text encoders' adapters in one that PEFT wrote."""
+    return sorted(config.parent for config in Path(file).glob(f"*/{CONFIG}")) if Path(file).is_dir() else []
 
 
 def inputs(file: Path | str, base: Sequence[Path | str]) -> list[Path]:

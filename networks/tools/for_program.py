@@ -16,6 +16,7 @@ from ..archs.places import Target
 from ..files import codec, dotted, peft_folder, save_formats, twins, writer
 from ..files.codec import SavedLayer
 from ..files.dialects import Dialect, FileFormat
+from ..files.joining import NeedsBase
 from ..files.merged import refolded
 from ..tensors.norms import weight_geometry
 from ..tensors.updates import Update, stacked
@@ -153,10 +154,10 @@ class ForProgram:
         return None if found is None else found.to(self.wanted.device)
 
     def needed_weight(self, name: str) -> Tensor:
-        """Raises ValueError where it is not known."""
+        """Raises NeedsBase where it is not known."""
         found = self.weight(name)
         if found is None:
-            raise ValueError(
+            raise NeedsBase(
                 f"{self.opened.path}: {name}: what it becomes depends on the weight below it: give the model, --base "
                 "CHECKPOINT"
             )
@@ -188,6 +189,8 @@ class ForProgram:
             target, make = makers[key]
             try:
                 layer, _ = make()
+            except NeedsBase:
+                raise
             except ValueError as error:
                 helps = "; or add --to lora with a rank (--dim 32)" if not self.wanted.algo else ""
                 raise ValueError(f"{self.opened.path}: {error}{helps}") from None
