@@ -6,10 +6,12 @@ of b1 and b2 are each made the best ones beside all others, in turns: the error 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .leading import random_directions
+from .leading import length, random_directions
 
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -26,22 +28,23 @@ def nearest_hadamard(matrix_OJ: Tensor, u_OR: Tensor, s_R: Tensor, vh_RJ: Tensor
         matrix_OJ: the matrix.
         u_OR, s_R, vh_RJ: its first singular triples.
     """
-    best = a1, b1, a2, b2 = _start(u_OR, s_R, vh_RJ)
-    error, eps = _squared_error(matrix_OJ, best), torch.finfo(s_R.dtype).eps
-    if len(s_R) == 1 or error <= (10 * eps) ** 2 * float(s_R.double().square().sum()):
-        return best  # a product of rank 1 is one of two, and nothing is nearer than the matrix itself
-    for _ in range(_SWEEPS):
-        a2 = _best_rows(matrix_OJ, b2, a1, b1, a2)
-        b2 = _best_rows(matrix_OJ.T, a2.T, b1.T, a1.T, b2.T).T
-        a1 = _best_rows(matrix_OJ, b1, a2, b2, a1)
-        b1 = _best_rows(matrix_OJ.T, a1.T, b2.T, a2.T, b1.T).T
-        now = _squared_error(matrix_OJ, (a1, b1, a2, b2))
-        if now < error:
-            best = a1, b1, a2, b2
-        if error - now <= _ENOUGH * error:
-            break
-        error = now
-    return best
+    size = float(s_R[:1].sum()) or 1.0  # the largest value is 1 in the search, whose squares fp32 then holds
+    best = a1, b1, a2, b2 = _start(u_OR, s_R / size, vh_RJ)
+    scale, eps = 1 / size, torch.finfo(s_R.dtype).eps
+    error = _squared_error(matrix_OJ, scale, best)
+    if len(s_R) > 1 and error > (10 * eps) ** 2:  # a product of rank 1 is one of two: there is nothing to gain
+        for _ in range(_SWEEPS):
+            a2 = _best_rows(matrix_OJ, scale, b2, a1, b1, a2)
+            b2 = _best_rows(matrix_OJ.T, scale, a2.T, b1.T, a1.T, b2.T).T
+            a1 = _best_rows(matrix_OJ, scale, b1, a2, b2, a1)
+            b1 = _best_rows(matrix_OJ.T, scale, a1.T, b2.T, a2.T, b1.T).T
+            before, error = error, _squared_error(matrix_OJ, scale, (a1, b1, a2, b2))
+            if error < before:
+                best = a1, b1, a2, b2
+            if before - error <= _ENOUGH * before:
+                break
+    a1, b1, a2, b2 = best
+    return a1 * math.sqrt(size), b1 * math.sqrt(size), a2, b2
 
 
 def _start(u: Tensor, s: Tensor, vh: Tensor) -> Pairs:
@@ -54,11 +57,14 @@ def _start(u: Tensor, s: Tensor, vh: Tensor) -> Pairs:
     return u * root, root[:, None] * vh, ones, other
 
 
-def _best_rows(matrix: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor, former: Tensor) -> Tensor:
-    """[O, R], the rows with the least ||matrix - (rows right) * (other_left other_right)||.
+def _best_rows(
+    matrix: Tensor, scale: float, right: Tensor, other_left: Tensor, other_right: Tensor, former: Tensor
+) -> Tensor:
+    """[O, R], the rows with the least ||scale * matrix - (rows right) * (other_left other_right)||.
 
     Args:
         matrix: [O, J].
+        scale: of it.
         right: [R, J].
         other_left, other_right: [O, R] and [R, J].
         former: [O, R].
@@ -69,7 +75,7 @@ def _best_rows(matrix: Tensor, right: Tensor, other_left: Tensor, other_right: T
     for start in range(0, len(matrix), _step(matrix)):
         rows = slice(start, start + _step(matrix))
         other = other_left[rows] @ other_right
-        rest = torch.addcmul(matrix[rows], former[rows] @ right, other, value=-1)
+        rest = torch.addcmul(matrix[rows] * scale, former[rows] @ right, other, value=-1)
         wanted = ((rest * other) @ right.T).double()
         gram = eye.new_empty(len(rest), *eye.shape)
         gram[:, i, j] = gram[:, j, i] = (other.square() @ pairs_JP).double()
@@ -79,12 +85,12 @@ def _best_rows(matrix: Tensor, right: Tensor, other_left: Tensor, other_right: T
     return torch.cat(found)
 
 
-def _squared_error(matrix: Tensor, pairs: Pairs) -> float:
+def _squared_error(matrix: Tensor, scale: float, pairs: Pairs) -> float:
     a1, b1, a2, b2 = pairs
     starts = range(0, len(matrix), _step(matrix))
     chunks = [slice(start, start + _step(matrix)) for start in starts]
-    rest = (torch.addcmul(matrix[rows], a1[rows] @ b1, a2[rows] @ b2, value=-1) for rows in chunks)
-    return sum(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in rest)
+    rest = (torch.addcmul(matrix[rows] * scale, a1[rows] @ b1, a2[rows] @ b2, value=-1) for rows in chunks)
+    return sum(length(one) ** 2 for one in rest)
 
 
 def _step(matrix: Tensor) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .leading import leading, random_directions
+from .leading import leading, length, random_directions
 from .updates import Triples, Update
 
 _DIRECTIONS = 8  # the first pair is looked for in
@@ -44,10 +44,10 @@ def with_low_rank(update: Update, rows: Split, columns: Split, triples: Triples)
     pieces, energy = _Pieces(update, rows, columns), update.norm() ** 2
     (u, s, vh), covered = triples, 0.0
     for _ in range(_TURNS):
-        w1 = pieces.forth(((u * s) @ vh).reshape(-1, 1))
-        w1 /= w1.norm().clamp_min(torch.finfo(w1.dtype).tiny)
+        w1 = pieces.forth((u * (s / (length(s) or 1.0)) @ vh).reshape(-1, 1))
+        w1 /= length(w1) or 1.0
         u, s, vh = Update(pieces.back(w1).reshape(rows[1], -1)).decomposed(len(triples[1]))
-        before, covered = covered, float(s.double().square().sum())
+        before, covered = covered, length(s) ** 2
         if covered - before <= _ENOUGH * (energy - covered):
             break
     return w1.reshape(rows[0], columns[0]), (u, s, vh)

@@ -14,6 +14,11 @@ _ROUNDS = 60
 _ENOUGH = 1e-6  # of what is not covered, gained in one round
 
 
+def length(values: Tensor) -> float:
+    """Square root of the sum of all squares, which fp32 would lose of very small or large values."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
 def random_directions(rows: int, count: int, like: Tensor) -> Tensor:
     """[rows, count], drawn on the CPU from a fixed seed: the same whatever the device."""
     generator = torch.Generator().manual_seed(0)

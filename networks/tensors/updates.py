@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .leading import EXTRA, leading, random_directions
+from .leading import EXTRA, leading, length, random_directions
 from .low_rank import EXACT_BELOW
 
 Triples = tuple[Tensor, Tensor, Tensor]  # u [O, R], s [R], vh [R, J], the largest value first
@@ -74,7 +74,7 @@ class Update:
 
     def norm(self) -> float:
         """Frobenius norm, as right as the values are: nothing is taken from anything larger."""
-        return float(torch.linalg.vector_norm(self._middle, dtype=torch.float64))
+        return length(self._middle)
 
     def inner(self, other: Update) -> float:
         """Sum of the products of all elements."""
@@ -187,7 +187,7 @@ def _triples(matrix: Tensor, rank: int | None, enough: Enough | None) -> Triples
     if full <= EXACT_BELOW:
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         return u[:, :most], s[:most], vh[:most]
-    energy, known = float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2, 0
+    energy, known = length(matrix) ** 2, 0
     size = most if rank is not None and enough is None else min(_FIRST, most)
     start = matrix.new_empty(matrix.shape[1], 0)
     while (size + EXTRA) * _SHARE <= full:
@@ -207,7 +207,7 @@ def _is_all(matrix: Tensor, found: Triples) -> bool:
     eps = torch.finfo(s.dtype).eps
     if float(s[-1]) > math.sqrt(eps) * float(s[0]):
         return False
-    return float(torch.addmm(matrix, u * s, vh, alpha=-1).norm()) <= float(s[0]) * eps * math.sqrt(max(matrix.shape))
+    return length(torch.addmm(matrix, u * s, vh, alpha=-1)) <= float(s[0]) * eps * math.sqrt(max(matrix.shape))
 
 
 def _all_triples(matrix: Tensor) -> Triples:
@@ -218,7 +218,7 @@ def _all_triples(matrix: Tensor) -> Triples:
         return vh.T, s, u.T
     u = torch.linalg.eigh(_square(matrix))[1].to(matrix.dtype)
     rows = u.T @ matrix
-    s = torch.linalg.vector_norm(rows, dim=1)
+    s = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).to(rows.dtype)
     order = s.argsort(descending=True)
     u, s, rows = u[:, order], s[order], rows[order]
     return u, s, rows.div_(s.clamp_min(torch.finfo(s.dtype).tiny)[:, None])

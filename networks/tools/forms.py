@@ -25,6 +25,7 @@ from ..files.joining import update_of
 from ..tensors.factor import factorization
 from ..tensors.hadamard import nearest_hadamard
 from ..tensors.kronecker import nearest_kronecker, with_low_rank
+from ..tensors.leading import length
 from ..tensors.low_rank import EXACT_BELOW
 from ..tensors.updates import Triples, Update, distance
 from .ranks import RankRule
@@ -158,14 +159,14 @@ def _lokr(form: Form, name: str, update: Update, shape: Shape) -> SavedLayer:
         triples = form.kept(Update(w2), shape)
         ranks = len(triples[1])
     if ranks * sum(w2.shape) >= w2.numel():
-        length = _balance(w1, w2, float(w2.norm()))
-        tensors = {keys["w1"]: w1 * length, keys["w2"]: (w2 / length).reshape(rows[1], columns[1], *shape[2:])}
+        balance = _balance(w1, w2, length(w2))
+        tensors = {keys["w1"]: w1 * balance, keys["w2"]: (w2 / balance).reshape(rows[1], columns[1], *shape[2:])}
         return SavedLayer(name, LoKr, tensors, 1.0)
     if ranks < min(w2.shape) and form.rule is not None:
         w1, triples = with_low_rank(update, rows, columns, triples)
     u, s, vh = triples
-    length, root = _balance(w1, w2, float(s.norm())), s.sqrt()
-    tensors = {keys["w1"]: w1 * length, keys["w2_a"]: u * root / length, keys["w2_b"]: root[:, None] * vh}
+    balance, root = _balance(w1, w2, length(s)), s.sqrt()
+    tensors = {keys["w1"]: w1 * balance, keys["w2_a"]: u * root / balance, keys["w2_b"]: root[:, None] * vh}
     return SavedLayer(name, LoKr, tensors, float(len(s)))
 
 
