@@ -94,3 +94,5 @@ def test_show_of_two(
     found = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in found["layers"]} == {*NAMES[:2]} and [*found["alone"][1]] == ["lora_unet_out"]
     assert show.main([str(first), str(first.with_name("missing.safetensors"))]) == 2
+    assert show.main([str(first), str(second), "--plot", str(first.with_name("x.png"))]) == 2
+    assert "--plot is of one file" in capsys.readouterr().err and not first.with_name("x.png").exists()

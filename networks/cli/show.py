@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(args: argparse.Namespace) -> int:
     if args.other is not None:
+        alone = [name for name in ("plot", "as_args", "metadata") if getattr(args, name)]
+        if alone:
+            raise ValueError(f"--{alone[0]} is of one file: leave out {args.other}, or the option")
         return _compared(args)
     if args.plot is not None:
         return _drawn(args)
