@@ -22,12 +22,20 @@ from .tool_options import add_output, add_ranks, dtype_of, progress, rule_of, te
 
 def build_parser() -> argparse.ArgumentParser:
     parser = tool(__doc__)
-    parser.add_argument("tuned", metavar="TUNED", help="the model that has learnt something")
+    parser.add_argument(
+        "tuned", metavar="TUNED", help="the model that has learnt something"
+    )
     parser.add_argument("base", metavar="BASE", help="the model that it was tuned from")
-    parser.add_argument("--to", default="lora", help="lora, lokr, loha or diff (the whole difference); default: lora")
+    parser.add_argument(
+        "--to",
+        default="lora",
+        help="lora, lokr, loha or diff (the whole difference); default: lora",
+    )
     add_output(parser)
     add_ranks(parser)
-    parser.add_argument("--factor", type=int, default=-1, help="of a LoKr; default: the most even split")
+    parser.add_argument(
+        "--factor", type=int, default=-1, help="of a LoKr; default: the most even split"
+    )
     parser.add_argument("--clamp_quantile", type=finite_number, help="cut values beyond this quantile of a layer's "
                         "factors; 0.99 is what the trainers' own scripts do")  # fmt: skip
     parser.add_argument("--model", default="", help="what both are, where the names of their layers leave that open: a "
@@ -36,18 +44,30 @@ def build_parser() -> argparse.ArgumentParser:
                         help="one in files of its own: lora_te1 my-clip_l.safetensors clip_l.safetensors")  # fmt: skip
     parser.add_argument("--exclude_patterns", nargs="+", default=[], metavar="REGEX", help="leave out layers whose "
                         "dotted names match as a whole, as in training: 'text_encoder:.*'")  # fmt: skip
-    parser.add_argument("--include_patterns", nargs="+", default=[], metavar="REGEX", help="take these in again")
+    parser.add_argument(
+        "--include_patterns",
+        nargs="+",
+        default=[],
+        metavar="REGEX",
+        help="take these in again",
+    )
     parser.add_argument("--trained_only", action="store_true", help="only layers which a training takes without "
                         "further arguments: no other ones, no biases and norms")  # fmt: skip
     parser.add_argument("--min_diff", type=finite_number, default=0.0, help="layers of which no value has changed by "
                         "more count as unchanged; default: 0")  # fmt: skip
-    parser.add_argument("--max_error", type=finite_number, help="write nothing if the whole update is further off, 0.3")
+    parser.add_argument(
+        "--max_error",
+        type=finite_number,
+        help="write nothing if the whole update is further off, 0.3",
+    )
     parser.add_argument("--layers", action="store_true", help="one line per layer, too")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(run, build_parser(), sys.argv[1:] if argv is None else list(argv))
+    return run_program(
+        run, build_parser(), sys.argv[1:] if argv is None else list(argv)
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -56,30 +56,48 @@ class Chosen:
         Raises:
             ValueError: an expression is none, or means no layer.
         """
-        exclude, include = self._read("exclude_patterns", pairs, arch), self._read("include_patterns", pairs, arch)
-        usual = [Pattern.of(text, arch) for text in arch.excluded({}, "")] if self.trained_only else []
+        exclude, include = (
+            self._read("exclude_patterns", pairs, arch),
+            self._read("include_patterns", pairs, arch),
+        )
+        usual = (
+            [Pattern.of(text, arch) for text in arch.excluded({}, "")]
+            if self.trained_only
+            else []
+        )
 
         def wanted(pair: Pair) -> bool:
             if _means(include, pair):
                 return True
-            apart = self.trained_only and (not pair.trained or (pair.part is arch.denoiser and _means(usual, pair)))
+            apart = self.trained_only and (
+                not pair.trained or (pair.part is arch.denoiser and _means(usual, pair))
+            )
             return not apart and not _means(exclude, pair)
 
         return [pair for pair in pairs if wanted(pair)]
 
-    def _read(self, argument: str, pairs: Sequence[Pair], arch: ArchSpec) -> list[Pattern]:
+    def _read(
+        self, argument: str, pairs: Sequence[Pair], arch: ArchSpec
+    ) -> list[Pattern]:
         found = []
         for text in self.include if argument == "include_patterns" else self.exclude:
             with located(argument):
                 found.append(Pattern.of(checked(text), arch))
             if not any(_means(found[-1:], pair) for pair in pairs):
-                names = [arch.shown_name(pair.part.name, pair.trainer_name) for pair in pairs]
-                raise ValueError(f"{argument}: no layer is called {quoted(text)}{nearest(text, names)}")
+                names = [
+                    arch.shown_name(pair.part.name, pair.trainer_name) for pair in pairs
+                ]
+                raise ValueError(
+                    f"{argument}: no layer is called {quoted(text)}{nearest(text, names)}"
+                )
         return found
 
 
 def _means(patterns: Sequence[Pattern], pair: Pair) -> bool:
-    return any(one.part in ("", pair.part.name) and one.regex.fullmatch(pair.trainer_name) for one in patterns)
+    return any(
+        one.part in ("", pair.part.name) and one.regex.fullmatch(pair.trainer_name)
+        for one in patterns
+    )
 
 
 def extract(
@@ -135,26 +153,47 @@ def extract(
     first, second, place = _listed(tuned), _listed(base), writer.checked_path(out)
     check_outputs([place], [divided(path)[1] for path in (*first, *second)], overwrite)
     if rule is None and to in ("lora", "loha"):
-        raise ValueError(f"a {to} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)")
+        raise ValueError(
+            f"a {to} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)"
+        )
     if not (math.isfinite(min_diff) and min_diff >= 0):
-        raise ValueError(f"min_diff={min_diff:g}: give 0 or more, in units of the weights")
-    Form(to, rule, factor, clamp=clamp_quantile)  # whose mistakes show before anything is read
+        raise ValueError(
+            f"min_diff={min_diff:g}: give 0 or more, in units of the weights"
+        )
+    Form(
+        to, rule, factor, clamp=clamp_quantile
+    )  # whose mistakes show before anything is read
     compared = Compared(Model(first), Model(second), model)
-    chosen = Chosen(exclude_patterns, include_patterns, trained_only).of(compared.pairs, compared.arch)
+    chosen = Chosen(exclude_patterns, include_patterns, trained_only).of(
+        compared.pairs, compared.arch
+    )
     form = Form(to, rule, factor, dtype or _usual_dtype(compared.pairs), clamp_quantile)
-    job = _Extraction(compared, chosen, form, torch.device(device), min_diff, not trained_only)
+    job = _Extraction(
+        compared, chosen, form, torch.device(device), min_diff, not trained_only
+    )
     report = job.report
     job.find_dropped(walk)
     report.check(allow_dropped)
     known = dict[str, str]()
     with writer.streamed(place, None, known) as stream, torch.no_grad():
         for layer in job.layers(walk):
-            stream.add({key: tensor.contiguous() for key, tensor in codec.write([layer]).items()})
+            stream.add(
+                {
+                    key: tensor.contiguous()
+                    for key, tensor in codec.write([layer]).items()
+                }
+            )
         report.check(allow_dropped, max_error)
         ranks = [row.rank for row in report.rows if row.rank is not None]
-        details = {**report.details, "tuned": compared.tuned.path.name, "base": compared.base.path.name}
+        details = {
+            **report.details,
+            "tuned": compared.tuned.path.name,
+            "base": compared.base.path.name,
+        }
         algo = _FILE_ALGOS.get(to, to)
-        known |= metadata.told({}, "extract", {**details, "error": report.error}, algo, ranks)
+        known |= metadata.told(
+            {}, "extract", {**details, "error": report.error}, algo, ranks
+        )
     report.out = place
     return report
 
@@ -195,10 +234,16 @@ class _Extraction:
     def __post_init__(self) -> None:
         compared, form = self.compared, self.form
         self.report = Report("extract", [compared.tuned.path, compared.base.path])
-        self.report.details = {"to": form.algo, "rule": str(form.rule or ""), "architecture": compared.arch.name}
+        self.report.details = {
+            "to": form.algo,
+            "rule": str(form.rule or ""),
+            "architecture": compared.arch.name,
+        }
         left = len(compared.pairs) - len(self.chosen)
         if left:
-            self.report.notes.append(f"{left} layers are not among those that were asked for")
+            self.report.notes.append(
+                f"{left} layers are not among those that were asked for"
+            )
 
     def find_dropped(self, walk: Walk) -> None:
         """What has changed and has no form, and what cannot be compared."""
@@ -208,7 +253,9 @@ class _Extraction:
                 dropped.append((pair.tuned.target.keys[0], NO_FORM))
         both, alone = self.compared.rest()
         for tuned, base, key in both:
-            if tuned.shapes[key] != base.shapes[key] or _differ(tuned, base, key, self.min_diff):
+            if tuned.shapes[key] != base.shapes[key] or _differ(
+                tuned, base, key, self.min_diff
+            ):
                 dropped.append((key, NO_FORM))
         if alone:
             self.report.notes.append(
@@ -236,7 +283,9 @@ class _Extraction:
             )
         report.details["unchanged"] = count
         if count:
-            report.notes.append(f"{count} layers have not changed, and are not in the file")
+            report.notes.append(
+                f"{count} layers have not changed, and are not in the file"
+            )
 
     def _layer(self, pair: Pair) -> SavedLayer | None:
         """What became of a layer; None = it has not changed."""
@@ -256,12 +305,17 @@ class _Extraction:
         self.report.rows.append(row_of(made, shape, update, exact))
         if bias is None:
             return made
-        return replace(made, tensors={**made.tensors, made.algorithm.spec.bias_key: bias.to(form.dtype)})
+        return replace(
+            made,
+            tensors={**made.tensors, made.algorithm.spec.bias_key: bias.to(form.dtype)},
+        )
 
     def _change(self, tuned: Weight, base: Weight) -> Tensor | None:
         """tuned - base in fp32 or wider; None = there is none."""
         new, old = tuned.read(self.device), base.read(self.device)
-        return _difference(new, old, (tuned.dtype, base.dtype), self.min_diff, tuned.target.keys[0])
+        return _difference(
+            new, old, (tuned.dtype, base.dtype), self.min_diff, tuned.target.keys[0]
+        )
 
     def _bias_change(self, pair: Pair) -> Tensor | None:
         if not self.biases or not pair.tuned.bias_keys:
@@ -272,11 +326,16 @@ class _Extraction:
                 "the model that it was tuned from"
             )
         new, old = pair.tuned.read_bias(self.device), pair.base.read_bias(self.device)
-        return _difference(new, old, (pair.tuned.dtype, pair.base.dtype), self.min_diff, pair.tuned.bias_keys[0])
+        dtypes = (pair.tuned.bias_dtype, pair.base.bias_dtype)
+        return _difference(new, old, dtypes, self.min_diff, pair.tuned.bias_keys[0])
 
 
 def _difference(
-    new: Tensor, old: Tensor, dtypes: tuple[torch.dtype | None, torch.dtype | None], least: float, key: str
+    new: Tensor,
+    old: Tensor,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    least: float,
+    key: str,
 ) -> Tensor | None:
     """new - old; None where no value has changed by more, beyond what the coarser of their dtypes rounds.
 
@@ -288,16 +347,22 @@ def _difference(
     change = new.sub_(old) if new.dtype == old.dtype else new - old
     low, high = (float(value) for value in change.aminmax())
     if not math.isfinite(low + high):
-        raise ValueError(f"{key} has NaN or infinite values in one of both: download or make that checkpoint again")
+        raise ValueError(
+            f"{key} has NaN or infinite values in one of both: download or make that checkpoint again"
+        )
     return change if max(-low, high) > least else None
 
 
-def _equal(new: Tensor, old: Tensor, dtypes: tuple[torch.dtype | None, torch.dtype | None]) -> bool:
+def _equal(
+    new: Tensor, old: Tensor, dtypes: tuple[torch.dtype | None, torch.dtype | None]
+) -> bool:
     """Whether one is the other as its own dtype has it: a copy in another precision has not changed."""
     first, second = dtypes
     if first == second or first is None or second is None:
         return torch.equal(new, old)
-    return torch.equal(new, old.to(first).to(new.dtype)) or torch.equal(new.to(second).to(old.dtype), old)
+    return torch.equal(new, old.to(first).to(new.dtype)) or torch.equal(
+        new.to(second).to(old.dtype), old
+    )
 
 
 def _differ(tuned: Checkpoint, base: Checkpoint, key: str, least: float) -> bool:
@@ -307,4 +372,9 @@ def _differ(tuned: Checkpoint, base: Checkpoint, key: str, least: float) -> bool
     wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
     if not new.numel():
         return False
-    return _difference(new.to(wide, copy=True), old.to(wide), (new.dtype, old.dtype), least, key) is not None
+    return (
+        _difference(
+            new.to(wide, copy=True), old.to(wide), (new.dtype, old.dtype), least, key
+        )
+        is not None
+    )

@@ -15,7 +15,11 @@ _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "netwo
 
 
 def told(
-    metadata: Mapping[str, str], command: str, details: Mapping[str, Any], algo: str = "", ranks: Iterable[int] = ()
+    metadata: Mapping[str, str],
+    command: str,
+    details: Mapping[str, Any],
+    algo: str = "",
+    ranks: Iterable[int] = (),
 ) -> dict[str, str]:
     """Metadata of a file that was made from one with these.
 
@@ -33,7 +37,9 @@ def told(
             found.pop(key, None)
     dims = sorted(set(ranks))
     if dims:
-        found["ss_network_dim"] = str(dims[0]) if len(dims) == 1 else "Dynamic"  # the trainers' word for several
+        found["ss_network_dim"] = (
+            str(dims[0]) if len(dims) == 1 else "Dynamic"
+        )  # the trainers' word for several
         found["ss_network_alpha"] = found["ss_network_dim"]
     past = history(metadata)
     return {**found, HISTORY: json.dumps([*past, {"command": command, **details}])}
@@ -45,4 +51,8 @@ def history(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
         found = parse_json(metadata.get(HISTORY, "[]"))
     except ValueError:
         return []
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return (
+        [one for one in found if isinstance(one, dict)]
+        if isinstance(found, list)
+        else []
+    )
