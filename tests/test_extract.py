@@ -41,9 +41,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
     def make(tensors: Mapping[str, Tensor], name: str) -> str:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path
-        )
+        save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, path)
         return str(path)
 
     return make
@@ -60,9 +58,7 @@ def tuned(base: Mapping[str, Tensor], rank: int = 2) -> Tensors:
 
 def planted(weight: Tensor, rank: int) -> Tensor:
     rows, columns = len(weight), weight[0].numel()
-    return (torch.randn(rows, rank) @ torch.randn(rank, columns)).reshape(
-        weight.shape
-    ) * 0.1
+    return (torch.randn(rows, rank) @ torch.randn(rank, columns)).reshape(weight.shape) * 0.1
 
 
 def dense(path: str | Path) -> dict[str, np.ndarray]:
@@ -89,9 +85,7 @@ def check(
 ) -> None:
     """Every changed matrix is there, whole, and nothing else."""
     wanted = {
-        f"{prefix}_{key.removesuffix('.weight')}".replace(".", "_"): change(
-            new[key], base[key]
-        )
+        f"{prefix}_{key.removesuffix('.weight')}".replace(".", "_"): change(new[key], base[key])
         for key in base
         if base[key].dim() > 1 and not torch.equal(new[key], base[key])
     }
@@ -102,17 +96,11 @@ def check(
 
 @pytest.mark.sweep(5)
 @pytest.mark.parametrize("arch", RELEASED)
-def test_planted_update_is_found_exactly_with_its_rank(
-    arch: str, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_planted_update_is_found_exactly_with_its_rank(arch: str, write: Callable[..., str], tmp_path: Path) -> None:
     """The toys of three lack so many layers that the name has to say what they are."""
     base = denoiser(arch)
     new = tuned(base)
-    model = (
-        SPECS[arch].releases[0].name
-        if arch in ("sd", "lumina", "hunyuan_image")
-        else ""
-    )
+    model = SPECS[arch].releases[0].name if arch in ("sd", "lumina", "hunyuan_image") else ""
     out = tmp_path / "o.safetensors"
     report = extract(
         write(new, "t.safetensors"),
@@ -131,15 +119,11 @@ def test_planted_update_is_found_exactly_with_its_rank(
 
 def _header(path: Path) -> dict[str, dict[str, str]]:
     data = path.read_bytes()
-    found: dict[str, dict[str, str]] = json.loads(
-        data[8 : 8 + int.from_bytes(data[:8], "little")]
-    )
+    found: dict[str, dict[str, str]] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return found
 
 
-def test_other_names_of_the_same_model(
-    flux: Tensors, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_other_names_of_the_same_model(flux: Tensors, write: Callable[..., str], tmp_path: Path) -> None:
     """The tuned model as diffusers has it, in a pipeline and in two files; the base as its trainer, below a prefix."""
     flux = {key: t for key, t in flux.items() if not key.startswith("final_layer")}
     new = tuned(flux)
@@ -149,36 +133,22 @@ def test_other_names_of_the_same_model(
             tensor = new.get(f"{trainer}.{kind}")
             if tensor is None:
                 continue
-            sizes = (
-                [hidden] * 3 + [len(tensor) - 3 * hidden]
-                if len(own) == 4
-                else [len(tensor) // len(own)] * len(own)
-            )
-            foreign |= {
-                f"{name}.{kind}": t
-                for name, t in zip(own, tensor.split(sizes), strict=True)
-            }
+            sizes = [hidden] * 3 + [len(tensor) - 3 * hidden] if len(own) == 4 else [len(tensor) // len(own)] * len(own)
+            foreign |= {f"{name}.{kind}": t for name, t in zip(own, tensor.split(sizes), strict=True)}
     write(foreign, "pipe/transformer/model.safetensors")
     (tmp_path / "pipe/model_index.json").write_text("{}")
-    base = write(
-        {f"model.diffusion_model.{key}": t for key, t in flux.items()}, "b.safetensors"
-    )
+    base = write({f"model.diffusion_model.{key}": t for key, t in flux.items()}, "b.safetensors")
     out = tmp_path / "o.safetensors"
     report = extract(tmp_path / "pipe", base, out, rule=ALL)
     assert not report.dropped and report.error < 1e-5
     check(dense(out), flux, new, "lora_unet")
 
 
-def test_pipeline_with_text_encoder_convolutions_and_norms(
-    write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_pipeline_with_text_encoder_convolutions_and_norms(write: Callable[..., str], tmp_path: Path) -> None:
     unet, encoder = sd_unet().state_dict(), dict(text_encoder().state_dict())
     new, other = (
         tuned(unet, 1),
-        {
-            key: t + planted(t, 1) if "mlp" in key and t.dim() > 1 else t
-            for key, t in encoder.items()
-        },
+        {key: t + planted(t, 1) if "mlp" in key and t.dim() > 1 else t for key, t in encoder.items()},
     )
     new["conv_norm_out.weight"] = new["conv_norm_out.weight"] + 0.25
     new["conv_out.bias"] = new["conv_out.bias"] + torch.tensor([0.0, 0.0, 0.0, 0.5])
@@ -196,13 +166,9 @@ def test_pipeline_with_text_encoder_convolutions_and_norms(
         "lora_unet",
     )
     assert {name for name in found if name.startswith("lora_te_")} == {
-        f"lora_te_text_model_encoder_layers_{i}_mlp_fc{j}"
-        for i in (0, 1)
-        for j in (1, 2)
+        f"lora_te_text_model_encoder_layers_{i}_mlp_fc{j}" for i in (0, 1) for j in (1, 2)
     }
-    assert torch.allclose(
-        tensors["lora_unet_conv_norm_out.w_norm"], torch.full((16,), 0.25)
-    )
+    assert torch.allclose(tensors["lora_unet_conv_norm_out.w_norm"], torch.full((16,), 0.25))
     assert tensors["lora_unet_conv_out.diff_b"].tolist() == [0.0, 0.0, 0.0, 0.5]
     assert not any(key.endswith("diff_b") for key in tensors if "conv_out" not in key)
     assert report.details["unchanged"] > 0
@@ -212,31 +178,19 @@ def test_pipeline_with_text_encoder_convolutions_and_norms(
         exclude_patterns=["text_encoder:.*", ".*attn2.*"], include_patterns=["conv_in"],
     )  # fmt: skip
     kept = dense(out)
-    assert (
-        "lora_unet_conv_in" in kept
-        and "lora_unet_down_blocks_0_attentions_0_proj_in" in kept
-    )
-    assert not any(
-        "lora_te" in name or "attn2" in name or "resnets" in name for name in kept
-    )
+    assert "lora_unet_conv_in" in kept and "lora_unet_down_blocks_0_attentions_0_proj_in" in kept
+    assert not any("lora_te" in name or "attn2" in name or "resnets" in name for name in kept)
     assert kept.keys() == {key.partition(".")[0] for key in load_file(out)}
 
 
-def test_rank_and_clamp_as_numpy(
-    flux: Tensors, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_rank_and_clamp_as_numpy(flux: Tensors, write: Callable[..., str], tmp_path: Path) -> None:
     base = {key: t.bfloat16() for key, t in flux.items()}
-    new = {
-        key: (t.float() + 0.1 * torch.randn(t.shape)).bfloat16() if t.dim() > 1 else t
-        for key, t in base.items()
-    }
+    new = {key: (t.float() + 0.1 * torch.randn(t.shape)).bfloat16() if t.dim() > 1 else t for key, t in base.items()}
     files, out = (
         (write(new, "t.safetensors"), write(base, "b.safetensors")),
         tmp_path / "o.safetensors",
     )
-    report = extract(
-        *files, out, rule=RankRule(3), clamp_quantile=0.9, dtype=torch.float32
-    )
+    report = extract(*files, out, rule=RankRule(3), clamp_quantile=0.9, dtype=torch.float32)
     found = dense(out)
     lost, whole = 0.0, 0.0
     for key in (key for key in base if base[key].dim() > 1):
@@ -250,9 +204,7 @@ def test_rank_and_clamp_as_numpy(
         up, down = up * signs, down * signs[:, None]
         limit = np.quantile(np.concatenate([up.ravel(), down.ravel()]), 0.9)
         wanted = up.clip(-limit, limit) @ down.clip(-limit, limit)
-        assert np.linalg.norm(found[name] - wanted) < 1e-4 * np.linalg.norm(wanted), (
-            name
-        )
+        assert np.linalg.norm(found[name] - wanted) < 1e-4 * np.linalg.norm(wanted), name
         lost, whole = (
             lost + np.linalg.norm(wanted - truth) ** 2,
             whole + np.linalg.norm(truth) ** 2,
@@ -260,20 +212,14 @@ def test_rank_and_clamp_as_numpy(
     assert math.isclose(report.error, math.sqrt(lost / whole), rel_tol=1e-4)
     # Without one: the best of that rank, and the dtype of the tuned model.
     report = extract(*files, out, rule=RankRule(3), overwrite=True)
-    assert {
-        t.dtype for key, t in load_file(out).items() if not key.endswith("alpha")
-    } == {torch.bfloat16}
+    assert {t.dtype for key, t in load_file(out).items() if not key.endswith("alpha")} == {torch.bfloat16}
     truth = change(new[f"{FLUX}.weight"].float(), base[f"{FLUX}.weight"].float())
-    tail = np.linalg.norm(np.linalg.svd(truth, compute_uv=False)[3:]) / np.linalg.norm(
-        truth
-    )
+    tail = np.linalg.norm(np.linalg.svd(truth, compute_uv=False)[3:]) / np.linalg.norm(truth)
     row = next(row for row in report.rows if row.name.endswith("0_img_attn_qkv"))
     assert row.error is not None and tail <= row.error < tail + 0.01
 
 
-def test_kronecker_difference_and_whole_difference(
-    flux: Tensors, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_kronecker_difference_and_whole_difference(flux: Tensors, write: Callable[..., str], tmp_path: Path) -> None:
     new, key = dict(flux), f"{FLUX}.weight"
     rows, columns = flux[key].shape
     first, second = torch.randn(4, 4), torch.randn(rows // 4, columns // 4)
@@ -289,10 +235,7 @@ def test_kronecker_difference_and_whole_difference(
         "lokr_w2",
         "alpha",
     }
-    w1, w2 = (
-        tensors[f"lora_unet_{FLUX.replace('.', '_')}.{name}"].double().numpy()
-        for name in ("lokr_w1", "lokr_w2")
-    )
+    w1, w2 = (tensors[f"lora_unet_{FLUX.replace('.', '_')}.{name}"].double().numpy() for name in ("lokr_w1", "lokr_w2"))
     truth = change(new[key], flux[key])
     assert np.linalg.norm(np.kron(w1, w2) - truth) < 1e-5 * np.linalg.norm(truth)
     assert report.details["unchanged"] == sum(t.dim() > 1 for t in flux.values()) - 1
@@ -301,18 +244,12 @@ def test_kronecker_difference_and_whole_difference(
     assert np.linalg.norm(found.double().numpy() - truth) < 1e-6 * np.linalg.norm(truth)
 
 
-def test_merged_into_the_base_it_is_the_tuned_model(
-    flux: Tensors, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_merged_into_the_base_it_is_the_tuned_model(flux: Tensors, write: Callable[..., str], tmp_path: Path) -> None:
     """fp8 with scales, biases among what has changed."""
     scale, new, base = torch.tensor(0.5), tuned(flux), dict[str, Tensor]()
     new |= {key: t + 0.25 for key, t in flux.items() if t.dim() == 1}
     for key, tensor in flux.items():
-        base[key] = (
-            (tensor / scale).to(torch.float8_e4m3fn)
-            if key == f"{FLUX}.weight"
-            else tensor
-        )
+        base[key] = (tensor / scale).to(torch.float8_e4m3fn) if key == f"{FLUX}.weight" else tensor
     base[f"{FLUX}.scale_weight"] = scale
     old = {**flux, f"{FLUX}.weight": base[f"{FLUX}.weight"].float() * scale}
     files, out, merged = (
@@ -329,9 +266,7 @@ def test_merged_into_the_base_it_is_the_tuned_model(
         assert torch.allclose(tensor, new[key], atol=1e-5), key
 
 
-def test_what_has_not_changed(
-    flux: Tensors, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_what_has_not_changed(flux: Tensors, write: Callable[..., str], tmp_path: Path) -> None:
     """A copy in another precision is the same; a small change counts above min_diff alone."""
     new, key, out = (
         {k: t.half() for k, t in flux.items()},
@@ -346,9 +281,7 @@ def test_what_has_not_changed(
     base = write({**flux, **coarse}, "b.safetensors")
     report = extract(write(new, "t.safetensors"), base, out, rule=ALL)
     assert [row.name for row in report.rows] == [f"lora_unet_{FLUX.replace('.', '_')}"]
-    with pytest.raises(
-        ValueError, match="none of .* layers differs by more than min_diff 0.1"
-    ):
+    with pytest.raises(ValueError, match="none of .* layers differs by more than min_diff 0.1"):
         extract(
             tmp_path / "t.safetensors",
             base,
@@ -362,9 +295,7 @@ def test_what_has_not_changed(
     assert load_file(out), "the former file stays"
 
 
-def test_what_would_be_lost_is_told(
-    flux: Tensors, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_what_would_be_lost_is_told(flux: Tensors, write: Callable[..., str], tmp_path: Path) -> None:
     """Embeddings, single parameters, other models beside it; what has no counterpart."""
     more = {
         "table.weight": torch.randn(9, 4),
@@ -384,9 +315,7 @@ def test_what_would_be_lost_is_told(
         (write(new, "t.safetensors"), write(base, "b.safetensors")),
         tmp_path / "o.safetensors",
     )
-    with pytest.raises(
-        ValueError, match="4 layers or tensors would be lost.*--allow_dropped"
-    ):
+    with pytest.raises(ValueError, match="4 layers or tensors would be lost.*--allow_dropped"):
         extract(*files, out, rule=RankRule(2))
     assert not out.exists()
     report = extract(*files, out, rule=RankRule(2), allow_dropped=True)
@@ -400,9 +329,7 @@ def test_what_would_be_lost_is_told(
     )
 
 
-def test_what_does_not_belong_together(
-    flux: Tensors, write: Callable[..., str], tmp_path: Path
-) -> None:
+def test_what_does_not_belong_together(flux: Tensors, write: Callable[..., str], tmp_path: Path) -> None:
     base, out = write(flux, "b.safetensors"), tmp_path / "o.safetensors"
     lacking = {key: t for key, t in flux.items() if not key.startswith(FLUX)}
     other = {**flux, f"{FLUX}.weight": torch.randn(8, 8)}
@@ -410,9 +337,7 @@ def test_what_does_not_belong_together(
     strange = {
         **flux,
         f"{FLUX}.weight": torch.zeros(4, dtype=torch.uint8),
-        f"{FLUX}.weight.quant_state.bitsandbytes__nf4": torch.zeros(
-            4, dtype=torch.uint8
-        ),
+        f"{FLUX}.weight.quant_state.bitsandbytes__nf4": torch.zeros(4, dtype=torch.uint8),
     }
     cases: dict[str, tuple[Mapping[str, Tensor], str]] = {
         "anima": (denoiser("anima"), "is Anima.*is FLUX.1"),
@@ -464,10 +389,7 @@ def test_command(
         [write(tuned(flux), "t.safetensors"), write(flux, "b.safetensors")],
         tmp_path / "o.safetensors",
     )
-    assert (
-        script.main([*files, "--out", str(out), "--dim", "1", "--max_error", "0.01"])
-        == 2
-    )
+    assert script.main([*files, "--out", str(out), "--dim", "1", "--max_error", "0.01"]) == 2
     assert "--max_error" in capsys.readouterr().err and not out.exists()
     assert (
         script.main(
@@ -485,17 +407,9 @@ def test_command(
         == 0
     )
     told = json.loads(capsys.readouterr().out)
-    assert (
-        told["architecture"] == "flux"
-        and told["out"] == str(out)
-        and len(told["layers"]) == len(dense(out))
-    )
+    assert told["architecture"] == "flux" and told["out"] == str(out) and len(told["layers"]) == len(dense(out))
     assert not any("single" in row["name"] for row in told["layers"])
-    clip = {
-        key: t
-        for key, t in text_encoder().state_dict().items()
-        if t.is_floating_point()
-    }
+    clip = {key: t for key, t in text_encoder().state_dict().items() if t.is_floating_point()}
     pair = write(tuned(clip, 1), "te_t.safetensors"), write(clip, "te_b.safetensors")
     line = [
         *files,

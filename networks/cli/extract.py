@@ -22,9 +22,7 @@ from .tool_options import add_output, add_ranks, dtype_of, progress, rule_of, te
 
 def build_parser() -> argparse.ArgumentParser:
     parser = tool(__doc__)
-    parser.add_argument(
-        "tuned", metavar="TUNED", help="the model that has learnt something"
-    )
+    parser.add_argument("tuned", metavar="TUNED", help="the model that has learnt something")
     parser.add_argument("base", metavar="BASE", help="the model that it was tuned from")
     parser.add_argument(
         "--to",
@@ -33,9 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_output(parser)
     add_ranks(parser)
-    parser.add_argument(
-        "--factor", type=int, default=-1, help="of a LoKr; default: the most even split"
-    )
+    parser.add_argument("--factor", type=int, default=-1, help="of a LoKr; default: the most even split")
     parser.add_argument("--clamp_quantile", type=finite_number, help="cut values beyond this quantile of a layer's "
                         "factors; 0.99 is what the trainers' own scripts do")  # fmt: skip
     parser.add_argument("--model", default="", help="what both are, where the names of their layers leave that open: a "
@@ -65,9 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(
-        run, build_parser(), sys.argv[1:] if argv is None else list(argv)
-    )
+    return run_program(run, build_parser(), sys.argv[1:] if argv is None else list(argv))
 
 
 def run(args: argparse.Namespace) -> int:

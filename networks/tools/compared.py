@@ -75,26 +75,15 @@ class Weight:
     def read_bias(self, device: torch.device) -> Tensor:
         """[O], likewise, of one that has a bias."""
         return self._joined(
-            [
-                piece.of(self.checkpoint.shapes).of_bias()
-                for piece in self.target.pieces
-            ],
+            [piece.of(self.checkpoint.shapes).of_bias() for piece in self.target.pieces],
             device,
         )
 
-    def _joined(
-        self, pieces: Sequence[weight_names.Piece], device: torch.device
-    ) -> Tensor:
+    def _joined(self, pieces: Sequence[weight_names.Piece], device: torch.device) -> Tensor:
         rows = []
         for piece in pieces:
             with located(f"{self.checkpoint.path}: {piece.key}"):
-                rows.append(
-                    piece.cut(
-                        base_weight.read(
-                            stored.load(self.checkpoint, piece.key), device
-                        )
-                    )
-                )
+                rows.append(piece.cut(base_weight.read(stored.load(self.checkpoint, piece.key), device)))
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
 
@@ -141,9 +130,7 @@ class Model:
         found: dict[str, tuple[str, Weight]] = {}
         for where, checkpoint in self.files:
             if where in ("", part.prefix, part.diffusers):
-                for name, (dotted, target) in weight_names.layers(
-                    checkpoint.shapes, part
-                ).items():
+                for name, (dotted, target) in weight_names.layers(checkpoint.shapes, part).items():
                     found.setdefault(name, (dotted, Weight(checkpoint, target)))
         return found
 
@@ -154,11 +141,7 @@ def _opened(path: File) -> Iterator[tuple[str, Checkpoint]]:
     if not (file / "model_index.json").is_file():
         yield prefix, Checkpoint(file)
         return
-    parts = [
-        name
-        for name in (*DENOISERS, *ENCODERS)
-        if any((file / name).glob("*.safetensors"))
-    ]
+    parts = [name for name in (*DENOISERS, *ENCODERS) if any((file / name).glob("*.safetensors"))]
     if not parts:
         raise ValueError(
             f"{file} is a pipeline without .safetensors files of {', '.join(DENOISERS)}: download it whole"
@@ -177,9 +160,7 @@ def some_layers(part: Part, outline: str) -> Mapping[str, bool]:
     """Saved name -> whether it is trained by default, of the layers of a released model that have a form in adapter
     files: Linears, convolutions and normalisation layers. Of blocks which are all alike the first alone."""
     layers = candidates(part, recorded(outline, short=True), norms=True)
-    held = (
-        one for one in layers if next(one.bases[0][0].parameters(), None) is not None
-    )
+    held = (one for one in layers if next(one.bases[0][0].parameters(), None) is not None)
     return {one.saved_name: one.default for one in held}
 
 
@@ -201,38 +182,22 @@ def kinds(arch: ArchSpec) -> Mapping[Part, Mapping[str, bool]]:
 def _likeness(arch: ArchSpec, model: Model) -> tuple[float, float]:
     """Share of an architecture's kinds of layers that a model has, weighted by how many of its tensors are of them, and
     share of its very layers; without a denoiser those of its text encoders. 0 = too few."""
-    encoders = [
-        part
-        for part in arch.text_encoders
-        if any(where == part.prefix for where, _ in model.files)
-    ]
-    wanted = [
-        (arch.denoiser, some_layers(arch.denoiser, release.name).keys())
-        for release in arch.releases
-    ]
+    encoders = [part for part in arch.text_encoders if any(where == part.prefix for where, _ in model.files)]
+    wanted = [(arch.denoiser, some_layers(arch.denoiser, release.name).keys()) for release in arch.releases]
     if encoders and len(encoders) == len(model.files):
         wanted = [
             (part, some_layers(part, encoder.name).keys())
             for release in arch.releases
-            for part, encoder in zip(
-                arch.text_encoders, release.text_encoders, strict=False
-            )
+            for part, encoder in zip(arch.text_encoders, release.text_encoders, strict=False)
             if encoder and part in encoders
         ]
     best = (0.0, 0.0)
     for part, names in wanted:
         layers, own = model.layers(part), {kind_of(name) for name in names}
-        keys = {
-            key
-            for name, (_, one) in layers.items()
-            if kind_of(name) in own
-            for key in one.target.keys
-        }
+        keys = {key for name, (_, one) in layers.items() if kind_of(name) in own for key in one.target.keys}
         share = len({kind_of(name) for name in layers} & own) / len(own)
         if share > _ENOUGH:
-            best = max(
-                best, (share * len(keys), len(layers.keys() & names) / len(names))
-            )
+            best = max(best, (share * len(keys), len(layers.keys() & names) / len(names)))
     return best
 
 
@@ -300,9 +265,7 @@ class Compared:
             self.tuned.layers(part),
             self.base.layers(part),
         )
-        first, second = (
-            {name for name in one if kind_of(name) in known} for one in (tuned, base)
-        )
+        first, second = ({name for name in one if kind_of(name) in known} for one in (tuned, base))
         if not first or not second:
             if part is self.arch.denoiser and (first or second):
                 lacking = self.base if first else self.tuned
@@ -355,11 +318,7 @@ class Compared:
         base: Mapping[str, tuple[str, Weight]],
         names: set[str],
     ) -> None:
-        differing = [
-            name
-            for name in sorted(names)
-            if tuned[name][1].shape != base[name][1].shape
-        ]
+        differing = [name for name in sorted(names) if tuned[name][1].shape != base[name][1].shape]
         if differing:
             one = differing[0]
             raise ValueError(
@@ -369,17 +328,9 @@ class Compared:
 
     def _check(self, model: Model) -> None:
         """Whether all weights are stored in a form that is read."""
-        weights = [
-            one.tuned if model is self.tuned else one.base
-            for one in (*self.pairs, *self.others)
-        ]
+        weights = [one.tuned if model is self.tuned else one.base for one in (*self.pairs, *self.others)]
         for _, checkpoint in model.files:
-            keys = [
-                key
-                for one in weights
-                if one.checkpoint is checkpoint
-                for key in one.target.keys
-            ]
+            keys = [key for one in weights if one.checkpoint is checkpoint for key in one.target.keys]
             stored.check(
                 checkpoint,
                 keys,
@@ -395,11 +346,7 @@ class Compared:
             for key in checkpoint.shapes:
                 if (checkpoint.path, key) in self._used or stored.is_of_storage(key):
                     continue
-                others = (
-                    c
-                    for there, c in self.base.files
-                    if there == where or "" in (there, where)
-                )
+                others = (c for there, c in self.base.files if there == where or "" in (there, where))
                 other = next((c for c in others if key in c.shapes), None)
                 if other is None:
                     alone.append(key)
@@ -413,11 +360,7 @@ def _root(part: Part, weight: Weight) -> str:
     key = weight.target.keys[0]
     if key.startswith((*weight_names.OTHERS, *_APART)):
         return "-"
-    return next(
-        root
-        for root in sorted(part.roots, key=len, reverse=True)
-        if key.startswith(root)
-    )
+    return next(root for root in sorted(part.roots, key=len, reverse=True) if key.startswith(root))
 
 
 def _is_layer(weight: Weight) -> bool:

@@ -60,44 +60,29 @@ class Chosen:
             self._read("exclude_patterns", pairs, arch),
             self._read("include_patterns", pairs, arch),
         )
-        usual = (
-            [Pattern.of(text, arch) for text in arch.excluded({}, "")]
-            if self.trained_only
-            else []
-        )
+        usual = [Pattern.of(text, arch) for text in arch.excluded({}, "")] if self.trained_only else []
 
         def wanted(pair: Pair) -> bool:
             if _means(include, pair):
                 return True
-            apart = self.trained_only and (
-                not pair.trained or (pair.part is arch.denoiser and _means(usual, pair))
-            )
+            apart = self.trained_only and (not pair.trained or (pair.part is arch.denoiser and _means(usual, pair)))
             return not apart and not _means(exclude, pair)
 
         return [pair for pair in pairs if wanted(pair)]
 
-    def _read(
-        self, argument: str, pairs: Sequence[Pair], arch: ArchSpec
-    ) -> list[Pattern]:
+    def _read(self, argument: str, pairs: Sequence[Pair], arch: ArchSpec) -> list[Pattern]:
         found = []
         for text in self.include if argument == "include_patterns" else self.exclude:
             with located(argument):
                 found.append(Pattern.of(checked(text), arch))
             if not any(_means(found[-1:], pair) for pair in pairs):
-                names = [
-                    arch.shown_name(pair.part.name, pair.trainer_name) for pair in pairs
-                ]
-                raise ValueError(
-                    f"{argument}: no layer is called {quoted(text)}{nearest(text, names)}"
-                )
+                names = [arch.shown_name(pair.part.name, pair.trainer_name) for pair in pairs]
+                raise ValueError(f"{argument}: no layer is called {quoted(text)}{nearest(text, names)}")
         return found
 
 
 def _means(patterns: Sequence[Pattern], pair: Pair) -> bool:
-    return any(
-        one.part in ("", pair.part.name) and one.regex.fullmatch(pair.trainer_name)
-        for one in patterns
-    )
+    return any(one.part in ("", pair.part.name) and one.regex.fullmatch(pair.trainer_name) for one in patterns)
 
 
 def extract(
@@ -153,36 +138,21 @@ def extract(
     first, second, place = _listed(tuned), _listed(base), writer.checked_path(out)
     check_outputs([place], [divided(path)[1] for path in (*first, *second)], overwrite)
     if rule is None and to in ("lora", "loha"):
-        raise ValueError(
-            f"a {to} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)"
-        )
+        raise ValueError(f"a {to} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)")
     if not (math.isfinite(min_diff) and min_diff >= 0):
-        raise ValueError(
-            f"min_diff={min_diff:g}: give 0 or more, in units of the weights"
-        )
-    Form(
-        to, rule, factor, clamp=clamp_quantile
-    )  # whose mistakes show before anything is read
+        raise ValueError(f"min_diff={min_diff:g}: give 0 or more, in units of the weights")
+    Form(to, rule, factor, clamp=clamp_quantile)  # whose mistakes show before anything is read
     compared = Compared(Model(first), Model(second), model)
-    chosen = Chosen(exclude_patterns, include_patterns, trained_only).of(
-        compared.pairs, compared.arch
-    )
+    chosen = Chosen(exclude_patterns, include_patterns, trained_only).of(compared.pairs, compared.arch)
     form = Form(to, rule, factor, dtype or _usual_dtype(compared.pairs), clamp_quantile)
-    job = _Extraction(
-        compared, chosen, form, torch.device(device), min_diff, not trained_only
-    )
+    job = _Extraction(compared, chosen, form, torch.device(device), min_diff, not trained_only)
     report = job.report
     job.find_dropped(walk)
     report.check(allow_dropped)
     known = dict[str, str]()
     with writer.streamed(place, None, known) as stream, torch.no_grad():
         for layer in job.layers(walk):
-            stream.add(
-                {
-                    key: tensor.contiguous()
-                    for key, tensor in codec.write([layer]).items()
-                }
-            )
+            stream.add({key: tensor.contiguous() for key, tensor in codec.write([layer]).items()})
         report.check(allow_dropped, max_error)
         ranks = [row.rank for row in report.rows if row.rank is not None]
         details = {
@@ -191,9 +161,7 @@ def extract(
             "base": compared.base.path.name,
         }
         algo = _FILE_ALGOS.get(to, to)
-        known |= metadata.told(
-            {}, "extract", {**details, "error": report.error}, algo, ranks
-        )
+        known |= metadata.told({}, "extract", {**details, "error": report.error}, algo, ranks)
     report.out = place
     return report
 
@@ -241,9 +209,7 @@ class _Extraction:
         }
         left = len(compared.pairs) - len(self.chosen)
         if left:
-            self.report.notes.append(
-                f"{left} layers are not among those that were asked for"
-            )
+            self.report.notes.append(f"{left} layers are not among those that were asked for")
 
     def find_dropped(self, walk: Walk) -> None:
         """What has changed and has no form, and what cannot be compared."""
@@ -253,9 +219,7 @@ class _Extraction:
                 dropped.append((pair.tuned.target.keys[0], NO_FORM))
         both, alone = self.compared.rest()
         for tuned, base, key in both:
-            if tuned.shapes[key] != base.shapes[key] or _differ(
-                tuned, base, key, self.min_diff
-            ):
+            if tuned.shapes[key] != base.shapes[key] or _differ(tuned, base, key, self.min_diff):
                 dropped.append((key, NO_FORM))
         if alone:
             self.report.notes.append(
@@ -283,9 +247,7 @@ class _Extraction:
             )
         report.details["unchanged"] = count
         if count:
-            report.notes.append(
-                f"{count} layers have not changed, and are not in the file"
-            )
+            report.notes.append(f"{count} layers have not changed, and are not in the file")
 
     def _layer(self, pair: Pair) -> SavedLayer | None:
         """What became of a layer; None = it has not changed."""
@@ -313,9 +275,7 @@ class _Extraction:
     def _change(self, tuned: Weight, base: Weight) -> Tensor | None:
         """tuned - base in fp32 or wider; None = there is none."""
         new, old = tuned.read(self.device), base.read(self.device)
-        return _difference(
-            new, old, (tuned.dtype, base.dtype), self.min_diff, tuned.target.keys[0]
-        )
+        return _difference(new, old, (tuned.dtype, base.dtype), self.min_diff, tuned.target.keys[0])
 
     def _bias_change(self, pair: Pair) -> Tensor | None:
         if not self.biases or not pair.tuned.bias_keys:
@@ -347,22 +307,16 @@ def _difference(
     change = new.sub_(old) if new.dtype == old.dtype else new - old
     low, high = (float(value) for value in change.aminmax())
     if not math.isfinite(low + high):
-        raise ValueError(
-            f"{key} has NaN or infinite values in one of both: download or make that checkpoint again"
-        )
+        raise ValueError(f"{key} has NaN or infinite values in one of both: download or make that checkpoint again")
     return change if max(-low, high) > least else None
 
 
-def _equal(
-    new: Tensor, old: Tensor, dtypes: tuple[torch.dtype | None, torch.dtype | None]
-) -> bool:
+def _equal(new: Tensor, old: Tensor, dtypes: tuple[torch.dtype | None, torch.dtype | None]) -> bool:
     """Whether one is the other as its own dtype has it: a copy in another precision has not changed."""
     first, second = dtypes
     if first == second or first is None or second is None:
         return torch.equal(new, old)
-    return torch.equal(new, old.to(first).to(new.dtype)) or torch.equal(
-        new.to(second).to(old.dtype), old
-    )
+    return torch.equal(new, old.to(first).to(new.dtype)) or torch.equal(new.to(second).to(old.dtype), old)
 
 
 def _differ(tuned: Checkpoint, base: Checkpoint, key: str, least: float) -> bool:
@@ -372,9 +326,4 @@ def _differ(tuned: Checkpoint, base: Checkpoint, key: str, least: float) -> bool
     wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
     if not new.numel():
         return False
-    return (
-        _difference(
-            new.to(wide, copy=True), old.to(wide), (new.dtype, old.dtype), least, key
-        )
-        is not None
-    )
+    return _difference(new.to(wide, copy=True), old.to(wide), (new.dtype, old.dtype), least, key) is not None

@@ -37,9 +37,7 @@ def told(
             found.pop(key, None)
     dims = sorted(set(ranks))
     if dims:
-        found["ss_network_dim"] = (
-            str(dims[0]) if len(dims) == 1 else "Dynamic"
-        )  # the trainers' word for several
+        found["ss_network_dim"] = str(dims[0]) if len(dims) == 1 else "Dynamic"  # the trainers' word for several
         found["ss_network_alpha"] = found["ss_network_dim"]
     past = history(metadata)
     return {**found, HISTORY: json.dumps([*past, {"command": command, **details}])}
@@ -51,8 +49,4 @@ def history(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
         found = parse_json(metadata.get(HISTORY, "[]"))
     except ValueError:
         return []
-    return (
-        [one for one in found if isinstance(one, dict)]
-        if isinstance(found, list)
-        else []
-    )
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []

@@ -45,13 +45,9 @@ class RankRule:
             if dim is not None and dim < 1:
                 raise ValueError(f"{name}={dim}: give 1 or more")
         if self.rule == "sv_ratio" and not self.value >= 1:
-            raise ValueError(
-                f"sv_ratio={self.value:g}: give 1 or more, 2 keeps values down to half of the largest"
-            )
+            raise ValueError(f"sv_ratio={self.value:g}: give 1 or more, 2 keeps values down to half of the largest")
         if self.rule not in ("", "sv_ratio") and not 0 < self.value <= 1:
-            raise ValueError(
-                f"{self.rule}={self.value:g}: it is a share, above 0 and up to 1, such as 0.95"
-            )
+            raise ValueError(f"{self.rule}={self.value:g}: it is a share, above 0 and up to 1, such as 0.95")
 
     @classmethod
     def given(
@@ -67,9 +63,7 @@ class RankRule:
         """
         found = {name: options[name] for name in RULES if options.get(name) is not None}
         if len(found) > 1:
-            raise ValueError(
-                f"{' and '.join(found)} are two rules for one rank: leave out all but one"
-            )
+            raise ValueError(f"{' and '.join(found)} are two rules for one rank: leave out all but one")
         for name, value in found.items():
             return cls(dim, name, float(value or 0), conv_dim)
         return None if dim is None and conv_dim is None else cls(dim, conv_dim=conv_dim)
@@ -106,9 +100,7 @@ class RankRule:
 
     def __str__(self) -> str:
         rule = f"{self.rule} {self.value:g}" if self.rule else ""
-        return ", at most ".join(
-            filter(None, (rule, f"dim {self.dim}" if self.dim else ""))
-        )
+        return ", at most ".join(filter(None, (rule, f"dim {self.dim}" if self.dim else "")))
 
 
 def _reaching(parts: Tensor, amount: float) -> int:
