@@ -243,21 +243,25 @@ def test_names_way_and_precision_stay(rule: RankRule, kept: Callable[[torch.Tens
 
 
 def test_strength_beside_the_tensors_is_kept(tmp_path: Path) -> None:
-    """A folder of PEFT, r 8 and alpha 32: 4 times its factors' product, in every reader of the file."""
+    """A folder of PEFT, alpha 32, r 8 and 2: 4 and 16 times the factors' products, in every reader of the new file."""
     torch.manual_seed(4)
-    tensors = factors("base_model.model.transformer_blocks.0.attn.to_q")
+    q, k = (f"base_model.model.transformer_blocks.0.attn.to_{letter}" for letter in "qk")
+    tensors = factors(q) | factors(k, R=2)
     (tmp_path / "in").mkdir()
     save_file(tensors, tmp_path / "in" / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": ["to_q"]}
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "rank_pattern": {"to_k": 2}}
     (tmp_path / "in" / "adapter_config.json").write_text(json.dumps(settings))
-    A, B = (t.double() for t in tensors.values())
-    for dim in (2, 12):
+    for dim in (2, 12):  # the second layer stays with 2
         resize(tmp_path / "in", tmp_path / "b.safetensors", rule=RankRule(dim), overwrite=True)
         found = load_file(tmp_path / "b.safetensors")
         assert found.keys() == tensors.keys()
-        a, b = (t.double() for t in found.values())
-        lost = float(torch.linalg.svdvals(B @ A)[dim:8].norm())
-        assert float((b @ a - 4 * B @ A).norm()) == pytest.approx(4 * lost, rel=1e-5, abs=1e-4) and len(a) == dim
+        for path, scale in ((q, 4), (k, 16)):
+            old, new = (
+                t[f"{path}.lora_B.weight"].double() @ t[f"{path}.lora_A.weight"].double() for t in (tensors, found)
+            )
+            lost = float(torch.linalg.svdvals(old)[dim:8].norm())
+            assert float((new - scale * old).norm()) == pytest.approx(scale * lost, rel=1e-5, abs=1e-4)
+            assert len(found[f"{path}.lora_A.weight"]) == dim
 
 
 def test_fp8_grows_bit_for_bit(tmp_path: Path) -> None:
