@@ -121,6 +121,12 @@ def test_stacks_stay_stacks(algo: str, tmp_path: Path) -> None:
     second.eval()
     torch.testing.assert_close(model(signal()), expected, atol=1e-5, rtol=1e-5)
     second.detach()
+    third = network(1, resume_resize="True")
+    third.load_weights(file)
+    third.save_weights(str(tmp_path / "b.safetensors"), None, {})
+    third.detach()
+    key = "lora_unet_double_blocks_0_img_attn_qkv." + ("hada_w1_b" if algo == "loha" else "lora_down.weight")
+    assert [len(load_file(tmp_path / f"{name}.safetensors")[key]) for name in "ab"] == [6, 3]
 
 
 def test_without_it_the_error_names_both_ways(tmp_path: Path) -> None:
