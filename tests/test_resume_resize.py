@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_parts import draw, randomise, sd_unet
 from toy_models import signal, toy
 
 import networks.lora
 import networks.lora_flux
+from networks.tools.ranks import RankRule
+from networks.tools.resize import resize
 
 CASES = {  # arguments of the file and of the network
     "lora": {"conv_dim": "4"},
@@ -21,6 +23,7 @@ CASES = {  # arguments of the file and of the network
     "dora": {"use_dora": "True"},
     "reparam": {"loraplus_lr_ratio": "4", "loraplus_mode": "reparam", "use_scalar": "True"},
     "rs_lora": {"rs_lora": "True", "save_format": "blissful"},
+    "pissa": {"init": "pissa"},  # a file of twice its dim
     "lora_fa": {"algo": "lora_fa"},
     "dylora": {"algo": "dylora"},
     "loha": {"algo": "loha", "conv_dim": "4"},
@@ -70,6 +73,28 @@ def test_training_goes_on_with_more_ranks(case: str, tmp_path: Path, caplog: pyt
     again = attached(9, unet, **more)  # a file of its own dim is what is written
     again.load_weights(str(tmp_path / "b.safetensors"))
     torch.testing.assert_close(draw(unet), drawn, atol=2e-5, rtol=2e-5)
+
+
+def test_pairs_of_t_lora_grow_from_their_base_weights(tmp_path: Path) -> None:
+    """By the tool; a file has two ranks for each of the dim."""
+    file, more, base = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "base"))
+    first = attached(4, unet := sd_unet(), algo="tlora", alpha_rank_scale="0")
+    save_file({key: t.contiguous() for key, t in sd_unet().state_dict().items()}, base)
+    randomise(first)
+    first.save_weights(str(file), None, {"ss_network_module": "networks.tlora"})
+    drawn = draw(unet).detach()
+    first.detach()
+    with pytest.raises(ValueError, match="new ranks of tlora start from the weight below: give the model, --base"):
+        resize(file, more, rule=RankRule(12))
+    with pytest.raises(ValueError, match="13 is odd"):
+        resize(file, more, rule=RankRule(13), base=[base])
+    resize(file, more, rule=RankRule(12), base=[base])
+    second = attached(6, unet, algo="tlora", alpha_rank_scale="0")
+    second.load_weights(str(more))
+    torch.testing.assert_close(draw(unet), drawn, atol=2e-5, rtol=2e-5)
+    fresh = attached(6, sd_unet(), algo="tlora", alpha_rank_scale="0")
+    for grown, new in zip(second.adapted_layers, fresh.adapted_layers, strict=True):
+        torch.testing.assert_close(grown.adapter.lam0[:, 4:], new.adapter.lam0[:, 4:], atol=1e-4, rtol=1e-4)
 
 
 def test_fewer_ranks_are_the_nearest_and_the_log_says_how_near(

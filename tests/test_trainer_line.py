@@ -293,6 +293,9 @@ def test_a_file_that_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert code == 0 and "training goes on from its values, 263 layers start anew" in out
     code, _, err = run(capsys, "--", *line)
     assert code == 2 and f"1 layers have another form in it, such as {layer}, lora of dim 3, here lora of dim 4" in err
+    assert "resume_resize=True gives a file of another dim these ranks" in err
+    code, out, err = run(capsys, "--trained", "--", *line, "--network_args", "resume_resize=True")
+    assert code == 0 and "1 layers get other ranks as they are loaded" in out, err
     code, _, err = run(
         capsys, "--", *line[:-1], str(tmp_path / "b.safetensors"), "--dim_from_weights", "--network_args", "a=1"
     )

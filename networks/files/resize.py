@@ -97,6 +97,8 @@ def grown(
     with located(dotted.shown(saved.name)), torch.device("cpu"), seeded(seed_of(saved.name, seed)):
         _, options = algorithm.describe(geometry, saved.tensors)
         rank = algorithm.whole_layout(geometry, 1, options).saved_rank or 1
+        if dim * parts % rank:
+            raise ValueError(f"files of {algorithm.spec.name} have {rank} ranks for each of its dim: {dim} is odd")
         adapter = algorithm(geometry, dim * parts // rank, options)
         if adapter.wants_base:
             weight = base()
