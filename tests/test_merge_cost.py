@@ -164,6 +164,28 @@ def test_a_trainers_merge_keeps_nothing_but_its_result(kind: str, folder: Path) 
     assert not keys
 
 
+def test_a_trainers_merge_looks_through_a_file_once(folder: Path) -> None:
+    """Not with every weight; another file in the same place is another file."""
+
+    class Watched(dict[str, Tensor]):
+        walks = 0
+
+        def __iter__(self) -> Iterator[str]:
+            self.walks += 1
+            return super().__iter__()
+
+    file, keys = Watched(adapter("lora", 4)), set(adapter("lora", 4))
+    weight = torch.randn(O, I)
+    for i in range(4):
+        key_merge.merge_weights_to_tensor(weight, NAME.format(i), file, keys, 1.0, "cpu")
+    assert file.walks <= 1 and not keys
+    other = adapter("lokr", 4)
+    file.clear()
+    file.update({key: other[key] for key in sorted(other)} | {"flag": torch.tensor(1.0)})
+    keys = set(file)
+    assert not torch.equal(key_merge.merge_weights_to_tensor(weight, NAME.format(0), file, keys, 1.0, "cpu"), weight)
+
+
 def test_a_dry_run_tells_all_and_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file(weights("bfloat16", 2), folder / "m.safetensors")
     good = adapter("lora", 2)

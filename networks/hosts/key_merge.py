@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableSet, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ FROM_WEIGHTS = "create_arch_network_from_weights"
 WRAPPED = "model_diffusion_model_"  # before the keys of some checkpoints; the trainers strip it after they merged
 _NOTHING = Allowance(remedy="--allow_missing before the script's name")
 _PART_OF = re.compile(r"(.*)(\d{5})(-of-)(\d{5})(.*)", re.DOTALL)
+_MOST_FILES = 16  # of which it is known which keys a layer has
 Fingerprint = tuple[tuple[str, float], ...]
 Shapes = Mapping[str, tuple[int, ...]]
 _merged_by_key: set[Fingerprint] = set()  # files, in this process
@@ -73,8 +75,11 @@ def merge_weights_to_tensor(
     """
     named("multiplier", multiplier)
     written = twins.name_in(lora_sd, lora_name)
-    keys = [key for key in lora_weight_keys if key.startswith(f"{written}.")]
-    flags = {key: tensor for key, tensor in lora_sd.items() if "." not in key}  # of the whole file
+    layers = _by_layer(lora_sd)
+    keys = [key for key in layers.get(written, ()) if key in lora_weight_keys]
+    if not keys:
+        return model_weight
+    flags = {key: lora_sd[key] for key in layers.get("", ())}  # of the whole file
     own = {lora_name + key.removeprefix(written): lora_sd[key] for key in keys}
     part = FileTensors(flags | own, "the file").opened(Naming())
     layer = part.layers.get(lora_name)
@@ -90,6 +95,25 @@ def merge_weights_to_tensor(
             return merged_weight(layer, weight, multiplier, in_place=True)
 
     return _rounded(model_weight, [f"{part.source}: {layer.name}"], new, calc_device).to(model_weight.device)
+
+
+_files: dict[int, tuple[weakref.ref[Tensor], int, dict[str, list[str]]]] = {}  # by identity, see `_by_layer`
+
+
+def _by_layer(tensors: Mapping[str, Tensor]) -> Mapping[str, list[str]]:
+    """Layer -> its keys, "" -> those of no layer; found once for a file, which hosts hand over with every weight."""
+    first = next(iter(tensors.values()), None)
+    found = _files.get(id(tensors))
+    if found is not None and found[0]() is first and found[1] == len(tensors):
+        return found[2]
+    layers: dict[str, list[str]] = {}
+    for key in tensors:
+        layers.setdefault(key.partition(".")[0] if "." in key else "", []).append(key)
+    if len(_files) > _MOST_FILES:
+        _files.clear()
+    if first is not None:
+        _files[id(tensors)] = weakref.ref(first), len(tensors), layers
+    return layers
 
 
 def _rounded(
