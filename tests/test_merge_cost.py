@@ -128,6 +128,10 @@ def test_several_files_are_the_sequence_of_single_merges_in_one_pass(
     for number, (file, multiplier) in enumerate(files.items()):
         merge_checkpoint(last, {file: multiplier}, folder / f"{number}.safetensors")
         last = folder / f"{number}.safetensors"
+    told = [
+        Checkpoint(file).headers[file].metadata["networks_merged"] for file in (folder / "together.safetensors", last)
+    ]
+    assert told[0] == told[1] and len(json.loads(told[0])) == len(files)
     together, apart = load_file(folder / "together.safetensors"), load_file(last)
     for key, value in apart.items():
         assert float((together[key] - value).norm()) <= 1e-14 * float(value.norm()), key

@@ -8,12 +8,14 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._errors import located
 from ..archs import ARCHS
+from ..foreign.texts import parse_json
 from ..tensors import base_weight
 from ..tensors.norms import weight_geometry
 from . import dotted, stored, weight_names
@@ -23,6 +25,8 @@ from .codec import SavedLayer
 from .merged import merged_bias, merged_weight
 from .places import Allowance, Missing, find_missing, part_of
 from .weight_names import Piece
+
+MERGED = "networks_merged"  # list of (file, multiplier) in the metadata of a checkpoint, the newest last
 
 
 @dataclass(frozen=True)
@@ -211,8 +215,17 @@ class CheckpointMerge:
         """
         check_free(self.checkpoint, out)
         told = [{"file": a.path.name, "multiplier": a.multiplier} for a in self.adapters]
-        self.checkpoint.write(out, self._changed, {"networks_merged": json.dumps(told)}, progress)
+        self.checkpoint.write(out, self._changed, {MERGED: json.dumps([*self._earlier(), *told])}, progress)
         return base_weight.rounding_warning(self.roundings)
+
+    def _earlier(self) -> list[Any]:
+        """What was merged into the checkpoint before, where it says so."""
+        said = (header.metadata.get(MERGED, "[]") for header in self.checkpoint.headers.values())
+        try:
+            found = parse_json(next(said, "[]"))
+        except ValueError:
+            return []
+        return found if isinstance(found, list) else []
 
     def _changed(self, key: str) -> dict[str, Tensor]:
         group = self._groups.get(key)
