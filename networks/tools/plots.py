@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files.outputs import write_atomically
-from .spectra import Spectra, Spectrum
+from .spectra import SHARES, Spectra, Spectrum
 
 KINDS = 9  # that have a colour of their own
+LABELS = 36  # of blocks on an axis, which can be read
+SINGLE = 60  # layers of which each has a line of its own that can be seen
 _OTHERS = "others"
+_BLOCK = re.compile(r"[._]*(.*?)[._]*(\d+)(?:[._]|$)")
 
 
 def draw(found: Spectra, out: Path) -> None:
@@ -30,7 +37,8 @@ def draw(found: Spectra, out: Path) -> None:
 
     figure, ((norms, kept), (falling, effective)) = pyplot.subplots(2, 2, figsize=(14, 9.5), constrained_layout=True)
     try:
-        figure.suptitle(f"{found.file.name}: {len(found.layers)} layers of up to {found.most} ranks")
+        title = f"{found.file.name}: {len(found.layers)} layers of up to {found.most} ranks"
+        figure.suptitle(title, parse_math=False)  # a name may have $ in it
         colours = _colours(found.layers, pyplot.get_cmap("tab10"))
         _norms(norms, found.layers, colours)
         _kept(kept, found)
@@ -66,14 +74,41 @@ def _by_group(layers: Sequence[Spectrum], colours: dict[str, Any]) -> dict[str, 
     return groups
 
 
+def _block(layer: Spectrum) -> tuple[str, str, str]:
+    """(part, what it is one of, number), of the block in a layer's name: `unet`, `double_blocks`, `7`."""
+    found = _BLOCK.match(layer.name.removeprefix(layer.part))
+    stem, number = found.groups() if found else ("", "")
+    return layer.part.removeprefix("lora_"), "_".join(re.split("[._]", stem)[-2:]), number
+
+
+def _along_blocks(axes: Any, layers: Sequence[Spectrum], values: Sequence[float]) -> None:
+    """The axis of all layers: names of blocks, a line where another kind of block begins, and for each block a bar at
+    the root mean square of its layers."""
+    start, before, ticks = 0, ("", ""), dict[int, str]()
+    for (part, stem, number), members in itertools.groupby(layers, _block):
+        stop = start + len([*members])
+        bar = math.sqrt(math.fsum(value**2 for value in values[start:stop]) / (stop - start))
+        axes.plot([start - 0.5, stop - 0.5], [bar, bar], color="black", linewidth=1.2)
+        if (part, stem) != before:
+            axes.axvline(start - 0.5, color="grey", linewidth=0.6)
+        if start - max(ticks, default=-len(layers)) >= len(layers) / LABELS:
+            ticks[start] = " ".join(filter(None, ("" if part == before[0] else part, stem, number))) or "no block"
+        start, before = stop, (part, stem)
+    axes.set_xticks([*ticks], [*ticks.values()], rotation=90, fontsize=7)
+    axes.set_xlim(-0.5 - 0.01 * len(layers), len(layers) * 1.01 - 0.5)
+    axes.grid(alpha=0.3, axis="y")
+
+
 def _norms(axes: Any, layers: Sequence[Spectrum], colours: dict[str, Any]) -> None:
     relative = all(layer.relative is not None for layer in layers)
+    sizes = [(layer.relative if relative else layer.norm) or 0.0 for layer in layers]
     for group, members in reversed(_by_group(layers, colours).items()):
-        sizes = [layer.relative if relative else layer.norm for _, layer in members]
-        axes.scatter([place for place, _ in members], sizes, s=12, color=colours[group], label=group)
-    axes.set(title="length of the update of each layer", xlabel="layer, by part, block and name", yscale="log")
+        places = [place for place, _ in members]
+        axes.scatter(places, [sizes[i] for i in places], s=12, color=colours[group], label=group)
+    _along_blocks(axes, layers, sizes)
+    axes.set(title="length of the update of each layer; bars: root mean square of a block")
+    axes.set_yscale("log" if any(sizes) else "linear")
     axes.set_ylabel("beside the length of the weight" if relative else "Frobenius norm")
-    axes.grid(alpha=0.3)
 
 
 def _kept(axes: Any, found: Spectra) -> None:
@@ -88,36 +123,44 @@ def _kept(axes: Any, found: Spectra) -> None:
             textcoords="offset points",
             fontsize=8,
         )
-    axes.set(title="energy that each dim would keep", xlabel="dim", ylabel="share of all squared singular values")
+    enough = ", ".join(f"{share:.0%} from dim {found.dim_for(share)}" for share in SHARES)
+    axes.set(title=f"energy that each dim would keep: {enough}", xlabel="dim")
+    axes.set_ylabel("share of all squared singular values")
     axes.set_xscale("log", base=2)
     axes.set_xticks(found.dims, [str(dim) for dim in found.dims])
     axes.minorticks_off()
-    axes.set_xlim(0.9, found.most * 1.5)
+    axes.set_xlim(0.9, max(2, found.most) * 1.6)
     axes.set_ylim(0, 1.05)
     axes.grid(alpha=0.3)
 
 
 def _falling(axes: Any, found: Spectra, colours: dict[str, Any]) -> None:
+    """Each layer as a thin line; of many the median of each colour."""
+    many, lowest = len(found.layers) > SINGLE, list[float]()
     for group, members in reversed(_by_group(found.layers, colours).items()):
-        for _, layer in members:
-            values = [s / layer.values[0] for s in layer.values] if layer.values else []
-            ranks = [*range(1, len(values) + 1)]
-            mark = "." if len(values) == 1 else ""
-            axes.plot(
-                ranks, values, color=colours[group], alpha=max(0.05, min(0.6, 20 / len(found.layers))), marker=mark
-            )
-    axes.set(title="singular values of each layer, beside its largest", xlabel="rank", yscale="log")
+        lines = [[s / layer.values[0] for s in layer.values] for _, layer in members if layer.values]
+        for line in lines:
+            ranks, mark = [*range(1, len(line) + 1)], "." if len(line) == 1 else ""
+            width, alpha = (0.5, max(0.04, 20 / len(found.layers))) if many else (1.0, 0.7)
+            axes.plot(ranks, line, color=colours[group], alpha=alpha, linewidth=width, marker=mark)
+        if many and lines:
+            columns = itertools.zip_longest(*lines)
+            middle = [statistics.median([s for s in column if s is not None]) for column in columns]
+            axes.plot([*range(1, len(middle) + 1)], middle, color=colours[group], linewidth=2)
+            lowest.append(middle[-1])
+    if lowest:  # a few layers far below would make all others flat
+        axes.set_ylim(min(lowest) / 5, 1.5)
+    shown = "thick: the median of a colour" if many else "a line for each layer"
+    axes.set(title=f"singular values beside the largest of their layer; {shown}", xlabel="rank")
+    axes.set_yscale("log" if any(layer.values for layer in found.layers) else "linear")
     axes.grid(alpha=0.3)
 
 
 def _effective(axes: Any, layers: Sequence[Spectrum], colours: dict[str, Any]) -> None:
+    ranks = [layer.effective_rank for layer in layers]
     for group, members in reversed(_by_group(layers, colours).items()):
-        ranks = [layer.effective_rank for _, layer in members]
-        axes.scatter([place for place, _ in members], ranks, s=12, color=colours[group])
-    axes.set(
-        title="effective rank of each layer",
-        xlabel="layer, by part, block and name",
-        ylabel="as many equal directions",
-    )
+        places = [place for place, _ in members]
+        axes.scatter(places, [ranks[i] for i in places], s=12, color=colours[group])
+    _along_blocks(axes, layers, ranks)
+    axes.set(title="effective rank of each layer", ylabel="as many equal directions")
     axes.set_ylim(0)
-    axes.grid(alpha=0.3)

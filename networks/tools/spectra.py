@@ -14,6 +14,7 @@ from ..files.places import part_of
 from .opened import Opened
 from .report import Walk, silently
 
+SHARES = (0.9, 0.99)  # of energy, of which it is told which dim keeps them
 DIMS = (1, 2, 4, 8, 16, 32, 64, 128)
 _NUMBER = re.compile(r"\d+")
 
@@ -76,6 +77,10 @@ class Spectra:
         held = math.fsum(s * s for layer in self.layers for s in layer.values[:dim])
         return held / whole if whole else 1.0
 
+    def dim_for(self, energy: float) -> int:
+        """The lowest dim that keeps this share of the energy of all layers."""
+        return next((dim for dim in range(1, self.most) if self.kept(dim) >= energy * (1 - 1e-12)), self.most)
+
     @property
     def most(self) -> int:
         """Ranks of the layer that has most."""
@@ -93,12 +98,12 @@ class Spectra:
             {
                 **vars(one),
                 "effective_rank": one.effective_rank,
-                "rank_0.9": one.rank_for(0.9),
-                "rank_0.99": one.rank_for(0.99),
+                **{f"rank_{share:g}": one.rank_for(share) for share in SHARES},
             }
             for one in self.layers
         ]
-        return {"file": str(self.file), "kept": {dim: self.kept(dim) for dim in self.dims}, "layers": layers}
+        return {"file": str(self.file), "kept": {dim: self.kept(dim) for dim in self.dims},
+                "dims": {f"{share:g}": self.dim_for(share) for share in SHARES}, "layers": layers}  # fmt: skip
 
     def lines(self) -> list[str]:
         """For people."""
@@ -108,6 +113,7 @@ class Spectra:
         largest = max(self.layers, key=lambda one: one.norm, default=None)
         return [
             f"energy that a dim keeps: {kept}",
+            ", ".join(f"{share:.0%} of it from dim {self.dim_for(share)}" for share in SHARES),
             f"effective rank {middle:.1f} in the middle of the layers, {ranks[0]:.1f} to {ranks[-1]:.1f}"
             if ranks
             else "",
