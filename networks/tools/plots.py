@@ -152,6 +152,7 @@ def _falling(axes: Any, found: Spectra, colours: dict[str, Any]) -> None:
         axes.set_ylim(min(lowest) / 5, 1.5)
     shown = "thick: the median of a colour" if many else "a line for each layer"
     axes.set(title=f"singular values beside the largest of their layer; {shown}", xlabel="rank")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yscale("log" if any(layer.values for layer in found.layers) else "linear")
     axes.grid(alpha=0.3)
 
