@@ -49,6 +49,7 @@ from .tools.convert import convert
 from .tools.merge import merge_checkpoint
 from .tools.ranks import RankRule
 from .tools.report import Report
+from .tools.rescue import rescue
 from .tools.resize import resize
 from .tools.spectra import Spectra, spectra
 
@@ -406,6 +407,7 @@ __all__ = [
     "merge",
     "merge_checkpoint",
     "plan",
+    "rescue",
     "resize",
     "save",
     "spectra",
