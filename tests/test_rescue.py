@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
@@ -112,6 +113,7 @@ CASES: dict[str, tuple[Tensors, dict[str, str], str, float, bool]] = {
               "there twice under two names", SCALE, False),
     "names of diffusers": (PEFT, {}, "its names are", 1.0, False),
     "magnitudes lost": (good(), DORA_TRAINED, "a converter has left them out", SCALE, False),
+    "magnitudes lost by a converter of names": (PEFT, DORA_TRAINED, "a converter has left them out", 1.0, False),
 }  # fmt: skip
 
 
@@ -147,6 +149,9 @@ def test_a_broken_file(case: str, tmp_path: Path) -> None:
     for name in kept:
         mine = update(found, name)
         torch.testing.assert_close(mine, update(good(), name, scale), rtol=1e-6, atol=0)
+    assert (
+        "use_dora" not in str(safe_open(out, "pt").metadata()["ss_network_args"]) if metadata is DORA_TRAINED else True
+    )
     assert report.error == 0 and all(row.error == 0 for row in report.rows)
     if case == "doubled":
         readers = {one["program"].split()[0]: (one["before"], one["after"]) for one in report.details["readers"]}

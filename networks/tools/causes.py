@@ -21,7 +21,7 @@ from torch import Tensor
 from ..algos import Adapter, recognise
 from ..archs.names import DENOISER
 from ..files import codec, dialects, dotted, soundness, strengths
-from ..files.adapter_file import FileTensors
+from ..files.adapter_file import FileTensors, Naming
 from ..files.explain import DORA, contradictions
 from ..foreign.texts import parse_json
 from ..models.adapters import fits, model_of
@@ -370,7 +370,7 @@ def beside(patient: Patient) -> Iterator[Finding]:
 def magnitudes(patient: Patient) -> Iterator[Finding]:
     """DoRA that has lost its magnitudes."""
     try:
-        layers, _ = codec.decode(patient.tensors)
+        layers = patient.opened().opened(Naming()).layers
     except ValueError:
         return
     if any("no magnitudes" in text for text in contradictions(layers.values(), patient.metadata)):
