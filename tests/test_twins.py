@@ -3,6 +3,7 @@ that was trained."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import networks.lora_wan
 from networks.files import codec, twins
 from networks.files.adapter_file import Naming, open_adapter
 from networks.files.checkpoint import Checkpoint
+from networks.files.keys import FileKeys
 from networks.files.merge import CheckpointMerge, MergeInput
 from networks.hosts import key_merge
 
@@ -274,3 +276,21 @@ def test_other_forms_of_such_layers_keep_their_names() -> None:
     tensors = {f"lora_unet_blocks_0_norm{i}.{end}": torch.ones(WIDTH) for i in (2, 3) for end in ("diff", "diff_b")}
     assert twins.right_names({"lora_unet_blocks_0_norm2": {"diff", "diff_b"}, "x": set()}, True) == {}
     assert codec.decode(tensors)[0].keys() == {f"lora_unet_blocks_0_norm{i}" for i in (2, 3)}
+
+
+@pytest.mark.parametrize("names", [["norm2"], ["norm2", "norm3"]], ids=" and ".join)
+def test_tools_that_keep_a_files_names_keep_swapped_ones(names: list[str]) -> None:
+    """Whether a layer changes or stays, it is written where the file has it, and once."""
+    tensors = {f"lora_unet_blocks_0_{name}.w_norm": torch.randn(WIDTH) for name in names} | {"step": torch.ones(1)}
+    file = open_adapter(tensors, Naming())
+    keys = FileKeys(file)
+    for factor in (1.0, 2.0):
+        found = keys.rest()
+        for saved in file.layers.values():
+            changed = replace(saved, tensors={key: factor * t for key, t in saved.tensors.items()})
+            written = keys.of(saved if factor == 1 else changed)
+            assert not written.keys() & found.keys()
+            found |= written
+        assert found.keys() == tensors.keys() and torch.equal(found["step"], tensors["step"])
+        for key in tensors.keys() - {"step"}:
+            assert torch.equal(found[key], factor * tensors[key]), key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dialects, dotted
+from . import dialects, dotted, twins
 from .adapter_file import AdapterFile
 from .codec import SavedLayer
 
@@ -36,7 +36,12 @@ class FileKeys:
         self._tensors = file.tensors
         # PEFT's own form has none; everywhere else some reader takes a missing one for 1
         self._alphas = not file.dotted or any(suffix == dotted.ALPHA for _, suffix in self._keys)
-        self._layers = {dotted.shown(name): layer for name, layer in file.layers.items()}
+        # Layers that have each other's names in the file keep them there.
+        self._layers = {self._path(name): layer for name, layer in file.layers.items()}
+
+    def _path(self, name: str) -> str:
+        """What the file calls a layer."""
+        return dotted.shown(twins.name_in(self._tensors, name))
 
     def rest(self) -> dict[str, Tensor]:
         """The tensors of what is no layer: flags of the whole, and keys of what is no adapter."""
@@ -50,7 +55,7 @@ class FileKeys:
         Args:
             layer: by the name that the opened file has for it.
         """
-        path, dialect = dotted.shown(layer.name), self._format.dialect
+        path, dialect = self._path(layer.name), self._format.dialect
         if layer is self._layers.get(path):
             return {key: self._tensors[key] for key in self._paths[path]}
         tensors, alpha = dict(layer.tensors), layer.alpha
