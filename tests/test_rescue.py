@@ -241,7 +241,8 @@ def test_folded_magnitudes_are_unfolded_and_back(tmp_path: Path, base: Path) -> 
         folded[key] = (true[key] * norms[name] / (weight + update(good(), name)).norm(dim=1, keepdim=True)).float()
     save_file(folded, path)
     with pytest.raises(ValueError, match="--base CHECKPOINT"):
-        rescue(path, model="sd15")
+        rescue(path, out, model="sd15")
+    assert not out.exists() and "--base CHECKPOINT" in diagnosed(path, model="sd15")[1]
     rescue(path, out, model="sd15", base=[base])
     found = load_file(out)
     assert "use_folded_dora_flag" not in found

@@ -137,15 +137,13 @@ def _kept(axes: Any, found: Spectra) -> None:
 def _falling(axes: Any, found: Spectra, colours: dict[str, Any]) -> None:
     """Each layer as a thin line; of many the median of each colour."""
     many, lowest = len(found.layers) > SINGLE, list[float]()
+    style = {"linewidth": 0.5, "alpha": max(0.04, 20 / len(found.layers))} if many else {"alpha": 0.7}
     for group, members in reversed(_by_group(found.layers, colours).items()):
         lines = [[s / layer.values[0] for s in layer.values] for _, layer in members if layer.values]
         for line in lines:
-            ranks, mark = [*range(1, len(line) + 1)], "." if len(line) == 1 else ""
-            width, alpha = (0.5, max(0.04, 20 / len(found.layers))) if many else (1.0, 0.7)
-            axes.plot(ranks, line, color=colours[group], alpha=alpha, linewidth=width, marker=mark)
+            axes.plot([*range(1, len(line) + 1)], line, "." * (len(line) == 1), color=colours[group], **style)
         if many and lines:
-            columns = itertools.zip_longest(*lines)
-            middle = [statistics.median([s for s in column if s is not None]) for column in columns]
+            middle = _medians(lines)
             axes.plot([*range(1, len(middle) + 1)], middle, color=colours[group], linewidth=2)
             lowest.append(middle[-1])
     if lowest:  # a few layers far below would make all others flat
@@ -155,6 +153,12 @@ def _falling(axes: Any, found: Spectra, colours: dict[str, Any]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_yscale("log" if any(layer.values for layer in found.layers) else "linear")
     axes.grid(alpha=0.3)
+
+
+def _medians(lines: Sequence[Sequence[float]]) -> list[float]:
+    """At each rank, of the layers that have so many."""
+    columns = itertools.zip_longest(*lines)
+    return [statistics.median([s for s in column if s is not None]) for column in columns]
 
 
 def _effective(axes: Any, layers: Sequence[Spectrum], colours: dict[str, Any]) -> None:

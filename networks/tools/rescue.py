@@ -85,7 +85,7 @@ def rescue(
     report = Report("rescue", [Path(file)])
     patient, findings = _examined(file, strength, model)
     case = _Case(patient, findings, to, model, base)
-    made = case.cured()
+    made = writer.cast(case.made(target is not None), dtype)
     report.rows = case.rows(made, walk)
     report.dropped = [(name, one.what) for one in case.findings if one.lost for name in one.where]
     report.details = {
@@ -97,7 +97,7 @@ def rescue(
     report.notes = [*patient.notes, *case.remarks(report)]
     if target is not None:
         report.check(allow_dropped)
-        report.out = writer.write_tensors(target, made, dtype, case.metadata)
+        report.out = writer.write_tensors(target, made, metadata=case.metadata)
         with located(f"{target} was written and does not prove right"):
             FileTensors(target).opened(Naming()).all_read()
     return report
@@ -191,8 +191,21 @@ class _Case:
 
     # -- the good file
 
-    def cured(self) -> dict[str, Tensor]:
-        """The tensors of the good file."""
+    def made(self, wanted: bool) -> dict[str, Tensor]:
+        """The tensors of the good file; where it is not wanted none, and a finding more, if there can be no such file.
+
+        Raises:
+            ValueError: it is wanted, and there can be none.
+        """
+        try:
+            return self._cured()
+        except ValueError as error:
+            if wanted:
+                raise
+            self.findings.append(Finding(str(error)))
+            return {}
+
+    def _cured(self) -> dict[str, Tensor]:
         if self.model is None:
             self.layers = dict(self.own.layers)
             keys = FileKeys(self.own)
@@ -339,6 +352,8 @@ class _Case:
         Raises:
             ValueError: the new file is refused, or a layer is not in it.
         """
+        if not made:
+            return []
         after = FileTensors(made, f"the new file of {self.patient.source}")
         if self.model is None:
             layers = after.opened(Naming()).all_read().layers
@@ -366,7 +381,7 @@ class _Case:
 
     def readers(self, made: dict[str, Tensor]) -> list[dict[str, Any]]:
         """What other programs make of the file, before and after."""
-        if self.model is None:
+        if self.model is None or not made:
             return []
         after = {one.name: one for one in self._verdicts(FileTensors(made), self.model)}
         try:
