@@ -78,7 +78,8 @@ def _block(layer: Spectrum) -> tuple[str, str, str]:
     """(part, what it is one of, number), of the block in a layer's name: `unet`, `double_blocks`, `7`."""
     found = _BLOCK.match(layer.name.removeprefix(layer.part))
     stem, number = found.groups() if found else ("", "")
-    return layer.part.removeprefix("lora_"), "_".join(re.split("[._]", stem)[-2:]), number
+    words = re.split("[._]", stem)
+    return layer.part.removeprefix("lora_"), "_".join(words if len(words) < 4 else words[-2:]), number
 
 
 def _along_blocks(axes: Any, layers: Sequence[Spectrum], values: Sequence[float]) -> None:
@@ -129,7 +130,7 @@ def _kept(axes: Any, found: Spectra) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(found.dims, [str(dim) for dim in found.dims])
     axes.minorticks_off()
-    axes.set_xlim(0.9, max(2, found.most) * 1.6)
+    axes.set_xlim(0.9, max(2, found.most) * 2)
     axes.set_ylim(0, 1.05)
     axes.grid(alpha=0.3)
 
