@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -182,23 +182,26 @@ def kinds(arch: ArchSpec) -> Mapping[Part, Mapping[str, bool]]:
 def _likeness(arch: ArchSpec, model: Model) -> tuple[float, float]:
     """Share of an architecture's kinds of layers that a model has, weighted by how many of its tensors are of them, and
     share of its very layers; without a denoiser those of its text encoders. 0 = too few."""
+    return max((_share(model.layers(part), names) for part, names in _released(arch, model)), default=(0.0, 0.0))
+
+
+def _released(arch: ArchSpec, model: Model) -> list[tuple[Part, Iterable[str]]]:
+    """(part, names of layers) of the released models, of the parts that a model may have."""
     encoders = [part for part in arch.text_encoders if any(where == part.prefix for where, _ in model.files)]
-    wanted = [(arch.denoiser, some_layers(arch.denoiser, release.name).keys()) for release in arch.releases]
-    if encoders and len(encoders) == len(model.files):
-        wanted = [
-            (part, some_layers(part, encoder.name).keys())
-            for release in arch.releases
-            for part, encoder in zip(arch.text_encoders, release.text_encoders, strict=False)
-            if encoder and part in encoders
-        ]
-    best = (0.0, 0.0)
-    for part, names in wanted:
-        layers, own = model.layers(part), {kind_of(name) for name in names}
-        keys = {key for name, (_, one) in layers.items() if kind_of(name) in own for key in one.target.keys}
-        share = len({kind_of(name) for name in layers} & own) / len(own)
-        if share > _ENOUGH:
-            best = max(best, (share * len(keys), len(layers.keys() & names) / len(names)))
-    return best
+    if not encoders or len(encoders) < len(model.files):
+        return [(arch.denoiser, some_layers(arch.denoiser, release.name)) for release in arch.releases]
+    pairs = [zip(arch.text_encoders, release.text_encoders, strict=False) for release in arch.releases]
+    return [(part, some_layers(part, one.name)) for pair in pairs for part, one in pair if one and part in encoders]
+
+
+def _share(layers: Mapping[str, tuple[str, Weight]], names: Iterable[str]) -> tuple[float, float]:
+    """`_likeness` of one part to one with layers of these names."""
+    wanted = {*names}
+    own = {kind_of(name) for name in wanted}
+    known = {name: weight for name, (_, weight) in layers.items() if kind_of(name) in own}
+    keys = {key for weight in known.values() for key in weight.target.keys}
+    share = len({*map(kind_of, known)}) / len(own)
+    return (share * len(keys), len(layers.keys() & wanted) / len(wanted)) if share > _ENOUGH else (0.0, 0.0)
 
 
 @dataclass(frozen=True)
