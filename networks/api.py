@@ -46,6 +46,7 @@ from .plan.plan import Plan, Request
 from .tools.combine import combine
 from .tools.compare import Comparison, compare
 from .tools.convert import convert
+from .tools.extract import extract
 from .tools.merge import merge_checkpoint
 from .tools.ranks import RankRule
 from .tools.report import Report
@@ -403,6 +404,7 @@ __all__ = [
     "combine",
     "compare",
     "convert",
+    "extract",
     "load",
     "merge",
     "merge_checkpoint",
