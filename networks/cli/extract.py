@@ -24,11 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = tool(__doc__)
     parser.add_argument("tuned", metavar="TUNED", help="the model that has learnt something")
     parser.add_argument("base", metavar="BASE", help="the model that it was tuned from")
-    parser.add_argument(
-        "--to",
-        default="lora",
-        help="lora, lokr, loha or diff (the whole difference); default: lora",
-    )
+    parser.add_argument("--to", metavar="TARGET", action="append", help="lora (default), lokr, loha or diff (the whole "
+                        "difference); and the form of a program as for convert, --to twice")  # fmt: skip
     add_output(parser)
     add_ranks(parser)
     parser.add_argument("--factor", type=int, default=-1, help="of a LoKr; default: the most even split")
@@ -71,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         [args.tuned, *(f"{name}={tuned}" for name, tuned, _ in args.text_encoder)],
         [args.base, *(f"{name}={base}" for name, _, base in args.text_encoder)],
         args.out,
-        to=args.to,
+        to=args.to or "lora",
         rule=rule_of(args),
         factor=args.factor,
         clamp_quantile=args.clamp_quantile,

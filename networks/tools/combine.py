@@ -24,7 +24,7 @@ from ..files import codec, dotted, outputs, writer
 from ..files.codec import SavedLayer
 from ..tensors.updates import Update, total
 from . import metadata
-from .convert import FILE_ALGOS, convert, inputs, plain_dtype, targets
+from .convert import FILE_ALGOS, inputs, plain_dtype, targets, written_as
 from .forms import Form, Shape, row_of
 from .opened import Opened
 from .ranks import RankRule
@@ -87,18 +87,16 @@ def combine(
     report.dropped = [one for file in together.files for one in together.lost(file)]
     report.notes = [*filter(None, map(together.order, together.files))] if len(strengths) > 1 else []
     report.check(allow_dropped)
-    if dialect is None:
-        summed.write(place, report, walk, allow_dropped, max_error)
-    else:  # in the trainers' form first, inside the place where the other is made
-        with outputs.whole(place) as part:
-            plain = part.with_name("combined.safetensors")
-            summed.write(plain, report, walk, allow_dropped, max_error)
-            made = convert(
-                plain, part, to=dialect.name, model=model, base=base, max_error=max_error, allow_dropped=allow_dropped
-            )
-            report.dropped += made.dropped
-            report.notes += [f"as {dialect.name}: {line}" for line in made.lines()]
-    report.out = place
+    written_as(
+        place,
+        dialect,
+        lambda path: summed.write(path, report, walk, allow_dropped, max_error),
+        report,
+        model=model,
+        base=base,
+        max_error=max_error,
+        allow_dropped=allow_dropped,
+    )
     return report
 
 

@@ -23,7 +23,7 @@ from ..files.codec import SavedLayer
 from ..files.dialects import DIALECTS, PORTABLE, Dialect
 from ..files.joining import NeedsBase, as_diff, as_lora, update_of
 from ..files.keys import FileKeys
-from ..files.outputs import check_outputs
+from ..files.outputs import check_outputs, whole
 from ..files.strengths import CONFIG
 from . import metadata
 from .forms import FORM_OF, FORMS, Form, Shape, row_of
@@ -214,6 +214,30 @@ def below(file: Path | str) -> list[Path]:
     return sorted(config.parent for config in Path(file).glob(f"*/{CONFIG}")) if Path(file).is_dir() else []
 
 
+def written_as(
+    place: Path, dialect: Dialect | None, write: Callable[[Path], None], report: Report, **options: Any
+) -> None:
+    """Put a file, which `write` makes in the trainers' form, at its place: in the form of a program, if there is one.
+
+    Args:
+        place: of the file that is asked for.
+        dialect: of the program; None = the trainers' form is what is asked for.
+        write: makes a file, given its path.
+        report: takes what the program's form has no place for, and the place.
+        options: of `convert`.
+    """
+    if dialect is None:
+        write(place)
+    else:  # in the trainers' form first, inside the place where the other is made
+        with whole(place) as part:
+            plain = part.with_name("plain.safetensors")
+            write(plain)
+            made = convert(plain, part, to=dialect.name, **options)
+            report.dropped += made.dropped
+            report.notes += [f"as {dialect.name}: {line}" for line in made.lines()]
+    report.out = place
+
+
 def inputs(file: Path | str, base: Sequence[Path | str]) -> list[Path]:
     """All that is read, and must not be written over."""
     from ..files.base_weights import divided
@@ -230,7 +254,7 @@ def targets(to: str | Sequence[str]) -> tuple[str, Dialect | None]:
     names = [ALIASES.get(name, name) for name in ([to] if isinstance(to, str) else to)]
     for name in names:
         if name not in TARGETS:
-            raise ValueError(f"there is no target {name}{nearest(name, TARGETS)}: one of {', '.join(TARGETS)}")
+            raise ValueError(f"there is no target {name} ({', '.join(TARGETS)}){nearest(name, TARGETS)}")
     algos, dialects = [name for name in names if name in FORMS], [name for name in names if name in DIALECTS]
     if max(len(algos), len(dialects)) != 1:
         raise ValueError(

@@ -23,17 +23,18 @@ from ..files import codec, writer
 from ..files.base_weights import divided
 from ..files.checkpoint import Checkpoint
 from ..files.codec import SavedLayer
+from ..files.dialects import PORTABLE
 from ..files.outputs import check_outputs
 from ..plan.patterns import Pattern
 from ..tensors.updates import Update
 from . import metadata
 from .compared import Compared, File, Model, Pair, Weight
-from .forms import FORM_OF, Form, row_of
+from .convert import FILE_ALGOS, targets, written_as
+from .forms import Form, row_of
 from .ranks import RankRule
 from .report import Report, Walk, silently
 
 NO_FORM = "changed, and has no form in adapter files"
-_FILE_ALGOS = {form: algo for algo, form in FORM_OF.items()}
 _NOTHING = Form("lora", RankRule(1))  # of a layer of which the bias alone has changed
 
 
@@ -90,7 +91,7 @@ def extract(
     base: File | Sequence[File],
     out: File,
     *,
-    to: str = "lora",
+    to: str | Sequence[str] = "lora",
     rule: RankRule | None = None,
     factor: int = -1,
     clamp_quantile: float | None = None,
@@ -113,7 +114,8 @@ def extract(
             text encoders in files of their own, `lora_te1=PATH`.
         base: the model that it was tuned from, likewise; files and names may be others than those of `tuned`.
         out: the file to write.
-        to: lora, lokr, loha, or diff, the whole difference.
+        to: lora, lokr, loha, or diff, the whole difference; and if it is to have another form than the trainers', that
+            too.
         rule: of the rank, of a lora and loha; None = whole second factors of a lokr.
         factor: of a lokr; -1 = the most even split.
         clamp_quantile: cut values of a lora beyond this quantile, 0.99 as the trainers' own extraction; None = do not.
@@ -135,34 +137,41 @@ def extract(
         ValueError: the two do not belong together, nothing has changed, something would be lost, or the error is above
             the limit. Nothing is written then.
     """
-    first, second, place = _listed(tuned), _listed(base), writer.checked_path(out)
+    first, second = _listed(tuned), _listed(base)
+    algo, dialect = targets(to)
+    algo = algo or "lora"
+    place = Path(out) if dialect is not None and dialect.folder else writer.checked_path(out)
     check_outputs([place], [divided(path)[1] for path in (*first, *second)], overwrite)
-    if rule is None and to in ("lora", "loha"):
-        raise ValueError(f"a {to} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)")
+    if rule is None and algo in ("lora", "loha"):
+        raise ValueError(
+            f"a {algo} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)"
+        )
     if not (math.isfinite(min_diff) and min_diff >= 0):
         raise ValueError(f"min_diff={min_diff:g}: give 0 or more, in units of the weights")
-    Form(to, rule, factor, clamp=clamp_quantile)  # whose mistakes show before anything is read
+    Form(algo, rule, factor, clamp=clamp_quantile)  # whose mistakes show before anything is read
     compared = Compared(Model(first), Model(second), model)
     chosen = Chosen(exclude_patterns, include_patterns, trained_only).of(compared.pairs, compared.arch)
-    form = Form(to, rule, factor, dtype or _usual_dtype(compared.pairs), clamp_quantile)
+    form = Form(algo, rule, factor, dtype or _usual_dtype(compared.pairs), clamp_quantile)
     job = _Extraction(compared, chosen, form, torch.device(device), min_diff, not trained_only)
     report = job.report
     job.find_dropped(walk)
     report.check(allow_dropped)
-    known = dict[str, str]()
-    with writer.streamed(place, None, known) as stream, torch.no_grad():
-        for layer in job.layers(walk):
-            stream.add({key: tensor.contiguous() for key, tensor in codec.write([layer]).items()})
-        report.check(allow_dropped, max_error)
-        ranks = [row.rank for row in report.rows if row.rank is not None]
-        details = {
-            **report.details,
-            "tuned": compared.tuned.path.name,
-            "base": compared.base.path.name,
-        }
-        algo = _FILE_ALGOS.get(to, to)
-        known |= metadata.told({}, "extract", {**details, "error": report.error}, algo, ranks)
-    report.out = place
+
+    def write(path: Path) -> None:
+        known = dict[str, str]()
+        with writer.streamed(path, None, known) as stream, torch.no_grad():
+            for layer in job.layers(walk):
+                stream.add({key: tensor.contiguous() for key, tensor in codec.write([layer]).items()})
+            report.check(allow_dropped, max_error)
+            ranks = [row.rank for row in report.rows if row.rank is not None]
+            names = {"tuned": compared.tuned.path.name, "base": compared.base.path.name, "error": report.error}
+            algorithm = FILE_ALGOS.get(algo, algo)
+            known |= metadata.told({}, "extract", {**report.details, **names}, algorithm, ranks)
+            known["networks_dialect"] = PORTABLE.name
+
+    pipeline = next((str(one) for one in second if (Path(one) / "model_index.json").is_file()), "")
+    below = [] if pipeline else second
+    written_as(place, dialect, write, report, model=model or pipeline, base=below, allow_dropped=allow_dropped)
     return report
 
 

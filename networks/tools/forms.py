@@ -60,7 +60,7 @@ class Form:
 
     def __post_init__(self) -> None:
         if self.algo not in FORMS:
-            raise ValueError(f"there is no form {self.algo}{nearest(self.algo, FORMS)}: one of {', '.join(FORMS)}")
+            raise ValueError(f"there is no form {self.algo} ({', '.join(FORMS)}){nearest(self.algo, FORMS)}")
         if self.factor != -1 and (self.factor < 1 or self.algo != "lokr"):
             raise ValueError(f"factor={self.factor} is for lokr alone, from 1 on, or -1 for the most even one")
         if self.clamp is not None and (self.algo != "lora" or not 0 < self.clamp <= 1):
