@@ -217,24 +217,32 @@ class ForProgram:
             written: its tensors.
             stands: the same as the file has them, and what that says of all layers.
         """
-        whole = target is None or (len(target.shares) == 1 and target.shares[0].is_all)
-        before = self.file.layers.get(name) if whole else None
-        stays, rank = before is not None and is_same(layer, before), layer.algorithm.spec.shown_rank(layer.tensors)
+        before, rank = self._before(name, target), layer.algorithm.spec.shown_rank(layer.tensors)
         scaled = self.form.dialect.peft and layer.scale != 1
-        if stays and not scaled and is_whole(written, stands):
+        if before is not None and is_same(layer, before) and not scaled and is_whole(written, stands):
             return Row(name, rank=rank)
         if layer.folded:  # each divided by a length: its dtype is wider than what rounds there
             return Row(name, "magnitudes as ComfyUI takes them", rank, 0.0 if is_whole(written, stands) else None)
+        row = self._measured(as_it_stands(layer, stands), name, target)
+        if before is not None and layer.tensors is before.tensors:
+            row = replace(row, became="" if is_same(layer, before) else "magnitudes as they were trained", exact=True)
+        return row
+
+    def _before(self, name: str, target: Target | None) -> SavedLayer | None:
+        """The trainer's layer that one of the file is, if it is one."""
+        whole = target is None or (len(target.shares) == 1 and target.shares[0].is_all)
+        return self.file.layers.get(name) if whole else None
+
+    def _measured(self, layer: SavedLayer, name: str, target: Target | None) -> Row:
+        """The row of a layer that is not as it was, with its error."""
         try:
             update = self._update(name) if target is None else self._rows(target)
             weight = None if layer.magnitude is None else self._below(name, target)
         except ValueError:  # it depends on a weight that is not given, and the change of names did not
-            return Row(name, "" if stays else layer.algorithm.spec.name, rank, None)
+            spec = layer.algorithm.spec
+            return Row(name, spec.name, spec.shown_rank(layer.tensors), None)
         shape = self.shape(name) if target is None else (len(update.left), *target.columns)
-        row = row_of(as_it_stands(layer, stands), shape, update, stays or self.wanted.exact, weight)
-        if before is not None and layer.tensors is before.tensors:
-            row = replace(row, became="" if stays else "magnitudes as they were trained")
-        return replace(row, name=name)
+        return replace(row_of(layer, shape, update, self.wanted.exact, weight), name=name)
 
     def _below(self, name: str, target: Target | None) -> Tensor:
         """The weight below a layer of the file."""
