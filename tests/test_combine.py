@@ -130,7 +130,7 @@ def of_every(name: str, kind: str) -> tuple[Files, Matrix]:
     return t, of_lora(t, name)
 
 
-@pytest.mark.parametrize("to", ("lora", "diff", "loha"))
+@pytest.mark.parametrize("to", ("lora", "diff", "loha", "lokr"))
 def test_any_algorithms(tmp_path: Path, to: str) -> None:
     strengths = {"lora": 1.0, "loha": -0.5, "lokr": 2.0, "diff": 0.25}
     files, wanted = dict[Path | str, float](), np.zeros((12, 8))
@@ -142,11 +142,16 @@ def test_any_algorithms(tmp_path: Path, to: str) -> None:
     made = load_file(tmp_path / "c.safetensors")
     if to == "loha":
         one, two = (wide(made, Q, f"hada_w{i}_a") @ wide(made, Q, f"hada_w{i}_b") for i in (1, 2))
-        found = one * two * (float(made[f"{Q}.alpha"]) / len(made[f"{Q}.hada_w1_b"]))
+        found: Matrix = one * two * (float(made[f"{Q}.alpha"]) / len(made[f"{Q}.hada_w1_b"]))
+    elif to == "lokr":  # which the sum is not: the nearest one, by the first singular value of its rearranged blocks
+        found = np.kron(wide(made, Q, "lokr_w1"), wide(made, Q, "lokr_w2")).astype(np.float64)
+        (m, n), (p, q) = made[f"{Q}.lokr_w1"].shape, made[f"{Q}.lokr_w2"].shape
+        values = np.linalg.svd(wanted.reshape(m, p, n, q).transpose(0, 2, 1, 3).reshape(m * n, p * q))[1]
+        assert off(found, wanted) == pytest.approx(np.linalg.norm(values[1:]) / np.linalg.norm(values), rel=1e-5)
     else:
         found = of_lora(made, Q) if to == "lora" else wide(made, Q, "diff")
-    assert off(found, wanted) < 1e-5
-    assert report.error < 1e-5
+    assert report.error == pytest.approx(off(found, wanted), abs=1e-5)
+    assert to == "lokr" or off(found, wanted) < 1e-5
 
 
 @pytest.mark.parametrize("rule", (api.RankRule(3), api.RankRule(None, "energy", 0.8)))
