@@ -56,7 +56,7 @@ class FileKeys:
             layer: by the name that the opened file has for it.
         """
         path, dialect = self._path(layer.name), self._format.dialect
-        if layer is self._layers.get(path):
+        if layer is self._layers.get(path) and self._holds(path, layer.alpha):
             return {key: self._tensors[key] for key in self._paths[path]}
         tensors, alpha = dict(layer.tensors), layer.alpha
         if not self._alphas and alpha is not None:
@@ -71,6 +71,10 @@ class FileKeys:
             value = self._format.alpha(alpha, layer.algorithm.spec.shown_rank(tensors))
             written[self._key(path, dotted.ALPHA, dotted.ALPHA)] = torch.tensor(value, dtype=torch.float32)
         return {key: tensor.contiguous() for key, tensor in written.items()}
+
+    def _holds(self, path: str, alpha: float | None) -> bool:
+        """Whether the strength of a layer stands among the tensors, not beside them."""
+        return alpha is None or (path, dotted.ALPHA) in self._keys
 
     def _key(self, path: str, suffix: str, own: str) -> str:
         """Where the layer has had such a tensor; else as the file's other layers have it."""
