@@ -181,8 +181,7 @@ class Site:
 
     def shares(self, weight: Tensor) -> bool:
         """Whether what was read is the module's own memory."""
-        plain = base_weight.plain(self.module)
-        return plain is not None and plain.data_ptr() == weight.data_ptr()
+        return base_weight.shares(self.module, weight)
 
     def change(self, new: Tensor) -> base_weight.Rounding:
         """Store another weight, in the module's own form."""

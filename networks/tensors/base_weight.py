@@ -103,6 +103,12 @@ def plain(module: nn.Module) -> Tensor | None:
     return bare(module) if isinstance(form, Plain) and not form.coarse else None
 
 
+def shares(module: nn.Module, weight: Tensor) -> bool:
+    """Whether what `read` gave is the layer's own memory."""
+    held = _holder(module)
+    return isinstance(form_of(held), Plain) and bare(held).data_ptr() == weight.data_ptr()
+
+
 def write(module: nn.Module, weight: Tensor) -> None:
     """Store a weight [O, I, *kernel] in the layer's own form, in place, so that hosts which hold its tensors see the
     change.
