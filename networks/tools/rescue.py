@@ -8,6 +8,7 @@ compared, and the models of other programs say what they make of it.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -373,7 +374,7 @@ class _Case:
         try:
             weight = self._weight(name) if self.opened.base is not None and _needs_base(saved) else None
             before = update_of(saved, shape, weight)
-            size = before.norm()
+            size = math.sqrt(max(0.0, before.inner(before)))  # cheaper than the norm, and no difference of others
             error = 0.0 if same else update_of(layers[name], shape, weight).minus(before).norm()
         except NeedsBase:
             return Row(dotted.shown(name), "", rank, 0.0 if same else None)
