@@ -23,7 +23,7 @@ from ..files import codec, writer
 from ..files.base_weights import divided
 from ..files.checkpoint import Checkpoint
 from ..files.codec import SavedLayer
-from ..files.dialects import PORTABLE
+from ..files.dialects import PORTABLE, Dialect
 from ..files.outputs import check_outputs
 from ..plan.patterns import Pattern
 from ..tensors.updates import Update
@@ -138,16 +138,9 @@ def extract(
             the limit. Nothing is written then.
     """
     first, second = _listed(tuned), _listed(base)
-    algo, dialect = targets(to)
-    algo = algo or "lora"
+    algo, dialect = _wanted(to, rule, min_diff)
     place = Path(out) if dialect is not None and dialect.folder else writer.checked_path(out)
     check_outputs([place], [divided(path)[1] for path in (*first, *second)], overwrite)
-    if rule is None and algo in ("lora", "loha"):
-        raise ValueError(
-            f"a {algo} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)"
-        )
-    if not (math.isfinite(min_diff) and min_diff >= 0):
-        raise ValueError(f"min_diff={min_diff:g}: give 0 or more, in units of the weights")
     Form(algo, rule, factor, clamp=clamp_quantile)  # whose mistakes show before anything is read
     compared = Compared(Model(first), Model(second), model)
     chosen = Chosen(exclude_patterns, include_patterns, trained_only).of(compared.pairs, compared.arch)
@@ -173,6 +166,23 @@ def extract(
     below = [] if pipeline else second
     written_as(place, dialect, write, report, model=model or pipeline, base=below, allow_dropped=allow_dropped)
     return report
+
+
+def _wanted(to: str | Sequence[str], rule: RankRule | None, min_diff: float) -> tuple[str, Dialect | None]:
+    """(algorithm, form of a program or None) that are asked for.
+
+    Raises:
+        ValueError: they lack a rank, or what counts as a change is no length.
+    """
+    algo, dialect = targets(to)
+    algo = algo or "lora"
+    if rule is None and algo in ("lora", "loha"):
+        raise ValueError(
+            f"a {algo} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)"
+        )
+    if not (math.isfinite(min_diff) and min_diff >= 0):
+        raise ValueError(f"min_diff={min_diff:g}: give 0 or more, in units of the weights")
+    return algo, dialect
 
 
 def _listed(paths: File | Sequence[File]) -> list[File]:
