@@ -41,7 +41,9 @@ from .opened import Opened
 from .report import Report, Row, Walk, silently
 
 TARGETS = tuple(name for name, dialect in DIALECTS.items() if not dialect.folder)
-UNTOUCHED = 0.9  # of a layer's magnitudes: if so many round to ||W||, training has left them where they began
+# Of a layer's magnitudes: if so many round to ||W||, training has moved them by less than bf16 shows, and ||W|| is
+# nearer to what they were: an error of 1.7e-3 becomes 6e-4 and less. Where half of them have moved, it would grow.
+UNTOUCHED = 0.9
 
 
 def rescue(
