@@ -11,6 +11,7 @@ from typing import Any
 
 Walk = Callable[[Sequence[str]], Iterable[str]]  # goes over the names of layers, and may show how far it is
 SHOWN = 10  # layers that are told by name
+MOSTLY_LOST = "more than half of the update is lost: a higher rank, another --factor or another target is nearer"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class Report:
         if all(row.exact for row in self.rows):
             return [f"exact, but for what the dtype rounds: {self.error:.1e} of the whole update"]
         worst = max(measured, key=lambda row: row.error or 0.0)
-        return [f"error {self.error:.2%} of the whole update; most {worst.error:.2%}, at {worst.name}"]
+        told = f"error {self.error:.2%} of the whole update; most {worst.error:.2%}, at {worst.name}"
+        return [told, *([MOSTLY_LOST] if self.error > 0.5 else [])]
 
 
 def _ranks(rows: Sequence[Row]) -> list[str]:
