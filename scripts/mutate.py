@@ -115,8 +115,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "magnitude: the multiplier scales the difference alone",
         LAYERS,
-        "return weight + m * (whole * ratio(magnitude, norms.detach()) - weight)",
-        "return weight + (whole * ratio(magnitude, norms.detach()) - weight)",
+        "return weight + m * (whole * factor - weight)",
+        "return weight + (whole * factor - weight)",
         ("tests/test_dora.py",),
     ),
     Mutation(
@@ -511,8 +511,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "resize: the nearest update is stronger",
         f"{FILES_}/resize.py",
-        '(after / before if way == "nearest" else 1.0)',
-        "1.0",
+        "before, after = (spec.shown_rank(each) or 1 for each in (saved.tensors, tensors))",
+        "before = after = 1",
         ("tests/test_resize.py",),
     ),
     # merging
@@ -526,7 +526,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "merge: a second file starts from what the first made",
         f"{FILES_}/merged.py",
-        "adapter.init_from_base(start)",
+        "adapter.init_from_base(start())",
         "adapter.init_from_base(weight)",
         ("tests/test_tlora.py", "-k", "start_from_the_base"),
     ),
@@ -547,7 +547,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "merge: fp8 overflows",
         f"{HOSTS}/key_merge.py",
-        "wide = wide.clamp(-limit, limit)",
+        "wide.clamp_(-limit, limit)",
         "pass",
         ("tests/test_key_merge.py",),
     ),
@@ -568,8 +568,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "merge: by key, a second file starts from what the first made",
         f"{HOSTS}/key_merge.py",
-        "rows.piece.cut(start), bias_too=True)",
-        "own, bias_too=True)",
+        "functools.partial(rows.piece.cut, start)",
+        "own.clone",
         ("tests/test_tlora.py", "-k", "start_from_the_base"),
     ),
     # hosts
