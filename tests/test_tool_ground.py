@@ -218,7 +218,6 @@ def test_a_report_refuses_what_is_lost_and_what_is_too_far() -> None:
     report.check(max_error=0.25)
     with pytest.raises(ValueError, match=r"0\.24 off .* --max_error 0\.2 .*0\.3, at x"):
         report.check(max_error=0.2)
-    far = Row("x", error=0.6, size=1.0, exact=False)
     assert "half of the update is lost" not in " ".join(report.lines())
     assert "half of the update is lost" in " ".join(
         Report("convert", ["a"], rows=[Row("x", error=0.6, size=1.0)]).lines()

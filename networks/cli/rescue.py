@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .command_line import add_overwrite, finite_number, run_program, say
-from .tool_options import DTYPES, add_model, progress, tell, tool
+from .tool_options import DTYPES, add_model, dtype_of, progress, tell, tool
 
 TARGETS = ("portable", "blissful", "comfyui", "diffusers", "oft", "oft_flux")
 
@@ -41,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from ..tools.rescue import rescue
 
     report = rescue(
@@ -52,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         base=args.base,
         strength=args.strength,
-        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        dtype=dtype_of(args),
+        device=args.device,
         allow_dropped=args.allow_dropped,
         overwrite=args.overwrite,
         walk=progress("rescue"),

@@ -25,7 +25,7 @@ from ..files.codec import SavedLayer
 from ..tensors.updates import Update, total
 from . import metadata
 from .convert import FILE_ALGOS, inputs, plain_dtype, targets, written_as
-from .forms import Form, Shape, row_of
+from .forms import FORMS, Form, Shape, row_of
 from .opened import Opened
 from .ranks import RankRule
 from .report import Report, Walk, silently
@@ -302,7 +302,7 @@ class _Sum:
         dtype = self.dtype or max((plain_dtype(part.saved) for part in parts), key=lambda dtype: dtype.itemsize)
         form, scale = replace(self.form, dtype=dtype), max(abs(part.saved.scale * part.strength) for part in parts)
         made = self._side_by_side(name, updates, shape, scale, dtype) or form.layer(name, whole, shape)
-        report.rows.append(row_of(made, shape, whole, form.rule is None and form.algo != "lokr"))
+        report.rows.append(row_of(made, shape, whole, form.exact))
         self.alphas.add(made.alpha)
         return [_with_bias(made, parts, dtype)]
 
@@ -327,7 +327,8 @@ class _Sum:
             dtype: of the tensors.
         """
         rights = [one.right for one in updates if one.right is not None]
-        if self.form.algo != "lora" or self.form.rule is not None or len(rights) < len(updates):
+        by_factors = FORMS[self.form.algo].by_factors and self.form.rule is None
+        if not by_factors or len(rights) < len(updates):
             return None
         ranks, most = sum(map(len, rights)), min(updates[0].shape)
         if ranks > most:

@@ -21,7 +21,7 @@ from ..files import dotted, writer
 from ..files.adapter_file import FileTensors, Naming
 from ..files.codec import SavedLayer
 from ..files.dialects import DIALECTS, PORTABLE, Dialect
-from ..files.joining import NeedsBase, as_diff, as_lora, update_of
+from ..files.joining import NeedsBase, update_of
 from ..files.keys import FileKeys
 from ..files.outputs import check_outputs, whole
 from ..files.strengths import CONFIG
@@ -69,13 +69,13 @@ class Wanted:
             return True
         spec = saved.algorithm.spec
         own = spec.file_algo == FILE_ALGOS.get(self.algo, self.algo) and saved.magnitude is None
-        has_core = self.algo == "lora" and spec.keys.get(spec.core) in saved.tensors  # which few programs know
+        has_core = spec.keys.get(spec.core) in saved.tensors and FORMS[self.algo].exact  # which few programs know
         return own and not has_core and self.rule is None and self.factor == -1
 
     @property
     def exact(self) -> bool:
         """Whether what it makes is what was there, but for rounding."""
-        return self.rule is None and self.algo != "lokr"
+        return not self.algo or self.form(torch.float32).exact
 
     def made(self, saved: SavedLayer, shape: Shape, weight: Callable[[str], Tensor | None]) -> SavedLayer:
         """A layer in that algorithm: exact where no rank is asked for and there is a way.
@@ -95,13 +95,11 @@ class Wanted:
             return on_base(lambda base: self._made(on_device(saved, self.device), shape, base), saved.name, weight)
 
     def _made(self, saved: SavedLayer, shape: Shape, weight: Tensor | None) -> SavedLayer:
-        form, exact = self.form(plain_dtype(saved)), None
-        if self.rule is None and self.algo == "lora" and saved.magnitude is None:
-            exact = as_lora(saved, shape or saved.algorithm.shown_shape(saved.tensors) or (), weight)
-        elif self.algo == "diff":
-            exact = as_diff(saved, shape, weight)
-        if exact is not None:
-            return replace(exact, tensors={key: t.to(form.dtype).contiguous() for key, t in exact.tensors.items()})
+        form, kind = self.form(plain_dtype(saved)), FORMS[self.algo]
+        if kind.exact is not None and self.rule is None and not (saved.magnitude is not None and kind.ranked):
+            exact = kind.exact(saved, shape or saved.algorithm.shown_shape(saved.tensors) or (), weight)
+            if exact is not None:
+                return replace(exact, tensors={key: t.to(form.dtype).contiguous() for key, t in exact.tensors.items()})
         update = update_of(saved, shape, weight)
         made = form.layer(saved.name, update, shape or update.shape)
         if saved.bias_change is None:

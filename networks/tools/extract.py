@@ -30,7 +30,7 @@ from ..tensors.updates import Update
 from . import metadata
 from .compared import Compared, File, Model, Pair, Weight
 from .convert import FILE_ALGOS, targets, written_as
-from .forms import Form, row_of
+from .forms import FORMS, Form, row_of
 from .ranks import RankRule
 from .report import Report, Walk, silently
 
@@ -176,7 +176,7 @@ def _wanted(to: str | Sequence[str], rule: RankRule | None, min_diff: float) -> 
     """
     algo, dialect = targets(to)
     algo = algo or "lora"
-    if rule is None and algo in ("lora", "loha"):
+    if rule is None and not FORMS[algo].whole:
         raise ValueError(
             f"a {algo} has a rank: give it (dim=16, --dim 16), or a rule for it (energy=0.9, --energy 0.9)"
         )
@@ -282,7 +282,7 @@ class _Extraction:
         update = Update(change.reshape(len(change), -1))
         with located(pair.name):
             made = form.layer(pair.name, update, shape)
-        exact = form.algo == "diff" or len(shape) == 1
+        exact = not FORMS[form.algo].ranked or len(shape) == 1
         self.report.rows.append(row_of(made, shape, update, exact))
         if bias is None:
             return made

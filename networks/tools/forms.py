@@ -21,7 +21,7 @@ from ..algos.norm import Norm
 from ..args.coerce import nearest
 from ..files import dotted
 from ..files.codec import SavedLayer
-from ..files.joining import update_of
+from ..files.joining import as_diff, as_lora, update_of
 from ..tensors.factor import factorization
 from ..tensors.hadamard import nearest_hadamard
 from ..tensors.kronecker import nearest_kronecker, with_low_rank
@@ -61,12 +61,18 @@ class Form:
     def __post_init__(self) -> None:
         if self.algo not in FORMS:
             raise ValueError(f"there is no form {self.algo} ({', '.join(FORMS)}){nearest(self.algo, FORMS)}")
-        if self.factor != -1 and (self.factor < 1 or self.algo != "lokr"):
+        kind = FORMS[self.algo]
+        if self.factor != -1 and (self.factor < 1 or not kind.splits):
             raise ValueError(f"factor={self.factor} is for lokr alone, from 1 on, or -1 for the most even one")
-        if self.clamp is not None and (self.algo != "lora" or not 0 < self.clamp <= 1):
+        if self.clamp is not None and not (kind.clamps and 0 < self.clamp <= 1):
             raise ValueError(f"clamp_quantile={self.clamp:g} is for lora alone, above 0 and up to 1, such as 0.99")
-        if self.rule is not None and self.algo == "diff":
+        if self.rule is not None and not kind.ranked:
             raise ValueError(f"{self.rule}: the whole difference has no rank; leave it out")
+
+    @property
+    def exact(self) -> bool:
+        """Whether what it makes is what was there, but for rounding."""
+        return self.rule is None and not FORMS[self.algo].near
 
     @property
     def by_values(self) -> bool:
@@ -100,7 +106,7 @@ class Form:
         """
         if not all(bool(t.isfinite().all()) for t in (update.left, update.right) if t is not None):
             raise ValueError(f"{dotted.shown(name)}: its values are not finite, the file it comes from is damaged")
-        made = FORMS["diff" if len(shape) == 1 else self.algo](self, name, update, shape)
+        made = FORMS["diff" if len(shape) == 1 else self.algo].make(self, name, update, shape)
         tensors = {key: t.to(self.dtype).contiguous() for key, t in made.tensors.items()}
         if not all(bool(t.isfinite().all()) for t in tensors.values()):
             where = f"{dotted.shown(name)}: its values are above the largest one of {str(self.dtype)[6:]}"
@@ -203,9 +209,33 @@ def _clamped(left: Tensor, right: Tensor, quantile: float) -> tuple[Tensor, Tens
     return left.clamp(-abs(limit), abs(limit)), right.clamp(-abs(limit), abs(limit))
 
 
-FORMS: Mapping[str, Callable[[Form, str, Update, Shape], SavedLayer]] = {
-    "lora": _lora,
-    "lokr": _lokr,
-    "loha": _loha,
-    "diff": _diff,
+@dataclass(frozen=True)
+class Kind:
+    """What there is to know of one of FORMS.
+
+    Attributes:
+        make: the nearest layer of it.
+        exact: a layer of a file in it, without loss, or None where there is no such layer; None = not for every layer.
+        ranked: it has a rank; with `whole`, it may go without.
+        near: with all ranks, too, it is near alone.
+        splits: it takes a factor.
+        clamps: its values can be cut at a quantile.
+        by_factors: the factors of an update are a layer of it as they stand.
+    """
+
+    make: Callable[[Form, str, Update, Shape], SavedLayer]
+    exact: Callable[[SavedLayer, Shape, Tensor | None], SavedLayer | None] | None = None
+    ranked: bool = True
+    whole: bool = False
+    near: bool = False
+    splits: bool = False
+    clamps: bool = False
+    by_factors: bool = False
+
+
+FORMS: Mapping[str, Kind] = {
+    "lora": Kind(_lora, as_lora, clamps=True, by_factors=True),
+    "lokr": Kind(_lokr, whole=True, near=True, splits=True),
+    "loha": Kind(_loha),
+    "diff": Kind(_diff, as_diff, ranked=False, whole=True),
 }

@@ -55,6 +55,7 @@ def rescue(
     base: Sequence[Path | str] = (),
     strength: float | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     allow_dropped: bool = False,
     overwrite: bool = False,
     walk: Walk = silently,
@@ -71,6 +72,7 @@ def rescue(
         base: checkpoints with the weights on which it acts, where a cure depends on them.
         strength: of layers that do not say it themselves.
         dtype: of the tensors; None = as they are.
+        device: where it is computed.
         allow_dropped: write although something of the file is lost.
         overwrite: whether `out` may exist.
         walk: goes over the layers, and may show how far it is.
@@ -87,7 +89,7 @@ def rescue(
     target = None if out is None else _checked(out, [Path(file), *(divided(one)[1] for one in base)], overwrite)
     report = Report("rescue", [Path(file)])
     patient, findings = _examined(file, strength, model)
-    case = _Case(patient, findings, to, model, base)
+    case = _Case(patient, findings, to, model, base, torch.device(device))
     made = writer.cast(case.made(target is not None), dtype)
     report.rows = case.rows(made, walk)
     report.dropped = [(name, one.what) for one in case.findings if one.lost for name in one.where]
@@ -150,9 +152,15 @@ class _Case:
     """
 
     def __init__(
-        self, patient: Patient, findings: list[Finding], to: str, model: str, base: Sequence[Path | str]
+        self,
+        patient: Patient,
+        findings: list[Finding],
+        to: str,
+        model: str,
+        base: Sequence[Path | str],
+        device: torch.device,
     ) -> None:
-        self.patient, self.findings, self.to = patient, findings, to
+        self.patient, self.findings, self.to, self.device = patient, findings, to, device
         self.opened = Opened(patient.source, model, base, patient.opened())
         try:
             self._strays()
@@ -275,7 +283,7 @@ class _Case:
         if dialect is PORTABLE and not folded:
             return made
         again, report = self.opened.with_tensors(FileTensors(made, self.patient.source)), Report("rescue", [])
-        made = ForProgram(again, Wanted(), dialect, report).tensors(silently)
+        made = ForProgram(again, Wanted(device=self.device), dialect, report).tensors(silently)
         why: dict[str, list[str]] = {}
         for name, reason in report.dropped:
             why.setdefault(reason, []).append(name)
@@ -375,9 +383,9 @@ class _Case:
         same = _same(saved, layers[name])
         try:
             weight = self._weight(name) if self.opened.base is not None and _needs_base(saved) else None
-            before = update_of(saved, shape, weight)
+            before = update_of(saved, shape, weight).to(self.device)
             size = math.sqrt(max(0.0, before.inner(before)))  # cheaper than the norm, and no difference of others
-            error = 0.0 if same else update_of(layers[name], shape, weight).minus(before).norm()
+            error = 0.0 if same else update_of(layers[name], shape, weight).to(self.device).minus(before).norm()
         except NeedsBase:
             return Row(dotted.shown(name), "", rank, 0.0 if same else None)
         return Row(dotted.shown(name), "", rank, error / size if size else error, size)
