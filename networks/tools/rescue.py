@@ -145,7 +145,7 @@ class _Case:
 
     Args:
         patient, findings: of `_examined`.
-        to, model, base: as for `rescue`.
+        to, model, base, device: as for `rescue`.
 
     Raises:
         ValueError: nothing is left of it, or what is left is refused for a reason that nobody can mend.
