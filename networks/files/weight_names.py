@@ -126,6 +126,8 @@ class Target:
     def shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """Of the layer's weight, from those of the checkpoint's."""
         own = [shapes[piece.key][::-1] if piece.transposed else shapes[piece.key] for piece in self.pieces]
+        if not all(own):  # a single number is no layer's weight
+            return ()
         rows = (one[0] // piece.count * piece.shares for one, piece in zip(own, self.pieces, strict=True))
         return (sum(rows), *own[0][1:])
 

@@ -294,7 +294,9 @@ class _Extraction:
     def _change(self, tuned: Weight, base: Weight) -> Tensor | None:
         """tuned - base in fp32 or wider; None = there is none."""
         new, old = tuned.read(self.device), base.read(self.device)
-        return _difference(new, old, (tuned.dtype, base.dtype), self.min_diff, tuned.target.keys[0])
+        return _difference(
+            new, old, (tuned.dtype, base.dtype), self.min_diff, f"{tuned.checkpoint.path}: {tuned.target.keys[0]}"
+        )
 
     def _bias_change(self, pair: Pair) -> Tensor | None:
         if not self.biases or not pair.tuned.bias_keys:
@@ -306,7 +308,8 @@ class _Extraction:
             )
         new, old = pair.tuned.read_bias(self.device), pair.base.read_bias(self.device)
         dtypes = (pair.tuned.bias_dtype, pair.base.bias_dtype)
-        return _difference(new, old, dtypes, self.min_diff, pair.tuned.bias_keys[0])
+        key = f"{pair.tuned.checkpoint.path}: {pair.tuned.bias_keys[0]}"
+        return _difference(new, old, dtypes, self.min_diff, key)
 
 
 def _difference(
@@ -326,7 +329,9 @@ def _difference(
     change = new.sub_(old) if new.dtype == old.dtype else new - old
     low, high = (float(value) for value in change.aminmax())
     if not math.isfinite(low + high):
-        raise ValueError(f"{key} has NaN or infinite values in one of both: download or make that checkpoint again")
+        raise ValueError(
+            f"{key} has NaN or infinite values, here or in the base model: download or make that one again"
+        )
     return change if max(-low, high) > least else None
 
 
@@ -345,4 +350,7 @@ def _differ(tuned: Checkpoint, base: Checkpoint, key: str, least: float) -> bool
     wide = torch.float64 if torch.float64 in (new.dtype, old.dtype) else torch.float32
     if not new.numel():
         return False
-    return _difference(new.to(wide, copy=True), old.to(wide), (new.dtype, old.dtype), least, key) is not None
+    return (
+        _difference(new.to(wide, copy=True), old.to(wide), (new.dtype, old.dtype), least, f"{tuned.path}: {key}")
+        is not None
+    )
