@@ -29,6 +29,7 @@ from networks.cli import show as show_script
 from networks.files import places
 from networks.files.adapter_file import FileTensors, Naming
 from networks.files.places import Allowance
+from networks.files.reader import read_header
 from networks.hosts import key_merge
 
 Q = "layers.0.self_attn.q_proj"
@@ -437,7 +438,7 @@ def test_the_scripts_doors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == 2 and "among them all of part lora_te: " in err and "--allow_missing goes on" in err
     for more in (["--allow_missing"], ["--allow-missing=lora_te"], ["--allow_missing=lora_te1", "--allow-missing"]):
         code, out, err = merge("both.safetensors", *more)
-        assert code == 0 and "12 of its layers have no place here (12 lora_te: " in out and "left out: lora_te" in err
+        assert code == 0 and "left out, a.safetensors has it, the checkpoint has no such weight: 12, lora_te" in out
     assert merge("both.safetensors", "--allow_missing=lora_unet")[0] == 2
     assert merge("unet.safetensors", "--strict")[0] == 2
 
@@ -610,12 +611,13 @@ def test_resize_keeps_dotted_names(tmp_path: Path) -> None:
     assert resize_script.main([str(file), "--dims", "2"]) == 0
     smaller = load_file(tmp_path / "a-0002.safetensors")
     stem = f"transformer.{Q}"
-    assert smaller.keys() == {f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", f"{stem}.alpha"}
+    assert smaller.keys() == {f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"}  # the strength is in the factors
+    assert "alpha" not in read_header(tmp_path / "a-0002.safetensors").metadata
     whole = tensors[f"{stem}.lora_B.weight"].double() @ tensors[f"{stem}.lora_A.weight"].double() * 0.5
     u, s, vh = torch.linalg.svd(whole)
     nearest = u[:, :2] * s[:2] @ vh[:2]
     low = smaller[f"{stem}.lora_B.weight"].double() @ smaller[f"{stem}.lora_A.weight"].double()
-    torch.testing.assert_close(low * float(smaller[f"{stem}.alpha"]) / 2, nearest, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(low, nearest, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

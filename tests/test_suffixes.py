@@ -16,9 +16,10 @@ from tiny_parts import sd_unet
 from torch import Tensor, nn
 
 import networks.lora
-from networks.files import resize
 from networks.files.adapter_file import Naming, open_adapter
 from networks.files.merged import merged_weight
+from networks.tools.ranks import RankRule
+from networks.tools.resize import resize
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 LAYER = f"{ATTENTION}.to_out.0"
@@ -188,7 +189,8 @@ def test_merge_and_resize_keep_it(tmp_path: Path) -> None:
     check({key: merged[key] - t for key, t in model.items() if not torch.equal(merged[key], t)}, {
         f"{LAYER}.weight": change, f"{LAYER}.bias": bias
     })  # fmt: skip
-    smaller, _ = resize.resize(open_adapter(adapter, Naming()), 1, "nearest")
+    resize(adapter, tmp_path / "smaller.safetensors", rule=RankRule(1))
+    smaller = load_file(tmp_path / "smaller.safetensors")
     assert torch.equal(smaller[f"{DOTTED}.lora_B.bias"], bias) and not any(key.endswith("diff_b") for key in smaller)
     check({k: v for k, v in changed(smaller).items() if k.endswith("bias")}, {f"{LAYER}.bias": bias})
 
