@@ -515,6 +515,35 @@ MUTATIONS: tuple[Mutation, ...] = (
         "before = after = 1",
         ("tests/test_resize.py",),
     ),
+    # tools for finished files
+    Mutation(
+        "combine: a strength below 0 is taken for one above",
+        "networks/tools/combine.py",
+        ".times(strength)",
+        ".times(abs(strength))",
+        ("tests/test_combine.py",),
+    ),
+    Mutation(
+        "forms: a LoRA has another strength than its update",
+        "networks/tools/forms.py",
+        'LoRA.spec.keys["up"]: up}, float(len(s)))',
+        'LoRA.spec.keys["up"]: up}, 1.0)',
+        ("tests/test_forms.py",),
+    ),
+    Mutation(
+        "convert: what is no layer is lost",
+        "networks/files/keys.py",
+        "if path not in self._layers for key in keys",
+        "if path in () for key in keys",
+        ("tests/test_convert.py",),
+    ),
+    Mutation(
+        "files in pieces: tensors are not aligned",
+        f"{FILES_}/writer.py",
+        "for size in sorted(self._waiting, reverse=True):",
+        "for size in sorted(self._waiting):",
+        ("tests/test_tool_ground.py",),
+    ),
     # merging
     Mutation(
         "network: it is merged twice",

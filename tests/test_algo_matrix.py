@@ -198,6 +198,7 @@ def gradients(model: Zoo, network: Network, inputs: dict[str, Tensor], weights: 
     return {name: g for name, g in found.items() if g is not None}
 
 
+@pytest.mark.sweep(2)
 @every_case
 def test_gradients_of_both_forms_are_the_definitions(case: Case) -> None:
     """Every parameter and the input get the same, nonzero gradient in both forms, that of the dense formula."""

@@ -269,7 +269,7 @@ def drawn(folder, name: str, how: str = "", file: Path | None = None, strength: 
     return seen[0]
 
 
-@pytest.mark.sweep
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_diffusers_reads_what_is_trained_for_it(folder, name, form, tmp_path):
     """Trained, saved in its dialect, and drawn three ways; text encoders and convolutions where they are trained."""

@@ -42,6 +42,7 @@ def true_norm(layer: AdaptedLayer) -> float:
     return float(dense_update(wide, 1.0).detach().norm())
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("case", SINGLE, ids=str)
 def test_every_form_reaches_the_limit(case: Case) -> None:
     kind = next(kind for kind in ("conv_3x3", "linear", "layer_norm") if kind in case.kinds)

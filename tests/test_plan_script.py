@@ -250,7 +250,7 @@ def value_of(arch: Any, argument: str) -> str:
     return "0" if argument.endswith("_indices") else "2"  # a dim
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize(
     "name,argument", [(name, argument) for name, arch in OWN.items() for argument in sorted(arch.arguments)]
 )

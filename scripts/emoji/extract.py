@@ -29,6 +29,7 @@ from demo import EMOJI, SEED, run, true_images  # noqa: E402
 from kohya_trainer.drawing.picture_grid import make_grid  # noqa: E402
 from networks import api  # noqa: E402
 from networks.cli.command_line import add_overwrite, check_outputs, run_program  # noqa: E402
+from networks.tools.forms import FORMS  # noqa: E402
 from networks.tools.ranks import RankRule  # noqa: E402
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def extracted(tuned: Path, output: Path) -> dict[str, Path]:
             files[name],
             to=to,
             rule=rule,
-            factor=FACTOR if to == "lokr" else -1,
+            factor=FACTOR if FORMS[to].splits else -1,
             overwrite=True,
         )
         print(*report.lines(), sep="\n")
