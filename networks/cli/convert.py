@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .command_line import finite_number, run_program
-from .tool_options import add_model, add_output, add_ranks, dtype_of, progress, rule_of, tell, tool
+from .command_line import run_program
+from .tool_options import add_form, add_model, add_output, dtype_of, progress, rule_of, tell, tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,12 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add_output(parser)
     add_model(parser)
-    add_ranks(parser)
-    parser.add_argument("--factor", type=int, default=-1, help="of a LoKr; default: the most even split")
-    parser.add_argument(
-        "--max_error", type=finite_number, help="write nothing if the whole update is further off, 0.05"
-    )
-    parser.add_argument("--layers", action="store_true", help="one line per layer, too")
+    add_form(parser)
     return parser
 
 

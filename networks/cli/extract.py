@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from .command_line import finite_number, run_program
-from .tool_options import add_output, add_ranks, dtype_of, progress, rule_of, tell, tool
+from .tool_options import add_form, add_output, dtype_of, progress, rule_of, tell, tool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,8 +27,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", metavar="TARGET", action="append", help="lora (default), lokr, loha or diff (the whole "
                         "difference); and the form of a program as for convert, --to twice")  # fmt: skip
     add_output(parser)
-    add_ranks(parser)
-    parser.add_argument("--factor", type=int, default=-1, help="of a LoKr; default: the most even split")
+    add_form(parser)
     parser.add_argument("--clamp_quantile", type=finite_number, help="cut values beyond this quantile of a layer's "
                         "factors; 0.99 is what the trainers' own scripts do")  # fmt: skip
     parser.add_argument("--model", default="", help="what both are, where the names of their layers leave that open: a "
@@ -48,12 +47,6 @@ def build_parser() -> argparse.ArgumentParser:
                         "further arguments: no other ones, no biases and norms")  # fmt: skip
     parser.add_argument("--min_diff", type=finite_number, default=0.0, help="layers of which no value has changed by "
                         "more count as unchanged; default: 0")  # fmt: skip
-    parser.add_argument(
-        "--max_error",
-        type=finite_number,
-        help="write nothing if the whole update is further off, 0.3",
-    )
-    parser.add_argument("--layers", action="store_true", help="one line per layer, too")
     return parser
 
 

@@ -60,6 +60,15 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sv_ratio", type=finite_number, help="keep singular values down to the largest / this")
 
 
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """What else is asked of layers that are made: `add_ranks`, the factor, how far they may be off, and how they are
+    told."""
+    add_ranks(parser)
+    parser.add_argument("--factor", type=int, default=-1, help="of a LoKr; default: the most even split")
+    parser.add_argument("--max_error", type=finite_number, help="write nothing if the whole is further off, 0.05")
+    parser.add_argument("--layers", action="store_true", help="one line per layer, too")
+
+
 def rule_of(args: argparse.Namespace) -> RankRule | None:
     """Of the options of `add_ranks`; None = none is given.
 
