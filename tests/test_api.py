@@ -230,7 +230,7 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 def test_what_is_no_model() -> None:
     with pytest.raises(ValueError, match="str is neither a model nor a pipeline with a unet or a transformer"):
         api.apply("sdxl")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no architecture of ours has a denoiser of class Linear"):
+    with pytest.raises(ValueError, match="no layer is left to train; the reasons: the model has no Linear"):
         api.apply(nn.Linear(2, 2))
 
 

@@ -11,7 +11,7 @@ import pkgutil
 
 from .spec import ArchSpec
 
-_OTHERS = {"detect", "names", "places", "releases", "render", "spec", "spellings"}  # files without a record
+_OTHERS = {"detect", "generic", "names", "places", "releases", "render", "spec", "spellings"}  # files without a record
 _NAMES = [file.name for file in pkgutil.iter_modules(__path__) if file.name not in _OTHERS]
 _FILES = [importlib.import_module(f".{name}", __name__) for name in _NAMES]
 # A record may be built upon that of another file, which then has it by import: it counts once.

@@ -326,6 +326,7 @@ class ArchSpec:
         regions: (role in regional prompts, regular expression on the trainer's dotted name) of denoiser layers, see
             layers.region; none = the architecture has no regional prompts.
         releases: released models of every size, in diffusers' classes.
+        note: what every plan says of it; "" = nothing.
     """
 
     name: str
@@ -348,6 +349,7 @@ class ArchSpec:
     kinds: frozenset[int] = frozenset()
     regions: Pairs = ()
     releases: tuple[Release, ...] = field(default=(), hash=False)
+    note: str = ""
 
     def __hash__(self) -> int:  # as of Part
         return hash(self.name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..records import AlgoSpec
 from ..tensors.factor import factorization
@@ -134,16 +135,10 @@ def write(
     Raises:
         OSError: it cannot be written; what was there before is untouched.
     """
-    assert form.arch is not None
-    components: dict[str, list[SavedLayer]] = {}
-    for layer in layers:
-        component, _, name = layer.name.partition(".")
-        components.setdefault(component, []).append(replace(_one_first_factor(layer), name=name))
     files: dict[str, Sequence[bytes | memoryview]] = {}
-    for component, group in components.items():
-        stem = "" if component == form.arch.denoiser.diffusers else f"{component}/"
-        tensors = {f"{dotted.PEFT}{key}": tensor for key, tensor in dotted.write(group).items()}
-        settings = {**_settings(group), **dict(form.dialect.settings)}
+    for component, (group, settings) in contents(layers, form).items():
+        stem = f"{component}/" if component else ""
+        tensors = tensors_of(group)
         files[stem + TENSORS] = writer.content(tensors, dtype, {**(metadata or {}), "format": "pt"}, health)
         files[stem + CONFIG] = (json.dumps(settings, indent=2).encode(),)
     with outputs.whole(path, sum(len(chunk) for chunks in files.values() for chunk in chunks)) as folder:
@@ -151,6 +146,29 @@ def write(
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             outputs.write(file, chunks)
+
+
+def contents(
+    layers: Iterable[SavedLayer], form: FileFormat
+) -> dict[str, tuple[Sequence[SavedLayer], Mapping[str, Any]]]:
+    """Component of the pipeline, "" for the denoiser -> its layers under the names in its own model, and the settings.
+
+    Args:
+        layers, form: as for `write`.
+    """
+    assert form.arch is not None
+    components: dict[str, list[SavedLayer]] = {}
+    for layer in layers:
+        component, _, name = layer.name.partition(".")
+        own = "" if component == form.arch.denoiser.diffusers else component
+        components.setdefault(own, []).append(replace(_one_first_factor(layer), name=name))
+    settings = dict(form.dialect.settings)
+    return {component: (group, {**_settings(group), **settings}) for component, group in components.items()}
+
+
+def tensors_of(layers: Iterable[SavedLayer]) -> dict[str, Tensor]:
+    """Those of one component by their keys."""
+    return {f"{dotted.PEFT}{key}": tensor for key, tensor in dotted.write(layers).items()}
 
 
 def _settings(layers: Sequence[SavedLayer]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _from_release(release: Release, with_text_encoders: bool = True, whole: bool
 def _from_folder(folder: Path) -> Skeleton:
     index = _json(folder / "model_index.json")
     if not index and (folder / "config.json").is_file():
-        return Skeleton(str(folder), _denoiser(folder, _json(folder / "config.json").get("_class_name")), [])
+        return Skeleton(str(folder), _alone(folder, _json(folder / "config.json")), [])
     if not index:
         raise ValueError(f"{folder} is no diffusers folder: it has neither model_index.json nor config.json")
     name = next((name for name in DENOISERS if (folder / name / "config.json").is_file()), None)
@@ -109,11 +109,19 @@ def _from_folder(folder: Path) -> Skeleton:
     return Skeleton(str(folder), denoiser, encoders)
 
 
+def _alone(folder: Path, config: Mapping[str, Any]) -> nn.Module:
+    """One model of diffusers, or of transformers."""
+    names = config.get("architectures") or ()
+    if "_class_name" in config or not names:
+        return _denoiser(folder, config.get("_class_name"))
+    with on_meta():
+        return _encoder_of(folder, names[0])
+
+
 def _denoiser(folder: Path, name: str | None) -> nn.Module:
     cls = library_class("diffusers", name or "?")
     with on_meta():
         denoiser: nn.Module = cls.from_config(cls.load_config(folder))
-    detect(denoiser)
     return denoiser
 
 

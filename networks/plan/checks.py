@@ -57,6 +57,7 @@ def review(plan: Plan, request: Request, used: Collection[By], problems: Problem
     _loraplus_parts(trained, request, problems)
     _chosen_blocks(trained, request, problems)
     _loraplus_mode(trained, args, problems)
+    _time(trained, request, problems)
     _dora(trained, args, problems)
     notes += _dora_notes(trained, args)
     _starts(trained, problems)
@@ -178,6 +179,15 @@ def _loraplus_mode(trained: Sequence[PlanRow], args: NetArgs, problems: Problems
         )
     if any(row.plus_unit == 0 for row in trained):
         problems.add("a LoRA+ ratio of 0 cannot be folded in: leave out loraplus_mode=reparam")
+
+
+def _time(trained: Sequence[PlanRow], request: Request, problems: Problems) -> None:
+    timed = [row.algo for row in trained if row.part == request.arch.denoiser.name and ALGOS[row.algo].spec.timed]
+    if timed and not request.arch.timestep.arguments:
+        problems.add(
+            f"algo={timed[0]} follows the timestep, and no record says how {request.arch.title} is told it: choose "
+            "another algorithm"
+        )
 
 
 def _dora(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from ..algos import ALGOS
 from ..archs import places as other_names
+from ..archs.names import PEFT
 from ..archs.places import Layer
-from ..files import codec
+from ..files import codec, peft_folder
 from ..files.codec import SavedLayer
 from ..files.dialects import DIALECTS, FileFormat
 from ..files.readers import Given
@@ -45,8 +46,12 @@ def given_of(plan: Plan, form: FileFormat) -> Given:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for row in plan.rows:
         shapes.setdefault(row.part, {})[row.trainer_name] = row.shape
-    meant = {form.dialect.written_name(layer.name): layer for layer in layers}
     metadata = {"networks_dialect": form.dialect.name}
+    if form.dialect.folder:
+        own, settings = peft_folder.contents(layers, form).get("", ((), {}))
+        meant = {PEFT + layer.name: layer for layer in own}
+        return Given(peft_folder.tensors_of(own), metadata, form.arch, shapes, meant, folder=settings)
+    meant = {form.dialect.written_name(layer.name): layer for layer in layers}
     return Given(codec.written(layers, form), metadata, form.arch, shapes, meant)
 
 

@@ -127,7 +127,7 @@ class _Planner:
         form, on_files = file_format.review(plan, self.request, self.problems)
         size, unusual = self._unusual()
         bare = replace(self.request, parts=(), saved=self.request.saved and {}, names_like=str)  # without tensors
-        said = (*self.notes, *on_files, *size)
+        said = (*filter(None, [self.request.arch.note]), *self.notes, *on_files, *size)
         renote = functools.partial(_notes, bare, frozenset(self.used), said)
         warnings = (
             *self.problems.warnings(),

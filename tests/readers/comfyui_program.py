@@ -381,9 +381,24 @@ def patched(
     Returns:
         Weights that it changes, and what it logs.
     """
+    return _patched(raw_map(arch, base, config), file, base, strength)
+
+
+def patched_class(
+    name: str, file: Mapping[str, Tensor], base: Mapping[str, Tensor], strength: float
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The same for a denoiser of an architecture that is not among CONFIGS, by the name of its class of models."""
+    given = object.__new__(type("Given", (getattr(program("model_base"), name),), {"state_dict": lambda self: base}))
+    given.__dict__["model_config"] = types.SimpleNamespace(unet_config={})
+    return _patched(program("lora").model_lora_keys_unet(given, {}), file, base, strength)
+
+
+def _patched(
+    names: Mapping[str, Any], file: Mapping[str, Tensor], base: Mapping[str, Tensor], strength: float
+) -> tuple[dict[str, Tensor], list[str]]:
     lora = program("lora")
     with Log() as log:
-        patches = lora.load_lora(program("lora_convert").convert_lora(dict(file)), raw_map(arch, base, config))
+        patches = lora.load_lora(program("lora_convert").convert_lora(dict(file)), names)
         changed: dict[str, Tensor] = {}
         for target, patch in patches.items():
             key, offset, function = (target, None, None) if isinstance(target, str) else (*target, None, None)[:3]

@@ -17,6 +17,7 @@ from tiny_parts import randomise
 from torch import Tensor, nn
 from toy_models import recorded, toy
 
+from networks import api
 from networks.files.codec import decode
 from networks.files.readers import Given, Reader, comfyui
 from networks.files.readers.contract import STRENGTHS
@@ -319,3 +320,22 @@ if program.ROOT:  # tests of what is not installed are not collected
             for s in STRENGTHS:
                 want, got = s * (new - module.weight), weight_at(module, s) - module.weight
                 assert (got - want).norm() < ROUNDING * want.norm() / s, arch
+
+    def test_a_model_without_record(tmp_path: Path) -> None:
+        """Where its class is that of the model, names are the paths of modules, and files arrive exactly."""
+        sizes = {"dim": 16, "n_layers": 3, "n_double_layers": 1, "n_heads": 2, "global_conddim": 16, "cond_seq_dim": 16}
+        ops = program.program("ops").disable_weight_init
+        model = program.program("ldm.aura.mmdit").MMDiT(**sizes, max_seq=4, operations=ops)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=0.1)
+        network = api.apply(model.requires_grad_(False), dim=4)
+        randomise(network)
+        network.save(tmp_path / "a.safetensors")
+        assert len(network.layers) == 32  # 16 of the double block, 8 of each single one
+        wanted = {row.trainer_name: one.new_weight(one.whole_weight()).detach() for row, one in network.layers}
+        weights = {f"diffusion_model.{name}": p.detach() for name, p in model.named_parameters()}
+        changed, said = program.patched_class("AuraFlow", load_file(tmp_path / "a.safetensors"), weights, 1.0)
+        assert not said and changed.keys() == {f"diffusion_model.{name}.weight" for name in wanted}
+        for name, weight in wanted.items():
+            torch.testing.assert_close(changed[f"diffusion_model.{name}.weight"], weight)

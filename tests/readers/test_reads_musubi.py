@@ -3,15 +3,21 @@ folder that holds its package (with MUSUBI_PYTHON, if that is another Python tha
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import test_any_model
+import torch
 from common import Made
 from outside import Case, assert_equal, by_hand, file_of, own_places, run
 from registry_archs import SPECS, data_of
+from safetensors.torch import load_file
 
+from networks import api
 from networks.files.readers.musubi import READERS
 from networks.files.readers.trainers import Trainer
 
@@ -54,6 +60,23 @@ if os.environ.get("MUSUBI_PATH"):
         reading = BY_NAME[reader].read(case.trained.given)
         assert reading is not None
         assert_equal(reading, made, case.trained.given)
+
+    def test_a_model_without_record_in_its_generic_loader(tmp_path: Path) -> None:
+        """Its networks.lora adapts every Linear of the file, whatever the model is."""
+        place = Path(os.environ["MUSUBI_PATH"]) / "musubi_tuner" / "networks" / "lora.py"
+        spec = importlib.util.spec_from_file_location("musubi_lora", place)
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(theirs := importlib.util.module_from_spec(spec))
+        model, x = test_any_model.model(), test_any_model.signal()
+        network = test_any_model.moved(api.apply(model, dim=4, alpha=2))
+        network.save(tmp_path / "a.safetensors")
+        wanted = model(x).detach()
+        network.detach()
+        tensors = load_file(tmp_path / "a.safetensors")
+        read = theirs.create_network_from_weights(None, 1.0, tensors, unet=model, for_inference=True)
+        read.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
+        assert not any(read.load_state_dict(tensors, strict=False))
+        torch.testing.assert_close(model(x), wanted)
 
 
 # A layer of each architecture, and what the two ways made of LoRA and of LoKr with a whole first factor: + exact, -
