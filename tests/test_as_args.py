@@ -26,6 +26,7 @@ from networks.files.adapter_file import FileTensors
 from networks.hosts.file_arguments import arguments_of
 from networks.hosts.sd_scripts import LoRANetwork
 from networks.models.skeleton import skeleton
+from networks.network.saving import translated
 from networks.plan.groups import patterns_for
 from networks.plan.plan import PlanRow
 from networks.plan.recover import Recovered
@@ -49,7 +50,7 @@ class Model:
 
     def recovered(self, network: LoRANetwork, host: str = "sd_scripts", **metadata: str) -> Recovered:
         saved, form = [codec.saved_layer(layer) for layer in network.adapted_layers], network.file_format
-        file = FileTensors(codec.written(network._translated(saved, form)[0], form))
+        file = FileTensors(codec.written(translated(saved, form, network.adapted_layers)[0], form))
         file.metadata = metadata
         return arguments_of(file, self.encoders, self.unet, host)
 

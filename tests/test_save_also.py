@@ -15,7 +15,7 @@ from tiny_parts import randomise, sd_unet
 from networks import api
 from networks.files import outputs
 from networks.files.dialects import COMFYUI, PEFT
-from networks.network import saving
+from networks.network.further import beside
 
 FOREIGN = {"zimage", "hunyuan_video", "hunyuan_image", "hv_1_5", "framepack", "hidream_o1"}
 
@@ -180,5 +180,5 @@ def test_the_programs_own_save(tmp_path: Path) -> None:
 
 def test_names() -> None:
     file = Path("out") / "my.model-000001.safetensors"
-    assert saving.beside(file, COMFYUI).name == "my.model-000001-comfyui.safetensors"
-    assert saving.beside(file, PEFT).name == "my.model-000001-peft"
+    assert beside(file, COMFYUI).name == "my.model-000001-comfyui.safetensors"
+    assert beside(file, PEFT).name == "my.model-000001-peft"

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._errors import located
-from .._version import __version__
 from ..algos import ALGOS
 from ..algos.clock import Clock, clock_of
 from ..archs.detect import unwrap
 from ..archs.spec import Timestep
 from ..args.coerce import named
-from ..files import codec, peft_folder, resize, save_formats, twins, writer
+from ..files import twins, writer
 from ..files.adapter_file import AdapterFile, Naming, open_adapter
-from ..files.codec import SavedLayer
 from ..files.dialects import FileFormat
 from ..files.places import Allowance
 from ..files.strengths import ALPHA, SAID
@@ -43,11 +38,8 @@ from ..plan.walk import Bases, is_own
 from ..tensors import base_weight
 from .diagnosis import Diagnosis
 from .loading import Places, match
-from .saving import Further
+from .saving import Contents, Saver
 from .watching import Watch, time_reader
-
-if TYPE_CHECKING:
-    from ..files.verdicts import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +87,7 @@ class Network(nn.Module):
         self.plan = plan
         self.runtime = Runtime(for_inference=for_inference)
         self.made_from: AdapterFile | None = None  # until it acts, since hosts hand its tensors over again
-        self._further = Further()
+        self._saver = Saver()
         self._merged_at: float | Tensor | None = None  # the multiplier that the base weights have it at, if they do
         self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
         self.allowance = Allowance()  # what of a file may be without a place
@@ -103,7 +95,6 @@ class Network(nn.Module):
         self._roots = dict(roots)
         self.timesteps: dict[str, Timestep] = {}  # part name -> how the forward of its root is told the time
         self.clock = Clock()
-        self._forecasts: dict[tuple[int, str], Sequence[Verdict]] = {}
         self._hooks: list[Any] = []
         self._region_hooks: list[Any] = []
         chosen = Dropouts(**(dropouts or {}))
@@ -374,58 +365,11 @@ class Network(nn.Module):
             OSError: it cannot be written. What cannot be written of `save_also` is a warning.
             ValueError: a layer has no form that the program of `save_format` computes.
         """
-        self._further.remove_orphans()
-        saved, form = [codec.saved_layer(layer) for layer in self.adapted_layers], self.file_format
-        known, health = {**(metadata or {}), "networks_version": __version__}, self.diagnosis.health()
-        known |= _told_of_starts(self.layers)
-
-        def write(path: Path, form: FileFormat, layers: Sequence[SavedLayer], known: Mapping[str, str]) -> str:
-            named, told = self._translated(layers, form)
-            known = {**known, "networks_dialect": form.dialect.name}
-            if form.dialect.folder:
-                peft_folder.write(path, named, form, dtype, known, health)
-            else:
-                writer.write_tensors(path, codec.written(named, form), dtype, known, health)
-            return told
-
         file = writer.checked_path(path)
-        told = write(file, form, saved, known)
-        if told:
-            log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
-        self._tell_readers(file.name, form)
-        for dim in form.dims:
-            smaller = [resize.cut(layer, dim) for layer in saved]
-            write(resize.numbered(file, dim), form, smaller, resize.resized_metadata(known, dim))
-        for one in form.also:
-            self._further.write(file, one.dialect, functools.partial(write, form=one, layers=saved, known=known))
-            self._tell_readers(f"{file.stem}-{one.dialect.name}", one, one.dialect.name)
-
-    def _translated(self, saved: Sequence[SavedLayer], form: FileFormat) -> tuple[list[SavedLayer], str]:
-        """Layers as a file in this form has them, and in words what some were converted to."""
-        if form.dialect.fold_flag:
-            saved = [
-                one if one.magnitude is None else replace(one, magnitude=layer.folded(one.magnitude), folded=True)
-                for one, layer in zip(saved, self.adapted_layers, strict=True)
-            ]
-        if form.dialect.program:
-            saved = [one.on_cpu() for one in saved]
-        cpu = torch.device("cpu")
-        with torch.no_grad():
-            return save_formats.translated(saved, form, lambda name: self._layers[name][1].whole_weight(cpu))
-
-    def _tell_readers(self, name: str, form: FileFormat, program: str = "") -> None:
-        """What other programs make of a file, or one of them; once for each form, since no value decides it."""
-        if not log.isEnabledFor(logging.INFO):
-            return
-        from ..plan.forecast import forecast  # not where a network is only used
-
-        key = len(self.plan.trained), form.dialect.name
-        if key not in self._forecasts:
-            self._forecasts[key] = forecast(self.plan, form)
-        shown = [one for one in self._forecasts[key] if one.name == program or (one.unasked and not program)]
-        told = [verdict.short for verdict in shown]
-        if told:
-            log.info("%s: %s", name, "; ".join(told))
+        self._saver.write(
+            file,
+            Contents(self.plan, self.layers, self.file_format, dtype, metadata or {}, self.diagnosis.health()),
+        )
 
     @property
     def _naming(self) -> Naming:
@@ -574,21 +518,3 @@ class Network(nn.Module):
             layer.see_state(state.get(f"{layer.lora_name}.{LIVE_SCALE}"))
         self._follow_scales()
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-
-
-def _told_of_starts(layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> dict[str, str]:
-    """Metadata about start values, after the tensors of a file were made; {} with default ones by the host's seed."""
-    rows = [row for row, _ in layers if row.init != "default" or row.init_seed is not None]
-    if not rows:
-        return {}
-    found: dict[str, object] = {"init": sorted({row.init for row in rows})}
-    if rows[0].init_seed is not None:
-        found["init_seed"] = rows[0].init_seed
-    errors = [layer.adapter.refactor_error for _, layer in layers if layer.adapter.refactor_error is not None]
-    if errors:
-        found |= {"ranks": "2 x dim", "refactored_layers": len(errors), "largest_relative_error": max(errors)}
-        log.info(
-            "%d layers saved as their difference from the start, at twice their dim (largest relative error %.1g)",
-            len(errors), max(errors),
-        )  # fmt: skip
-    return {"networks_init": json.dumps(found)}

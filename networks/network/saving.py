@@ -1,83 +1,143 @@
-"""Further files beside those that a trainer asks for: in the forms of other programs, and gone when those are gone."""
+"""The files of a network: the one that a trainer asks for, and beside it those of lower dims and in other forms."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..files.dialects import Dialect
+import torch
+
+from .._version import __version__
+from ..files import codec, peft_folder, resize, save_formats, writer
+from ..files.codec import SavedLayer
+from ..files.dialects import FileFormat
+from ..layers.adapted import AdaptedLayer
+from ..plan.plan import Plan, PlanRow
+from .further import Further
+
+if TYPE_CHECKING:
+    from ..files.verdicts import Verdict
 
 log = logging.getLogger(__name__)
 
-Stamps = dict[Path, tuple[int, int]]  # file -> when it was written, in ns, and how long it is
+
+@dataclass(frozen=True)
+class Contents:
+    """What a save writes: the layers with the values that they have meanwhile.
+
+    Attributes:
+        plan: of the network.
+        layers: with the plan's row of each.
+        form: of the file, with those that are written beside it.
+        dtype: of its tensors; None = as they are in the layers. What half precision would spoil stays in fp32.
+        metadata: of the host; ours is added.
+        health: of the training, see Diagnosis.
+    """
+
+    plan: Plan
+    layers: Sequence[tuple[PlanRow, AdaptedLayer]]
+    form: FileFormat
+    dtype: torch.dtype | None
+    metadata: Mapping[str, str]
+    health: Mapping[str, int]
 
 
-def beside(file: Path, dialect: Dialect) -> Path:
-    """Where the further file, or folder, of a dialect goes: `name-comfyui.safetensors`, `name-peft`."""
-    return file.with_name(f"{file.stem}-{dialect.name}{'' if dialect.folder else file.suffix}")
-
-
-class Further:
-    """The further files of a run. A trainer that keeps the newest alone removes its files by their names: what stands
-    beside them goes at the next save, if this run wrote it and nobody has changed it since; nothing else ever."""
+class Saver:
+    """Writes the files of a run, and removes those of which the trainer has removed the one that they stand beside."""
 
     def __init__(self) -> None:
-        self._written: dict[Path, dict[Path, Stamps]] = {}
+        self._further = Further()
+        self._forecasts: dict[tuple[int, str], Sequence[Verdict]] = {}
 
-    def write(self, file: Path, dialect: Dialect, make: Callable[[Path], str]) -> None:
-        """Write one. It does not matter as much as the training: what goes wrong is a warning.
+    def write(self, file: Path, of: Contents) -> None:
+        """Write a file, and beside it those of its form. Each is written whole or not at all.
 
-        Args:
-            file: beside which it stands.
-            dialect: of the further one.
-            make: writes it, and says in words what layers were converted to.
+        Raises:
+            OSError: it cannot be written. What cannot be written in other forms is a warning.
+            ValueError: a layer has no form that the program of the file's form computes.
         """
-        path = beside(file, dialect)
-        try:
-            told = make(path)
-            stamps = _stamps(path)
-            self._written.setdefault(file.absolute(), {})[path.absolute()] = stamps
-            size = sum(size for _, size in stamps.values()) / 1e6
-            log.info("saved %s, too (%.1f MB%s)", path.name, size, f": {told}" if told else "")
-        except Exception as error:
-            log.warning("%s is saved, but not %s beside it: %s", file.name, path.name, error)
+        self._further.remove_orphans()
+        saved, form = [codec.saved_layer(layer) for _, layer in of.layers], of.form
+        known = {**of.metadata, "networks_version": __version__} | _told_of_starts(of.layers)
 
-    def remove_orphans(self) -> None:
-        """Remove those whose file the trainer has removed."""
-        for file, further in [*self._written.items()]:
-            if file.exists() or not file.parent.is_dir():  # a drive that is away for a moment removes nothing
-                continue
-            left = {path: stamps for path, stamps in further.items() if not _remove(path, stamps)}
-            if left:  # open in another program: at the next save
-                self._written[file] = left
+        def write(path: Path, form: FileFormat, layers: Sequence[SavedLayer], known: Mapping[str, str]) -> str:
+            named, told = translated(layers, form, [layer for _, layer in of.layers])
+            known = {**known, "networks_dialect": form.dialect.name}
+            if form.dialect.folder:
+                peft_folder.write(path, named, form, of.dtype, known, of.health)
             else:
-                del self._written[file]
-            gone = further.keys() - left.keys()
-            if gone:
-                log.info("removed %s with %s", ", ".join(sorted(path.name for path in gone)), file.name)
+                writer.write_tensors(path, codec.written(named, form), of.dtype, known, of.health)
+            return told
+
+        told = write(file, form, saved, known)
+        if told:
+            log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
+        self._tell_readers(file.name, of.plan, form)
+        for dim in form.dims:
+            smaller = [resize.cut(layer, dim) for layer in saved]
+            write(resize.numbered(file, dim), form, smaller, resize.resized_metadata(known, dim))
+        for one in form.also:
+            self._further.write(file, one.dialect, functools.partial(write, form=one, layers=saved, known=known))
+            self._tell_readers(f"{file.stem}-{one.dialect.name}", of.plan, one, one.dialect.name)
+
+    def _tell_readers(self, name: str, plan: Plan, form: FileFormat, program: str = "") -> None:
+        """What other programs make of a file, or one of them; once for each form, since no value decides it."""
+        if not log.isEnabledFor(logging.INFO):
+            return
+        from ..plan.forecast import forecast  # not where a network is only used
+
+        key = len(plan.trained), form.dialect.name
+        if key not in self._forecasts:
+            self._forecasts[key] = forecast(plan, form)
+        shown = [one for one in self._forecasts[key] if one.name == program or (one.unasked and not program)]
+        told = [verdict.short for verdict in shown]
+        if told:
+            log.info("%s: %s", name, "; ".join(told))
 
 
-def _stamps(path: Path) -> Stamps:
-    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-    return {file.absolute(): (file.stat().st_mtime_ns, file.stat().st_size) for file in files}
+def translated(
+    saved: Sequence[SavedLayer], form: FileFormat, layers: Sequence[AdaptedLayer]
+) -> tuple[list[SavedLayer], str]:
+    """Layers as a file in this form has them, and in words what some were converted to.
+
+    Args:
+        saved: what was made of the layers, in their order.
+        form: of the file.
+        layers: asked for norms and base weights on which its form depends.
+
+    Raises:
+        ValueError: one has no form that the program computes.
+    """
+    if form.dialect.fold_flag:
+        saved = [
+            one if one.magnitude is None else replace(one, magnitude=layer.folded(one.magnitude), folded=True)
+            for one, layer in zip(saved, layers, strict=True)
+        ]
+    if form.dialect.program:
+        saved = [one.on_cpu() for one in saved]
+    cpu, named = torch.device("cpu"), {layer.lora_name: layer for layer in layers}
+    with torch.no_grad():
+        return save_formats.translated(saved, form, lambda name: named[name].whole_weight(cpu))
 
 
-def _remove(path: Path, stamps: Stamps) -> bool:
-    """Remove the files that are as they were written; whether none of them is left."""
-    for file in [file for file, stamp in stamps.items() if _is_unchanged(file, stamp)]:
-        with contextlib.suppress(OSError):
-            file.unlink()
-    folders = {parent for file in stamps for parent in file.parents if parent.is_relative_to(path)}
-    for folder in sorted(folders, reverse=True):
-        with contextlib.suppress(OSError):  # there is something else in it
-            folder.rmdir()
-    return not any(_is_unchanged(file, stamp) for file, stamp in stamps.items())
-
-
-def _is_unchanged(file: Path, stamp: tuple[int, int]) -> bool:
-    try:
-        return (file.stat().st_mtime_ns, file.stat().st_size) == stamp
-    except OSError:
-        return False
+def _told_of_starts(layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> dict[str, str]:
+    """Metadata about start values, after the tensors of a file were made; {} with default ones by the host's seed."""
+    rows = [row for row, _ in layers if row.init != "default" or row.init_seed is not None]
+    if not rows:
+        return {}
+    found: dict[str, object] = {"init": sorted({row.init for row in rows})}
+    if rows[0].init_seed is not None:
+        found["init_seed"] = rows[0].init_seed
+    errors = [layer.adapter.refactor_error for _, layer in layers if layer.adapter.refactor_error is not None]
+    if errors:
+        found |= {"ranks": "2 x dim", "refactored_layers": len(errors), "largest_relative_error": max(errors)}
+        log.info(
+            "%d layers saved as their difference from the start, at twice their dim (largest relative error %.1g)",
+            len(errors), max(errors),
+        )  # fmt: skip
+    return {"networks_init": json.dumps(found)}
