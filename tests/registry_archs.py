@@ -229,6 +229,16 @@ ffn_norm1
 ffn_norm2
 adaLN_modulation.0
 """
+_H3_BLOCK = """
+attn.to_q + attn.to_k + attn.to_v = attn.qkv_proj
+attn.to_out.0 = attn.out_proj
+ff.net.0.proj = mlp.fc1
+ff.net.2 = mlp.fc2
+norm1
+norm2
+attn.norm_q = attn.q_norm
+attn.norm_k = attn.k_norm
+"""
 _HUNYUAN_PAIRS = f"""
 {_HUNYUAN_DOUBLE}
 attn.to_q + attn.to_k + attn.to_v = img_attn_qkv
@@ -870,6 +880,65 @@ txt_in.linear_1 = txtmlp.1
 txt_in.linear_2 = txtmlp.3
 final_layer.norm = last.norm
 final_layer.linear = last.linear
+""",
+    ),
+    "qwen_image_21": ArchData(
+        host="musubi",
+        counts=(224, 224, 0),
+        anchor=Anchor(
+            "transformer_blocks.0.img_mlp.gate_layer",
+            "lora_unet_transformer_blocks_0_img_mlp_gate_layer",
+            12288,
+            4096,
+        ),
+        forward="hidden_states encoder_hidden_states timestep",
+        times=(1.0, 0.25, 0.0),
+        norms="""
+transformer_blocks.0.img_norm1 -
+transformer_blocks.0.img_norm2 -
+transformer_blocks.0.attn.norm_q
+transformer_blocks.0.attn.norm_k
+""",
+        diffusers="""
+[transformer_blocks.0. = transformer_blocks.0.]
+attn.to_q
+attn.to_k
+attn.to_v
+attn.to_out.0
+img_mlp.proj
+img_mlp.gate_layer
+img_mlp.out
+img_norm1
+img_norm2
+attn.norm_q
+attn.norm_k
+""",
+    ),
+    "minimax_h3": ArchData(
+        source="the trainer's own model, with include_refiner",
+        host="musubi",
+        counts=(200, 258, 0),
+        widest={"exclude_mod": "False", "include_refiner": "True"},
+        anchor=Anchor("blocks.0.attn.qkv_proj", "lora_unet_blocks_0_attn_qkv_proj", 21504, 5376),
+        forward="video_latents audio_latents text_hidden_states text_token_tags layout model_t_video",
+        times=(0.0, 0.75, 1.0),
+        conversion="convert_minimax_h3_transformer_checkpoint_to_diffusers",
+        norms="""
+blocks.0.norm1
+blocks.0.norm2
+blocks.0.attn.q_norm
+blocks.0.attn.k_norm
+token_refiner.blocks.0.norm1
+token_refiner.blocks.0.norm2
+token_refiner.blocks.0.attn.q_norm
+token_refiner.blocks.0.attn.k_norm
+""",
+        diffusers=f"""
+[transformer_blocks.0. = blocks.0.]
+{_H3_BLOCK}
+adaln_proj.linear
+[token_refiner.refiner_blocks.0. = token_refiner.blocks.0.]
+{_H3_BLOCK}
 """,
     ),
     "ideogram4": ArchData(

@@ -95,7 +95,7 @@ def test_rows_are_where_diffusers_conversion_puts_them(arch: str) -> None:
 
 def converted_checkpoint(function: str, tagged: dict[str, Tensor]) -> dict[str, Tensor]:
     convert: Callable[..., dict[str, Tensor]] = getattr(single_file_utils, function)
-    return convert(_Lenient({f"{name}.weight": rows.clone() for name, rows in tagged.items()}))
+    return convert(_Lenient({f"{name}.weight": rows.clone() for name, rows in tagged.items()}), config={})
 
 
 def converted_adapter(function: str, tagged: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def test_normalisation_layers_are_where_diffusers_conversion_puts_them(arch: str
     tagged |= {
         f"{name}.{last}": torch.full(c.geometry.weight_shape, float(i)) for i, (name, c) in enumerate(trained.items())
     }
-    converted = getattr(single_file_utils, data_of(arch).conversion)(_Lenient(dict(tagged)))
+    converted = getattr(single_file_utils, data_of(arch).conversion)(_Lenient(dict(tagged)), config={})
     for name, c in trained.items():
         assert torch.equal(converted[f"{c.dotted_name}.weight"], tagged[f"{name}.{last}"]), name
     if arch == "wan":  # one of its three has a weight, under another number

@@ -175,6 +175,27 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
             timestep=torch.tensor([0.5]), img_shapes=[(1, 2, 2)],
         ),
     ),
+    "qwen_image_21": (
+        lambda: diffusers.QwenImage21Transformer2DModel(
+            in_channels=8, out_channels=8, context_in_dim=W, mlp_ratio=2, axes_dims_rope=(2, 2, 4), **SEVERAL
+        ),
+        lambda m: m(
+            hidden_states=rand(1, 16, 8), encoder_hidden_states=rand(1, 5, W), timestep=torch.tensor([0.5]),
+            img_shapes=[[(1, 4, 4)]], img_mask=torch.arange(9)[None] > 4,
+        ),
+    ),
+    "minimax_h3": (
+        lambda: diffusers.MiniMaxH3Transformer3DModel(
+            hidden_size=12, num_refiner_layers=1, ffn_dim=16, in_channels=4, audio_in_channels=4, text_dim=W,
+            freq_dim=8, time_embed_hidden_dim=12, time_embed_dim=8, rope_freq_dim=1, **SEVERAL,
+        ),
+        lambda m: m(
+            rand(1, 4, 16), rand(1, 2, 4), rand(1, 5, W), torch.tensor([0.5, 0.75]),
+            timestep_indices=torch.arange(11) // 7, token_tags=torch.tensor([1] * 5 + [0] * 4 + [2] * 2),
+            position_ids=rand(11, 3), text_indices=torch.arange(5), video_indices=torch.arange(5, 9),
+            audio_indices=torch.arange(9, 11),
+        ),
+    ),
     "wan": (
         lambda: diffusers.WanTransformer3DModel(
             in_channels=4, out_channels=4, text_dim=W, freq_dim=8, ffn_dim=16, image_dim=W, added_kv_proj_dim=16,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from .releases import Encoder, Release
 from .sd import CLIP_L, clip
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
-from .spellings import Rename, below, fused, numbered
+from .spellings import Rename, Swap, below, fused, numbered
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
 DOUBLE_BLOCKS = 19
@@ -69,7 +69,7 @@ DIFFUSERS = (
         Rename("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
         Rename("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
         Rename("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
-        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=Swap.ALWAYS),
         Rename("proj_out", "final_layer.linear"),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .flux import IMAGE_QKV, QK_NORMS, SINGLE_QK_NORMS, TEXT_QKV
 from .releases import Release
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep
-from .spellings import Rename, below, fused
+from .spellings import Rename, Swap, below, fused
 
 DIFFUSERS = (
     *below(
@@ -45,7 +45,7 @@ DIFFUSERS = (
         Rename("double_stream_modulation_img.linear", "double_stream_modulation_img.lin"),
         Rename("double_stream_modulation_txt.linear", "double_stream_modulation_txt.lin"),
         Rename("single_stream_modulation.linear", "single_stream_modulation.lin"),
-        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=Swap.ALWAYS),
         Rename("proj_out", "final_layer.linear"),
     ),
 )

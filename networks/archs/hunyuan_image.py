@@ -5,7 +5,7 @@ from __future__ import annotations
 from .flux import IMAGE_QKV, NORMS, SINGLE_QKV_MLP, TEXT_QKV
 from .releases import Release
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
-from .spellings import Rename, below, fused
+from .spellings import Rename, Swap, below, fused
 
 DOUBLE_BLOCKS = 20
 
@@ -48,7 +48,7 @@ OUTSIDE = below(
     Rename("context_embedder_2.linear_1", "byt5_in.fc1"),
     Rename("context_embedder_2.linear_2", "byt5_in.fc2"),
     Rename("context_embedder_2.linear_3", "byt5_in.fc3"),
-    Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+    Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=Swap.ALWAYS),
     Rename("proj_out", "final_layer.linear"),
 )
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from .spec import ArchSpec, Part
-from .spellings import Rename, Spelling
+from .spellings import Rename, Spelling, Swap
 
 PEFT = "base_model.model."  # before the names of layers in its files, and behind the name of a component
 # What stands before the names of a denoiser's layers, beside its prefix in saved names and what does in checkpoints.
@@ -37,7 +37,7 @@ class Share:
             first row down, and how many; count 1 = all rows.
         piece, shares, pieces: where this is a layer for several of the trainer's: the first of its `pieces` equal
             shares of rows that are this one, and how many are; pieces 1 = all rows.
-        swapped: a layer with twice as many rows as columns has its halves in the other order.
+        swapped: whether its halves of rows are in the other order.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Share:
     piece: int = 0
     shares: int = 1
     pieces: int = 1
-    swapped: bool = False
+    swapped: Swap = Swap.NEVER
 
     @property
     def places(self) -> range:
@@ -57,7 +57,7 @@ class Share:
     @property
     def whole(self) -> bool:
         """Whether it is a layer of the trainer's as it stands."""
-        return self.count == self.pieces == 1 and not self.swapped
+        return self.count == self.pieces == 1 and self.swapped is Swap.NEVER
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def places(
             f"{stem}{layer.own}",
             start,
             start + size,
-            layer.swapped and rows == 2 * columns,
+            layer.swapped.at((rows, columns)),
             layer.piece,
             layer.pieces,
             layer.shares,

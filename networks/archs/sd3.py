@@ -6,7 +6,7 @@ from .flux import IMAGE_QKV, T5_XXL, TEXT_QKV, t5
 from .releases import Release
 from .sd import CLIP_G, CLIP_L_PROJECTED, clip
 from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
-from .spellings import Rename, below, fused, numbered
+from .spellings import Rename, Swap, below, fused, numbered
 
 DIFFUSERS = (
     *below(
@@ -23,7 +23,7 @@ DIFFUSERS = (
         Rename("ff_context.net.0.proj", "context_block.mlp.fc1"),
         Rename("ff_context.net.2", "context_block.mlp.fc2"),
         Rename("norm1.linear", "x_block.adaLN_modulation.1"),
-        Rename("norm1_context.linear", "context_block.adaLN_modulation.1", swapped=True),  # of the last block
+        Rename("norm1_context.linear", "context_block.adaLN_modulation.1", swapped=Swap.DOUBLE),  # of the last block
         Rename("norm1.norm", "x_block.norm1"),
         Rename("norm1_context.norm", "context_block.norm1"),
         Rename("norm2", "x_block.norm2"),
@@ -43,7 +43,7 @@ DIFFUSERS = (
         Rename("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
         Rename("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
         Rename("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
-        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=True),
+        Rename("norm_out.linear", "final_layer.adaLN_modulation.1", swapped=Swap.ALWAYS),
         Rename("proj_out", "final_layer.linear"),
     ),
 )

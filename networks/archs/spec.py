@@ -293,11 +293,13 @@ class Timestep:
     Attributes:
         arguments: its name there, over the classes of the architecture.
         noise, clean: the values at which a sample is nothing but noise, and without any.
+        shared: the values of a tensor are those of parts which every sample of the pass has, not of its samples.
     """
 
     arguments: tuple[str, ...]
     noise: float = 1000.0
     clean: float = 0.0
+    shared: bool = False
 
 
 @dataclass(frozen=True)

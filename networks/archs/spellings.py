@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 
 Pairs = tuple[tuple[str, str], ...]
 
 _GROUP = re.compile(r"\(([^()]*)\)")
+
+
+class Swap(Enum):
+    """Which layers of a name have the halves of their output rows in the other order in another program."""
+
+    NEVER = "none"
+    ALWAYS = "all"
+    DOUBLE = "those with twice as many rows as columns"
+
+    def at(self, shape: Sequence[int]) -> bool:
+        """Whether one with a weight of this shape has."""
+        return self is Swap.ALWAYS or (self is Swap.DOUBLE and len(shape) > 1 and shape[0] == 2 * shape[1])
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,7 @@ class Rename:
         position, count: where the trainer has one fused layer for `count` of this model's: the place, from 0, of this
             one in the order of the output rows; count 1 = one to one.
         span: how many of the places, from `position` on, this one fills.
-        swapped: a layer with twice as many rows as columns has its halves in the other order (shift and scale).
+        swapped: whether its halves of rows are in the other order (shift and scale, gate and value).
         piece, pieces: where this model has one fused layer for several of the trainer's: its output rows are `pieces`
             equal shares, of which the trainer's begins with this one, from 0; pieces 1 = all rows.
         shares: how many of the pieces the trainer's has.
@@ -35,7 +48,7 @@ class Rename:
     position: int = 0
     count: int = 1
     span: int = 1
-    swapped: bool = False
+    swapped: Swap = Swap.NEVER
     piece: int = 0
     pieces: int = 1
     shares: int = 1

@@ -290,7 +290,7 @@ _ROWS: tuple[Arg, ...] = (
         "include_refiner",
         "bool",
         None,
-        "whether the two refiners are trained, too",
+        "whether the refiners, blocks beside the others, are trained, too",
         _WHERE,
         neutral=(False,),
     ),

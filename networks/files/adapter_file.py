@@ -63,13 +63,13 @@ class Portion:
             start, whole = unit * share.piece, (unit * share.pieces, *wanted[1:])
             weights = None if base is None else lambda: torch.cat([base(name) for name in self.others])
             return _made(lambda w: joining.rows_of(saved, share.name, start, start + wanted[0], w, whole), weights)
-        if share.swapped and len(wanted) > 1 and wanted[0] == 2 * wanted[1]:
+        if share.swapped.at(wanted):
             return _made(lambda w: self._turned(wanted, w), None if base is None else lambda: base(share.name))
         return saved, ""
 
     def _turned(self, wanted: tuple[int, ...], weight: Tensor | None) -> tuple[SavedLayer, str]:
         """With its halves in the other order."""
-        half, name = wanted[1], self.share.name
+        half, name = wanted[0] // 2, self.share.name
         theirs = None if weight is None else torch.cat(weight.chunk(2)[::-1])
         halves = [joining.rows_of(self.saved, name, at, at + half, theirs, wanted)[0] for at in (half, 0)]
         return joining.joined(name, halves, (half, half), wanted[1:], weight)

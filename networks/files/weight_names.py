@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..archs import ARCHS
 from ..archs.spec import Part
-from ..archs.spellings import Rename, Spelling
+from ..archs.spellings import Rename, Spelling, Swap
 
 _PARTS: tuple[Part, ...] = tuple(dict.fromkeys(part for arch in ARCHS for part in arch.parts))
 PREFIXES = tuple(dict.fromkeys(part.prefix for part in _PARTS))
@@ -49,7 +49,7 @@ class Piece:
     Attributes:
         number, count: the first of its rows, in `count` equal shares from the first row down; count 1 = all rows.
         shares: how many of them it is.
-        swapped: its halves of rows are in the other order; see `of` for where that depends on its shape.
+        swapped: whether its halves of rows are in the other order; see `of` for where that depends on its shape.
         transposed: it is stored as [I, O].
     """
 
@@ -57,7 +57,7 @@ class Piece:
     number: int = 0
     count: int = 1
     shares: int = 1
-    swapped: bool = False
+    swapped: Swap = Swap.NEVER
     transposed: bool = False
 
     @property
@@ -67,9 +67,8 @@ class Piece:
         return f"{stem}.bias" if stem or not self.key.endswith("weight") else f"{self.key.removesuffix('weight')}bias"
 
     def of(self, shapes: Mapping[str, Sequence[int]]) -> Piece:
-        """The same for the weights of a checkpoint: only a layer with twice as many rows as columns is swapped."""
-        shape = shapes[self.key]
-        return replace(self, swapped=self.swapped and len(shape) > 1 and shape[0] == 2 * shape[1])
+        """The same for the weights of a checkpoint."""
+        return replace(self, swapped=Swap.ALWAYS if self.swapped.at(shapes[self.key]) else Swap.NEVER)
 
     def of_bias(self) -> Piece:
         """The same rows of the bias."""
@@ -99,7 +98,7 @@ class Piece:
         return whole
 
     def _turned(self, rows: Tensor) -> Tensor:
-        return torch.cat(rows.chunk(2)[::-1]) if self.swapped else rows
+        return torch.cat(rows.chunk(2)[::-1]) if self.swapped is Swap.ALWAYS else rows
 
     def _share(self, whole: Tensor) -> Tensor:
         whole = whole.T if self.transposed and whole.dim() == 2 else whole

@@ -79,9 +79,11 @@ SCRIPTS: dict[str, Script] = {
     "flux_2_train_network.py": Script(MUSUBI, "flux_2", {"model_version": _FLUX_2}),
     "flux_2_train_network_self_flow.py": Script(MUSUBI, "flux_2", {"model_version": _FLUX_2}),
     "qwen_image_train_network.py": Script(MUSUBI, "qwen_image"),
+    "qwen_image_21_train_network.py": Script(MUSUBI, "qwen_image_21"),
     "zimage_train_network.py": Script(MUSUBI, "zimage"),
     "kandinsky5_train_network.py": Script(MUSUBI, "kandinsky", {"task": _KANDINSKY}, needs="task"),
     "krea2_train_network.py": Script(MUSUBI, "krea2"),
+    "minimax_h3_train_network.py": Script(MUSUBI, "minimax_h3"),
     "ideogram4_train_network.py": Script(MUSUBI, "ideogram4"),
     "hidream_o1_train_network.py": Script(MUSUBI, ""),  # no library has its class: no outline of it is built in
 }

@@ -37,7 +37,8 @@ class TimeReader:
         time = (torch.as_tensor(value).float() - timestep.noise) / (timestep.clean - timestep.noise)
         time = time.detach().clamp(0, 1)
         # With a time of its own for each frame or token, a sample has that of its noisiest.
-        return time.reshape(1) if time.dim() == 0 else time.reshape(time.shape[0], -1).amin(1)
+        one = time.dim() == 0 or timestep.shared
+        return time.reshape(1 if one else time.shape[0], -1).amin(1)
 
 
 def time_reader(root: nn.Module, timestep: Timestep) -> TimeReader:

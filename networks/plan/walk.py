@@ -144,7 +144,7 @@ def _containers(part: Part, root: nn.Module) -> tuple[str, ...]:
 def _bases(module: nn.Module, geometry: Geometry, layout: Rename | None) -> Bases:
     """The module, with its halves in the trainer's order."""
     half = geometry.out_features // 2
-    if layout is not None and layout.swapped and half == geometry.in_features:
+    if layout is not None and layout.swapped.at((geometry.out_features, geometry.in_features)):
         return ((module, ((half, 2 * half), (0, half))),)
     return ((module, None),)
 

@@ -244,5 +244,4 @@ class Opened:
             sizes = row_sizes(arch, share.name, len(weight), columns, share.count)
             start = sum(sizes[: share.position])
             weight = weight[start : start + sum(sizes[share.position : share.position + share.span])]
-        swapped = share.swapped and weight.dim() > 1 and len(weight) == 2 * weight.shape[1]
-        return torch.cat(weight.chunk(2)[::-1]) if swapped else weight
+        return torch.cat(weight.chunk(2)[::-1]) if share.swapped.at(weight.shape) else weight

@@ -1,0 +1,26 @@
+"""Qwen-Image 2.1; the trainer's classes have diffusers' names. It has one stream, and one modulation for all blocks."""
+
+from __future__ import annotations
+
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
+from .spellings import below, divided
+
+COMFYUI = below(
+    r"transformer_blocks\.(\d+)\.img_mlp\.",
+    r"transformer_blocks.\1.img_mlp.",
+    *divided("gate_up", ("gate_layer", "proj")),
+)
+
+QWEN_IMAGE_21 = ArchSpec(
+    name="qwen_image_21",
+    title="Qwen-Image 2.1",
+    entry="lora_qwen_image_21",
+    signatures=(Signature("QwenImage21Transformer2DModel"),),
+    timestep=Timestep(("timestep",), noise=1.0),
+    denoiser=Part("dit", "lora_unet", ("QwenImage21TransformerBlock",), comfyui=COMFYUI, comfyui_divides=True),
+    axes=(BlockAxis("transformer_blocks."),),
+    usual=frozenset({224}),
+    kinds=frozenset({7}),
+    releases=(Release("qwen_image_21", "Qwen-Image 2.1", "QwenImage21Transformer2DModel", also=("qwen-image-2.1",)),),
+)
