@@ -548,11 +548,13 @@ LACKING = {"hidream_o1": r"visual\.deepstack_merger_list\..*"}
 
 if "COMFYUI_PATH" in os.environ:
 
-    @pytest.mark.parametrize("arch", [arch for arch in SPECS if "ComfyUI" in _sections(arch)])
+    from readers import comfyui_program
+
+    THERE = [arch for arch in SPECS if "ComfyUI" in _sections(arch) and comfyui_program.has(arch)]
+
+    @pytest.mark.parametrize("arch", THERE)
     def test_the_lists_have_the_names_of_comfyuis_classes(arch: str) -> None:
         """Of the program itself, and what its loader takes beside."""
-        from readers import comfyui_program
-
         known = {key.removeprefix("diffusion_model.").rpartition(".")[0] for key in comfyui_program.weights(arch)}
         known |= {key.removeprefix("diffusion_model.") for key in comfyui_program.key_map(arch)}
         for section in ("ComfyUI", "ComfyUI fused"):

@@ -78,6 +78,7 @@ class Twins:
         first, second: the ends of the two.
         tensor, mark: an adapter of either has the one tensor; that of the second, which no other program trains, is
             saved with the other, by which one sees that the names are right.
+        unless: regular expression of saved names beside which these are layers of another model.
     """
 
     stem: str
@@ -85,6 +86,7 @@ class Twins:
     second: str
     tensor: str
     mark: str
+    unless: str
 
 
 def _flat(rename: Rename) -> Rename:

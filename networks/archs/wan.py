@@ -60,7 +60,11 @@ WAN = ArchSpec(
         layouts=DIFFUSERS,
         # LyCORIS names layers as the class at hand does, diffusers' too; in old files of this program those of the
         # trainer's class are swapped. Only norm3 has a weight, which others need and train.
-        twins=(Twins(r"lora_unet_blocks_\d+_", "norm3", "norm2", "w_norm", "alpha"),),
+        twins=(
+            Twins(
+                r"lora_unet_blocks_\d+_", "norm3", "norm2", "w_norm", "alpha", unless=r"lora_unet_blocks_\d+_(attn|mlp)_.*"
+            ),
+        ),
     ),
     axes=(BlockAxis("blocks."),),
     usual=frozenset({300, 360, 400, 480}),

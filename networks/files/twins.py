@@ -65,11 +65,9 @@ def is_marked(name: str, tensors: Collection[str]) -> bool:
 
 def name_in(tensors: Mapping[str, Any], name: str) -> str:
     """The name which a layer has in a file, read on a model of the trainer's class."""
-    either = {name, *(other for _, *pair in _pairs([name]) for other in pair)}
     layers: dict[str, set[str]] = {}
-    for key in tensors if len(either) > 1 else ():
-        if key.partition(".")[0] in either:
-            layers.setdefault(key.partition(".")[0], set()).add(key.partition(".")[2])
+    for key in tensors if has_twins([name]) else ():
+        layers.setdefault(key.partition(".")[0], set()).add(key.partition(".")[2])
     right = right_names(layers, own_class=True)
     return next((written for written in layers if right.get(written, written) == name), name)
 
@@ -90,7 +88,7 @@ def renamed_state(state: Mapping[str, Any], own_class: bool) -> dict[str, Any]:
 
 def _pairs(names: Iterable[str]) -> Iterator[tuple[Twins, str, str]]:
     names = list(names)
-    for twins in _TWINS:
+    for twins in (one for one in _TWINS if not any(map(re.compile(one.unless).fullmatch, names))):
         either = re.compile(f"({twins.stem})(?:{re.escape(twins.first)}|{re.escape(twins.second)})")
         for stem in dict.fromkeys(match[1] for match in map(either.fullmatch, names) if match):
             yield twins, stem + twins.first, stem + twins.second

@@ -83,6 +83,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pos_embed_scaling_factor": None, "x_block_self_attn_layers": list(range(13)),
     },
     "qwen_image": {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60},
+    "qwen_image_21": {"image_model": "qwen_image21", "num_layers": 32},
+    "minimax_h3": {"image_model": "minimax_h3"},
     "wan": {
         "image_model": "wan2.1", "dim": 5120, "out_dim": 16, "num_heads": 40, "ffn_dim": 13824, "num_layers": 40,
         "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True,
@@ -155,6 +157,14 @@ ENCODERS_OF = {
     "anima": ("qwen3_06b",),
     "lumina": ("gemma2_2b",),
 }
+# What stands in the source of its key map since it has all names of a model.
+SINCE = {"qwen_image_21": ".gate_up", "minimax_h3": "MiniMaxH3"}
+
+
+@cache
+def has(arch: str) -> bool:
+    """Whether this version has an architecture."""
+    return SINCE.get(arch, "") in (Path(ROOT) / "comfy" / "lora.py").read_text(encoding="utf-8")
 
 
 class _Permissive(type):
@@ -309,6 +319,7 @@ OWN_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"attention\.norm_k$", "attention.k_norm"),
         (r"^all_(\w+)\.2-1", r"\1"),
     ),
+    "qwen_image_21": ((r"img_mlp\.(gate_layer|proj)$", "img_mlp.gate_up"),),
     "ace_step": ((r"^", "decoder."),),
     "hidream_o1": ((r"^model\.", ""),),
 }
@@ -352,7 +363,7 @@ def of_trainer(arch: str, part: str, model: nn.Module) -> tuple[dict[str, Tensor
     pieces: dict[str, list[tuple[int, nn.Module]]] = {}
     for name, module in model.named_modules():
         if isinstance(getattr(module, "weight", None), Tensor):
-            place = re.search(r"_([qkvm])(?:lp|_proj)?$", name)
+            place = re.search(r"_([qkvm])(?:lp(?:\.proj)?|_proj)?$", name)
             own = f"{part}.{name}" if part else f"diffusion_model.{own_name(arch, name)}"
             pieces.setdefault(f"{own}.weight", []).append(("qkvm".index(place[1]) if place else 0, module))
     base, where = {}, {}

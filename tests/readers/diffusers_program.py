@@ -38,7 +38,9 @@ PIPELINES = {
     "kandinsky": "Kandinsky5T2VPipeline",
     "krea2": "Krea2Pipeline",
     "lumina": "Lumina2Pipeline",
+    "minimax_h3": "MiniMaxH3LoraLoaderMixin",  # as Anima's
     "qwen_image": "QwenImagePipeline",
+    "qwen_image_21": "QwenImage21Pipeline",
     "sd": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
     "sd3": "StableDiffusion3Pipeline",

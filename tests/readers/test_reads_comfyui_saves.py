@@ -19,7 +19,7 @@ if os.environ.get("COMFYUI_PATH"):  # tests of what is not installed are not col
     import comfyui_program as program
 
     DETECTED = program.program("model_detection").model_config_from_unet_config
-    ARCHS = [arch for arch, config in program.CONFIGS.items() if arch[:2] != "sd" or arch == "sd3"]
+    ARCHS = [arch for arch in program.CONFIGS if program.has(arch) and (arch[:2] != "sd" or arch == "sd3")]
     ARCHS = [arch for arch in ARCHS if DETECTED(dict(program.CONFIGS[arch]), {}) is not None]
 
     @pytest.mark.sweep

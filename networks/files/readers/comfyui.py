@@ -69,6 +69,8 @@ MODELS: Mapping[str, Model] = {
         (CLIP_L, CLIP_G, t5("lora_te3_")),
     ),
     "qwen_image": Model((Names(("", "transformer.", "lycoris_")),)),
+    "qwen_image_21": Model((Names(("", "transformer.", "lycoris_"), DIFFUSERS),)),
+    "minimax_h3": Model((Names(("",)),)),
     "wan": Model(),
     "hunyuan_video": Model((_PIPE,)),
     "hv_1_5": Model((_PIPE,)),

@@ -196,7 +196,21 @@ PIPELINES = {  # by architecture
             ),
         )
     ),
+    "minimax_h3": Pipeline(
+        (
+            Road(r"^lora_unet_\w*norm\d?\.", rest="does not name a MiniMax-H3 module"),
+            Road(r"^lora_unet_|^diffusion_model\.", (FLAT, ORIGINAL), (*KOHYA, *AB)),
+        )
+    ),
     "qwen_image": Pipeline(_MIXED),
+    "qwen_image_21": Pipeline(
+        (
+            _MIXED[0],
+            # It takes the flat name of a gate for that of a layer in a layer, and leaves it out.
+            Road(r"^lora_unet_", (FLAT,), layers=r"(?!.*\.gate_layer$).*", lost="_gate_layer"),
+            *_MIXED,
+        )
+    ),
     "sd": _STABLE,
     "sdxl": _STABLE,
     "sd3": Pipeline(),

@@ -8,7 +8,7 @@ _MODULES = Route(alpha=True, outside=False)
 _LOADING = Route((LORA, LOHA, LOKR), one_form=True)
 # Whose scripts make a network of the file.
 _MERGED = ("hunyuan_video", "flux", "kandinsky", "hidream_o1")
-_LOADED = ("wan", "hv_1_5", "flux_2", "qwen_image", "zimage", "framepack", "krea2")
+_LOADED = ("wan", "hv_1_5", "flux_2", "qwen_image", "qwen_image_21", "zimage", "framepack", "krea2")
 
 READERS = (
     Trainer(
