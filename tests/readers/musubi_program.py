@@ -19,7 +19,7 @@ MODULES = {
     "hunyuan_video": "lora", "hv_1_5": "lora_hv_1_5", "framepack": "lora_framepack", "wan": "lora_wan",
     "flux": "lora_flux", "flux_2": "lora_flux_2", "qwen_image": "lora_qwen_image", "zimage": "lora_zimage",
     "kandinsky": "lora_kandinsky", "krea2": "lora_krea2", "ideogram4": "lora_ideogram4",
-    "hidream_o1": "lora_hidream_o1",
+    "hidream_o1": "lora_hidream_o1", "qwen_image_21": "lora_qwen_image_21", "minimax_h3": "lora_minimax_h3",
 }  # fmt: skip
 
 
@@ -79,6 +79,11 @@ def _hidream_o1() -> nn.Module:
     return found
 
 
+def _minimax_h3() -> nn.Module:
+    models = _module("minimax_h3.model")
+    return models.MiniMaxH3Model(models.MiniMaxH3Config())
+
+
 DENOISERS = {
     "hunyuan_video": _hunyuan_video,
     "hv_1_5": lambda: _module("hunyuan_video_1_5.hunyuan_video_1_5_models").HunyuanVideo_1_5_DiffusionTransformer(),
@@ -89,6 +94,8 @@ DENOISERS = {
     "flux": _flux,
     "flux_2": _flux_2,
     "qwen_image": lambda: _module("qwen_image.qwen_image_model").QwenImageTransformer2DModel(),
+    "qwen_image_21": lambda: _module("qwen_image_21.qwen_image_21_model").QwenImage21Transformer2DModel(),
+    "minimax_h3": _minimax_h3,
     "zimage": lambda: _module("zimage.zimage_model").ZImageTransformer2DModel(),
     "kandinsky": _kandinsky,
     "krea2": _krea2,

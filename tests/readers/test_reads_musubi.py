@@ -24,10 +24,13 @@ from networks.files.readers.trainers import Trainer
 BY_NAME: dict[str, Trainer] = {reader.name: reader for reader in READERS}
 
 if os.environ.get("MUSUBI_PATH"):
+    NETWORKS = Path(os.environ["MUSUBI_PATH"]) / "musubi_tuner" / "networks"
+    LATER = {"qwen_image_21": "lora_qwen_image_21", "minimax_h3": "lora_minimax_h3"}  # of September 2026
     WAYS = {
         arch: {"musubi": "modules", "musubi_generate": _way}
         for reader in READERS
         for arch, route in reader.routes.items()
+        if arch not in LATER or (NETWORKS / f"{LATER[arch]}.py").is_file()
         for _way in ["strict" if route.strict else "loading" if route.one_form else "modules"]
     }
     WIDE = ("lora", "dora", "lokr")
@@ -92,6 +95,9 @@ flux double_blocks.0.img_attn.qkv + + - -
 flux img_in - - - -
 flux_2 single_blocks.0.linear2 + + - +
 qwen_image transformer_blocks.0.attn.to_q + + - +
+qwen_image_21 transformer_blocks.0.img_mlp.gate_layer + + - +
+minimax_h3 blocks.0.attn.qkv_proj + + - -
+minimax_h3 token_refiner.blocks.0.mlp.fc1 + + - -
 zimage layers.0.attention.to_q + + - +
 kandinsky visual_transformer_blocks.0.self_attention.to_query + + - -
 krea2 first + + - +

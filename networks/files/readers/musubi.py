@@ -15,7 +15,7 @@ READERS = (
         "musubi",
         "musubi-tuner 2026-06, its network modules",
         80,
-        dict.fromkeys((*_MERGED, *_LOADED, "ideogram4"), _MODULES),
+        dict.fromkeys((*_MERGED, *_LOADED, "ideogram4", "minimax_h3"), _MODULES),
     ),
     Trainer(
         "musubi_generate",
@@ -23,6 +23,9 @@ READERS = (
         81,
         dict.fromkeys(_MERGED, _MODULES)
         | dict.fromkeys(_LOADED, _LOADING)
-        | {"ideogram4": Route(alpha=True, strict=True, nothing="No LoRA modules found", outside=False)},
+        | {
+            "ideogram4": Route(alpha=True, strict=True, nothing="No LoRA modules found", outside=False),
+            "minimax_h3": _MODULES,
+        },
     ),
 )
