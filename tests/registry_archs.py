@@ -1037,4 +1037,105 @@ cross_attn_norm
 mlp_norm
 """,
     ),
+    "ltx2": ArchData(
+        source="the trainer's own model (2.3) with its connectors, with lora_target_preset=full and connector_lora",
+        host="musubi",
+        counts=(1152, 1744, 0),
+        widest={"lora_target_preset": "full", "connector_lora": "True"},
+        anchor=Anchor(
+            "model.transformer_blocks.0.audio_to_video_attn.to_q",
+            "lora_unet_model_transformer_blocks_0_audio_to_video_attn_to_q",
+            2048,
+            4096,
+        ),
+        forward="x timestep",
+        times=(1.0, 0.25, 0.0),
+        norms="""
+model.transformer_blocks.0.attn1.q_norm
+model.transformer_blocks.0.attn1.k_norm
+model.transformer_blocks.0.attn2.q_norm
+model.transformer_blocks.0.attn2.k_norm
+model.transformer_blocks.0.audio_attn1.q_norm
+model.transformer_blocks.0.audio_attn1.k_norm
+model.transformer_blocks.0.audio_attn2.q_norm
+model.transformer_blocks.0.audio_attn2.k_norm
+model.transformer_blocks.0.audio_to_video_attn.q_norm
+model.transformer_blocks.0.audio_to_video_attn.k_norm
+model.transformer_blocks.0.video_to_audio_attn.q_norm
+model.transformer_blocks.0.video_to_audio_attn.k_norm
+embeddings_connector.transformer_1d_blocks.0.attn1.q_norm
+embeddings_connector.transformer_1d_blocks.0.attn1.k_norm
+audio_embeddings_connector.transformer_1d_blocks.0.attn1.q_norm
+audio_embeddings_connector.transformer_1d_blocks.0.attn1.k_norm
+""",
+        diffusers="""
+[transformer_blocks.0. = model.transformer_blocks.0.]
+attn1.to_q
+attn1.to_k
+attn1.to_v
+attn1.to_out.0
+attn1.to_gate_logits
+attn1.norm_q = attn1.q_norm
+attn1.norm_k = attn1.k_norm
+attn2.to_q
+attn2.to_k
+attn2.to_v
+attn2.to_out.0
+attn2.to_gate_logits
+attn2.norm_q = attn2.q_norm
+attn2.norm_k = attn2.k_norm
+audio_attn1.to_q
+audio_attn1.to_k
+audio_attn1.to_v
+audio_attn1.to_out.0
+audio_attn1.to_gate_logits
+audio_attn1.norm_q = audio_attn1.q_norm
+audio_attn1.norm_k = audio_attn1.k_norm
+audio_attn2.to_q
+audio_attn2.to_k
+audio_attn2.to_v
+audio_attn2.to_out.0
+audio_attn2.to_gate_logits
+audio_attn2.norm_q = audio_attn2.q_norm
+audio_attn2.norm_k = audio_attn2.k_norm
+audio_to_video_attn.to_q
+audio_to_video_attn.to_k
+audio_to_video_attn.to_v
+audio_to_video_attn.to_out.0
+audio_to_video_attn.to_gate_logits
+audio_to_video_attn.norm_q = audio_to_video_attn.q_norm
+audio_to_video_attn.norm_k = audio_to_video_attn.k_norm
+video_to_audio_attn.to_q
+video_to_audio_attn.to_k
+video_to_audio_attn.to_v
+video_to_audio_attn.to_out.0
+video_to_audio_attn.to_gate_logits
+video_to_audio_attn.norm_q = video_to_audio_attn.q_norm
+video_to_audio_attn.norm_k = video_to_audio_attn.k_norm
+ff.net.0.proj
+ff.net.2
+audio_ff.net.0.proj
+audio_ff.net.2
+[connectors.video_connector.transformer_blocks.0. = embeddings_connector.transformer_1d_blocks.0.]
+attn1.to_q
+attn1.to_k
+attn1.to_v
+attn1.to_out.0
+attn1.to_gate_logits
+attn1.norm_q = attn1.q_norm
+attn1.norm_k = attn1.k_norm
+ff.net.0.proj
+ff.net.2
+[connectors.audio_connector.transformer_blocks.0. = audio_embeddings_connector.transformer_1d_blocks.0.]
+attn1.to_q
+attn1.to_k
+attn1.to_v
+attn1.to_out.0
+attn1.to_gate_logits
+attn1.norm_q = attn1.q_norm
+attn1.norm_k = attn1.k_norm
+ff.net.0.proj
+ff.net.2
+""",
+    ),
 }

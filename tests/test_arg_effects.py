@@ -87,6 +87,9 @@ OF_ARCHS: dict[str, tuple[str, str]] = {
     "exclude_mod": ("qwen_image", "False"),
     "include_refiner": ("zimage", "True"),
     "train_mlp": ("ace_step", "True"),
+    "lora_target_preset": ("ltx2", "v2v"),
+    "connector_lora": ("ltx2", "True"),
+    **{name: ("ltx2", "2") for name in ("audio_dim", "audio_alpha", "cross_modal_dim", "cross_modal_alpha")},
 }
 NEUTRAL = {
     "exclude_mod": "True",
@@ -96,6 +99,8 @@ NEUTRAL = {
     "train_blocks": "all",
     "train_t5xxl": "False",
     "train_llm_adapter": "0",
+    "lora_target_preset": "lycoris",
+    "connector_lora": "False",
 }
 NEUTRAL |= {name: "all" for name in OF_ARCHS if name.endswith("_indices")}
 ONLY_LOGGED = {"verbose": "attn1.to_q", "allow_unknown": "unknown argument foo"}  # with what the log then has

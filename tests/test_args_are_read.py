@@ -42,7 +42,7 @@ def unread(monkeypatch: pytest.MonkeyPatch, folder: Path) -> set[str]:
     for spec in ARCHS:
         models = toy(spec.name) if spec.name not in ("sd", "sdxl") else {"unet": sd_unet()}
         encoders = [models.get(part.name) for part in spec.text_encoders]
-        kinds = {name: "2" for name, _ in spec.layer_dims}
+        kinds = {name: "2" for name, _ in (*spec.layer_dims, *spec.layer_alphas)}
         networks.lora.plan(4, 1, encoders, models[spec.denoiser.name], **kinds)
     return {arg.name for arg in parsing.TABLE}.difference(*(args.read for args in calls))
 

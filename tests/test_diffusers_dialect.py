@@ -45,7 +45,8 @@ def test_every_layer_is_found_where_diffusers_has_it(arch: str) -> None:
         geometry = candidate.geometry
         theirs = places(spec, spec.denoiser, candidate.trainer_name, geometry.out_features, geometry.in_features)
         own = candidate.own_names or (candidate.dotted_name,)
-        assert [place.path for place in theirs] == [f"{spec.denoiser.diffusers}.{name}" for name in own]
+        component = "" if own[0].startswith("connectors.") else f"{spec.denoiser.diffusers}."  # of the pipeline
+        assert [place.path for place in theirs] == [component + name for name in own]
         for place, (_, pieces) in zip(theirs, candidate.bases, strict=True):
             middle = (place.start + place.stop) // 2
             halves = ((middle, place.stop), (place.start, middle))

@@ -231,7 +231,7 @@ def test_mistakes_are_one_message_and_exit_2(
 VALUES = {
     "in_dims": "[2,0,0,0,1]", "emb_dims": "2,2,2,2,2,2", "embedder_dims": "2,0,2", "down_lr_weight": "cosine",
     "mid_lr_weight": "0.5", "up_lr_weight": "linear+.5", "block_lr_zero_threshold": "0.3", "train_t5xxl": "True",
-    "train_llm_adapter": "True", "split_qkv": "True",
+    "train_llm_adapter": "True", "split_qkv": "True", "connector_lora": "True", "lora_target_preset": "v2v",
 }  # fmt: skip
 BESIDE = {"block_lr_zero_threshold": {"up_lr_weight": "linear"}}
 OWN = {release.name: arch for arch in ARCHS for release in arch.releases}

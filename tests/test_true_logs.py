@@ -54,6 +54,9 @@ def dead(network: Any, loss: Tensor) -> set[tuple[str, str]]:
     return {(row.part, row.trainer_name) for row, layer in network.layers if layer not in moving}
 
 
+ELSEWHERE = ("train_llm_adapter", "train_t5xxl", "connector_lora")  # arguments of layers that diffusers has elsewhere
+
+
 def unread(network: Any) -> set[tuple[str, str]]:
     return {(row.part, row.trainer_name) for row, _ in network.layers if row.unread}
 
@@ -81,7 +84,7 @@ def test_layers_without_gradient_are_those_of_the_record(arch: str) -> None:
     make, call = MODELS[arch]
     model = make().train().requires_grad_(False)
     widest = {
-        name: value for name, value in data_of(arch).widest.items() if name not in ("train_llm_adapter", "train_t5xxl")
+        name: value for name, value in data_of(arch).widest.items() if name not in ELSEWHERE
     }
     network = networks.lora.create_network(1.0, 2, 1, None, None, model, train_norm="true", **widest)
     network.apply_to(None, model, False, True)

@@ -203,6 +203,18 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
         ),
         lambda m: m(rand(1, 4, 1, 4, 4), TIME, rand(1, 5, W), rand(1, 257, W)),
     ),
+    "ltx2": (
+        lambda: diffusers.LTX2VideoTransformer3DModel(
+            in_channels=4, out_channels=4, cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4,
+            audio_num_attention_heads=2, audio_attention_head_dim=4, audio_cross_attention_dim=8, gated_attn=True,
+            audio_gated_attn=True, cross_attn_mod=True, audio_cross_attn_mod=True, use_prompt_embeddings=False,
+            **SEVERAL,
+        ),
+        lambda m: m(
+            rand(1, 4, 4), rand(1, 3, 4), rand(1, 5, 16), rand(1, 5, 8), TIME, sigma=TIME, num_frames=1, height=2,
+            width=2, audio_num_frames=3,
+        ),
+    ),
     "zimage": (
         lambda: diffusers.ZImageTransformer2DModel(
             in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=W,

@@ -172,10 +172,9 @@ def places(
     sizes = (rows,) if count == 1 else arch.split_of(trainer_name, rows, columns) or (rows // count,) * count
     assert len(sizes) == count and sum(sizes) == rows, f"{trainer_name}: {count} layers in {program} of {rows} rows"
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    stem = f"{part.diffusers}." if program == DIFFUSERS else ""
     return tuple(
         Place(
-            f"{stem}{layer.own}",
+            _path(part, layer.own, program),
             start,
             start + size,
             layer.swapped.at((rows, columns)),
@@ -185,6 +184,10 @@ def places(
         )
         for layer, start, size in zip(layers, starts, sizes, strict=True)
     )
+
+
+def _path(part: Part, own: str, program: str) -> str:
+    return own if program != DIFFUSERS or own.startswith(part.components) else f"{part.diffusers}.{own}"
 
 
 def is_read_flat(part: Part, trainer_name: str) -> bool:

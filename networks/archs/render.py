@@ -41,6 +41,9 @@ def _owners(argument: str, archs: Sequence[ArchSpec]) -> str:
 def _meaning(argument: str, arch: ArchSpec) -> str:
     if argument == "train_blocks":
         return f": {', '.join(name for name, _ in arch.block_sets)}"
+    if argument == "lora_target_preset":
+        names = [name for name, _ in arch.target_presets]
+        return f": {', '.join(names)}; {names[0]} if not given"
     if argument in _LEVELS and arch.levels:
         return f": {getattr(arch.levels, _LEVELS[argument])}"
     switch = next((one for one in arch.switches if one.argument == argument), None)

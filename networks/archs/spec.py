@@ -104,6 +104,7 @@ class Part:
         tasks: (attribute of the model, value, class names that join where it has that value): a trainer's mark.
         loose: the trainer's dotted names of layers that count as below a container in every library's classes.
         diffusers: the component of diffusers' pipelines for which they read adapters; "" = they read none.
+        components: how the names of layers begin which in diffusers belong to other components: `connectors.`.
         twins: layers that may have each other's names in files.
         others: (program or layout, names of its layers in adapter files), where they are those of no other record.
         file_roots: what else may stand before the names of its layers in adapter files, with a dot behind it before
@@ -128,6 +129,7 @@ class Part:
     tasks: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
     loose: tuple[str, ...] = ()
     diffusers: str = "transformer"
+    components: tuple[str, ...] = ()
     twins: tuple[Twins, ...] = ()
     others: tuple[tuple[str, tuple[Rename, ...]], ...] = ()
     file_roots: tuple[str, ...] = ()
@@ -294,12 +296,18 @@ class Timestep:
         arguments: its name there, over the classes of the architecture.
         noise, clean: the values at which a sample is nothing but noise, and without any.
         shared: the values of a tensor are those of parts which every sample of the pass has, not of its samples.
+        noise_of: (class, `noise` there), where it counts otherwise than the trainer's.
     """
 
     arguments: tuple[str, ...]
     noise: float = 1000.0
     clean: float = 0.0
     shared: bool = False
+    noise_of: tuple[tuple[str, float], ...] = ()
+
+    def at(self, cls: str) -> Timestep:
+        """The same for models of a class."""
+        return replace(self, noise=dict(self.noise_of).get(cls, self.noise))
 
 
 @dataclass(frozen=True)
@@ -318,9 +326,12 @@ class ArchSpec:
         switches: more layers that are left out or not, each kind by an argument of its own.
         layer_dims: (argument, regular expression on the trainer's dotted name): the dim of a kind of layer; the first
             that is given and matches wins, 0 leaves the layer out.
+        layer_alphas: the same for alphas.
         extra_dims: (argument, regular expressions): layers outside the containers, trained if the argument, a list with
             one dim for each expression, says so.
         block_sets: (name, regular expression): what `train_blocks=name` trains; `all` is understood everywhere.
+        target_presets: (name, regular expression): what `lora_target_preset=name` trains in the containers, the first
+            of them without it; include_patterns stand in its place.
         levels: for learning rates by depth, where an architecture has them.
         fused_rows: denoiser layers that hold several projections, for `split_qkv`.
         usual: numbers of denoiser layers that are trained by default, over the released models.
@@ -343,8 +354,10 @@ class ArchSpec:
     exclude: tuple[str, ...] = ()
     switches: tuple[Switch, ...] = ()
     layer_dims: Pairs = ()
+    layer_alphas: Pairs = ()
     extra_dims: tuple[tuple[str, tuple[str, ...]], ...] = ()
     block_sets: Pairs = ()
+    target_presets: Pairs = ()
     levels: BlockLevels | None = None
     fused_rows: tuple[FusedRows, ...] = ()
     usual: frozenset[int] = frozenset()
@@ -359,12 +372,14 @@ class ArchSpec:
     @property
     def arguments(self) -> frozenset[str]:
         """Arguments which only architectures with such layers have."""
-        names = {name for name, _ in self.layer_dims} | {name for name, _ in self.extra_dims}
+        names = {name for name, _ in (*self.layer_dims, *self.layer_alphas, *self.extra_dims)}
         names |= {axis.argument for axis in self.axes} | {part.argument for part in self.parts}
         names |= {name for part in self.parts for name, _ in part.optional}
         names |= {switch.argument for switch in self.switches}
         if self.block_sets:
             names.add("train_blocks")
+        if self.target_presets:
+            names.add("lora_target_preset")
         if self.fused_rows:
             names.add("split_qkv")
         if self.levels:
@@ -392,11 +407,21 @@ class ArchSpec:
 
     def excluded(self, values: Mapping[str, Any], host: str) -> dict[str, str]:
         """Regular expression -> why such layers are left out, under these arguments of a host's call."""
-        reasons = {regex: f"excluded by default: {regex}" for regex in self.exclude}
+        reasons = {regex: f"excluded by default: {regex}" for regex in self.exclude} | self._beside_preset(values)
         for switch in self.switches:
             if not switch.trains(values.get(switch.argument), host):
                 reasons[switch.regex] = f"give {switch.argument}={switch.trained_if} to train it"
         return reasons
+
+    def _beside_preset(self, values: Mapping[str, Any]) -> dict[str, str]:
+        """The same for what the preset of layers has not."""
+        if not self.target_presets:
+            return {}
+        if values.get("include_patterns"):
+            return {".*": "not in include_patterns"}
+        usual, _ = self.target_presets[0]
+        name = values.get("lora_target_preset") or usual
+        return {rf"(?!(?:{dict(self.target_presets)[name]})\Z).*": f"not in lora_target_preset={name}"}
 
     def fit(self, trainer_names: Collection[str]) -> ArchSpec:
         """The record with the block numbers of one model, whose denoiser has these layers."""
@@ -411,9 +436,11 @@ class ArchSpec:
 
     def kind_of(self, trainer_name: str, given: frozenset[str]) -> str | None:
         """The first of the given layer_dims arguments that speaks of this denoiser layer."""
-        return next(
-            (name for name, regex in self.layer_dims if name in given and re.fullmatch(regex, trainer_name)), None
-        )
+        return _first(self.layer_dims, trainer_name, given)
+
+    def alpha_of(self, trainer_name: str, given: frozenset[str]) -> str | None:
+        """The same of layer_alphas."""
+        return _first(self.layer_alphas, trainer_name, given)
 
     def split_of(self, trainer_name: str, rows: int, columns: int) -> tuple[int, ...]:
         """Output rows of the projections in a denoiser layer; () for a layer that is only one."""
@@ -447,3 +474,7 @@ class ArchSpec:
     def block_count(self) -> int | None:
         """How many blocks there are, if that is the same in every model of the architecture."""
         return 1 + max(n for _, n in self.blocks) if self.blocks else None
+
+
+def _first(kinds: Pairs, trainer_name: str, given: frozenset[str]) -> str | None:
+    return next((name for name, regex in kinds if name in given and re.fullmatch(regex, trainer_name)), None)

@@ -51,7 +51,13 @@ LAYER_DIMS = {
     "attn_dim": "the attention",
     "mlp_dim": "the feed-forward layers",
     "mod_dim": "the modulation",
+    "cross_modal_dim": "the attention between video and audio",
+    "audio_dim": "the layers with audio, and of that attention, too, where cross_modal_dim is not given",
 }
+LAYER_ALPHAS = {name.replace("_dim", "_alpha"): LAYER_DIMS[name] for name in ("cross_modal_dim", "audio_dim")}
+TARGET_PRESETS = (
+    "t2v", "v2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "audio_ref_ic", "full",
+)  # fmt: skip
 EXTRA_DIMS = {
     "in_dims": "img_in, time_in, vector_in, guidance_in, txt_in",
     "emb_dims": "context, t, x and y embedder, modulation and linear of the final layer",
@@ -394,6 +400,28 @@ _ROWS: tuple[Arg, ...] = (
     ),
     Arg("train_t5xxl", "bool", False, "train the T5 text encoder too", _KIND),
     Arg("train_llm_adapter", "bool", False, "train the adapter behind the text encoder too", _KIND),
+    Arg(
+        "lora_target_preset",
+        "choice",
+        None,
+        "which kinds of layers to train, where include_patterns do not say so",
+        _KIND,
+        neutral=("t2v",),
+        choices=TARGET_PRESETS,
+        words=(("lycoris", "t2v"), ("av_ic", "v2v"), ("video_ref_only_av", "v2v")),
+    ),
+    Arg(
+        "connector_lora",
+        "bool",
+        False,
+        "train the connectors behind the text encoder too",
+        _KIND,
+        aliases=("train_connectors",),
+    ),
+    *(
+        Arg(name, "float", None, f"alpha of {what}, in place of network_alpha", _KIND, minimum=0)
+        for name, what in LAYER_ALPHAS.items()
+    ),
     Arg(
         "down_lr_weight",
         "rates",

@@ -54,7 +54,7 @@ def time_reader(root: nn.Module, timestep: Timestep) -> TimeReader:
             f"{type(root).__name__} is not told the timestep as {' or '.join(timestep.arguments)}, so ranks cannot "
             f"follow it; its arguments are {', '.join(names)}: choose an algorithm other than tlora"
         )
-    return TimeReader(name, names.index(name), timestep)
+    return TimeReader(name, names.index(name), timestep.at(type(root).__name__))
 
 
 class Watch:

@@ -100,7 +100,8 @@ class Call:
         named = [(c.part.name, c.trainer_name) for c in layers] if a.host in _TRAINERS else []
         denoiser = [c.trainer_name for c in layers if c.part is arch.denoiser]
         arch = arch.fit(denoiser)
-        left_out = arch.excluded(a.pick(switch.argument for switch in arch.switches), a.host)
+        switches = {switch.argument for switch in arch.switches}
+        left_out = arch.excluded(a.pick({*switches, "include_patterns", "lora_target_preset"}), a.host)
         given = {switch.regex for switch in arch.switches if switch.argument in a.given}
         return cls(
             arch,
@@ -116,7 +117,7 @@ class Call:
             Patterns("network_reg_alphas", a.network_reg_alphas, arch, named),
             Patterns("network_reg_lrs", a.network_reg_lrs, arch, named),
             Patterns("default", left_out, arch),
-            Patterns("default", left_out.keys() - {*arch.exclude}, arch),
+            Patterns("default", left_out.keys() & {switch.regex for switch in arch.switches}, arch),
             Patterns("given", given & left_out.keys(), arch),
             PresetChoices(request, layers if named else (), problems),
             BlockChoices(arch, request, denoiser, problems),
@@ -157,6 +158,10 @@ class Call:
     def kind_of(self, c: Candidate) -> str | None:
         """The given argument that speaks of layers of its kind."""
         return self.arch.kind_of(c.trainer_name, self.args.given) if self.of_denoiser(c) else None
+
+    def alpha_of(self, c: Candidate) -> str | None:
+        """The same for its alpha."""
+        return self.arch.alpha_of(c.trainer_name, self.args.given) if self.of_denoiser(c) else None
 
     def saved_names(self, c: Candidate) -> tuple[str, str]:
         """That of the layer, and that which its own path would give, unless that is another layer's."""

@@ -90,7 +90,7 @@ def _may_be_idle(request: Request, trained: Sequence[PlanRow]) -> dict[str, str]
     found = dict.fromkeys(sorted(_options(asked)), "no trained layer is of an algorithm that takes it") | timed
     found |= {name: why for algorithm in asked for name, (_, why) in algorithm.spec.acts_on.items()}
     kind = "no such layer is left to train, or network_reg_dims decides them"
-    found |= {name: kind for name, _ in request.arch.layer_dims}
+    found |= {name: kind for name, _ in (*request.arch.layer_dims, *request.arch.layer_alphas)}
     found |= dict.fromkeys(("conv_dim", "enable_conv"), _CONVOLUTIONS)
     found |= {name: f"no trained layer has its {what} from it" for name, what in _BY_NUMBER.items()}
     return found | {"split_qkv": "no layer with fused projections is left to train"}
@@ -104,7 +104,7 @@ def _decided_by_file(request: Request, used: Collection[By]) -> list[str]:
     """Given arguments that speak of dims, alphas and forms, and decided none."""
     arch = request.arch
     own = {name for source in (*DIM, *ALPHA) for name in source.arguments} | _options(ALGOS.values()) | _FORM
-    own |= {name for name, _ in arch.layer_dims} | {name for name, _ in arch.extra_dims}
+    own |= {name for name, _ in (*arch.layer_dims, *arch.layer_alphas, *arch.extra_dims)}
     return sorted(request.args.given & own - {argument for argument, _ in used})
 
 

@@ -121,6 +121,12 @@ def _expression_alpha(c: Candidate, call: Call) -> Found | None:
     return _matching(call.alphas, call.args.network_reg_alphas, c)
 
 
+def _kind_alpha(c: Candidate, call: Call) -> Found | None:
+    """The argument for layers of this kind, if it is given."""
+    kind = call.alpha_of(c)
+    return None if kind is None else Found(float(getattr(call.args, kind)), (kind, ""))
+
+
 def _block_alpha(c: Candidate, call: Call) -> Found | None:
     """The number of the layer's block; for kernels above 1x1 that of conv_block_alphas."""
     kernel = c.geometry.has_kernel
@@ -202,6 +208,7 @@ DIM = (
 ALPHA = (
     Source("file", _file_alpha),
     Source("network_reg_alphas", _expression_alpha),
+    Source("kind of layer", _kind_alpha),
     Source("block_alphas, conv_block_alphas", _block_alpha),
     Source("preset", _preset_alpha),
     Source("conv_alpha", _conv_alpha),

@@ -138,6 +138,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_model": "kandinsky5", "model_dim": 4096, "axes_dims": (32, 48, 48), "time_dim": 1024, "ff_dim": 16384,
         "visual_embed_dim": 132, "num_text_blocks": 4, "num_visual_blocks": 60,
     },
+    "ltx2": {
+        "image_model": "ltxav", "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096,
+        "apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True,
+        "caption_projection_first_linear": False, "caption_projection_second_linear": False,
+        "connector_num_layers": 8, "connector_num_attention_heads": 32, "connector_attention_head_dim": 128,
+        "connector_apply_gated_attention": True, "audio_connector_num_attention_heads": 32,
+        "audio_connector_attention_head_dim": 64,
+    },
 }  # fmt: skip
 
 # Its name of each text encoder that trainers train -> (its class, the file of its sizes).
@@ -322,6 +330,7 @@ OWN_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "qwen_image_21": ((r"img_mlp\.(gate_layer|proj)$", "img_mlp.gate_up"),),
     "ace_step": ((r"^", "decoder."),),
     "hidream_o1": ((r"^model\.", ""),),
+    "ltx2": ((r"^model\.", ""), (r"^embeddings_connector", "video_embeddings_connector")),
 }
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from common import Made, Trained, made
 from diffusers import loaders
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from peft.tuners.tuners_utils import BaseTunerLayer
 from registry_archs import SPECS, data_of
 from test_diffusers_reads import whole_sdxl_unet
@@ -37,6 +38,7 @@ PIPELINES = {
     "ideogram4": "Ideogram4Pipeline",
     "kandinsky": "Kandinsky5T2VPipeline",
     "krea2": "Krea2Pipeline",
+    "ltx2": "LTX2Pipeline",
     "lumina": "Lumina2Pipeline",
     "minimax_h3": "MiniMaxH3LoraLoaderMixin",  # as Anima's
     "qwen_image": "QwenImagePipeline",
@@ -73,11 +75,23 @@ def denoiser(arch: str, full_rows: bool) -> nn.Module:
     few = {name: 2 if name in _ROWS else 1 for name in names if name != "num_text_layers"}
     with on_meta():
         model = cls(**release.sizes | few)
+        if arch == "ltx2":
+            model.connectors = connectors()
     torch.manual_seed(0)
     kept = re.compile(KEPT_ROWS.get(arch, "") if full_rows else "")
     for name, module in [*model.named_modules()]:
         _shrink(module, data_of(arch).shrink, bool(kept.fullmatch(name)))
     return model.eval().requires_grad_(False)
+
+
+def connectors() -> nn.Module:
+    """Of LTX-2.3: a component of its own in the pipeline, here below the denoiser, whose network is for both."""
+    sizes = {"num_attention_heads": 32, "num_layers": 1, "num_learnable_registers": 4}
+    sizes = {f"{stream}_connector_{name}": size for stream in ("video", "audio") for name, size in sizes.items()}
+    return LTX2TextConnectors(
+        caption_channels=64, text_proj_in_factor=1, video_connector_attention_head_dim=128, video_gated_attn=True,
+        audio_connector_attention_head_dim=64, audio_gated_attn=True, **sizes,
+    )  # fmt: skip
 
 
 def _shrink(module: nn.Module, by: int, keep_rows: bool) -> None:
@@ -122,6 +136,8 @@ def load(arch: str, models: Mapping[str, nn.Module], trained: Trained) -> Made:
             pipeline.__new__(pipeline).load_lora_weights()
         return Made(str(missing.value))
     components = {part.diffusers: models[part.name] for part in SPECS[arch].parts if part.name in models}
+    apart = {name: components["transformer"]._modules.pop(name) for name in ("connectors",) if arch == "ltx2"}
+    components |= apart
     mixin = next(cls for cls in pipeline.__mro__ if cls.__name__.endswith("LoraLoaderMixin"))
     host: Any = type("Host", (_Pipeline, mixin), {})(components=components, **components)
     for encoder in ("text_encoder", "text_encoder_2"):
@@ -140,6 +156,7 @@ def load(arch: str, models: Mapping[str, nn.Module], trained: Trained) -> Made:
     finally:
         for model in components.values():
             remove(model)
+        components["transformer"]._modules.update(apart) if apart else None
 
 
 def load_into(model: nn.Module, trained: Trained) -> Made:

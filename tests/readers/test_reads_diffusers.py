@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from common import KINDS, WIDE, Trained, assert_model, renamed, trained
+from common import KINDS, WIDE, Trained, assert_model, given_of, renamed, trained
 from diffusers_program import PIPELINES, load, load_into, models
 from registry_archs import SPECS, data_of
 from safetensors.torch import save_file
@@ -81,6 +81,26 @@ def test_the_trainers_dotted_names(arch: str, kind: str, root: tuple[str, bool],
     source = trained(arch, parts, tmp_path / "a.safetensors", **KINDS[kind])
     made = renamed(source, parts, tmp_path / "b.safetensors", *root)
     assert_model(READER, made, load(arch, parts, made))
+
+
+@pytest.mark.parametrize("only", [".*", r"embeddings_connector\..*"])
+def test_names_of_the_release_on_ltx_2(only: str, tmp_path: Path) -> None:
+    """As its own trainer writes them; what lies before the denoiser gets no adapter under them."""
+    arguments = {"save_format": "comfyui", "only_patterns": only} | data_of("ltx2").widest
+    parts = models("ltx2")
+    source = trained("ltx2", parts, tmp_path / "a.safetensors", **arguments)
+    tensors = dict(source.given.tensors)
+    for name in source.targets:
+        alpha, up, down = (tensors.pop(f"{name}.{one}") for one in ("alpha", "lora_up.weight", "lora_down.weight"))
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up * (float(alpha) / len(down))}
+    save_file(tensors, tmp_path / "b.safetensors")
+    given = given_of(SPECS["ltx2"], parts, tmp_path / "b.safetensors", source.given.base)
+    made = Trained(given=given, file=tmp_path / "b.safetensors", targets=source.targets)
+    assert_model(READER, made, load("ltx2", parts, made))
+    reading = READER.read(given)
+    assert reading is not None
+    assert reading.loaded == sum("connector" not in name for name in made.targets)
+    assert bool(reading.refused) is (only != ".*")
 
 
 def test_one_factor_must_divide_all_layers(tmp_path: Path) -> None:

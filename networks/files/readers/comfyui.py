@@ -93,6 +93,7 @@ MODELS: Mapping[str, Model] = {
         hidden=r".*\.(prenorm|postnorm|qnorm|knorm)|txtmlp\.0|last\.norm",
     ),
     "ideogram4": Model(),
+    "ltx2": Model((Names(("",)),)),
     "hidream_o1": Model(hidden=r"visual\.deepstack_merger_list\..*|lm_head"),
 }
 

@@ -16,7 +16,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ...archs.places import Place, places
+from ...archs.places import COMFYUI, Place, own_layers, places
 from ...archs.spec import Part
 from ...records.lokr import LOKR
 from ...tensors.factor import factorization
@@ -30,6 +30,7 @@ from .errors import UNKNOWN, below_the_norm, errors, plain
 FLAT = "flat"  # as the trainers save it
 PATH = "path"  # diffusers' own: component and path
 ORIGINAL = "diffusion_model."  # this, and the trainer's path
+RELEASED = "released"  # the same beginning, and the path in ComfyUI's classes
 PEFT = dotted.PEFT  # likewise
 WRAPPER = "lycoris_"  # this, and diffusers' path flat
 
@@ -184,6 +185,13 @@ PIPELINES = {  # by architecture
     ),
     "kandinsky": Pipeline(),
     "krea2": Pipeline((Road(_OWN_OR_PEFT, (ORIGINAL, PEFT), AB, alphas=False),)),
+    "ltx2": Pipeline(
+        (
+            Road(r"^diffusion_model\.(?!.*(lora|dora_scale))", rest=INVALID),
+            Road(r"^diffusion_model\.(model|\w*embeddings_connector)\.", rest=NO_MATCH, all_keys=True),
+            Road(_OWN, (RELEASED,), AB, layers=r"model\..*", alphas=False, rest=""),
+        )
+    ),
     "lumina": Pipeline(
         (
             Road(
@@ -329,6 +337,9 @@ class _Sitting:
                 if part is self.given.arch.denoiser:
                     found[ORIGINAL + trainer_name] = replace(flat, way=ORIGINAL)
                     found[PEFT + trainer_name] = replace(flat, way=PEFT)
+                    if any(RELEASED in road.names for road in self.pipeline.roads):
+                        path = own_layers(part, trainer_name, COMFYUI)[0].own
+                        found[ORIGINAL + path] = replace(flat, way=RELEASED)
         return found
 
     def _factors(self, name: str) -> frozenset[str]:
