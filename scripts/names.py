@@ -9,7 +9,8 @@
 Names (tests/names/ARCH.txt) come from the class that trainers load. Where that is diffusers' own, it is built here; for
 another, give a function that returns its parts by name, {"dit": model, ...}, of full size; the meta device is the
 default while it runs. Outlines come from the classes of diffusers and transformers, by the sizes in the record of the
-architecture. What cannot be built here stays as it was recorded, and one line says why.
+architecture, or, where diffusers has no such class, from that function. What cannot be built here stays as it was
+recorded, and one line says why.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def recordings(arch: ArchSpec, factory: str | None = None, only_skeletons: bool 
             print(f"tests/names/{arch.name}.txt stays as it is: {error}")
     for release in arch.releases:
         try:
-            yield OUTLINES / f"{release.name}.txt", outline.write(denoiser_of(release))
+            model = denoiser_of(release) if release.denoiser else _parts(arch, factory)[arch.denoiser.name]
+            yield OUTLINES / f"{release.name}.txt", outline.write(model)
             for encoder in filter(None, release.text_encoders):
                 yield OUTLINES / f"{encoder.name}.txt", outline.write(encoder_of(encoder))
         except ValueError as error:

@@ -108,11 +108,12 @@ def is_unet(arch: str) -> bool:
 
 
 def release_of(arch: str) -> str:
-    """The model in diffusers' class that the tests look at."""
+    """The model that the tests look at, in diffusers' class if it has one."""
     return SPECS[arch].releases[0].name
 
 
 RELEASED = [name for name, spec in SPECS.items() if spec.releases]
+IN_DIFFUSERS = [name for name in RELEASED if SPECS[name].releases[0].denoiser]
 
 _FLUX_NORMS = """
 double_blocks.0.img_norm1 -
@@ -741,6 +742,49 @@ attn.norm_added_q
 attn.norm_added_k
 """,
     ),
+    "mage_flow": ArchData(
+        source="a stand-in with the names and sizes of the trainer's own model",
+        host="musubi",
+        counts=(144, 168, 0),
+        widest={"exclude_mod": "False"},
+        anchor=Anchor(
+            "transformer_blocks.0.img_mlp.net.0.proj",
+            "lora_unet_transformer_blocks_0_img_mlp_net_0_proj",
+            12288,
+            3072,
+        ),
+        forward="packed.timesteps",
+        times=(1.0, 0.25, 0.0),
+        norms="""
+transformer_blocks.0.img_norm1 -
+transformer_blocks.0.img_norm2 -
+transformer_blocks.0.txt_norm1 -
+transformer_blocks.0.txt_norm2 -
+transformer_blocks.0.attn.norm_q
+transformer_blocks.0.attn.norm_k
+transformer_blocks.0.attn.norm_added_q
+transformer_blocks.0.attn.norm_added_k
+""",
+    ),
+    "lens": ArchData(
+        source="the trainer's own model",
+        host="musubi",
+        counts=(480, 576, 0),
+        widest={"exclude_mod": "False"},
+        anchor=Anchor("transformer_blocks.0.attn.img_qkv", "lora_unet_transformer_blocks_0_attn_img_qkv", 4608, 1536),
+        forward="hidden_states encoder_hidden_states encoder_hidden_states_mask timestep",
+        times=(1.0, 0.25, 0.0),
+        norms="""
+transformer_blocks.0.img_norm1
+transformer_blocks.0.img_norm2
+transformer_blocks.0.txt_norm1
+transformer_blocks.0.txt_norm2
+transformer_blocks.0.attn.norm_q
+transformer_blocks.0.attn.norm_k
+transformer_blocks.0.attn.norm_added_q
+transformer_blocks.0.attn.norm_added_k
+""",
+    ),
     "zimage": ArchData(
         source="the trainer's own model, with include_patterns=['.*']",
         host="musubi",
@@ -776,6 +820,38 @@ context_refiner.0.ffn_norm2
 {_Z_BLOCK}
 [context_refiner.0. = context_refiner.0.]
 {_Z_BLOCK.replace("adaLN_modulation.0", "")}
+""",
+    ),
+    "ernie_image": ArchData(
+        source="the trainer's own model",
+        host="musubi",
+        counts=(254, 254, 0),
+        anchor=Anchor("layers.0.mlp.gate_proj", "lora_unet_layers_0_mlp_gate_proj", 12288, 4096),
+        forward="hidden_states timestep",
+        norms="""
+layers.0.adaLN_sa_ln
+layers.0.adaLN_mlp_ln
+layers.0.self_attention.norm_q
+layers.0.self_attention.norm_k
+final_norm.norm -
+""",
+        diffusers="""
+[layers.0. = layers.0.]
+adaLN_sa_ln
+self_attention.to_q
+self_attention.to_k
+self_attention.to_v
+self_attention.to_out.0
+self_attention.norm_q
+self_attention.norm_k
+adaLN_mlp_ln
+mlp.gate_proj
+mlp.up_proj
+mlp.linear_fc2
+[]
+adaLN_modulation.1
+final_norm.norm
+final_norm.linear
 """,
     ),
     "kandinsky": ArchData(

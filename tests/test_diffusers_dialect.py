@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import swap_scale_shift
-from registry_archs import RELEASED, SPECS
+from registry_archs import IN_DIFFUSERS, SPECS
 from safetensors.torch import load_file, save_file
 from test_diffusers_layouts import found, meta_model
 from test_every_architecture import create, from_file, model_of
@@ -37,7 +37,7 @@ def whole_model(arch: str) -> nn.Module:
     return meta_model(arch)
 
 
-@pytest.mark.parametrize("arch", RELEASED)
+@pytest.mark.parametrize("arch", IN_DIFFUSERS)
 def test_every_layer_is_found_where_diffusers_has_it(arch: str) -> None:
     """All layers of diffusers' full-size models, each with the rows that the attached adapter gives it."""
     model, spec = whole_model(arch), SPECS[arch]
@@ -67,7 +67,7 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("arch", RELEASED)
+@pytest.mark.parametrize("arch", IN_DIFFUSERS)
 def test_from_the_trainers_classes_and_back(arch: str, tmp_path: Path) -> None:
     """Saved from the trainer's own classes: diffusers' names, alpha nowhere; the same weights when it is loaded."""
     splits = [{"split_qkv": "True"}] if SPECS[arch].fused_rows else []

@@ -1,8 +1,10 @@
-"""Tiny random denoisers of diffusers' real classes, one of every architecture that it has, and a call of each."""
+"""Tiny random denoisers of diffusers' real classes, or of stand-ins where it has none, one of every architecture, and a
+call of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -10,6 +12,7 @@ import torch
 from diffusers.models.transformers.transformer_hunyuan_video_framepack import HunyuanVideoFramepackTransformer3DModel
 from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR, OUTPUT_IMAGE_INDICATOR
 from tiny_parts import inputs, sd_unet, sdxl_unet
+from tiny_two_streams import LensTransformer2DModel, MageFlow
 from torch import Tensor, nn
 
 W = 16  # of texts
@@ -138,6 +141,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
         ),
         _framepack,
     ),
+    "ernie_image": (
+        lambda: diffusers.ErnieImageTransformer2DModel(
+            hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=16, in_channels=4, out_channels=4,
+            text_in_dim=W, rope_axes_dim=(4, 6, 6),
+        ),
+        lambda m: m(rand(1, 4, 4, 4), TIME, rand(1, 5, W), torch.tensor([5])),
+    ),
     "ideogram4": (
         lambda: diffusers.Ideogram4Transformer2DModel(
             in_channels=8, num_layers=2, attention_head_dim=8, num_attention_heads=2, intermediate_size=16,
@@ -148,6 +158,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
             torch.zeros(1, 9, dtype=torch.long),
             torch.tensor([[LLM_TOKEN_INDICATOR] * 5 + [OUTPUT_IMAGE_INDICATOR] * 4]),
         ),
+    ),
+    "mage_flow": (
+        lambda: MageFlow(width=16, heads=2, depth=2, text_width=W),
+        lambda m: m(
+            SimpleNamespace(image_tokens=rand(1, 4, 128), text_tokens=rand(1, 5, W), timesteps=torch.tensor([0.5]))
+        ),
+    ),
+    "lens": (
+        lambda: LensTransformer2DModel(width=24, heads=2, depth=2, text_width=W),
+        lambda m: m(rand(1, 4, 128), [rand(1, 5, W)] * 4, torch.tensor([0.5])),
     ),
     "kandinsky": (
         lambda: diffusers.Kandinsky5Transformer3DModel(

@@ -31,7 +31,7 @@ class Release:
     Attributes:
         name: as users type it, and of its skeleton.
         title: for people.
-        denoiser: its class in diffusers.
+        denoiser: its class in diffusers; "" = it has none, and the outline is that of the trainer's.
         sizes: where they are not that class's defaults.
         text_encoders: those which trainers can train, in their order; None where the place stays empty.
         added: modules that the trainer's denoiser has and diffusers' has not: by dotted name.

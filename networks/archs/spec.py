@@ -293,7 +293,7 @@ class Timestep:
     """How a denoiser's own forward is told the time.
 
     Attributes:
-        arguments: its name there, over the classes of the architecture.
+        arguments: its name there, over the classes of the architecture; with a dot, an attribute of an argument.
         noise, clean: the values at which a sample is nothing but noise, and without any.
         shared: the values of a tensor are those of parts which every sample of the pass has, not of its samples.
         noise_of: (class, `noise` there), where it counts otherwise than the trainer's.

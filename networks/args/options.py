@@ -97,6 +97,8 @@ class Options(TypedDict, total=False):
     attn_dim: int
     mlp_dim: int
     mod_dim: int
+    cross_modal_dim: int
+    audio_dim: int
     in_dims: str | int | Sequence[int | None]
     emb_dims: str | int | Sequence[int | None]
     embedder_dims: str | int | Sequence[int | None]
@@ -106,6 +108,10 @@ class Options(TypedDict, total=False):
     train_block_indices: str | Sequence[int]
     train_t5xxl: bool
     train_llm_adapter: bool
+    lora_target_preset: Literal["t2v", "v2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "audio_ref_ic", "full"]
+    connector_lora: bool
+    cross_modal_alpha: float
+    audio_alpha: float
     down_lr_weight: str | Sequence[float]
     mid_lr_weight: str | Sequence[float]
     up_lr_weight: str | Sequence[float]

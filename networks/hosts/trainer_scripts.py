@@ -85,6 +85,9 @@ SCRIPTS: dict[str, Script] = {
     "krea2_train_network.py": Script(MUSUBI, "krea2"),
     "minimax_h3_train_network.py": Script(MUSUBI, "minimax_h3"),
     "ideogram4_train_network.py": Script(MUSUBI, "ideogram4"),
+    "ernie_image_train_network.py": Script(MUSUBI, "ernie_image"),
+    "lens_train_network.py": Script(MUSUBI, "lens"),
+    "mage_flow_train_network.py": Script(MUSUBI, "mage_flow"),
     "hidream_o1_train_network.py": Script(MUSUBI, ""),  # no library has its class: no outline of it is built in
 }
 # Scripts of both that train a model's own weights.
@@ -92,6 +95,6 @@ WHOLE_MODEL = frozenset(
     f"{name}.py"
     for name in (
         "fine_tune", "train_db", "sdxl_train", "flux_train", "sd3_train", "lumina_train", "anima_train", "hv_train",
-        "qwen_image_train", "zimage_train", "hidream_o1_train",
+        "qwen_image_train", "zimage_train", "hidream_o1_train", "lens_train",
     )
 )  # fmt: skip

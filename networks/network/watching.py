@@ -23,17 +23,20 @@ class TimeReader:
     Args:
         name, position: of the argument.
         timestep: what its values mean.
+        attribute: of the argument, which is the time; "" = the argument is.
     """
 
     name: str
     position: int
     timestep: Timestep
+    attribute: str = ""
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
         at, timestep = self.position, self.timestep
         value = kwargs[self.name] if self.name in kwargs else args[at] if at < len(args) else None
         if value is None:
             return None
+        value = getattr(value, self.attribute) if self.attribute else value
         time = (torch.as_tensor(value).float() - timestep.noise) / (timestep.clean - timestep.noise)
         time = time.detach().clamp(0, 1)
         # With a time of its own for each frame or token, a sample has that of its noisiest.
@@ -48,13 +51,14 @@ def time_reader(root: nn.Module, timestep: Timestep) -> TimeReader:
         ValueError: this class has no such argument.
     """
     names = [*inspect.signature(type(root).forward).parameters][1:]
-    name = next((name for name in timestep.arguments if name in names), None)
-    if name is None:
+    found = (name.partition(".") for name in timestep.arguments)
+    name, _, attribute = next((one for one in found if one[0] in names), ("", "", ""))
+    if not name:
         raise ValueError(
             f"{type(root).__name__} is not told the timestep as {' or '.join(timestep.arguments)}, so ranks cannot "
             f"follow it; its arguments are {', '.join(names)}: choose an algorithm other than tlora"
         )
-    return TimeReader(name, names.index(name), timestep.at(type(root).__name__))
+    return TimeReader(name, names.index(name), timestep.at(type(root).__name__), attribute)
 
 
 class Watch:

@@ -134,6 +134,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_model": "krea2", "features": 6144, "channels": 16, "patch": 2, "layers": 28, "heads": 48, "kvheads": 12,
         "txtlayers": 12, "txtdim": 2560,
     },
+    "ernie_image": {"image_model": "ernie"},
+    "mage_flow": {"image_model": "mage_flow", "in_channels": 128, "num_layers": 12},
+    "lens": {"image_model": "lens"},
     "kandinsky": {
         "image_model": "kandinsky5", "model_dim": 4096, "axes_dims": (32, 48, 48), "time_dim": 1024, "ff_dim": 16384,
         "visual_embed_dim": 132, "num_text_blocks": 4, "num_visual_blocks": 60,

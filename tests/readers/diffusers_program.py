@@ -34,6 +34,7 @@ PIPELINES = {
     "hunyuan_image": "HunyuanImagePipeline",
     "hunyuan_video": "HunyuanVideoPipeline",
     "hv_1_5": "HunyuanVideo15Pipeline",
+    "ernie_image": "ErnieImagePipeline",
     "framepack": "HunyuanVideoFramepackPipeline",
     "ideogram4": "Ideogram4Pipeline",
     "kandinsky": "Kandinsky5T2VPipeline",

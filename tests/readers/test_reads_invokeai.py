@@ -260,9 +260,12 @@ lora_unet_img_in 3072x64 lora -
 lora_te3_encoder_block_0_layer_0_SelfAttention_q 4096x4096 lora -
 lora_unet_layers_0_attention_to_q 3840x3840 lora -
 lora_unet__layers_0_attention_to_q 3840x3840 lora zimage
+lora_unet_layers_0_self_attention_to_q 4096x4096 lora -
+diffusion_model.layers.0.self_attention.to_q 4096x4096 lora zimage
 lora_unet_transformer_blocks_0_attn_to_q 3072x3072 lora qwen_image
 lora_unet_transformer_blocks_0_attn_to_q 3072x3072 lokr qwen_image
 lora_unet_transformer_blocks_0_attn_to_q 3072x3072 loha -
+lora_unet_transformer_blocks_0_attn_img_qkv 4608x1536 lora qwen_image
 lora_unet_blocks_0_self_attn_q 5120x5120 lora wan
 lora_unet_blocks_0_self_attn_q 5120x5120 full -
 lora_unet_blocks_0_attn_wq 6144x6144 lora -

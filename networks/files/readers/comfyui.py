@@ -71,6 +71,8 @@ MODELS: Mapping[str, Model] = {
     "qwen_image": Model((Names(("", "transformer.", "lycoris_")),)),
     "qwen_image_21": Model((Names(("", "transformer.", "lycoris_"), DIFFUSERS),)),
     "minimax_h3": Model((Names(("",)),)),
+    "mage_flow": Model((Names(("", "transformer.", "lycoris_")),)),
+    "lens": Model(),
     "wan": Model(),
     "hunyuan_video": Model((_PIPE,)),
     "hv_1_5": Model((_PIPE,)),
@@ -84,6 +86,7 @@ MODELS: Mapping[str, Model] = {
     "zimage": Model((Names(_ANY, DIFFUSERS),)),
     "anima": Model((), (Encoder("qwen3_06b.transformer.model.", ("lora_te_",)),)),
     "ace_step": Model((Names(("base_model.model.", "lycoris_"), change=((r"^decoder\.", ""),)),)),
+    "ernie_image": Model((Names(("transformer.",)),)),
     "kandinsky": Model((Names(("", "transformer.")),)),
     "krea2": Model(
         (

@@ -176,6 +176,7 @@ PIPELINES = {  # by architecture
         )
     ),
     "hv_1_5": Pipeline(missing="'HunyuanVideo15Pipeline' object has no attribute 'load_lora_weights'"),
+    "ernie_image": Pipeline((Road(_OWN_OR_PEFT, (ORIGINAL, PEFT), AB, alphas=False, rest=INVALID),)),
     "framepack": Pipeline(),
     "ideogram4": Pipeline(
         (

@@ -407,6 +407,7 @@ BASES: Mapping[str, Base] = {
     # Base models for which it has no adapters.
     "sd3": Base(lambda file: False, ()),
     "ideogram4": Base(lambda file: False, ()),
+    "ernie_image": Base(lambda file: False, ()),
 }
 
 

@@ -1,0 +1,35 @@
+"""ERNIE-Image; the trainer's classes have diffusers' names. One modulation layer serves all blocks."""
+
+from __future__ import annotations
+
+from .releases import Release
+from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+
+ERNIE_IMAGE = ArchSpec(
+    name="ernie_image",
+    title="ERNIE-Image",
+    entry="lora_ernie_image",
+    signatures=(Signature("ErnieImageTransformer2DModel"),),
+    timestep=Timestep(("timestep",)),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("ErnieImageSharedAdaLNBlock", "ErnieImageAdaLNModulation", "ErnieImageAdaLNContinuous"),
+        loose=("adaLN_modulation.1",),  # below ErnieImageAdaLNModulation in the trainer's model alone
+    ),
+    axes=(BlockAxis("layers."),),
+    # The trainer's module for LoRA trains both; those for LoHa and LoKr leave them out.
+    switches=(Switch("exclude_mod", r"adaLN_modulation\.1|final_norm\.linear", trained_if=False, default=True),),
+    usual=frozenset({254}),
+    kinds=frozenset({9}),
+    releases=(
+        Release(
+            "ernie_image",
+            "ERNIE-Image",
+            "ErnieImageTransformer2DModel",
+            {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288}
+            | {"text_in_dim": 3072},
+            also=("ernie-image-turbo",),
+        ),
+    ),
+)

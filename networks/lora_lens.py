@@ -1,0 +1,16 @@
+"""`--network_module networks.lora_lens`: Lens; `algo=` takes another algorithm than LoRA."""
+
+from .hosts.entry import Entry
+
+(
+    create_network,
+    create_network_from_weights,
+    create_arch_network,
+    create_arch_network_from_weights,
+    prepare_network,
+    plan,
+    merge_weights_to_tensor,
+    LoRANetwork,
+    LoRAModule,
+    LoRAInfModule,
+) = Entry(__name__, "lora", ("lens",)).names
