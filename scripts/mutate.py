@@ -243,8 +243,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "values: LoRA+ for all factors",
         f"{NETWORK}/optim.py",
-        "(row.plus_ratio if plus else 1.0)",
-        "row.plus_ratio",
+        "_rate(row, rates) * ratios.get(kind, 1.0)",
+        "_rate(row, rates) * row.plus_ratio",
         ("tests/test_hosts.py", "-k", "rate or loraplus"),
     ),
     Mutation(

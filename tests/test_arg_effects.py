@@ -51,6 +51,7 @@ EFFECTS |= {
     "train_norm": ({}, "True"),
     "enable_all_linear": ({}, "False"),
     "wd_on_output": ({"use_dora": "True"}, "False"),
+    "dora_lr_ratio": ({"use_dora": "True"}, "0.5"),
 }
 EFFECTS |= {
     name: ({"algo": algo, **others}, value)

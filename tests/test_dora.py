@@ -366,3 +366,46 @@ def test_magnitudes_train_at_the_plain_rate() -> None:
     magnitudes = {id(layer.magnitude_change) for layer in made.adapted_layers}
     plain = next(g for g, text in zip(groups, texts, strict=True) if "plus" not in text)
     assert magnitudes <= {id(p) for p in plain["params"]} and plain["lr"] == 1e-3
+
+
+def test_magnitudes_at_a_rate_of_their_own() -> None:
+    """A step of SGD moves them by ratio * rate * gradient, also where a layer has its rate from an expression; LoRA+
+    and the ratio do not multiply."""
+    kwargs = {"use_dora": "True", "network_reg_lrs": ".*attn1.*=0.5", "loraplus_lr_ratio": "4"}
+    made, unet = network(**kwargs, dora_lr_ratio="0.1")
+    groups, texts = made.prepare_optimizer_params_with_multiple_te_lrs(None, 1e-2, 1e-3)
+    rates = {text: group["lr"] for group, text in zip(groups, texts, strict=True)}
+    assert rates == {
+        "unet": 1e-2, "unet plus": 4e-2, "unet magnitudes": pytest.approx(1e-3),
+        "unet lr=0.5": 0.5, "unet plus lr=2": 2.0, "unet magnitudes lr=0.05": pytest.approx(0.05),
+    }  # fmt: skip
+    draw(unet).square().mean().backward()
+    torch.optim.SGD(groups, lr=1.0).step()
+    wide = [layer for row, layer in made.layers if "attn1" in row.dotted_name]
+    assert wide and all(bool(layer.magnitude_change.grad.any()) for layer in made.adapted_layers)
+    for layer in made.adapted_layers:
+        rate, change = 0.5 if layer in wide else 1e-2, layer.magnitude_change
+        torch.testing.assert_close(change.detach(), -0.1 * rate * change.grad, rtol=1e-5, atol=0)
+
+
+def test_a_ratio_of_0_leaves_the_magnitudes_alone() -> None:
+    made, _ = network(use_dora="True", dora_lr_ratio="0")
+    groups, texts = made.prepare_optimizer_params_with_multiple_te_lrs(None, 1e-3, 1e-3)
+    trained = {id(p) for group in groups for p in group["params"]}
+    still = [layer.magnitude_change for layer in made.adapted_layers]
+    assert texts == ["unet"] and not any(id(p) in trained or p.requires_grad for p in still)
+    plan = networks.lora.plan(4, 1, None, sd_unet(), use_dora="True", dora_lr_ratio="0")
+    assert plan.to_json()["totals"]["learning"] == sum(p.numel() for group in groups for p in group["params"])
+    assert {row["dora_ratio"] for row in plan.to_json()["rows"] if row["trained"]} == {0.0}
+    assert "x1/dora x0" in plan.to_text() and "ratio of the magnitudes 0" in str(plan.why("to_q")[0])
+
+
+def test_a_ratio_wants_magnitudes() -> None:
+    plan = networks.lora.plan(4, 1, None, sd_unet(), dora_lr_ratio="1")
+    assert {row.dora_ratio for row in plan.trained} == {1.0}
+    with pytest.raises(ValueError, match="dora_lr_ratio has no effect without use_dora"):
+        networks.lora.plan(4, 1, None, sd_unet(), dora_lr_ratio="0.5")
+    with pytest.raises(ValueError, match="dora_lr_ratio=0.5 has no effect with algo=boft"):
+        networks.lora.plan(4, 1, None, sd_unet(), algo="boft", dora_lr_ratio="0.5")
+    with pytest.raises(ValueError, match="no argument is called dora_lr: write dora_lr_ratio=0.5"):
+        networks.lora.plan(4, 1, None, sd_unet(), use_dora="True", dora_lr="0.5")

@@ -464,6 +464,7 @@ def test_dora_is_refused_with_two_experts() -> None:
     [
         (["loraplus_lr_ratio=8"], {"optimizer_type": "prodigyopt.Prodigy"}, "loraplus_mode=reparam does LoRA"),
         (["network_reg_lrs={'.*img_mlp.*': 1}"], {"optimizer_type": "DAdaptAdam"}, "expects one learning rate"),
+        (["use_dora=True", "dora_lr_ratio=0.5"], {"optimizer_type": "Prodigy"}, "expects one learning rate"),
         (["loraplus_lr_ratio=8", "loraplus_mode=reparam"], {"optimizer_type": "Prodigy"}, ""),
         (["loraplus_lr_ratio=8", "loraplus_mode=reparam"], {"optimizer_type": "SGDNesterov"}, "square of the ratio"),
         (["loraplus_lr_ratio=8"], {"optimizer_type": "AdamW"}, ""),

@@ -36,6 +36,10 @@ _NAMES: dict[str, str] = {
     **dict.fromkeys(("lokr_full_rank", "full_rank"), "write full_matrix=True, with algo=lokr"),
     **dict.fromkeys(("use_rs", "rank_stabilized", "rslora"), "write rs_lora={value}"),
     **dict.fromkeys(("lora_plus", "loraplus", "loraplus_ratio", "lr_ratio"), "write loraplus_lr_ratio={value}"),
+    **dict.fromkeys(
+        ("dora_lr", "dora_plus", "dora_scale_lr", "magnitude_lr", "magnitude_lr_ratio", "magnitude_lr_scale"),
+        "write dora_lr_ratio={value}, the rate of the magnitudes over that of their layer",
+    ),
     **dict.fromkeys(("coft", "use_coft", "coft_eps", "oft_coft", "eps"), "write constraint=1e-3, with algo=diag-oft"),
     **dict.fromkeys(("oft_block_size", "num_blocks"), "the block size of OFT is --network_dim, see dim_is_count"),
     **dict.fromkeys(("weight_norm", "max_norm"), "the trainer limits norms: write --scale_weight_norms {value}"),

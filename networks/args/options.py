@@ -75,6 +75,7 @@ class Options(TypedDict, total=False):
     loraplus_mode: Literal["lr", "reparam"]
     loraplus_unet_lr_ratio: float
     loraplus_text_encoder_lr_ratio: float
+    dora_lr_ratio: float
     block_dims: str | int | Sequence[int | None]
     block_alphas: str | float | Sequence[float | None]
     conv_block_dims: str | int | Sequence[int | None]

@@ -347,6 +347,16 @@ _ROWS: tuple[Arg, ...] = (
         minimum=0,
     ),
     Arg(
+        "dora_lr_ratio",
+        "float",
+        None,
+        "with use_dora: learning rate of the magnitudes over that of their layer, as unet_lr, text_encoder_lr, "
+        "network_reg_lrs and the blocks' factors have it; LoRA+ is for the factors alone. 0: the magnitudes stay",
+        _LR,
+        neutral=(1,),
+        minimum=0,
+    ),
+    Arg(
         "block_dims",
         "ints",
         (),

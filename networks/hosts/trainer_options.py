@@ -11,7 +11,7 @@ import torch
 from ..args.coerce import named
 
 if TYPE_CHECKING:
-    from ..plan.plan import Plan
+    from ..plan.plan import Plan, PlanRow
     from .contract import HostNetwork
 
 log = logging.getLogger("networks")
@@ -79,12 +79,16 @@ def _of_rates(plan: Plan, optimizer: str) -> list[str]:
     """Optimizers which do not take learning rates as they are given."""
     rows, told = plan.trained, []
     plus = any(row.plus_ratio != 1 for row in rows)
-    if any(name in optimizer for name in ONE_RATE) and (plus or any(row.lr or row.block_rate for row in rows)):
+    if any(name in optimizer for name in ONE_RATE) and (plus or any(map(_has_own_rate, rows))):
         remedy = ": loraplus_mode=reparam does LoRA+ with one rate" if plus else ""
         told.append(f"{optimizer} expects one learning rate, these arguments ask for several{remedy}")
     if any(name in optimizer for name in BY_SIZE) and any(row.plus_unit != 1 for row in rows):
         told.append(f"under {optimizer}, loraplus_mode=reparam acts as the square of the ratio: use loraplus_mode=lr")
     return told
+
+
+def _has_own_rate(row: PlanRow) -> bool:
+    return bool(row.lr or row.block_rate) or row.dora_ratio != 1
 
 
 def see_dtype(network: HostNetwork) -> None:

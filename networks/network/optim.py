@@ -1,4 +1,4 @@
-"""Optimizer groups: part, learning rate by regular expression, LoRA+."""
+"""Optimizer groups: part, learning rate by regular expression, LoRA+, magnitudes of DoRA."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ class _Group:
     Attributes:
         own_rate: of a regular expression; None = the part's.
         block: number of a block with a rate of its own.
-        plus: they are what LoRA+ trains faster.
+        kind: "plus", what LoRA+ trains faster; "magnitudes" of DoRA with a rate of their own; "" = all others.
     """
 
     part: str
     own_rate: float | None
     block: int | None
-    plus: bool
+    kind: str
 
     def describe(self, rate: float) -> str:
-        text = self.part + ("" if self.block is None else f" block {self.block}") + (" plus" if self.plus else "")
+        text = self.part + ("" if self.block is None else f" block {self.block}") + (self.kind and f" {self.kind}")
         return text if self.own_rate is None else f"{text} lr={rate:g}"
 
 
 def parameter_groups(layers: Iterable[tuple[PlanRow, AdaptedLayer]], rates: Mapping[str, float | None]) -> Groups:
     """Groups for the optimizer and one description each.
 
-    A layer's rate is that of its regular expression, else its part's; its block and, for the plus factors, LoRA+
-    multiply it. Layers at rate None or 0 stay out of the optimizer and need no gradient.
+    A layer's rate is that of its regular expression, else its part's; its block multiplies it, for the plus factors
+    LoRA+, too, and for magnitudes dora_lr_ratio. What is at rate None or 0 stays out of the optimizer and needs no
+    gradient.
 
     Args:
         layers: with the plan's row of each.
@@ -47,27 +48,30 @@ def parameter_groups(layers: Iterable[tuple[PlanRow, AdaptedLayer]], rates: Mapp
     groups: dict[_Group, list[nn.Parameter]] = {}
     learning: dict[_Group, float] = {}
     for row, layer in layers:
-        for parameter, plus in _trained(row, layer):
-            rate = _rate(row, rates) * (row.plus_ratio if plus else 1.0)
+        ratios = {"plus": row.plus_ratio, "magnitudes": row.dora_ratio}
+        for parameter, kind in _trained(layer):
+            rate = _rate(row, rates) * ratios.get(kind, 1.0)
             parameter.requires_grad_(rate > 0)
             if rate > 0:
-                group = _Group(row.part, row.lr, None if row.block_rate is None else row.block, plus)
+                kind = kind if ratios.get(kind) != 1 else ""
+                group = _Group(row.part, row.lr, None if row.block_rate is None else row.block, kind)
                 learning[group] = rate
                 groups.setdefault(group, []).append(parameter)
     described = [group.describe(learning[group]) for group in groups]
     return [{"params": params, "lr": learning[group]} for group, params in groups.items()], described
 
 
-def _trained(row: PlanRow, layer: AdaptedLayer) -> Iterator[tuple[nn.Parameter, bool]]:
-    """A layer's parameters but those that are never trained, and whether LoRA+ is for each."""
+def _trained(layer: AdaptedLayer) -> Iterator[tuple[nn.Parameter, str]]:
+    """A layer's parameters but those that are never trained, each with what it is: "plus", "magnitudes", or ""."""
     for path, parameter in layer.named_parameters():
         name = path.rpartition(".")[2]
         if name not in layer.adapter.spec.frozen:
-            yield parameter, row.plus_ratio != 1 and name in layer.adapter.spec.plus
+            own = "magnitudes" if parameter is layer.magnitude_change else ""
+            yield parameter, "plus" if name in layer.adapter.spec.plus else own
 
 
 def _rate(row: PlanRow, rates: Mapping[str, float | None]) -> float:
-    """Of a layer, before LoRA+."""
+    """Of a layer, before the ratios."""
     rate = rates.get(row.part) if row.lr is None else row.lr
     return (rate or 0.0) * (1.0 if row.block_rate is None else row.block_rate)
 

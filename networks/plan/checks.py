@@ -195,8 +195,9 @@ def _dora(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None
     off = _plain(trained)
     if off and not on:
         problems.idle("use_dora", f": it is left on no layer, off on {off}; leave one of the two out")
-    if args.asks("wd_on_output") and not on and not off:
-        problems.idle("wd_on_output", " without use_dora")
+    for name in ("wd_on_output", "dora_lr_ratio"):
+        if args.asks(name) and not on and not off:
+            problems.idle(name, " without use_dora")
 
 
 def _dora_notes(trained: Sequence[PlanRow], args: NetArgs) -> list[str]:

@@ -41,6 +41,7 @@ class PlanRow:
         block_rate: factor on the learning rate from its block, or None without such factors.
         plus_ratio: LoRA+ factor on the learning rate of the plus parameters.
         plus_unit: LoRA+ factor in their parametrisation instead.
+        dora_ratio: factor on the learning rate of the magnitudes.
         rank_axis: whether dropouts on the rank activation reach it.
         dora: the side on which it has magnitudes, "output" or "input"; "" without DoRA.
         plain: why it has none although use_dora is on.
@@ -71,6 +72,7 @@ class PlanRow:
     block_rate: float | None = None
     plus_ratio: float = 1.0
     plus_unit: float = 1.0
+    dora_ratio: float = 1.0
     rank_axis: bool = False
     parameters: int = 0
     dora: str = ""
@@ -106,8 +108,11 @@ class PlanRow:
     @property
     def learning(self) -> int:
         """How many values of a trained layer the optimizer gets, unless its part has a learning rate of 0."""
-        rate = (1.0 if self.lr is None else self.lr) * (1.0 if self.block_rate is None else self.block_rate)
-        return self.parameters - self.frozen if rate > 0 else 0
+        if self.lr == 0 or self.block_rate == 0:
+            return 0
+        spec, layout, still = ALGOS[self.algo].spec, self.layout, self.frozen
+        still += layout.count(spec.plus - spec.frozen) if self.plus_ratio == 0 else 0
+        return self.parameters - still - (self.parameters - layout.parameters if self.dora_ratio == 0 else 0)
 
     def obeys(self, option: str) -> bool:
         """Whether a trained layer has an option of its algorithm, and a use for it."""

@@ -189,6 +189,7 @@ class _Planner:
             block_rate=values.first(values.FACTOR, c, self.call).value,
             plus_ratio=1.0 if folded else plus,
             plus_unit=plus if folded else 1.0,
+            dora_ratio=1.0 if self.args.dora_lr_ratio is None or not side else self.args.dora_lr_ratio,
             rank_axis=layout.rank_axis,
             parameters=layout.parameters + (math.prod(magnitude_shape(row.geometry, side == "output")) if side else 0),
             dora=side,

@@ -26,6 +26,7 @@ _FIELDS = (
     "lr",
     "plus_ratio",
     "plus_unit",
+    "dora_ratio",
 )
 
 
@@ -89,11 +90,11 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
 
 
 def _lr(row: PlanRow) -> str:
-    """x1: the part's learning rate; =1e-05: its own; x1/x16: plus parameters 16 times faster, by a rate or a unit."""
+    """x1: the part's learning rate; =1e-05: its own; x1/x16: plus parameters 16 times faster, by a rate or a unit;
+    x1/dora x0.1: magnitudes 10 times slower."""
     base = "x1" if row.lr is None else f"={row.lr:g}"
-    if row.plus_unit != 1:
-        return f"{base}/unit {row.plus_unit:g}"
-    return base if row.plus_ratio == 1 else f"{base}/x{row.plus_ratio:g}"
+    factors = {"unit ": row.plus_unit, "x": row.plus_ratio, "dora x": row.dora_ratio}
+    return "/".join([base, *(f"{mark}{factor:g}" for mark, factor in factors.items() if factor != 1)])
 
 
 def summary(plan: Plan) -> list[str]:

@@ -137,7 +137,6 @@ def _claim(source: Source, found: Found) -> str:
 def _rates(row: PlanRow) -> list[str]:
     """What is unusual about its learning rates."""
     shown = {"learning rate": row.lr, "factor of its block": row.block_rate}
-    plus = row.plus_ratio * row.plus_unit
-    return [f"{name} {value:g}" for name, value in shown.items() if value is not None] + (
-        [f"LoRA+ ratio {plus:g}"] if plus != 1 else []
-    )
+    ratios = {"LoRA+ ratio": row.plus_ratio * row.plus_unit, "ratio of the magnitudes": row.dora_ratio}
+    shown |= {name: ratio for name, ratio in ratios.items() if ratio != 1}
+    return [f"{name} {value:g}" for name, value in shown.items() if value is not None]

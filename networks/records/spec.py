@@ -11,7 +11,9 @@ from .arg import Arg
 BIAS = {"diff_b": "diff_b"}  # the change of the bias: of `keys`
 
 # Arguments that the layer around an adapter obeys for every additive algorithm, unless its mathematics forbids one.
-ADDITIVE = frozenset({"use_dora", "wd_on_output", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"})
+ADDITIVE = frozenset(
+    {"use_dora", "wd_on_output", "dora_lr_ratio", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"}
+)
 
 NUMBER = "1"  # in `AlgoSpec.axes`, of a tensor that is one number
 NO_KERNEL = "no trained layer has a low-rank kernel above 1x1; conv_dim trains convolutions"
