@@ -29,6 +29,7 @@ from networks.layers.max_norm import limit_norms, update_norm
 from networks.layers.perturbation import Perturbation
 from networks.layers.runtime import Runtime
 from networks.tensors.geometry import Geometry
+from networks.tensors.low_rank import singular
 from networks.tensors.seeding import seed_of, seeded
 
 ORTHOGONAL = [
@@ -157,6 +158,12 @@ def test_more_ranks_than_columns_have_orthonormal_columns() -> None:
         ({"algo": "loha", "init": "pissa"}, "the difference of two Hadamard products is none"),
         ({"algo": "lokr", "init": "pissa"}, "the difference of two Kronecker products is none"),
         ({"algo": "glora", "init": "pissa"}, "from a start at 0"),
+        ({"algo": "loha", "init": "milora"}, "the difference of two Hadamard products is none"),
+        ({"algo": "lokr", "init": "urae"}, "init=milora does not go with algo=lokr: the difference of two Kronecker"),
+        ({"algo": "glora", "init": "milora"}, "from a start at 0"),
+        ({"algo": "dylora", "init": "milora"}, "no nested ranks"),
+        ({"algo": "tlora", "init": "milora"}, "start values of its own"),
+        ({"init": "milora", "use_tucker": "True", "conv_dim": "2"}, "no core for a part of a kernel"),
         ({"algo": "dylora", "init": "pissa"}, "no nested ranks"),
         ({"algo": "boft", "init": "orthogonal"}, "init"),
         ({"init": "ortogonal"}, "did you mean orthogonal"),
@@ -173,11 +180,17 @@ def test_refused_with_the_reason(kwargs: dict[str, str], words: str) -> None:
 
 
 def pissa_layer(
-    base: nn.Module, algo: str = "lora", dim: int = 4, scale: float = 0.75, moved: float = 0.3, **kwargs: Any
+    base: nn.Module,
+    algo: str = "lora",
+    dim: int = 4,
+    scale: float = 0.75,
+    moved: float = 0.3,
+    init: str = "pissa",
+    **kwargs: Any,
 ) -> AdaptedLayer:
     """An attached layer in float64 that has started from its base weight, and has trained since if `moved`."""
     adapter = ALGOS[algo](Geometry.of(base), dim).double()
-    adapter.defer_init_(scale)
+    adapter.defer_init_(scale, init)
     layer = AdaptedLayer("lora_unet_x", base, adapter, scale, runtime=Runtime(0.7), **kwargs).double()
     layer.attach()
     with torch.no_grad():
@@ -579,3 +592,103 @@ def test_a_dim_near_or_above_the_full_rank(dim: int) -> None:
     merged = merged_weight(codec.decode(t)[0]["lora_unet_x"], base.weight, 0.7)
     assert_close(base(x), torch.nn.functional.linear(x, merged, base.bias), "file")
     assert_close(merged - base.weight, 0.7 * definition(layer).detach(), "definition")
+
+
+# -- MiLoRA (2406.09044): the same with the smallest singular values
+
+
+def minor_part(weight: Tensor, rank: int) -> Tensor:
+    """By torch's own SVD, in float64."""
+    u, s, vh = torch.linalg.svd(weight.detach().double().flatten(1), full_matrices=False)
+    return ((u[:, -rank:] * s[-rank:]) @ vh[-rank:]).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("kind", PISSA_KINDS)
+def test_milora_starts_at_the_base_from_its_minor_part(kind: str) -> None:
+    base = make_layer(kind)
+    weight, x = base.weight.clone(), make_input(kind)
+    before = base(x)
+    layer = pissa_layer(base, moved=0, init="milora")
+    assert torch.equal(base.weight, weight) and torch.equal(base(x), before)
+    minor = minor_part(weight, 4)
+    assert_close(layer.scale * product(layer), minor, "scale * up . down")
+    assert_close(layer.adapter.down0.flatten(1).norm(dim=1), layer.adapter.up0.flatten(1).norm(dim=0), "shared evenly")
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    dW = layer.scale * product(layer) - minor
+    assert_close(layer.new_weight(weight) - weight, 0.7 * dW, "W' - W")
+    t = {key.partition(".")[2]: value for key, value in codec.encode([layer]).items()}
+    assert t["lora_down.weight"].shape[0] == 8 and float(t["alpha"]) == 0.75 * 8
+    read = 0.75 * torch.einsum("or,r...->o...", t["lora_up.weight"].flatten(1), t["lora_down.weight"])
+    assert_close(read, dW, "what a plain reader computes")
+
+
+def test_milora_of_a_weight_without_some_directions() -> None:
+    """There is nothing to start from in them: they learn from the default start."""
+    base = nn.Linear(12, 9).double()
+    with torch.no_grad():
+        base.weight[7:] = base.weight[:2]
+    layer = pissa_layer(base, moved=0, init="milora")
+    s = torch.linalg.svdvals(base.weight)
+    assert_close((layer.scale * product(layer)).norm(), s[5:7].norm(), "two directions of four")
+    base(torch.randn(5, 12, dtype=torch.float64)).square().sum().backward()
+    a = layer.adapter
+    assert bool((a.up.grad.norm(dim=0) > 1e-3).all()) and int((a.up0.norm(dim=0) > 1e-6).sum()) == 2
+
+
+@pytest.mark.parametrize("shape", ((600, 640), (640, 600)))
+def test_smallest_singular_values_of_a_large_weight(shape: tuple[int, int]) -> None:
+    """Without a full SVD: orthonormal vectors, in which the weight is as small as in any others."""
+    weight = torch.randn(shape)
+    u, s, vh = singular(weight, 8, "last")
+    wanted = torch.linalg.svdvals(weight.double())[-8:]
+    torch.testing.assert_close(s.double(), wanted, rtol=0.01, atol=0)
+    assert orthonormal(u) and orthonormal(vh) and s.dtype == weight.dtype
+    torch.testing.assert_close(
+        ((u.T.double() @ weight.double()) @ vh.T.double()).diagonal(), s.double(), rtol=1e-3, atol=0
+    )
+    exact = singular(weight, 8, "last", exact=True)
+    assert float((u.T @ exact[0]).norm()) == pytest.approx(8**0.5, rel=0.01)
+    low = singular(weight[:, :40] @ weight[:40, :40] @ weight[:40], 8, "last") if shape[0] < shape[1] else None
+    assert low is None or float(low[1].max()) < 1e-3 * float(weight.norm())
+    assert not bool(singular(torch.zeros(600, 600), 8, "last")[1].any())
+
+
+def test_milora_through_an_entry(tmp_path: Path) -> None:
+    """The base at first, a file of twice the dim, and a resumed run that is the same one."""
+    unet = sd_unet()
+    start = draw(unet)
+    network = network_on(unet, init="milora", conv_dim="2", only_patterns=".*mid_block.*")
+    network.apply_to(None, unet, False, True)
+    assert torch.equal(draw(unet), start)
+    assert any("init=milora on" in note and "twice the dim" in note for note in network.plan.notes)
+    for row, layer in network.layers:
+        start_part = layer.scale * layer.adapter.up0.flatten(1) @ layer.adapter.down0.flatten(1)
+        minor = minor_part(layer.base.weight, row.dim).flatten(1)
+        assert float((start_part - minor).norm()) < 1e-3 * float(minor.norm()), row.shown_name
+    optimizer = torch.optim.AdamW(network.prepare_optimizer_params(None, 1e-3, 1e-3)[0])
+    losses = train(unet, optimizer, 1)
+    state, moments = copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = train(unet, optimizer, 1)
+    assert expected != losses
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    tensors, metadata = reader.read_tensors(tmp_path / "a.safetensors")
+    assert json.loads(metadata["networks_init"])["init"] == ["milora"]
+    assert {t.shape[0] for key, t in tensors.items() if "lora_down" in key} == {4, 8}
+    network.detach()
+    again = network_on(unet, init="urae", conv_dim="2", only_patterns=".*mid_block.*")
+    again.apply_to(None, unet, False, True)
+    again.load_state_dict(state)
+    optimizer = torch.optim.AdamW(again.prepare_optimizer_params(None, 1e-3, 1e-3)[0])
+    optimizer.load_state_dict(moments)
+    assert train(unet, optimizer, 1) == expected
+
+
+def test_lora_fa_takes_the_smallest_directions() -> None:
+    base = make_layer("linear")
+    layer = pissa_layer(base, "lora_fa", moved=0, init="milora")
+    _, s, vh = torch.linalg.svd(base.weight, full_matrices=False)
+    down = layer.adapter.down
+    assert_close(down.norm(dim=1), (s[-4:] / 0.75).sqrt(), "lengths")
+    assert_close((down / down.norm(dim=1, keepdim=True) @ vh[-4:].T).abs(), torch.eye(4).double(), "directions")

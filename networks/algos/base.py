@@ -208,14 +208,18 @@ class Adapter(nn.Module):
             if p.dim() > 1 and not p.is_meta and bool(p.any()):
                 nn.init.orthogonal_(p)
 
-    def defer_init_(self, scale: float) -> None:
-        """Start as PiSSA (2404.02948): from values that scale * dW would be the principal part of the base weight, if
-        it did not start at 0.
+    def defer_init_(self, scale: float, init: str = "pissa") -> None:
+        """Start from the base weight, once it is seen: from values that scale * dW would be a part of it, if it did not
+        start at 0.
+
+        Args:
+            scale: the layer's.
+            init: "pissa" (2404.02948): the principal part; "milora" (2406.09044): that of the smallest singular values.
 
         Raises:
             ValueError: the algorithm has no such start, see `no_start`.
         """
-        raise ValueError(f"{self.spec.name} has no start of PiSSA: {self.no_start('pissa', self.chosen)}")
+        raise ValueError(f"{self.spec.name} has no start of {init}: {self.no_start(init, self.chosen)}")
 
     @property
     def wants_base(self) -> bool:

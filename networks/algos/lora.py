@@ -5,17 +5,17 @@
 
     PiSSA (init=pissa):  dW = (up0 + up) . (down0 + down) - up0 . down0 = up . (down0 + down) + up0 . down
 
-There up0 and down0 are the start, with scale * up0 . down0 the principal part of the base weight (2404.02948), and the
-parameters are what has changed since, from 0: the base weight stays as it is, the start is the base model, no two large
-numbers are subtracted in a forward pass, and half precision holds small changes of large factors. A file holds the
-difference, of rank 2 R, by QR and SVD.
+There up0 and down0 are the start, with scale * up0 . down0 the principal part of the base weight (2404.02948), with
+init=milora that of its smallest singular values (2406.09044), and the parameters are what has changed since, from 0:
+the base weight stays as it is, the start is the base model, no two large numbers are subtracted in a forward pass, and
+half precision holds small changes of large factors. A file holds the difference, of rank 2 R, by QR and SVD.
 
 Parameters (saved as lora_down.weight, lora_mid.weight, lora_up.weight)
     down  [R, I, *kernel]; Tucker [R, I, 1...]      start: uniform 1 / sqrt(fan in)
     mid   [R, R, *kernel], Tucker only              start: as down
     up    [O, R, 1...]                              start: 0 (with a scalar: as down)
     scalar, 0-d, with use_scalar only               start: 0
-Buffers, part of the live state, with init=pissa only: down0, up0.
+Buffers, part of the live state, with init=pissa and init=milora only: down0, up0.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ from .saved import (
     wide_dtype,
 )
 
+PARTS = {"pissa": "principal", "milora": "last"}  # init -> which of the singular values of the base weight
+
 
 class LoRA(Additive):
     spec = LORA
@@ -69,7 +71,8 @@ class LoRA(Additive):
 
     def __init__(self, geometry: Geometry, dim: int, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(geometry, dim, options)
-        self.start_scale: float | None = None  # of a PiSSA that has not seen its base weight yet
+        self.start_scale: float | None = None  # of one that is to start from a base weight, and has not seen it yet
+        self.start_part = PARTS["pissa"]
         self.register_buffer("down0", None)
         self.register_buffer("up0", None)
 
@@ -97,16 +100,16 @@ class LoRA(Additive):
 
     @classmethod
     def no_start(cls, init: str, options: Mapping[str, Any]) -> str:
-        if init == "pissa" and options.get("use_tucker"):
-            return "use_tucker has no core for the principal part of a kernel: leave it out"
-        if init == "pissa" and options.get("use_scalar"):
+        if init in PARTS and options.get("use_tucker"):
+            return "use_tucker has no core for a part of a kernel: leave it out"
+        if init in PARTS and options.get("use_scalar"):
             return "use_scalar would start it at 0 times that: leave it out"
         return super().no_start(init, options)
 
-    # -- PiSSA
+    # -- a start from the base weight
 
-    def defer_init_(self, scale: float) -> None:
-        self.start_scale = scale
+    def defer_init_(self, scale: float, init: str = "pissa") -> None:
+        self.start_scale, self.start_part = scale, PARTS[init]
         if self.spec.keeps_start:
             self.down0, self.up0 = torch.zeros_like(self.down), torch.zeros_like(self.up)
 
@@ -125,8 +128,12 @@ class LoRA(Additive):
         """Directions in which W has nothing keep the default start: at 0 in both factors they would never learn."""
         if self.start_scale is None:
             return
-        u, s, vh = singular(weight.flatten(1), self.dim)
-        n = int((s > s[0] * torch.finfo(s.dtype).eps * max(weight.shape[:2])).sum())
+        matrix, part = weight.flatten(1), self.start_part
+        u, s, vh = singular(matrix if part == "principal" else _wide(matrix), self.dim, part)
+        least = s[0] * torch.finfo(s.dtype).eps * max(weight.shape[:2])
+        if part != "principal":  # the largest value is not among them
+            least = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(matrix).to(s)
+        n = int((s > least).sum())
         root = (s[:n] / self.start_scale).sqrt()
         self.down[:n] = (root[:, None] * vh[:n]).reshape(self.down[:n].shape).to(self.down)
         if self.down0 is not None and self.up0 is not None:
@@ -362,3 +369,8 @@ class LoRA(Additive):
 def _since(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> dict[str, Tensor]:
     """Factors of (up0 + up) . (down0 + down) - up0 . down0, in which nothing large cancels."""
     return {"down": torch.cat([down0 + down, down]), "up": torch.cat([up, up0], 1)}
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """In fp64, which a device may lack."""
+    return matrix.to("cpu" if matrix.device.type == "mps" else matrix.device, torch.float64)

@@ -4,7 +4,7 @@
 
 The down factor has neither gradient nor optimizer state, and the layer's input is not kept for the backward pass.
 Parameters, forms and saved keys are LoRA's; start of down: N(0, sqrt(2 / (I + R))); with
-init=pissa the principal directions of the base weight, as LoRA's, and up from 0.
+init=pissa and init=milora the directions of the base weight that LoRA would start from, and up from 0.
 """
 
 from __future__ import annotations

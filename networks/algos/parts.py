@@ -132,9 +132,9 @@ class Parts(Adapter):
         for part in self._each():
             part.orthogonal_()
 
-    def defer_init_(self, scale: float) -> None:
+    def defer_init_(self, scale: float, init: str = "pissa") -> None:
         for part in self._each():
-            part.defer_init_(scale)
+            part.defer_init_(scale, init)
 
     @property
     def wants_base(self) -> bool:

@@ -35,7 +35,7 @@ class Options(TypedDict, total=False):
     wd_on_output: bool
     split_qkv: bool
     use_scalar: bool
-    init: Literal["default", "orthogonal", "pissa"]
+    init: Literal["default", "orthogonal", "pissa", "milora"]
     init_seed: int
     factor: int
     decompose_both: bool

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ..records import ALGORITHMS, Arg
 from ..records.arg import FACTORS
+from ..records.spec import OF_WEIGHT
 from .coerce import Rates
 
 _RANK = "rank and strength"
@@ -171,10 +172,12 @@ _ROWS: tuple[Arg, ...] = (
         "start values: `default`; `orthogonal`: the random factors have orthonormal rows or columns, so that no two "
         f"ranks start alike (not for {_NOT_ORTHOGONAL}); `pissa` (2404.02948): the principal part of each base "
         "weight, quantised ones too, which stays as it is: the start is subtracted, and files hold the difference with "
-        f"twice the dim ({_pissa(keeps_start=True)}; {_pissa(keeps_start=False)} at its dim). The update starts at 0 "
-        "in each",
+        f"twice the dim ({_pissa(keeps_start=True)}; {_pissa(keeps_start=False)} at its dim); `milora` (2406.09044): "
+        "the same with its smallest singular values, so that what is trained hardly touches what the model does most. "
+        "The update starts at 0 in each",
         FACTORS,
-        choices=("default", "orthogonal", "pissa"),
+        choices=("default", "orthogonal", *OF_WEIGHT),
+        words=(("urae", "milora"),),
     ),
     Arg(
         "init_seed",

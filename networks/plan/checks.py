@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..algos import ALGOS, Adapter
 from ..args.parse import NetArgs, Problems
 from ..args.table import BY_NAME, OWN_STYLES, STANDS_FOR
+from ..records.spec import OF_WEIGHT
 from ..tensors.norms import NormGeometry
 from .causes import subject
 from .values import ALPHA, DIM
@@ -257,12 +258,12 @@ def _starts(trained: Sequence[PlanRow], problems: Problems) -> None:
 def _start_notes(trained: Sequence[PlanRow]) -> list[str]:
     """What is kept beside the parameters."""
     notes = []
-    kept = [row for row in trained if row.init == "pissa" and ALGOS[row.algo].spec.keeps_start]
-    if kept:
-        notes.append(
-            f"init=pissa on {len(kept)} layers: read from the base weights when the network is applied; the start is "
+    for init in OF_WEIGHT:
+        kept = [row for row in trained if row.init == init and ALGOS[row.algo].spec.keeps_start]
+        notes += [
+            f"init={init} on {len(kept)} layers: read from the base weights when the network is applied; the start is "
             f"kept beside the parameters ({_mebibytes(kept)}), files hold the difference from it with twice the dim"
-        )
+        ] * bool(kept)
     own = [row for row in trained if row.layout.stacked > 1 and not row.split]
     if own:
         notes.append(

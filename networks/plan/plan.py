@@ -16,6 +16,7 @@ from ..args.expressions import quoted
 from ..args.parse import NetArgs
 from ..files.codec import SavedLayer
 from ..files.dialects import FileFormat
+from ..records.spec import OF_WEIGHT
 from ..tensors.geometry import Geometry
 from ..tensors.seeding import seed_of, seeded
 from . import report
@@ -131,8 +132,8 @@ class PlanRow:
         if self.init == "orthogonal":
             adapter.orthogonal_()
         adapter.fold_plus_(self.plus_unit)
-        if self.init == "pissa":
-            adapter.defer_init_(self.scale)
+        if self.init in OF_WEIGHT:
+            adapter.defer_init_(self.scale, self.init)
         return adapter
 
     @property

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from .arg import FACTORS, Arg
 from .lora import LORA
+from .spec import OF_WEIGHT
 
 DYLORA = replace(
     LORA,
@@ -50,6 +51,8 @@ DYLORA = replace(
             "files act as they were trained; those of LyCORIS' own module act at 1/block_size of that",
         ),
     ),
-    no_starts={"pissa": "what has changed since the start has no nested ranks: its files could not be cut"},
+    no_starts=dict.fromkeys(
+        OF_WEIGHT, "what has changed since the start has no nested ranks: its files could not be cut"
+    ),
     stepwise=True,
 )

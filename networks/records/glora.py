@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import BIAS, AlgoSpec, FileKind
+from .spec import BIAS, OF_WEIGHT, AlgoSpec, FileKind
 
 _KEYS = {name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")}
 
@@ -12,7 +12,7 @@ GLORA = AlgoSpec(
     kinds=(FileKind("GLoRA", frozenset({"a1.weight"})),),
     order=60,
     options=frozenset({"use_scalar"}),
-    no_starts={"pissa": "W A reaches the directions of the base weight as it is, from a start at 0"},
+    no_starts=dict.fromkeys(OF_WEIGHT, "W A reaches the directions of the base weight as it is, from a start at 0"),
     grows=frozenset({"a2", "b2"}),
     plus=frozenset({"a1", "b1"}),  # which lead out of the rank, as up does
     required=(frozenset(_KEYS.values()),),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind
+from .spec import ADDITIVE, BIAS, NO_KERNEL, OF_WEIGHT, AlgoSpec, FileKind
 
 LOHA = AlgoSpec(
     "loha",
@@ -14,7 +14,7 @@ LOHA = AlgoSpec(
     acts_on={"use_tucker": ("t1", NO_KERNEL)},
     no_starts={
         "orthogonal": "a Hadamard product has no orthogonal rows, whatever its factors have",
-        "pissa": "the difference of two Hadamard products is none, so no file could hold it",
+        **dict.fromkeys(OF_WEIGHT, "the difference of two Hadamard products is none, so no file could hold it"),
     },
     plus=frozenset({"w2_a"}),
     grows=frozenset({"w1_a", "w2_a"}),  # each learns by what the other half has

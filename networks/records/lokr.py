@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arg import FACTORS, Arg
-from .spec import BIAS, NO_KERNEL, AlgoSpec, FileKind
+from .spec import BIAS, NO_KERNEL, OF_WEIGHT, AlgoSpec, FileKind
 
 LOKR = AlgoSpec(
     "lokr",
@@ -47,7 +47,7 @@ LOKR = AlgoSpec(
         "use_tucker": ("t2", NO_KERNEL),
         "decompose_both": ("w1_a", "no first factor is larger than twice the dim; lower network_dim"),
     },
-    no_starts={"pissa": "the difference of two Kronecker products is none, so no file could hold it"},
+    no_starts=dict.fromkeys(OF_WEIGHT, "the difference of two Kronecker products is none, so no file could hold it"),
     plus=frozenset({"w1", "w1_a", "w1_b"}),
     grows=frozenset({"w1_a", "w2_b"}),
     required=tuple(

@@ -15,6 +15,7 @@ ADDITIVE = frozenset(
     {"use_dora", "wd_on_output", "dora_lr_ratio", "ggpo_sigma", "ggpo_beta", "bypass_mode", "init", "init_seed"}
 )
 
+OF_WEIGHT = ("pissa", "milora")  # of `init`: singular vectors of the base weight
 NUMBER = "1"  # in `AlgoSpec.axes`, of a tensor that is one number
 NO_KERNEL = "no trained layer has a low-rank kernel above 1x1; conv_dim trains convolutions"
 
@@ -92,7 +93,7 @@ class AlgoSpec:
     arguments: tuple[Arg, ...] = ()
     features: frozenset[str] = ADDITIVE
     no_starts: Mapping[str, str] = field(
-        default_factory=lambda: dict.fromkeys(("orthogonal", "pissa"), "it has start values of its own")
+        default_factory=lambda: dict.fromkeys(("orthogonal", *OF_WEIGHT), "it has start values of its own")
     )
     start_error: float = 0.0
     plus: frozenset[str] = frozenset()

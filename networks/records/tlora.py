@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from .arg import FACTORS, Arg
 from .lora import LORA
+from .spec import OF_WEIGHT
 
-_OWN = dict.fromkeys(("orthogonal", "pissa"), "it has start values of its own")
+_OWN = dict.fromkeys(("orthogonal", *OF_WEIGHT), "it has start values of its own")
 _OPTIONS = frozenset({"sig_type", "use_data_init", "mask_group_id", "min_rank", "alpha_rank_scale"})
 # Another program's, which lack the start.
 _KEYS = {"q": "q_layer.weight", "p": "p_layer.weight", "lam": "lambda_layer"}

@@ -174,20 +174,58 @@ def singular(
 
     Args:
         part: "principal", "middle" or "last" of them.
-        exact: by a full SVD, too, where subspace iteration from a fixed seed would do: principal ones of large
-            matrices, for which a full SVD takes seconds.
+        exact: by a full SVD, too, where subspace iteration from a fixed seed would do: principal and last ones of
+            large matrices, for which a full SVD takes seconds.
     """
     full = min(matrix_OJ.shape)
     rank, wider = min(rank, full), rank + _EXTRA
-    if part == "principal" and not exact and full > max(EXACT_BELOW, 4 * wider):
-        generator = torch.Generator().manual_seed(0)  # drawn on the CPU: the same whatever the device
-        shape = (matrix_OJ.shape[1], wider)
-        right = torch.randn(shape, generator=generator, dtype=matrix_OJ.dtype).to(matrix_OJ.device)
-        for _ in range(_ROUNDS):
-            left = torch.linalg.qr(matrix_OJ @ right)[0]
-            right = torch.linalg.qr(matrix_OJ.T @ left)[0]
-        v, s, uh = torch.linalg.svd(right.T @ matrix_OJ.T, full_matrices=False)
-        return uh[:rank].T, s[:rank], (right @ v[:, :rank]).T
+    if not exact and full > max(EXACT_BELOW, 4 * wider):
+        found = _NEAR.get(part, _no_way)(matrix_OJ, rank)
+        if found is not None:
+            return found
     u, s, vh = torch.linalg.svd(matrix_OJ, full_matrices=False)
     first = {"principal": 0, "middle": (full - rank) // 2, "last": full - rank}[part]
     return u[:, first : first + rank], s[first : first + rank], vh[first : first + rank]
+
+
+Triples = tuple[Tensor, Tensor, Tensor]
+
+
+def _largest(matrix_OJ: Tensor, rank: int) -> Triples:
+    right = _directions(matrix_OJ.shape[1], rank, matrix_OJ)
+    for _ in range(_ROUNDS):
+        left = torch.linalg.qr(matrix_OJ @ right)[0]
+        right = torch.linalg.qr(matrix_OJ.T @ left)[0]
+    v, s, uh = torch.linalg.svd(right.T @ matrix_OJ.T, full_matrices=False)
+    return uh[:rank].T, s[:rank], (right @ v[:, :rank]).T
+
+
+def _smallest(matrix_OJ: Tensor, rank: int) -> Triples | None:
+    """By the inverse of the smaller Gram matrix, in fp64, as it has the squares; None where it has no inverse."""
+    if matrix_OJ.shape[0] > matrix_OJ.shape[1]:
+        found = _smallest(matrix_OJ.T, rank)
+        return found and (found[2].T, found[1], found[0].T)
+    wide = matrix_OJ.to("cpu" if matrix_OJ.device.type == "mps" else matrix_OJ.device, torch.float64)
+    gram = wide @ wide.T
+    gram.diagonal().add_(len(gram) * torch.finfo(gram.dtype).eps * gram.trace())  # for weights of a lower rank
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return None
+    left = _directions(len(gram), rank, wide)
+    for _ in range(_ROUNDS):
+        left = torch.linalg.qr(torch.cholesky_solve(left, factor))[0]
+    u, s, vh = torch.linalg.svd(left.T @ wide, full_matrices=False)
+    return (left @ u[:, -rank:]).to(matrix_OJ), s[-rank:].to(matrix_OJ), vh[-rank:].to(matrix_OJ)
+
+
+def _directions(size: int, rank: int, like: Tensor) -> Tensor:
+    """To start from [size, rank + _EXTRA], drawn on the CPU: the same whatever the device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((size, rank + _EXTRA), generator=generator, dtype=like.dtype).to(like.device)
+
+
+def _no_way(matrix_OJ: Tensor, rank: int) -> None:
+    return None
+
+
+_NEAR: dict[str, Callable[[Tensor, int], Triples | None]] = {"principal": _largest, "last": _smallest}
