@@ -284,6 +284,7 @@ ALGORITHMS: dict[str, AlgoData] = {
             "decompose_both": ({"network_reg_dims": ".*=1"}, "True"),
             "full_matrix": ({"factor": "2", "network_reg_dims": ".*=2"}, "True"),
             "unbalanced_factorization": ({"factor": "2"}, "True"),
+            "init_lokr_norm": ({"full_matrix": "True"}, "0.01"),
         },
         rank_axes={"lokr_w2_a": 1},
         tucker_axes={"lokr_w2_a": 0},

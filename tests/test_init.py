@@ -692,3 +692,108 @@ def test_lora_fa_takes_the_smallest_directions() -> None:
     down = layer.adapter.down
     assert_close(down.norm(dim=1), (s[-4:] / 0.75).sqrt(), "lengths")
     assert_close((down / down.norm(dim=1, keepdim=True) @ vh[-4:].T).abs(), torch.eye(4).double(), "directions")
+
+
+# -- SimpleTuner's perturbed normal start of LoKr: init_lokr_norm
+
+
+@pytest.mark.parametrize("kind", ("linear", "conv_3x3"))
+def test_perturbed_start_is_its_formula(kind: str) -> None:
+    """w1 = 1; w2 has n times the mean and the standard deviation of W, and what is left of it is normal."""
+    base = make_layer(kind)
+    W, x = base.weight.detach().clone(), make_input(kind)
+    before = base(x)
+    adapter = ALGOS["lokr"](Geometry.of(base), 4, {"factor": 2, "full_matrix": True}).double()
+    adapter.fold_plus_(8.0)
+    adapter.perturb_(0.01)
+    layer = AdaptedLayer("lora_unet_x", base, adapter, 1.0)
+    torch.manual_seed(99)  # the numbers were decided when the adapter was made
+    layer.attach()
+    w1, w2 = 8.0 * adapter.w1.detach(), adapter.w2.detach()
+    assert torch.equal(w1, torch.ones_like(w1)) and torch.equal(base.weight, W)
+    n = w2.numel()
+    mean, deviation = W.sum() / W.numel(), ((W - W.mean()).square().sum() / (W.numel() - 1)).sqrt()
+    assert_close(w2.sum() / n, 0.01 * mean, "mean")
+    assert_close(((w2 - w2.mean()).square().sum() / (n - 1)).sqrt(), 0.01 * deviation, "standard deviation")
+    blocks = w2.repeat(w1.shape[0], w1.shape[1], *[1] * (w2.dim() - 2))  # kron of ones
+    assert_close(layer.new_weight(W) - W, blocks, "update")
+    assert_close(base(x) - before, layer.update(x), "forward")
+    assert adapter.start_size == pytest.approx(float(blocks.norm() / W.norm())) == pytest.approx(0.01, rel=0.1)
+
+
+def test_perturbed_start_through_an_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Told in log, plan and file; the same by a seed, kept by a resume, and gone where a file is loaded."""
+    unet = sd_unet()
+    start = draw(unet)
+    kwargs = {"algo": "lokr", "full_matrix": "True", "init_lokr_norm": "1e-3", "only_patterns": ".*mid_block.*"}
+    network = network_on(unet, **kwargs, init_seed="3")
+    with caplog.at_level(logging.INFO, logger="networks"):
+        network.apply_to(None, unet, False, True)
+    sizes = [float(layer.adapter.start_size) for layer in network.adapted_layers]
+    assert sizes == pytest.approx([1e-3] * len(sizes), rel=0.05)
+    for layer, size in zip(network.adapted_layers, sizes, strict=True):
+        W = layer.whole_weight()
+        assert size == pytest.approx(float((layer.new_weight(W) - W).norm() / W.norm()), rel=1e-3)
+    told = f"{len(sizes)} layers start with an update of relative size {min(sizes):.3g} to {max(sizes):.3g}"
+    assert told in caplog.text
+    assert any("init_lokr_norm on" in note and "0.001 of their size" in note for note in network.plan.notes)
+    assert 0 < float((draw(unet) - start).norm() / start.norm()) < 1e-2
+    first = values(network)
+    network.save_weights(tmp_path / "a.safetensors", None, {})
+    told = json.loads(reader.read_tensors(tmp_path / "a.safetensors")[1]["networks_init"])
+    assert told["largest_relative_start"] == pytest.approx(1e-3, rel=0.05)
+    optimizer = torch.optim.AdamW(network.prepare_optimizer_params(None, 1e-3, 1e-3)[0])
+    train(unet, optimizer, 1)
+    state, moments = copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
+    expected = train(unet, optimizer, 1)
+    network.detach()
+    again = network_on(unet, **kwargs, init_seed="3")
+    again.apply_to(None, unet, False, True)
+    assert all(torch.equal(value, first[name]) for name, value in values(again).items())
+    again.load_state_dict(state)
+    optimizer = torch.optim.AdamW(again.prepare_optimizer_params(None, 1e-3, 1e-3)[0])
+    optimizer.load_state_dict(moments)
+    assert train(unet, optimizer, 1) == expected
+    again.detach()
+    for before_apply in (True, False):
+        loaded = network_on(unet, **kwargs)
+        if before_apply:
+            loaded.load_weights(str(tmp_path / "a.safetensors"))
+        loaded.apply_to(None, unet, False, True)
+        if not before_apply:
+            loaded.load_weights(str(tmp_path / "a.safetensors"))
+        assert all(torch.equal(value, first[name]) for name, value in values(loaded).items()), before_apply
+        assert not any(layer.adapter.start_size for layer in loaded.adapted_layers)
+        loaded.detach()
+    found, _ = networks.lora.create_network_from_weights(
+        1.0, str(tmp_path / "a.safetensors"), None, None, unet, **kwargs
+    )
+    assert any("init_lokr_norm" in note and "not used, the file decides" in note for note in found.plan.notes)
+
+
+def test_a_perturbed_start_of_a_weight_of_zeros_learns() -> None:
+    base = nn.Linear(12, 8)
+    nn.init.zeros_(base.weight)
+    adapter = ALGOS["lokr"](Geometry.of(base), 4, {"full_matrix": True})
+    adapter.perturb_(0.01)
+    layer = AdaptedLayer("lora_unet_x", base, adapter, 1.0)
+    layer.attach()
+    assert adapter.start_size == 0.0 and not bool(layer.new_weight(base.weight).any())
+    base(torch.randn(3, 12)).square().sum().backward()
+    assert bool(adapter.w2.grad.any())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({}, "init_lokr_norm: it is for whole factors, and one is a product: full_matrix=True \\("),
+        ({"full_matrix": "True", "use_scalar": "True"}, "use_scalar would start it at 0 times that"),
+        ({"full_matrix": "True", "init": "orthogonal"}, "init=orthogonal and init_lokr_norm are two starts"),
+        ({"algo": "lora"}, "init_lokr_norm=0.001 has no effect with algo=lora; it works with lokr"),
+        ({"init_lokr_norm": "-1"}, "is too small"),
+    ],
+    ids=str,
+)
+def test_a_perturbed_start_is_refused_with_the_reason(kwargs: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        networks.lora.plan(4, 1, None, sd_unet(), **{"algo": "lokr", "init_lokr_norm": "1e-3", **kwargs})

@@ -11,6 +11,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from ..records import ALGORITHMS, AlgoSpec
+from ..records.spec import OF_WEIGHT
 from .additive import Additive
 from .base import Adapter
 from .multiplicative import Multiplicative
@@ -67,6 +68,7 @@ def _named(suffixes: frozenset[str]) -> tuple[type[Adapter], ...]:
 
 __all__ = [
     "ALGOS",
+    "OF_WEIGHT",
     "Adapter",
     "Additive",
     "Layout",

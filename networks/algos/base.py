@@ -64,6 +64,7 @@ class Adapter(nn.Module):
     magnitudes: ClassVar[bool] = True  # whether magnitudes of DoRA can stand beside it in a file
 
     scalar: nn.Parameter | None
+    start_size: float | None = None  # relative to the base weight, of an update that has not started at 0
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     clock: Clock | None = None  # of the timed ones: when it is, if anybody knows
     number: Tensor | None = None  # of the stepwise ones: 0-d, drawn for the step alike in all processes; None = unknown
@@ -220,6 +221,27 @@ class Adapter(nn.Module):
             ValueError: the algorithm has no such start, see `no_start`.
         """
         raise ValueError(f"{self.spec.name} has no start of {init}: {self.no_start(init, self.chosen)}")
+
+    @classmethod
+    def no_perturbed_start(cls, layout: Layout, options: Mapping[str, Any]) -> str:
+        """Why such an adapter has no start of `perturb_`; "" if it has.
+
+        Args:
+            layout: of the layer.
+            options: of the algorithm.
+        """
+        return f"{cls.spec.name} has no start beside the base model"
+
+    def perturb_(self, size: float) -> None:
+        """Start from random values, once the base weight is seen.
+
+        Args:
+            size: of the update at the start, relative to the base weight, or about that.
+
+        Raises:
+            ValueError: there is no such start, see `no_perturbed_start`.
+        """
+        raise ValueError(self.no_perturbed_start(self.laid_out, self.chosen))
 
     @property
     def wants_base(self) -> bool:

@@ -5,6 +5,12 @@
     w2 = w2_a w2_b     if R < max(B, D) / 2 and R <= 5120, unless full_matrix
     Tucker (K > 1):    w2[b, d, k] = sum_ij w2_a[i, b] t2[i, j, k] w2_b[j, d]
 
+    Perturbed start (init_lokr_norm=n):  w1 = 1,  w2 = n (m + d z)
+
+There m and d are mean and standard deviation of W, and z are normal numbers, shifted and scaled to mean 0 and standard
+deviation 1 (each deviation by N - 1): SimpleTuner's `init_lokr_network_with_perturbed_normal`, for whole factors as
+there. The update is then about n times as large as W.
+
 If both are whole there is no rank: the scale is 1 whatever alpha says. The product is applied by reshaping the input
 to [.., C, D], never built:  y[.., a, b] = sum_c w1[a, c] (sum_d w2[b, d] x[.., c, d]).
 
@@ -43,8 +49,10 @@ Split = tuple[tuple[int, int], tuple[int, int]]  # (A, B), (C, D)
 class LoKr(Additive):
     spec = LOKR
 
+    w1: nn.Parameter
     w2: nn.Parameter
     w2_b: nn.Parameter
+    perturbed: tuple[float, int] | None = None  # size and seed of a start that waits for the base weight
 
     @classmethod
     def layout(
@@ -119,6 +127,48 @@ class LoKr(Additive):
             nn.init.zeros_(self.scalar)
         else:
             nn.init.zeros_(self.w2 if "w2" in self.laid_out.shapes else self.w2_b)
+
+    # -- the perturbed start
+
+    @classmethod
+    def no_perturbed_start(cls, layout: Layout, options: Mapping[str, Any]) -> str:
+        if options.get("use_scalar"):
+            return "use_scalar would start it at 0 times that: leave it out"
+        return "" if layout.rank is None else "it is for whole factors, and one is a product: full_matrix=True"
+
+    def perturb_(self, size: float) -> None:
+        """The seed is drawn now, where start values are, and the numbers from it on the CPU, whatever the device."""
+        self.perturbed = size, int(torch.randint(2**62, (), device="cpu"))
+
+    @property
+    def wants_base(self) -> bool:
+        return self.perturbed is not None
+
+    @property
+    def needs_base(self) -> bool:
+        return self.wants_base
+
+    def mark_initialised_(self) -> None:
+        self.perturbed = None
+
+    def init_from_base(self, weight: Tensor) -> None:
+        if self.perturbed is None:
+            return
+        size, seed = self.perturbed
+        z = torch.randn(self.w2.shape, generator=torch.Generator().manual_seed(seed), dtype=weight.dtype)
+        z = (z - z.mean()).div(z.std() if z.numel() > 1 else 1).to(weight.device)
+        self.w1.fill_(1 / self.plus_unit)
+        self.w2.copy_(size * (weight.mean() + weight.std() * z))
+        change, whole = self.norm() * self.plus_unit, torch.linalg.vector_norm(weight)
+        self.start_size = float(change / whole) if bool(whole) else 0.0
+        self.mark_initialised_()
+
+    def unpack_(self, tensors: Mapping[str, Tensor]) -> None:
+        super().unpack_(tensors)
+        self.mark_initialised_()
+        self.start_size = None
+
+    # -- the mathematics
 
     @staticmethod
     def _w1(p: Mapping[str, Tensor]) -> Tensor:

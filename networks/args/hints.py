@@ -36,6 +36,7 @@ _NAMES: dict[str, str] = {
         "write init=pissa, init=milora or init=orthogonal",
     ),
     **dict.fromkeys(("lokr_factor", "decompose_factor"), "write factor={value}, with algo=lokr"),
+    **dict.fromkeys(("lokr_norm", "perturbed_normal"), "write init_lokr_norm={value}, with algo=lokr"),
     **dict.fromkeys(("lokr_full_rank", "full_rank"), "write full_matrix=True, with algo=lokr"),
     **dict.fromkeys(("use_rs", "rank_stabilized", "rslora"), "write rs_lora={value}"),
     **dict.fromkeys(("lora_plus", "loraplus", "loraplus_ratio", "lr_ratio"), "write loraplus_lr_ratio={value}"),

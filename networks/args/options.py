@@ -41,6 +41,7 @@ class Options(TypedDict, total=False):
     decompose_both: bool
     full_matrix: bool
     unbalanced_factorization: bool
+    init_lokr_norm: float
     block_size: int
     save_dims: str | int | Sequence[int | None]
     sig_type: Literal["principal", "last", "middle"]

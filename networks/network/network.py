@@ -38,7 +38,7 @@ from ..plan.walk import Bases, is_own
 from ..tensors import base_weight
 from .diagnosis import Diagnosis
 from .loading import Places, match
-from .saving import Contents, Saver
+from .saving import Contents, Saver, start_sizes
 from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)
@@ -155,9 +155,19 @@ class Network(nn.Module):
         for layer in progress(self.adapted_layers, any(layer.adapter.wants_base for layer in self.adapted_layers)):
             with self._named(layer):
                 layer.attach()
+        self._tell_start()
         self._unhook()
         self._hook()
         self.made_from = None
+
+    def _tell_start(self) -> None:
+        """Of updates that have started beside the base model."""
+        sizes = start_sizes(self.layers)
+        if sizes:
+            log.info(
+                "%d layers start with an update of relative size %.3g to %.3g, so not at the base model",
+                len(sizes), min(sizes), max(sizes),
+            )  # fmt: skip
 
     def detach(self) -> None:
         """Give the model its own forwards back."""

@@ -125,12 +125,22 @@ def translated(
         return save_formats.translated(saved, form, lambda name: named[name].whole_weight(cpu))
 
 
+def start_sizes(layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> list[float]:
+    """Of updates that have not started at 0."""
+    return [layer.adapter.start_size for _, layer in layers if layer.adapter.start_size is not None]
+
+
 def _told_of_starts(layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> dict[str, str]:
     """Metadata about start values, after the tensors of a file were made; {} with default ones by the host's seed."""
-    rows = [row for row, _ in layers if row.init != "default" or row.init_seed is not None]
+    sizes = start_sizes(layers)
+    rows = [
+        row for row, _ in layers if row.init != "default" or row.init_seed is not None or row.start_size is not None
+    ]
     if not rows:
         return {}
     found: dict[str, object] = {"init": sorted({row.init for row in rows})}
+    if sizes:
+        found["largest_relative_start"] = max(sizes)
     if rows[0].init_seed is not None:
         found["init_seed"] = rows[0].init_seed
     errors = [layer.adapter.refactor_error for _, layer in layers if layer.adapter.refactor_error is not None]

@@ -9,12 +9,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..algos import ALGOS, Adapter
+from ..algos import ALGOS, OF_WEIGHT, Adapter
 from ..args.parse import NetArgs, Problems
 from ..args.table import BY_NAME, OWN_STYLES, STANDS_FOR
-from ..records.spec import OF_WEIGHT
 from ..tensors.norms import NormGeometry
-from .causes import subject
+from .causes import grouped, subject
 from .values import ALPHA, DIM
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ _BY_NUMBER = {
 }  # fmt: skip
 _STANDS_FOR = {"enable_conv": "conv_dim"}
 # What else than dims, alphas and options of an algorithm a file decides.
-_FORM = frozenset({"algo", "preset", "train_norm", "rs_lora", "init", "init_seed", "resume_resize"})
+_FORM = frozenset({"algo", "preset", "train_norm", "rs_lora", "init", "init_seed", "init_lokr_norm", "resume_resize"})
 
 
 def review(plan: Plan, request: Request, used: Collection[By], problems: Problems) -> list[str]:
@@ -253,6 +252,12 @@ def _starts(trained: Sequence[PlanRow], problems: Problems) -> None:
     for (init, algo), reason in reasons.items():
         if reason:
             problems.add(f"init={init} does not go with algo={algo}: {reason}")
+    perturbed = [row for row in trained if row.start_size is not None]
+    own = [(ALGOS[row.algo].no_perturbed_start(row.layout, row.options), row.shown_name) for row in perturbed]
+    for text in grouped((reason, name) for reason, name in own if reason):
+        problems.add(f"init_lokr_norm: {text}")
+    if perturbed and perturbed[0].init != "default":
+        problems.add(f"init={perturbed[0].init} and init_lokr_norm are two starts: leave one of the two out")
 
 
 def _start_notes(trained: Sequence[PlanRow]) -> list[str]:
@@ -264,6 +269,12 @@ def _start_notes(trained: Sequence[PlanRow]) -> list[str]:
             f"init={init} on {len(kept)} layers: read from the base weights when the network is applied; the start is "
             f"kept beside the parameters ({_mebibytes(kept)}), files hold the difference from it with twice the dim"
         ] * bool(kept)
+    sizes = [row.start_size for row in trained if row.start_size is not None]
+    if sizes:
+        notes.append(
+            f"init_lokr_norm on {len(sizes)} layers: read from the base weights when the network is applied; the "
+            f"update starts at about {max(sizes):g} of their size, a run does not begin at the base model"
+        )
     own = [row for row in trained if row.layout.stacked > 1 and not row.split]
     if own:
         notes.append(

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..algos import ALGOS, Adapter, Layout, layout_of, make_adapter
+from ..algos import ALGOS, OF_WEIGHT, Adapter, Layout, layout_of, make_adapter
 from ..archs.spec import ArchSpec, Part
 from ..args.expressions import quoted
 from ..args.parse import NetArgs
 from ..files.codec import SavedLayer
 from ..files.dialects import FileFormat
-from ..records.spec import OF_WEIGHT
 from ..tensors.geometry import Geometry
 from ..tensors.seeding import seed_of, seeded
 from . import report
@@ -48,6 +47,7 @@ class PlanRow:
         plain: why it has none although use_dora is on.
         parameters: how many values its adapter has, magnitudes included.
         split: output rows of the projections that have an adapter each; () for one adapter on the whole.
+        start_size: of its update at the start, relative to the base weight; None = it starts at 0.
         init, init_seed: its start values, and what they are drawn from beside its saved name; None = the host's seed.
         reason: why it is left out; "" if it is trained.
         unwanted: it is left out because the call says so, not by the architecture's record.
@@ -79,6 +79,7 @@ class PlanRow:
     dora: str = ""
     plain: str = ""
     split: tuple[int, ...] = ()
+    start_size: float | None = None
     init: str = "default"
     init_seed: int | None = None
     reason: str = ""
@@ -132,6 +133,8 @@ class PlanRow:
         if self.init == "orthogonal":
             adapter.orthogonal_()
         adapter.fold_plus_(self.plus_unit)
+        if self.start_size is not None:
+            adapter.perturb_(self.start_size)
         if self.init in OF_WEIGHT:
             adapter.defer_init_(self.scale, self.init)
         return adapter

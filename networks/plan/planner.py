@@ -176,7 +176,7 @@ class _Planner:
         ratio = values.first(values.PLUS, c, self.call).value if algorithm.spec.plus else None
         plus = 1.0 if ratio is None else ratio
         folded = self.args.loraplus_mode == "reparam"
-        starts = choice.scale is None and "init" in algorithm.spec.features
+        starts = algorithm.spec.features if choice.scale is None else frozenset()
         return replace(
             row,
             algo=algorithm.spec.name,
@@ -195,7 +195,8 @@ class _Planner:
             dora=side,
             plain=plain,
             split=choice.split,
-            **(a.pick(("init", "init_seed")) if starts else {}),
+            start_size=a.init_lokr_norm if "init_lokr_norm" in starts else None,
+            **(a.pick(("init", "init_seed")) if "init" in starts else {}),
         )
 
     def _by_arguments(self, c: Candidate, a: NetArgs) -> Choice:

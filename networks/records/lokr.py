@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arg import FACTORS, Arg
-from .spec import BIAS, NO_KERNEL, OF_WEIGHT, AlgoSpec, FileKind
+from .spec import ADDITIVE, BIAS, NO_KERNEL, OF_WEIGHT, AlgoSpec, FileKind
 
 LOKR = AlgoSpec(
     "lokr",
@@ -42,7 +42,18 @@ LOKR = AlgoSpec(
             FACTORS,
         ),
         Arg("unbalanced_factorization", "bool", False, "swap the two factors of the output side", FACTORS),
+        Arg(
+            "init_lokr_norm",
+            "float",
+            None,
+            "SimpleTuner's start: the second factor is this (1e-3 is usual) times normal numbers with the mean and the "
+            "deviation of the base weight, the first one is 1. The update starts at that size, not at 0, and the log "
+            "says so; for whole factors (full_matrix=True)",
+            FACTORS,
+            minimum=0,
+        ),
     ),
+    features=ADDITIVE | {"init_lokr_norm"},
     acts_on={
         "use_tucker": ("t2", NO_KERNEL),
         "decompose_both": ("w1_a", "no first factor is larger than twice the dim; lower network_dim"),
