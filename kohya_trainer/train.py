@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from networks.cli.command_line import INTERRUPTED, import_network_module, run_program
+from networks.hosts.contract import HostNetwork
 
 from . import TRAINING, check_libraries, model_folder, train_options
 from .data.caption_folder import CaptionedImage
@@ -322,9 +323,15 @@ class Trainer:
     # ---- looking at the result ----
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """No gradients, no dropout."""
+    def evaluating(self, drawing: bool = False) -> Iterator[None]:
+        """No gradients, no dropout.
+
+        Args:
+            drawing: pictures, without the training adapters; a loss is compared with that of training, which has them.
+        """
         self.network.eval()
+        if drawing and isinstance(self.network, HostNetwork):
+            self.network.runtime.validating = False
         try:
             with torch.no_grad(), autocast(self.device, self.dtype):
                 yield
@@ -348,7 +355,7 @@ class Trainer:
         if self.is_main or self.sharding is not None:  # a divided model computes in all processes or in none
             for model in self.idle:
                 model.to(self.device)
-            with self.evaluating():
+            with self.evaluating(drawing=True):
                 self.sheet.draw(self.samples, self.step, write=self.is_main)
             self.offload()
         self.accelerator.wait_for_everyone()

@@ -113,6 +113,7 @@ AFTER_A_CAST = {"adapter_dtype"}  # test_half_precision.py
 IN_FILES = {"save_format", "save_also", "save_dims"}  # test_dialects.py, test_save_also.py, test_resize.py
 IN_LOADING = {"allow_missing", "resume_resize"}  # test_adapter_file.py, test_resume_resize.py
 STOPPING = {"help", "dry_run"}  # test_stops.py
+BESIDE = {"training_adapter"}  # test_training_adapter.py
 
 
 def observed(**kwargs: str) -> tuple[Any, ...]:
@@ -165,7 +166,8 @@ def test_effect(name: str) -> None:
 
 
 def test_the_list_is_complete() -> None:
-    others = AFTER_A_STEP | AFTER_A_CAST | WATCHING | IN_FILES | IN_LOADING | IN_THE_FORM | BETWEEN_NETWORKS | STOPPING
+    others = AFTER_A_STEP | AFTER_A_CAST | WATCHING | IN_FILES | IN_LOADING | IN_THE_FORM | BETWEEN_NETWORKS
+    others |= STOPPING | BESIDE
     tried, rows = EFFECTS.keys() | OF_ARCHS.keys() | ONLY_LOGGED.keys() | others, {arg.name for arg in TABLE}
     assert not rows - tried, (
         f"{sorted(rows - tried)}: say with which value something changes, in EFFECTS (OF_ARCHS, of layers that some "

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import difflib
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sized
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from ..foreign.texts import MOST, is_file, parse_json, read_text, user_path
+from ..foreign.texts import MOST, exists, is_file, parse_json, read_text, user_path
 from . import expressions
 
 if TYPE_CHECKING:
@@ -410,6 +411,64 @@ def _rates(arg: Arg, raw: Any) -> Rates:
     return Rates(tuple(0.0 if item is None else item for item in _numbers(arg, raw)))
 
 
+def _files(arg: Arg, raw: Any) -> tuple[tuple[str, float], ...]:
+    """Files, each with a strength: `a.safetensors=0.5,b.safetensors`, a list of such, or {'a.safetensors': 0.5}."""
+    pairs = [(os.fspath(path), value) for path, value in _with_strengths(raw)]
+    paths = [path for path, _ in pairs]
+    twice = next((path for number, path in enumerate(paths) if path in paths[:number]), None)
+    if twice is not None:
+        raise ValueError(f"has {twice!r} twice; write it once, with the sum of the strengths")
+    return tuple((path, _strength_of(path, value)) for path, value in pairs)
+
+
+def _with_strengths(raw: Any) -> list[tuple[str | os.PathLike[str], Any]]:
+    if isinstance(raw, (str, os.PathLike)) and _is_path(os.fspath(raw)):
+        return [(os.fspath(raw).strip(), 1.0)]
+    found = _structure(raw)
+    if isinstance(found, str):
+        found = [] if found.lower() in NOT_GIVEN else split_top(found)
+    items = [*found.items()] if isinstance(found, dict) else found
+    if not isinstance(items, (list, tuple)):
+        raise ValueError(f"is no file; {_FILES}")
+    return [_file_and_strength(item) for item in items]
+
+
+_FILES = "write FILE=0.5 (FILE:0.5 where a trainer takes one = alone), FILE,FILE or {'FILE': 0.5}"
+
+
+def _is_path(text: str) -> bool:
+    return bool(text.strip()) and exists(user_path(text.strip()))
+
+
+def _file_and_strength(item: Any) -> tuple[str | os.PathLike[str], Any]:
+    """Of text, the strength is what follows the last = or :, unless that is of the path, or a drive's."""
+    path, *strength = item if isinstance(item, (tuple, list)) and item else (item,)
+    if not isinstance(path, (str, os.PathLike)) or len(strength) > 1:
+        raise ValueError(f"has {item!r}, which is no file; {_FILES}")
+    if strength:
+        return path, strength[0]
+    text = os.fspath(path).strip()
+    head, tail = _cut(text)
+    return (text, 1.0) if not head or _is_path(text) else (head, tail)
+
+
+def _cut(text: str) -> tuple[str, str]:
+    cut = max(text.rfind("="), text.rfind(":"))
+    tail = text[cut + 1 :].strip()
+    of_path = any(mark in tail for mark in "/\\") or tail.lower().endswith(".safetensors")
+    return ("", "") if cut < 1 or of_path else (text[:cut].strip(), tail)
+
+
+def _strength_of(path: str, value: Any) -> float:
+    try:
+        strength = finite(value)
+    except ValueError:
+        raise ValueError(f"has {value!r} as the strength of {path!r}, which is no number; {_FILES}") from None
+    if strength == 0:
+        raise ValueError(f"has strength 0 for {path!r}, at which it does nothing: leave it out")
+    return strength
+
+
 KINDS: dict[str, Callable[[Arg, Any], Any]] = {
     "bool": _boolean,
     "int": _integer,
@@ -418,6 +477,7 @@ KINDS: dict[str, Callable[[Arg, Any], Any]] = {
     "choices": _choices,
     "word": _word,
     "text": _name,
+    "files": _files,
     "patterns": _patterns,
     "regex_int": _regex_map,
     "regex_float": _regex_map,

@@ -120,6 +120,7 @@ class Options(TypedDict, total=False):
     block_lr_zero_threshold: float
     ggpo_sigma: float
     ggpo_beta: float
+    training_adapter: str | Sequence[str] | Mapping[str, float]
     save_format: Literal["portable", "blissful", "comfyui", "diffusers", "peft", "oft", "oft_flux"]
     save_also: str | Sequence[str]
     diagnose_steps: int

@@ -471,6 +471,15 @@ _ROWS: tuple[Arg, ...] = (
         minimum=0,
     ),
     Arg(
+        "training_adapter",
+        "files",
+        (),
+        "adapter files (those that undo a distillation, say) which act in training beside what is trained, at the "
+        "strength that is given or 1: off in sample images, never in the files; `FILE=0.5`, `FILE:0.5` where a trainer "
+        "takes one `=` alone, `FILE,FILE`, or `{'FILE': 0.5}` (there with / in a path, on Windows, too)",
+        _OTHER,
+    ),
+    Arg(
         "save_format",
         "choice",
         "portable",

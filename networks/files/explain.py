@@ -28,6 +28,7 @@ ORIGIN = {  # metadata -> what it tells
     "ss_sd_model_name": "base model",
     "ss_training_finished_at": "finished at",
     "ss_steps": "steps",
+    "networks_training_adapter": "trained beside",
     "networks_resized": "resized",
     "networks_health": "health at the last save",
 }

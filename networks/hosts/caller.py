@@ -21,18 +21,16 @@ from ..args import hints
 from ..args.coerce import named, whole
 from ..args.parse import NetArgs, Problems, parse
 from ..args.table import UNET_STYLES
-from ..files.adapter_file import AdapterFile, FileTensors, Naming, open_adapter
-from ..files.dialects import rs_lora_differs
+from ..files.adapter_file import AdapterFile, FileTensors
 from ..files.places import Allowance
 from ..network.diagnosis import Diagnosis
-from ..plan.file_format import wanted_format
-from ..plan.file_layers import on_model
 from ..plan.plan import Plan, Request
 from ..plan.planner import build_plan, explained_plan
-from ..plan.walk import is_own
+from . import training_adapters
 from .beside import origin
 from .contract import HostNetwork, TextEncoders
 from .documented import documented
+from .of_file import of_file
 from .stops import show_help, stop_for_dry_run, without_stops
 
 log = logging.getLogger("networks")
@@ -210,6 +208,8 @@ class Caller:
         else:
             request, _ = self._file_request(host, tensors, text_encoder, unet, raw, source, problems)
             plan, _ = build_plan(request, problems)
+        beside = training_adapters.opened(request, problems)
+        plan = replace(plan, beside=tuple(one.planned for one in beside))
         if host in self.kinds:
             self._class_for(self.kinds[host], request.args, problems)
         problems.raise_if_any()
@@ -231,26 +231,7 @@ class Caller:
         problems: Problems,
     ) -> tuple[Request, AdapterFile]:
         request = self._request(host, None, None, text_encoder, unet, raw, problems, from_file=True)
-        own_class = is_own(request.arch.denoiser, unet)
-        file = open_adapter(tensors, Naming(request.arch, wanted_format(request.args, request.arch), own_class), source)
-        if not file.families:
-            problems.add(file.problem)
-        try:
-            file = on_model(file, request.parts)
-        except ValueError as error:
-            problems.add(str(error))
-        flags, args = file.flags, request.args
-        if flags.rs_lora is not None and "rs_lora" in args.given and flags.rs_lora != args.rs_lora:
-            problems.add(rs_lora_differs(flags, args.rs_lora, source))
-        request = replace(
-            request,
-            saved=file.layers,
-            source=source,
-            unknown=file.unread,
-            rs_lora=flags.rs_lora,
-            names_like=lambda: file.names_like,
-        )
-        return request, file
+        return of_file(request, tensors, source, problems)
 
     def _request(
         self,
@@ -302,6 +283,8 @@ class Caller:
         except ValueError as error:
             problems.add(str(error))
         plan, modules = build_plan(request, problems)
+        beside = training_adapters.opened(request, problems)
+        plan = replace(plan, beside=tuple(one.planned for one in beside))
         made = self._class_for(kind, request.args, problems)
         problems.raise_if_any()
         a = request.args
@@ -313,6 +296,7 @@ class Caller:
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"
         network.allowance, network.resizes = Allowance(a.allow_missing), a.resume_resize
+        network.accompany([one.network() for one in beside])
         layers = f", {len(plan.trained)} layers" if for_inference else ""
         log.info("%s %s from %s: %s%s", self.name, __version__, origin(self.name), plan.title, layers)
         network.tell_warnings()

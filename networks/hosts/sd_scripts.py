@@ -55,6 +55,12 @@ class LoRANetwork(HostNetwork):
     ) -> Groups:
         return self.prepare_optimizer_params_with_multiple_te_lrs(text_encoder_lr, unet_lr, default_lr)
 
+    def train(self, mode: bool = True) -> LoRANetwork:
+        """This trainer puts a network into eval mode for its validation, and for no picture."""
+        super().train(mode)
+        self.runtime.validating = not mode
+        return self
+
     # -- regional prompts
 
     def set_region(self, sub_prompt_index: int, is_last_network: bool, mask: Tensor) -> None:

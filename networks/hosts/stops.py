@@ -108,7 +108,7 @@ def told(plan: Plan) -> list[str]:
 
 def without_stops(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The arguments of a network that only draws pictures, which nothing stops."""
-    asked = [key for key in raw if key.strip() in STOPS]
+    asked = [key for key in raw if key.strip() in (*STOPS, "training_adapter")]
     if asked:
         log.warning("%s: no effect on a network which a file decides and which is not trained", ", ".join(asked))
     return {key: value for key, value in raw.items() if key not in asked}

@@ -191,16 +191,20 @@ class AdaptedLayer(nn.Module):
     def _changed(self, site: Site, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert site.below is not None
         m, region = self._dropped(self.runtime.multiplier, x), self.runtime.region
-        more = self._input_change(x) if region is None else None
+        beside = site.beside() if self.runtime.accompanied else []
+        more = self._input_change(x) if region is None and not beside else None
         if more is not None:  # one call of the base for both of its terms
             y = site.below(x + CallGate(m).output(more), *args, **kwargs)
             y = _plus(y, self._output_change(site, x + more, y, m))
-        else:
+        elif region is not None:
             y = site.below(x, *args, **kwargs)
-            if region is not None:
-                y = region.add(self.lora_name, lambda x, y: self._change(site, x, y, m), x, y)
-            else:
-                y = _plus(y, self._output_change(site, x, y, m))
+            y = region.add(self.lora_name, lambda x, y: self._change(site, x, y, m), x, y)
+        else:
+            y = base = site.on_ground(x, *args, **kwargs) if beside else site.below(x, *args, **kwargs)
+            for other in beside:
+                assert other.layer is not None
+                y = _plus(y, other.layer._change(other, x, base, other.layer.runtime.multiplier))
+            y = _plus(y, self._change(site, x, base, m) if beside else self._output_change(site, x, base, m))
         if self.perturbation is not None and self._trains:
             noise = self.perturbation.output(self.adapter.geometry, x, site.select_rows, site.first_row)
             y = y if noise is None else y + CallGate(self.runtime.multiplier).output(noise.to(y.dtype))
@@ -213,8 +217,8 @@ class AdaptedLayer(nn.Module):
             change = self._output_change(site, x, y, m)
             assert change is not None, "an adapter changes what goes in, what comes out, or both"
             return change
-        assert site.below is not None
-        return _plus(site.below(CallGate(m).output(more)) - site.bias(y), self._output_change(site, x + more, y, m))
+        part = site.on_ground(CallGate(m).output(more)) - site.bias(y)
+        return _plus(part, self._output_change(site, x + more, y, m))
 
     def _input_change(self, x: Tensor) -> Tensor | None:
         """What the layer's input has to get added, at multiplier 1; None = nothing ever."""
@@ -259,6 +263,11 @@ class AdaptedLayer(nn.Module):
             multiplier = multiplier.to(x.device)
         p = self._active_dropouts().module_dropout
         return multiplier * module_mask(p, x) if p else multiplier
+
+    @property
+    def acts_otherwise(self) -> bool:
+        """Whether it acts otherwise in training than in sampling."""
+        return bool(self.dropouts or self.perturbation or self.adapter.spec.stepwise)
 
     @property
     def _trains(self) -> bool:

@@ -27,6 +27,9 @@ class Runtime:
     factored: whether updates take their factored form, or the weight change is built; None = the cheaper one.
     keeps_fp32: values stay in fp32 or wider whatever a host casts the network to.
     region: this network's place in a picture of several prompts, or None.
+    trained: of the network in whose training alone this one acts, beside it; None = this one always acts.
+    accompanied: there may be such networks on the same layers.
+    validating: passes without gradients are the trainer's validation, whose loss is compared with that of training.
     """
 
     multiplier: float | Tensor = 1.0
@@ -35,7 +38,22 @@ class Runtime:
     factored: bool | None = None
     keeps_fp32: bool = False
     region: Region | None = None
+    trained: Runtime | None = None
+    accompanied: bool = False
+    validating: bool = False
     _pass: PerThread[_Pass] = field(default_factory=lambda: PerThread(_Pass), repr=False, compare=False)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the pass of this thread is to have the updates."""
+        return self.enabled and (self.trained is None or self.trained.in_training)
+
+    @property
+    def in_training(self) -> bool:
+        """Whether this pass belongs to training: it has gradients, is one of validation, or is a teacher's, for which
+        trainers turn the network off; they draw no picture without it."""
+        off = not self.enabled or (not isinstance(self.multiplier, Tensor) and self.multiplier == 0)
+        return not self.sampling or self.validating or off
 
     @property
     def sampling(self) -> bool:

@@ -36,7 +36,7 @@ class Site:
     """
 
     # what is known of others on the same module; a second copy of this package in one process has a class of its own
-    links = ("kohya-networks", "layer", "below", "under", "acts", "row_ranges")
+    links = ("kohya-networks", "layer", "below", "under", "acts", "row_ranges", "accompanies")
 
     def __init__(self, module: nn.Module, row_ranges: RowRanges | None = None) -> None:
         self.module, self.row_ranges = module, row_ranges
@@ -70,11 +70,37 @@ class Site:
     @property
     def acts(self) -> bool:
         """Whether the forward pass is to add the update."""
-        return self.layer is not None and self.layer.runtime.enabled and not self.in_weight
+        return self.layer is not None and self.layer.runtime.acts and not self.in_weight
+
+    @property
+    def accompanies(self) -> bool:
+        """Whether this is a training adapter's: it adds to the output, and what is above stands on what is below."""
+        return self.layer is not None and self.layer.runtime.trained is not None
 
     def under(self) -> Site | None:
         """The site of another network right below this one on the same module."""
         return _owner(self.below)
+
+    def beside(self) -> list[Site]:
+        """Those of training adapters right below this one which act in this pass."""
+        found, site = [], self.under()
+        while site is not None and site.accompanies:
+            found += [site] if site.acts else []
+            site = site.under()
+        return found
+
+    def ground(self) -> tuple[Callable[..., Tensor] | None, Site | None]:
+        """What this layer stands on: the forward below it, and whose that is, without training adapters."""
+        below, site = self.below, self.under()
+        while site is not None and site.accompanies:
+            below, site = site.below, site.under()
+        return below, site
+
+    def on_ground(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of what this layer stands on."""
+        below, _ = self.ground()
+        assert below is not None, "forward of a layer that is not attached"
+        return below(x, *args, **kwargs)
 
     def _above(self) -> Site | None:
         """The site of another network right on top of this one; None also where a forward of others lies between."""
@@ -116,7 +142,7 @@ class Site:
     @torch.no_grad()
     def weight(self, device: torch.device | None = None) -> Tensor:
         """The same below this layer, with what other networks do to it there: its rows [O', I, *kernel]."""
-        under = self.under()
+        _, under = self.ground()
         if under is None:
             return self.read(device)
         assert under.layer is not None
@@ -135,7 +161,7 @@ class Site:
         """The bias below this layer, with what other networks do to it there, shaped as a part of the output y; 0
         without one. Differentiable: their output has it as well."""
         assert self.layer is not None
-        under, bias = self.under(), getattr(self.module, "bias", None)
+        (_, under), bias = self.ground(), getattr(self.module, "bias", None)
         if under is None:
             return 0.0 if bias is None else self.layer.adapter.geometry.on_outputs(bias.to(y.dtype))
         assert under.layer is not None
@@ -159,7 +185,7 @@ class Site:
         A weight of the matrix's dtype is used as it is, also where autocast will see to that. Others are decoded, in
         the backward pass again: kept for it, a quantised model would be held in fp32.
         """
-        own = base_weight.plain(self.module) if self.under() is None else None
+        own = base_weight.plain(self.module) if self.ground()[1] is None else None
         if own is not None and (own.dtype == matrix_IR.dtype or torch.is_autocast_enabled(own.device.type)):
             return weight_times(own, matrix_IR)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -39,6 +39,7 @@ from ..tensors import base_weight
 from .diagnosis import Diagnosis
 from .loading import Places, match
 from .saving import Contents, Saver, start_sizes
+from .training_adapters import TrainingAdapter, TrainingAdapters
 from .watching import Watch, time_reader
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Network(nn.Module):
         self.file_format = file_format
         self.plan = plan
         self.runtime = Runtime(for_inference=for_inference)
+        self.training_adapters = TrainingAdapters(self.runtime)
         self.made_from: AdapterFile | None = None  # until it acts, since hosts hand its tensors over again
         self._saver = Saver()
         self._merged_at: float | Tensor | None = None  # the multiplier that the base weights have it at, if they do
@@ -127,6 +129,16 @@ class Network(nn.Module):
     def adapted_layers(self) -> list[AdaptedLayer]:
         return [layer for _, layer in self._layers.values()]
 
+    def accompany(self, adapters: Sequence[TrainingAdapter]) -> None:
+        """Attach these with this network, below it, for its training."""
+        self.training_adapters = TrainingAdapters(self.runtime, adapters)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Network:
+        """Casts and moves, from `.to()`, `.half()` and the like."""
+        super()._apply(fn, recurse)
+        self.training_adapters.follow(fn)
+        return self
+
     def follow(self, plan: Plan) -> None:
         """Take the plan of the same layers of which something is known now that was not before."""
         self.plan = plan
@@ -152,6 +164,7 @@ class Network(nn.Module):
                 "no layer is left to train: no part of the model is both trained and targeted; train the part that the "
                 "network is for, or make it for that part"
             )
+        self.training_adapters.attach(parts)
         for layer in progress(self.adapted_layers, any(layer.adapter.wants_base for layer in self.adapted_layers)):
             with self._named(layer):
                 layer.attach()
@@ -173,6 +186,7 @@ class Network(nn.Module):
         """Give the model its own forwards back."""
         for layer in self.adapted_layers:
             layer.detach()
+        self.training_adapters.detach()
         self._unhook()
         self.leave_region()
 
@@ -186,12 +200,10 @@ class Network(nn.Module):
 
     def _hook(self) -> None:
         """Watch the models' own forwards, where a layer acts otherwise in sampling, or by the time."""
-        clocks, layers = self._set_clocks(), self.adapted_layers
-        if not clocks and not any(
-            layer.dropouts or layer.perturbation or layer.adapter.spec.stepwise for layer in layers
-        ):
+        clocks = self._set_clocks()
+        if not (clocks or self.training_adapters or any(layer.acts_otherwise for layer in self.adapted_layers)):
             return
-        used = {row.part for row, _ in self.layers}
+        used = {row.part for row, _ in self.layers} | self.training_adapters.parts
         for part in [part for part in self._roots if part in used]:
             root = unwrap(self._roots[part])
             read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
@@ -376,9 +388,10 @@ class Network(nn.Module):
             ValueError: a layer has no form that the program of `save_format` computes.
         """
         file = writer.checked_path(path)
+        known = dict(metadata or {})
+        known |= self.training_adapters.metadata(known)
         self._saver.write(
-            file,
-            Contents(self.plan, self.layers, self.file_format, dtype, metadata or {}, self.diagnosis.health()),
+            file, Contents(self.plan, self.layers, self.file_format, dtype, known, self.diagnosis.health())
         )
 
     @property

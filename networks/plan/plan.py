@@ -146,6 +146,27 @@ class PlanRow:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A training adapter.
+
+    Attributes:
+        name: of its file.
+        strength: at which it acts.
+        layers, bytes: what it has, and needs.
+    """
+
+    name: str
+    strength: float
+    layers: int
+    bytes: int
+
+    def __str__(self) -> str:
+        size = report.shown_size(self.bytes)
+        acts = "in training, not in samples and files"
+        return f"training adapter {self.name} at strength {self.strength:g}: {self.layers} layers, {size}, {acts}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a call would build.
 
@@ -158,6 +179,7 @@ class Plan:
         file_format: of the network's files.
         uses: (argument that was given, expression) -> parts in which it decides something.
         renote: gives the notes of such a plan with fewer trained layers.
+        beside: the training adapters.
     """
 
     title: str
@@ -168,6 +190,7 @@ class Plan:
     file_format: FileFormat = field(default=FileFormat(), compare=False, repr=False)
     uses: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
     renote: Callable[[Plan], tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
+    beside: tuple[Beside, ...] = ()
 
     @cached_property
     def trained(self) -> tuple[PlanRow, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..files.places import Missing, examples
@@ -44,6 +44,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "architecture": plan.title,
         "rows": rows,
         "totals": totals(plan),
+        "training_adapters": [asdict(one) for one in plan.beside],
         "notes": list(plan.notes),
         "warnings": list(plan.warnings),
         "readers": plan.readers(),
@@ -112,12 +113,12 @@ def summary(plan: Plan) -> list[str]:
     of_them = "" if found["learning"] == found["parameters"] else f" ({found['learning']:,} of them are trained)"
     lines.append(
         f"in all {found['trained']} layers, {found['parameters']:,} parameters{of_them}, "
-        f"{_size(found['bytes'])} in fp32, {_size(found['training_bytes'])} with gradients and AdamW"
+        f"{shown_size(found['bytes'])} in fp32, {shown_size(found['training_bytes'])} with gradients and AdamW"
     )
-    return [*lines, *plan.notes]
+    return [*lines, *map(str, plan.beside), *plan.notes]
 
 
-def _size(count: int) -> str:
+def shown_size(count: int) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NUMBERS = ("int", "float")
-LISTS = ("patterns", "regex_int", "regex_float", "ints", "floats", "rates")
+LISTS = ("patterns", "regex_int", "regex_float", "ints", "floats", "rates", "files")
 FACTORS = "form of the factors"  # the group of arguments that choose the form of an algorithm
 
 
