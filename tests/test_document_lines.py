@@ -25,12 +25,14 @@ from toy_models import toy
 
 from networks.args.coerce import read_toml
 from networks.args.table import BY_NAME
-from networks.hosts import documented
+from networks.hosts import documented, own_words
 from networks.models.skeleton import skeleton
 
 NO_KERNELS = "no trained layer is in a convolutional block or has a kernel above 1x1"
 NO_LOW_RANK_KERNELS = "no trained layer has a low-rank kernel above 1x1"
 NO_ENCODER = "no layer of that part is trained"
+IDLE_DROPOUT = "dropout .no trained layer has a rank activation"
+ONLY = "nothing else is trained, as by sd-scripts' module of this name"
 
 
 class Line(NamedTuple):
@@ -129,6 +131,20 @@ SD_SCRIPTS = [
         blocks=12),
     *of("networks.oft", SD, "sdxl", 4, 1e-3, "", '"enable_all_linear=True"', '"enable_conv=True"'),
     *of("networks.oft_flux", SD, "flux", 4, 1e-3, "", '"enable_all_linear=True"'),
+    # train_network_oft_boft.md
+    *of("networks.oft_v2", SD, "sdxl", 32, 1, "", '"coft=false" "block_share=false"', '"block_size=16"',
+        '"oft_block_size=16"', '"oft_coft=False"', '"oft_block_share=true"', '"enable_conv=true"',
+        '"auto_adjust=true"', warns('"dropout=0.1"', IDLE_DROPOUT), warns('"dropout_probability=0.1"', IDLE_DROPOUT),
+        """ "exclude_patterns=['.*attn2.*']" """, warns(""" "include_patterns=['.*attn2.*']" """, ONLY),
+        warns('"coft_eps=6e-5"', "it says something beside coft=True"),
+        fails('"coft=true" "coft_eps=6e-5"', "no argument is called coft: write constraint="),
+        fails('"auto_adjust=false"', "adjusted always")),
+    *of("networks.boft", SD, "sdxl", 8, 1, '"boft_n_butterfly_factor=2"', '"block_size=4"', '"boft_block_size=4"',
+        '"enable_conv=true"', '"auto_adjust=true"', warns('"dropout=0.1"', IDLE_DROPOUT),
+        warns('"boft_dropout=0.1"', IDLE_DROPOUT), """ "exclude_patterns=['.*attn2.*']" """,
+        warns(""" "include_patterns=['.*attn2.*']" """, ONLY),
+        fails('"block_num=4"', "the size of a block is --network_dim"),
+        fails('"boft_block_num=4"', "the size of a block is --network_dim")),
     # flux_train_network.md
     *of("networks.lora_flux", SD, "flux", 16, 1,
         '"img_attn_dim=4" "img_mlp_dim=8" "txt_attn_dim=2" "txt_mlp_dim=2" "img_mod_dim=2" "txt_mod_dim=2" '
@@ -361,11 +377,42 @@ def test_a_line_of_a_document_does_what_stands_beside_it(line: Line, caplog: pyt
     assert plan.trained
 
 
+def test_the_words_of_two_modules_do_what_they_do_there() -> None:
+    """The size of a block goes before network_dim, for convolutions, too; with include_patterns nothing else is
+    trained, whatever is excluded; and where another algorithm is asked for, the words are its own."""
+    denoiser, encoders = model("sdxl", 2, 16)
+
+    def plan(entry: str, *words: str, host: str = SD) -> Any:
+        module = importlib.import_module(f"networks.{entry}")
+        return module.plan(8, 1, encoders, denoiser, host, **dict(word.split("=", 1) for word in words))
+
+    for entry, word in (("oft_v2", "oft_block_size"), ("boft", "boft_block_size"), ("boft", "block_size")):
+        found = plan(entry, f"{word}=4", "enable_conv=true")
+        assert {row.dim for row in found.trained} == {4} and any(row.geometry.has_kernel for row in found.trained)
+    for entry in ("oft_v2", "boft"):
+        both = plan(entry, "include_patterns=['.*attn2.*to_q']", "exclude_patterns=['.*attn2.*']")
+        assert {row.dotted_name.rpartition("attn2")[2] for row in both.trained} == {".to_q"}
+    dylora = plan("oft_v2", "algo=dylora", "block_size=4")
+    assert {row.dim for row in dylora.trained} == {8} and dylora.trained[0].options["block_size"] == 4
+    with pytest.raises(ValueError, match="block_size=four"):
+        plan("oft_v2", "block_size=four")
+    with pytest.raises(ValueError, match="include_patterns rescues nothing"):
+        plan("lora", "include_patterns=['.*attn2.*']")
+
+
 # -- what the modules of the hosts read, where their programs are
 
 PROGRAMS = {SD: ("SD_SCRIPTS_PATH", "networks"), MUSUBI: ("MUSUBI_PATH", "musubi_tuner/networks")}
 HERE = [(host, Path(os.environ[name], folder)) for host, (name, folder) in PROGRAMS.items() if os.environ.get(name)]
 ON = {"lora": "sd", "lora_fa": "sd"}  # modules of which a list speaks of one architecture
+
+
+def _own_words(module: str) -> set[str]:
+    words = own_words.WORDS.get(module)
+    return (
+        {*words.sizes, *words.renamed, *words.nothing, *words.beside, "block_num", "boft_block_num"} if words else set()
+    )
+
 
 if HERE:
 
@@ -379,7 +426,7 @@ if HERE:
             if not (folder / f"{name}.py").is_file():  # of a branch
                 continue
             read = {*reading.findall((folder / f"{name}.py").read_text(encoding="utf-8"))} - {"train_llm_adapter"}
-            rows = [BY_NAME[one] for one in read]
+            rows = [BY_NAME[one] for one in read - _own_words(name)]
             wanted = {row.name for row in rows if row.kind != "patterns" and not row.kind.startswith("regex")}
             assert wanted <= documented.documented(host, name, "lora", "lora", "", ON.get(name, "")), name
             seen |= {name} if read else set()

@@ -321,6 +321,62 @@ def test_gen_img_sequence(algo: str, tmp_path: Path) -> None:
     torch.testing.assert_close(draw(unet), applied)
 
 
+def test_leco_sequence(tmp_path: Path) -> None:
+    """What train_leco.py does: a text encoder is handed over and not trained, the network sees no options and hears of
+    no step, and its strength changes within each, also below 0."""
+    unet, encoder = sd_unet(), text_encoder()
+    kwargs = {"rank_dropout": "0.1", "dropout": None}
+    network = networks.lokr.create_network(1.0, 4, 2.0, None, encoder, unet, neuron_dropout=None, **kwargs)
+    network.apply_to(encoder, unet, apply_text_encoder=False, apply_unet=True)
+    network.set_multiplier(0.0)
+    network.enable_gradient_checkpointing()
+    groups, descriptions = network.prepare_optimizer_params(None, 1e-2, 1e-4)
+    assert descriptions == ["unet"] and [group["lr"] for group in groups] == [1e-2]
+    optimizer = torch.optim.AdamW(groups)
+    network.prepare_grad_etc(encoder, unet)
+    base, losses = draw(unet).detach(), []
+    for strength in (1.0, -1.0, 1.0):
+        optimizer.zero_grad(set_to_none=True)
+        network.set_multiplier(strength)
+        earlier = draw(unet)  # of the sampler, with gradients
+        network.set_multiplier(0.0)
+        with torch.no_grad():
+            assert torch.equal(draw(unet), base)
+        network.set_multiplier(strength)
+        loss = (draw(unet) - base - 0.3 * strength).square().mean() + 0 * earlier.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        network.set_multiplier(0.0)
+    assert losses[-1] < losses[0]
+    file = str(tmp_path / "a.safetensors")
+    network.save_weights(file, torch.float32, {"ss_network_module": "networks.lokr", "ss_leco_prompt_count": "2"})
+    network.set_multiplier(1.0)
+    network.eval()
+    wanted = draw(unet).detach()
+    network.detach()
+    again, _ = networks.lokr.create_network_from_weights(1.0, file, None, encoder, unet, **kwargs)
+    again.apply_to(encoder, unet, apply_text_encoder=False, apply_unet=True)
+    again.set_multiplier(0.0)
+    assert "layers loaded" in str(again.load_weights(file)) and {row.part for row, _ in again.layers} == {"unet"}
+    assert torch.equal(draw(unet), base)
+    again.set_multiplier(1.0)
+    again.eval()
+    torch.testing.assert_close(draw(unet), wanted)
+
+
+def test_leco_of_a_model_with_two_text_encoders() -> None:
+    unet, encoders = sdxl_unet(), [text_encoder(), text_encoder(projection=True)]
+    network = networks.lora.create_network(1.0, 4, 1.0, None, encoders, unet, neuron_dropout=None, dropout=None)
+    assert any(row.part.startswith("text_encoder") for row in network.plan.trained)
+    network.apply_to(encoders, unet, apply_text_encoder=False, apply_unet=True)
+    network.set_multiplier(0.0)
+    _, descriptions = network.prepare_optimizer_params(None, 1e-2, 1e-4)
+    network.prepare_grad_etc(encoders, unet)
+    assert descriptions == ["unet"] and network.text_encoder_loras == []
+
+
 def test_two_networks_at_once(tmp_path: Path) -> None:
     unet = sd_unet()
     base = draw(unet)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+import networks.lora_wan
 from networks import __version__
+from networks.hosts import launching
 
+PRESCRIBED = launching.PRESCRIBED
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "scripts" / "launch.py"
 
@@ -156,6 +162,26 @@ def test_without_a_script_it_explains_itself(tmp_path: Path) -> None:
     assert launch(cwd=tmp_path).returncode == 2
     done = launch("--help", cwd=tmp_path)
     assert done.returncode == 0 and "scripts/launch.py train_network.py" in done.stdout
+
+
+def test_a_module_whose_name_a_trainer_insists_on_trains_with_ours(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its other names stay; another module of the trainer lends its reading alone."""
+    for prescribed in (True, False):
+        name = "musubi_tuner.networks.lora_wan"
+        monkeypatch.setattr(launching, "PRESCRIBED", frozenset({name} if prescribed else ()))
+        theirs: Any = ModuleType(name)
+        theirs.create_arch_network = theirs.create_arch_network_from_weights = theirs.check_file = len
+        with caplog.at_level(logging.INFO, logger="networks"):
+            launching._lend_reader(theirs)
+        assert (theirs.create_arch_network == networks.lora_wan.create_arch_network) == prescribed
+        assert (
+            hasattr(theirs, "prepare_network") == prescribed == (f"{name} trains with networks.lora_wan" in caplog.text)
+        )
+        assert theirs.create_arch_network_from_weights is not len and theirs.check_file is len
+        caplog.clear()
+    assert "musubi_tuner.networks.lora_mage_flow" in PRESCRIBED
 
 
 def test_lycoris_is_ours(checkout: Path) -> None:

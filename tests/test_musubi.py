@@ -144,6 +144,81 @@ def test_base_weights_are_merged(algo: str, call: str, tmp_path: Path) -> None:
     torch.testing.assert_close(model(signal()), applied)
 
 
+def test_what_a_trainer_adds_to_the_arguments_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A branch and a fork name the architecture in each call, and hand over network_args with a file, too, for base
+    weights as for dims; LoKr's factor they read from the metadata."""
+    model, module = dit(), networks.lokr
+    words: dict[str, Any] = split_by_the_trainer(["rank_dropout=0.1", "loraplus_lr_ratio=4"])
+    with caplog.at_level(logging.INFO, logger="networks"):
+        network = module.create_arch_network(
+            1.0, 4, 1, None, None, model, neuron_dropout=None, architecture="fk", **words
+        )
+    assert "architecture=fk is not looked at: the model's class decides" in caplog.text
+    assert {row.plus_ratio for row, _ in network.layers} == {4}
+    network.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
+    randomise(network)
+    network.eval()
+    wanted = model(signal()).detach()
+    network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {})
+    network.detach()
+    tensors = load_file(tmp_path / "a.safetensors")
+    words |= {"architecture": "fk", "metadata_factor": 8}
+    again = module.create_arch_network_from_weights(1, tensors, unet=model, **words)
+    again.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
+    again.load_weights(str(tmp_path / "a.safetensors"))
+    again.eval()
+    torch.testing.assert_close(model(signal()), wanted)
+    again.detach()
+    merging = module.create_arch_network_from_weights(1.0, tensors, unet=model, for_inference=True, **words)
+    merging.merge_to(None, model, tensors, torch.bfloat16, "cpu")
+    torch.testing.assert_close(model(signal()), wanted)
+    with pytest.raises(ValueError, match="no argument is called architektur"):
+        create(model, "architektur=fk")
+
+
+def test_a_teacher_without_the_network_within_a_step() -> None:
+    """MiniMax-H3: through the wrapper, without gradients, before the pass that learns; then gradients are measured."""
+    model = dit()
+    base = model(signal())
+    network = attached(model, "rank_dropout=0.2")
+    randomise(network)
+    network.on_epoch_start(model)
+    unwrapped = nn.DataParallel(network).module
+    assert hasattr(unwrapped, "set_enabled")
+    network.on_step_start()
+    unwrapped.set_enabled(False)
+    try:
+        with torch.no_grad():
+            teacher = model(signal())
+    finally:
+        unwrapped.set_enabled(True)
+    assert torch.equal(teacher, base)
+    (model(signal()) - teacher).square().mean().backward()
+    measured = [p.grad.detach() for p in network.parameters() if p.grad is not None]
+    assert len(measured) == len(list(network.parameters()))
+    assert float(torch.stack([g.norm() for g in measured]).norm()) > 0
+
+
+def test_branches_of_a_generator(tmp_path: Path) -> None:
+    """Files as further branches beside a quantised model: attached twice, loaded strictly, cast and moved as one."""
+    model = dit()
+    network = attached(model)
+    randomise(network)
+    network.save_weights(str(tmp_path / "a.safetensors"), torch.bfloat16, {})
+    network.detach()
+    base, file = model(signal()), load_file(tmp_path / "a.safetensors")
+    branches = []
+    for strength in (0.7, -0.7):
+        one = networks.lora.create_arch_network_from_weights(strength, file, unet=model, for_inference=True)
+        assert one.unet_loras
+        one.apply_to(None, model, apply_text_encoder=False, apply_unet=True)
+        one.load_state_dict(file, strict=True)
+        one.eval().requires_grad_(False).to(torch.device("cpu"))
+        branches.append(one)
+        assert torch.allclose(model(signal()), base, rtol=1e-4, atol=1e-4) == (len(branches) == 2)
+    assert not any(p.requires_grad for one in branches for p in one.parameters())
+
+
 def test_files_hold_what_these_readers_want(tmp_path: Path) -> None:
     """Floating 0-d alpha although network_alpha is the int 1, whole lokr_w1, no further keys."""
     wanted = {

@@ -144,6 +144,19 @@ def test_lines_that_train_no_network() -> None:
     assert not WHOLE_MODEL & SCRIPTS.keys()
 
 
+def test_scripts_that_know_what_is_trained() -> None:
+    """LECO: a network module of its own, and no text encoder."""
+    found = read("python train_leco.py --prompts_file p.toml --network_dim 8 --network_train_unet_only")
+    assert found.given["network_module"] == "networks.lora" and "networks.lora" in found.notes[0]
+    found = read("accelerate launch sdxl_train_leco.py --network_module networks.loha --unet_lr 1e-4")
+    assert found.given["network_module"] == "networks.loha" and found.given["network_train_unet_only"] is True
+    assert not found.notes and found.script is not None and found.script.release == "sdxl"
+    told = mistakes("python train_leco.py --network_train_text_encoder_only --text_encoder_lr 1e-4")
+    assert "train_leco.py trains no text encoder: remove --network_train_text_encoder_only" in told
+    assert "train_leco.py has no --text_encoder_lr" in told and "leave nothing" not in told
+    assert {"flux_2_train.py", "flux_kontext_train.py", "ideogram4_train.py", "krea2_train.py"} <= WHOLE_MODEL
+
+
 def test_every_script_has_a_release_for_each_of_its_choices() -> None:
     for name, one in SCRIPTS.items():
         releases = {one.release, *(release for found in one.choices.values() for release in found.values())} - {""}
@@ -367,6 +380,7 @@ PATHS = [os.environ[name] for name in ("SD_SCRIPTS_PATH", "MUSUBI_PATH") if os.e
 def check_options(path: str) -> None:
     """Every name of an option in the sources of a trainer."""
     sources: list[Any] = [*Path(path).glob("*train_network*.py"), *Path(path, "library").glob("*.py")]
+    sources += Path(path).glob("*train_leco.py")
     package = Path(path, "src", "musubi_tuner")
     sources += [*package.glob("*_train_network*.py"), *package.glob("training/*.py"), *package.glob("*/*utils.py")]
     text = "".join(source.read_text(encoding="utf-8") for source in sources)
@@ -376,7 +390,9 @@ def check_options(path: str) -> None:
         known = trainer_line._known(SCRIPTS[name])
         run = trainer_line.TrainerRun(name, host, SCRIPTS[name])
         assert option in known or not trainer_line._misspelt(option, known, run, str), option
-    programs = {source.name for source in sources if re.search("_train_network(_self_flow)?.py$", source.name)}
+    programs = {
+        source.name for source in sources if re.search("_train_network(_self_flow)?.py$|train_leco.py$", source.name)
+    }
     assert programs <= SCRIPTS.keys() and len(programs) > 5
 
 

@@ -46,6 +46,10 @@ _NAMES: dict[str, str] = {
     ),
     **dict.fromkeys(("coft", "use_coft", "coft_eps", "oft_coft", "eps"), "write constraint=1e-3, with algo=diag-oft"),
     **dict.fromkeys(("oft_block_size", "num_blocks"), "the block size of OFT is --network_dim, see dim_is_count"),
+    **dict.fromkeys(("boft_block_size", "block_num", "boft_block_num"), "the size of a block is --network_dim"),
+    "auto_adjust": "a size that does not divide a width is adjusted always, and dry_run=True lists them: leave it out",
+    "extra_unet_targets": "the blocks of this model are found without it; other classes are named by a preset's "
+    "unet_target_module",
     **dict.fromkeys(("weight_norm", "max_norm"), "the trainer limits norms: write --scale_weight_norms {value}"),
     **dict.fromkeys(("lr", "learning_rates"), "rates are the trainer's: write --learning_rate {value}"),
     **dict.fromkeys(("network_dropout",), "write dropout={value}, or --network_dropout {value} outside --network_args"),

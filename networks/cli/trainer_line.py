@@ -31,6 +31,7 @@ SD_SCRIPTS_ALONE = {
     "unet_lr": ONE, "text_encoder_lr": MANY, "network_train_unet_only": SWITCH,
     "network_train_text_encoder_only": SWITCH,
 }  # fmt: skip
+_UNET_ALONE = {name: kind for name, kind in SD_SCRIPTS_ALONE.items() if name != "text_encoder_lr"}
 # Options of the trainers' own which a network has something to say to.
 BESIDE = {"optimizer_type": ONE, "full_bf16": SWITCH, "full_fp16": SWITCH, "dit_high_noise": ONE, "turbo_dit": ONE}
 # Options of the trainers' own whose names are like those.
@@ -220,7 +221,7 @@ def _scripts() -> str:
 
 def _known(script: Script) -> dict[str, str]:
     """Options that count for a script's network -> how many values each takes."""
-    own = SD_SCRIPTS_ALONE if script.host == SD_SCRIPTS else {}
+    own = {} if script.host != SD_SCRIPTS else _UNET_ALONE if script.unet_only else SD_SCRIPTS_ALONE
     chosen = {name: SWITCH if "" in values else ONE for name, values in script.choices.items()}
     return {**NETWORK, **own, **BESIDE, script.checkpoint: ONE, **chosen}
 
@@ -382,6 +383,7 @@ def is_given(value: Any) -> bool:
 def _finish(run: TrainerRun, problems: Problems) -> None:
     """Checks that need all options; the network arguments by name."""
     given = run.given = {name: value for name, value in run.given.items() if is_given(value)}
+    _of_script(run, problems)
     if not given.get("network_module"):
         problems.add("--network_module is missing, without which the trainer makes no network: networks.lora is one")
     if given.get("dim_from_weights") and not given.get("network_weights"):
@@ -394,6 +396,18 @@ def _finish(run: TrainerRun, problems: Problems) -> None:
     if given.get("network_train_unet_only") and given.get("network_train_text_encoder_only"):
         problems.add("--network_train_unet_only and --network_train_text_encoder_only leave nothing: give one of them")
     run.words = _network_args(given.get("network_args", []), run.host, problems)
+
+
+def _of_script(run: TrainerRun, problems: Problems) -> None:
+    """What a script does without being asked."""
+    given, script = run.given, run.script
+    if script is not None and script.module and not given.get("network_module"):
+        given["network_module"] = script.module
+        run.notes.append(f"{run.name} has a network module of its own, {script.module}, where none is named")
+    if script is not None and script.unet_only:
+        if given.pop("network_train_text_encoder_only", False):
+            problems.add(f"{run.name} trains no text encoder: remove --network_train_text_encoder_only")
+        given["network_train_unet_only"] = True
 
 
 def _network_args(items: Sequence[Any], host: str, problems: Problems) -> dict[str, str]:

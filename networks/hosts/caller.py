@@ -31,6 +31,7 @@ from .beside import origin
 from .contract import HostNetwork, TextEncoders
 from .documented import documented
 from .of_file import of_file
+from .own_words import in_our_words
 from .stops import show_help, stop_for_dry_run, without_stops
 
 log = logging.getLogger("networks")
@@ -244,6 +245,8 @@ class Caller:
         problems: Problems,
         from_file: bool = False,
     ) -> Request:
+        if raw.get("algo") in (None, self.algo):
+            raw, dim = in_our_words(self.style, raw, dim, problems)
         dim, alpha = self._dim(dim, problems), self._alpha(alpha, problems)
         options = {"network_dim": dim, "network_alpha": alpha}
         args = parse(raw, self.algo, problems, host, options, self.style)

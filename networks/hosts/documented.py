@@ -64,6 +64,8 @@ HOSTS = {
             "lokr": "use_tucker factor",
             "oft": "enable_all_linear enable_conv",
             "oft_flux": "enable_all_linear",
+            "oft_v2": "block_share enable_conv",
+            "boft": "butterflies enable_conv",
             "lora_flux": _FLUX,
             "lora_sd3": _SD3,
             "lora_lumina": "attn_dim mlp_dim mod_dim refiner_dim embedder_dims train_blocks split_qkv",

@@ -25,6 +25,8 @@ STARTERS = ("accelerate", "python", "python3", "torchrun")
 # Modules of the trainers that merge adapter files into a model's weights by key names.
 MERGERS = ("library.lora_utils", "musubi_tuner.utils.lora_utils")
 READERS = "musubi_tuner.networks"  # its modules build the networks by which the other generators merge files
+# Those that their trainer takes under this name alone: started here, it trains with ours.
+PRESCRIBED = frozenset({f"{READERS}.lora_mage_flow"})
 LYCORIS = "lycoris.kohya"  # LyCORIS' network module, as command lines and the trainers' generators name it
 
 
@@ -109,7 +111,12 @@ def _extend_merger(module: ModuleType, allow_missing: Sequence[str]) -> None:
 def _lend_reader(module: ModuleType) -> None:
     from .key_merge import lend
 
-    lend(module, importlib.import_module(f"..{module.__name__.rpartition('.')[2]}", __package__))
+    ours = importlib.import_module(f"..{module.__name__.rpartition('.')[2]}", __package__)
+    lend(module, ours)
+    if module.__name__ in PRESCRIBED:
+        for name in ("create_arch_network", "prepare_network"):
+            setattr(module, name, getattr(ours, name))
+        log.info("%s trains with %s of kohya-networks %s here", module.__name__, ours.__name__, __version__)
 
 
 class _AfterImport(MetaPathFinder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,14 @@ from ..network.optim import Groups
 from .caller import Caller, given_once
 from .contract import HostNetwork, learning_rate
 
+log = logging.getLogger("networks")
+
 HOST = "musubi"
+# What a branch of the trainer and DustyL's fork add to --network_args by themselves -> why it is not looked at.
+OF_THE_TRAINER = {
+    "architecture": "the model's class decides",
+    "metadata_factor": "the shapes in the file decide",
+}
 
 
 class MusubiNetwork(HostNetwork):
@@ -57,7 +65,7 @@ class MusubiCalls(Caller):
             ValueError: all mistakes of the call in one message: unknown and contradictory arguments with the nearest
                 valid ones, a model that this module is not for, a selection in which no layer is left.
         """
-        raw = {"neuron_dropout": neuron_dropout or None, **kwargs}
+        raw = {"neuron_dropout": neuron_dropout or None, **without_the_trainers(kwargs)}
         return self.new(MusubiNetwork, HOST, multiplier, network_dim, network_alpha, None, unet, raw)
 
     def prepare_network(self, network: MusubiNetwork, options: Any) -> None:
@@ -91,4 +99,12 @@ class MusubiCalls(Caller):
             raise ValueError(
                 f"{self.name}: no model was given (unet=None), so there is nothing to adapt: hand over one"
             )
-        return self.from_weights(MusubiNetwork, HOST, multiplier, weights_sd, None, unet, for_inference, kwargs)
+        raw = without_the_trainers(kwargs)
+        return self.from_weights(MusubiNetwork, HOST, multiplier, weights_sd, None, unet, for_inference, raw)
+
+
+def without_the_trainers(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are the user's own."""
+    for name in OF_THE_TRAINER.keys() & kwargs.keys():
+        log.info("%s=%s is not looked at: %s", name, kwargs[name], OF_THE_TRAINER[name])
+    return {key: value for key, value in kwargs.items() if key not in OF_THE_TRAINER}

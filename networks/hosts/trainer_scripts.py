@@ -18,12 +18,16 @@ class Script:
         choices: option -> its values -> the released models that they mean, where it trains several; the value of a
             switch is "".
         needs: the option without which it does not start.
+        module: the network module of a command line that names none; "" = it makes no network then.
+        unet_only: text encoders are never trained.
     """
 
     host: str
     release: str
     choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     needs: str = ""
+    module: str = ""
+    unet_only: bool = False
 
     @property
     def releases(self) -> list[str]:
@@ -71,6 +75,8 @@ SCRIPTS: dict[str, Script] = {
     "lumina_train_network.py": Script(SD_SCRIPTS, "lumina"),
     "anima_train_network.py": Script(SD_SCRIPTS, "anima"),
     "hunyuan_image_train_network.py": Script(SD_SCRIPTS, "hunyuan_image"),
+    "train_leco.py": Script(SD_SCRIPTS, "sd15", {"v2": {"": "sd21"}}, module="networks.lora", unet_only=True),
+    "sdxl_train_leco.py": Script(SD_SCRIPTS, "sdxl", module="networks.lora", unet_only=True),
     "hv_train_network.py": Script(MUSUBI, "hunyuan_video"),
     "hv_1_5_train_network.py": Script(MUSUBI, "hv_1_5"),
     "fpack_train_network.py": Script(MUSUBI, "framepack"),
@@ -95,6 +101,7 @@ WHOLE_MODEL = frozenset(
     f"{name}.py"
     for name in (
         "fine_tune", "train_db", "sdxl_train", "flux_train", "sd3_train", "lumina_train", "anima_train", "hv_train",
-        "qwen_image_train", "zimage_train", "hidream_o1_train", "lens_train",
+        "qwen_image_train", "zimage_train", "hidream_o1_train", "flux_2_train", "flux_kontext_train", "ideogram4_train",
+        "krea2_train", "lens_train",
     )
 )  # fmt: skip
