@@ -22,6 +22,22 @@ from torch import Tensor, nn
 Models = Mapping[str, nn.Module]
 
 
+class _Empty(type):
+    """A class whose names are such classes, too."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = _empty(name)
+        setattr(cls, name, found)
+        return found
+
+
+def _empty(name: str) -> _Empty:
+    members = {"__class_getitem__": classmethod(lambda cls, key: cls), "__init__": lambda self, *args, **kwargs: None}
+    return _Empty(name, (), members)
+
+
 class _Stub(types.ModuleType):
     """A module of which only names are wanted."""
 
@@ -30,7 +46,7 @@ class _Stub(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        found = type(name, (), {"__class_getitem__": classmethod(lambda cls, key: cls)})
+        found = _empty(name)
         setattr(self, name, found)
         return found
 
