@@ -123,6 +123,9 @@ class Options(TypedDict, total=False):
     training_adapter: str | Sequence[str] | Mapping[str, float]
     save_format: Literal["portable", "blissful", "comfyui", "diffusers", "peft", "oft", "oft_flux"]
     save_also: str | Sequence[str]
+    ema_decay: float
+    ema_save: Literal["only", "also", "off"]
+    ema_device: Literal["adapter", "cpu"]
     diagnose_steps: int
     bypass_mode: bool
     allow_missing: bool

@@ -509,6 +509,36 @@ _ROWS: tuple[Arg, ...] = (
         choices=("auto", "none", "portable", "comfyui", "diffusers", "peft"),
     ),
     Arg(
+        "ema_decay",
+        "float",
+        0.0,
+        "keep an exponential moving average of what is trained, with this decay in each optimizer step (0.99 for short "
+        "runs, 0.999, 0.9999 for long ones; less in the first steps): samples and files have the average in place of "
+        "the newest values, states have both; 0 = none",
+        _OTHER,
+        minimum=0,
+        below=1,
+    ),
+    Arg(
+        "ema_save",
+        "choice",
+        "only",
+        "with ema_decay: files NAME hold the average (`only`), or the newest values with the average in "
+        "NAME-ema.safetensors beside them (`also`), samples are drawn with the average; `off`: files and samples have "
+        "the newest values, the average is in the states alone",
+        _OTHER,
+        choices=("only", "also", "off"),
+    ),
+    Arg(
+        "ema_device",
+        "choice",
+        "adapter",
+        "with ema_decay: where the average is kept, `adapter` = where the adapter is, or `cpu`, which saves 4 bytes "
+        "a value there and costs a transfer in each step",
+        _OTHER,
+        choices=("adapter", "cpu"),
+    ),
+    Arg(
         "diagnose_steps",
         "int",
         100,

@@ -30,6 +30,7 @@ ORIGIN = {  # metadata -> what it tells
     "ss_steps": "steps",
     "networks_training_adapter": "trained beside",
     "networks_resized": "resized",
+    "networks_ema": "average of the training (EMA)",
     "networks_health": "health at the last save",
 }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .._version import __version__
@@ -23,6 +24,7 @@ from ..args.parse import NetArgs, Problems, parse
 from ..args.table import UNET_STYLES
 from ..files.adapter_file import AdapterFile, FileTensors
 from ..files.places import Allowance
+from ..network.average import Average
 from ..network.diagnosis import Diagnosis
 from ..plan.plan import Plan, Request
 from ..plan.planner import build_plan, explained_plan
@@ -36,6 +38,7 @@ from .stops import show_help, stop_for_dry_run, without_stops
 
 log = logging.getLogger("networks")
 
+_DEVICES = {"adapter": None, "cpu": torch.device("cpu")}  # of ema_device
 DEFAULT_DIM = 4  # of every module of these hosts, when --network_dim is not given
 
 Kind = TypeVar("Kind", bound=HostNetwork)
@@ -297,6 +300,7 @@ class Caller:
         roots = {part.name: model for part, model in request.parts}
         network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, plan.file_format)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
+        network.average = Average(0 if for_inference else a.ema_decay, a.ema_save, _DEVICES[a.ema_device])
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"
         network.allowance, network.resizes = Allowance(a.allow_missing), a.resume_resize
         network.accompany([one.network() for one in beside])

@@ -144,6 +144,7 @@ class HostNetwork(Network):
 
     def on_step_start(self, *models: Any) -> None:
         """Passes are counted: layers that do not learn are told, and what is random about a pass is drawn."""
+        self.average.follow(self.layers)
         self.diagnosis.step(self.layers)
         self._passes += 1
         self.follow_step(0, self._passes)
@@ -155,7 +156,7 @@ class HostNetwork(Network):
 
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
         """(layers shrunk, mean norm, maximum norm) of the true, scaled updates."""
-        with masters_follow(self.parameters()):
+        with masters_follow(self.parameters()), self.average.no_step():
             return self.limit_norms(named("scale_weight_norms", max_norm_value, 0))
 
     def save_weights(

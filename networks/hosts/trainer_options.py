@@ -18,6 +18,7 @@ log = logging.getLogger("networks")
 
 ONE_RATE = ("prodigy", "dadapt", "d-adapt")  # optimizers that find one learning rate for all groups
 BY_SIZE = ("sgd",)  # optimizers whose step grows with the gradient
+AVERAGES = "schedulefree"  # in the names of optimizers that put an average into the parameters and take it out again
 HALF = {"full_bf16": torch.bfloat16, "full_fp16": torch.float16}  # options that cast what is trained
 COARSE = {
     torch.bfloat16: "bf16 has two to three digits, so a step below 1/500 of a value is rounded away: at a learning "
@@ -50,9 +51,11 @@ def remarks(plan: Plan, options: Any, keeps_fp32: bool) -> list[str]:
         keeps_fp32: whether what is trained stays in fp32, or it was told what half precision means.
 
     Raises:
-        ValueError: DoRA with two experts, or a number that is NaN or infinite.
+        ValueError: DoRA with two experts, an average beside another one, or a number that is NaN or infinite.
     """
     _check_numbers(options)
+    if plan.average:
+        _check_average(options)
     told = []
     if getattr(options, "dim_from_weights", False) and getattr(options, "network_dim", None) is not None:
         told.append(f"--network_dim {options.network_dim} is not used: --dim_from_weights takes the dims of the file")
@@ -62,6 +65,21 @@ def remarks(plan: Plan, options: Any, keeps_fp32: bool) -> list[str]:
     if any(row.dora for row in plan.trained):
         told += _of_dora(options)
     return [*told, *_of_rates(plan, str(getattr(options, "optimizer_type", "") or "").lower())]
+
+
+def _check_average(options: Any) -> None:
+    """
+    Raises:
+        ValueError: the optimizer or the trainer has an average of its own, and puts it into the parameters.
+    """
+    optimizer = str(getattr(options, "optimizer_type", "") or "")
+    if AVERAGES in optimizer.lower().replace("_", "") or getattr(options, "optimizer_schedulefree_wrapper", False):
+        raise ValueError(
+            f"ema_decay does not go with {optimizer or 'a schedule-free optimizer'}, which saves an average of its "
+            "own already: leave ema_decay out"
+        )
+    if getattr(options, "self_flow", False):
+        raise ValueError("ema_decay does not go with --self_flow, which has an average of its own: leave ema_decay out")
 
 
 def _of_dora(options: Any) -> list[str]:

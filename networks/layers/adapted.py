@@ -9,7 +9,7 @@ a multiplicative algorithm both are what its own file says, the multiplier in fr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -96,6 +96,12 @@ class AdaptedLayer(nn.Module):
         if self.magnitude_start is None or self.magnitude_change is None:
             return None
         return self.magnitude_start + self.magnitude_change
+
+    def learnt(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Path and parameter of all that its algorithm trains."""
+        for path, parameter in self.named_parameters():
+            if path.rpartition(".")[2] not in self.adapter.spec.frozen:
+                yield path, parameter
 
     # -- attachment
 

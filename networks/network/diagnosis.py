@@ -142,11 +142,10 @@ class Diagnosis:
     def _begin(self, layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> None:
         for row, layer in layers:
             self._rows[layer.lora_name] = row
-            for path, parameter in layer.named_parameters():
-                kind = path.rpartition(".")[2]
-                if parameter.requires_grad and kind not in layer.adapter.spec.frozen:
+            for path, parameter in layer.learnt():
+                if parameter.requires_grad:
                     self._owners.append(layer.lora_name)
-                    self._kinds.append(kind)
+                    self._kinds.append(path.rpartition(".")[2])
                     self._parameters.append(parameter)
                     self._watch(parameter, layer.lora_name)
         self._starts = _sums(self._parameters)

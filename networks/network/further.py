@@ -1,4 +1,5 @@
-"""Further files beside those that a trainer asks for: in the forms of other programs, and gone when those are gone."""
+"""Further files beside those that a trainer asks for: in the forms of other programs, of averages, and gone when those
+are gone."""
 
 from __future__ import annotations
 
@@ -26,15 +27,14 @@ class Further:
     def __init__(self) -> None:
         self._written: dict[Path, dict[Path, Stamps]] = {}
 
-    def write(self, file: Path, dialect: Dialect, make: Callable[[Path], str]) -> None:
+    def write(self, file: Path, path: Path, make: Callable[[Path], str]) -> None:
         """Write one. It does not matter as much as the training: what goes wrong is a warning.
 
         Args:
-            file: beside which it stands.
-            dialect: of the further one.
+            file: beside which it stands, and with which it goes.
+            path: of the further one.
             make: writes it, and says in words what layers were converted to.
         """
-        path = beside(file, dialect)
         try:
             told = make(path)
             stamps = _stamps(path)

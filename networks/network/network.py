@@ -36,6 +36,7 @@ from ..plan.plan import Plan, PlanRow
 from ..plan.report import LoadReport, progress
 from ..plan.walk import Bases, is_own
 from ..tensors import base_weight
+from .average import ALSO, Average, split_state
 from .diagnosis import Diagnosis
 from .loading import Places, match
 from .saving import Contents, Saver, start_sizes
@@ -91,7 +92,10 @@ class Network(nn.Module):
         self.made_from: AdapterFile | None = None  # until it acts, since hosts hand its tensors over again
         self._saver = Saver()
         self._merged_at: float | Tensor | None = None  # the multiplier that the base weights have it at, if they do
-        self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another
+        self.diagnosis = Diagnosis(after=0)  # a host that tells of steps gives another, and another average
+        self.average = Average()
+        self._average_found: dict[str, Tensor] = {}  # in the state that a wrapper is loading
+        self.register_load_state_dict_post_hook(Network._take_average)
         self.allowance = Allowance()  # what of a file may be without a place
         self.resizes = False  # layers of a file with other ranks
         self._roots = dict(roots)
@@ -200,14 +204,15 @@ class Network(nn.Module):
 
     def _hook(self) -> None:
         """Watch the models' own forwards, where a layer acts otherwise in sampling, or by the time."""
-        clocks = self._set_clocks()
-        if not (clocks or self.training_adapters or any(layer.acts_otherwise for layer in self.adapted_layers)):
+        clocks, average = self._set_clocks(), self.average if self.average.is_shown else None
+        otherwise = any(layer.acts_otherwise for layer in self.adapted_layers)
+        if not (clocks or average or self.training_adapters or otherwise):
             return
         used = {row.part for row, _ in self.layers} | self.training_adapters.parts
         for part in [part for part in self._roots if part in used]:
             root = unwrap(self._roots[part])
             read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
-            self._hooks += Watch(self.runtime, clocks if read else (), read).hook(root)
+            self._hooks += Watch(self.runtime, clocks if read else (), read, average).hook(root)
 
     def _unhook(self) -> None:
         for hook in self._hooks:
@@ -387,12 +392,17 @@ class Network(nn.Module):
             OSError: it cannot be written. What cannot be written of `save_also` is a warning.
             ValueError: a layer has no form that the program of `save_format` computes.
         """
-        file = writer.checked_path(path)
+        file, average = writer.checked_path(path), self.average
+        average.put_back()
         known = dict(metadata or {})
         known |= self.training_adapters.metadata(known)
-        self._saver.write(
-            file, Contents(self.plan, self.layers, self.file_format, dtype, known, self.diagnosis.health())
-        )
+        of = Contents(self.plan, self.layers, self.file_format, dtype, known, self.diagnosis.health())
+        if not average.is_saved or average.files == ALSO:
+            self._saver.write(file, of)
+        if average.is_saved:
+            with average.used():
+                of = replace(of, metadata={**of.metadata, **average.told()})
+                self._saver.write(file, of, "ema" if average.files == ALSO else "")
 
     @property
     def _naming(self) -> Naming:
@@ -506,10 +516,13 @@ class Network(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if twins.has_twins(self._layers):
             destination[prefix + twins.NAMED] = torch.tensor(True)
+        destination.update((prefix + key, value) for key, value in self.average.state().items())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """For the walk of wrappers (data-parallel, compile), which comes here before it goes to the layers."""
-        own = {key.removeprefix(prefix): key for key in list(state_dict) if key.startswith(prefix)}
+        found = {key.removeprefix(prefix): key for key in list(state_dict) if key.startswith(prefix)}
+        own, averages = split_state(found)
+        self._average_found = {name: state_dict.pop(key) for name, key in averages.items()}
         renamed = twins.renamed_state(own, self._own_class)
         values = {prefix + name: state_dict[key] for name, key in renamed.items()}
         for key in own.values():
@@ -517,9 +530,15 @@ class Network(nn.Module):
         state_dict.update(values)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def _take_average(self, _: object) -> None:
+        """After that walk."""
+        found, self._average_found = self._average_found, {}
+        self.average.take_state(found, self.layers)
+
     def _take_live(self, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
         """Copy by name: torch's own walk is quadratic in the number of layers."""
-        state, own = twins.renamed_state(state, self._own_class), self.state_dict(keep_vars=True)
+        state, averages = split_state(state)
+        state, own = twins.renamed_state(state, self._own_class), split_state(self.state_dict(keep_vars=True))[0]
         own.pop(twins.NAMED, None)
         before = set(state)
         for layer in self.adapted_layers:
@@ -540,4 +559,5 @@ class Network(nn.Module):
         for layer in self.adapted_layers:
             layer.see_state(state.get(f"{layer.lora_name}.{LIVE_SCALE}"))
         self._follow_scales()
+        self.average.take_state(averages, self.layers)
         return sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())

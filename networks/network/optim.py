@@ -63,11 +63,9 @@ def parameter_groups(layers: Iterable[tuple[PlanRow, AdaptedLayer]], rates: Mapp
 
 def _trained(layer: AdaptedLayer) -> Iterator[tuple[nn.Parameter, str]]:
     """A layer's parameters but those that are never trained, each with what it is: "plus", "magnitudes", or ""."""
-    for path, parameter in layer.named_parameters():
-        name = path.rpartition(".")[2]
-        if name not in layer.adapter.spec.frozen:
-            own = "magnitudes" if parameter is layer.magnitude_change else ""
-            yield parameter, "plus" if name in layer.adapter.spec.plus else own
+    for path, parameter in layer.learnt():
+        own = "magnitudes" if parameter is layer.magnitude_change else ""
+        yield parameter, "plus" if path.rpartition(".")[2] in layer.adapter.spec.plus else own
 
 
 def _rate(row: PlanRow, rates: Mapping[str, float | None]) -> float:

@@ -18,7 +18,7 @@ from ..files.codec import SavedLayer
 from ..files.dialects import FileFormat
 from ..layers.adapted import AdaptedLayer
 from ..plan.plan import Plan, PlanRow
-from .further import Further
+from .further import Further, beside
 
 if TYPE_CHECKING:
     from ..files.verdicts import Verdict
@@ -54,11 +54,16 @@ class Saver:
         self._further = Further()
         self._forecasts: dict[tuple[int, str], Sequence[Verdict]] = {}
 
-    def write(self, file: Path, of: Contents) -> None:
+    def write(self, file: Path, of: Contents, suffix: str = "") -> None:
         """Write a file, and beside it those of its form. Each is written whole or not at all.
 
+        Args:
+            file: that the trainer asks for.
+            of: what it holds.
+            suffix: "" = it is written; "ema" = NAME-ema is, as a further one beside NAME, with those of its form.
+
         Raises:
-            OSError: it cannot be written. What cannot be written in other forms is a warning.
+            OSError: it cannot be written. What cannot be written of further ones is a warning.
             ValueError: a layer has no form that the program of the file's form computes.
         """
         self._further.remove_orphans()
@@ -74,16 +79,19 @@ class Saver:
                 writer.write_tensors(path, codec.written(named, form), of.dtype, known, of.health)
             return told
 
-        told = write(file, form, saved, known)
-        if told:
+        path, make = file, functools.partial(write, layers=saved, known=known)
+        if suffix:
+            path = file.with_name(f"{file.stem}-{suffix}{file.suffix}")
+            self._further.write(file, path, functools.partial(make, form=form))
+        elif told := make(file, form):
             log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
-        self._tell_readers(file.name, of.plan, form)
+        self._tell_readers(path.name, of.plan, form)
         for dim in form.dims:
             smaller = [resize.cut(layer, dim) for layer in saved]
-            write(resize.numbered(file, dim), form, smaller, resize.resized_metadata(known, dim))
+            write(resize.numbered(path, dim), form, smaller, resize.resized_metadata(known, dim))
         for one in form.also:
-            self._further.write(file, one.dialect, functools.partial(write, form=one, layers=saved, known=known))
-            self._tell_readers(f"{file.stem}-{one.dialect.name}", of.plan, one, one.dialect.name)
+            self._further.write(file, beside(path, one.dialect), functools.partial(make, form=one))
+            self._tell_readers(f"{path.stem}-{one.dialect.name}", of.plan, one, one.dialect.name)
 
     def _tell_readers(self, name: str, plan: Plan, form: FileFormat, program: str = "") -> None:
         """What other programs make of a file, or one of them; once for each form, since no value decides it."""

@@ -14,6 +14,7 @@ from ..algos.clock import Clock, Moment
 from ..archs.spec import Timestep
 from ..layers.runtime import Runtime
 from ..tensors.per_thread import PerThread
+from .average import Average
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,17 @@ class Watch:
     Args:
         clocks: those to be told the time.
         read: finds it.
+        average: whose values passes without gradients have; None = those of the parameters.
     """
 
-    def __init__(self, runtime: Runtime, clocks: Iterable[Clock] = (), read: TimeReader | None = None) -> None:
-        self.runtime, self.clocks, self.read = runtime, list(clocks), read
+    def __init__(
+        self,
+        runtime: Runtime,
+        clocks: Iterable[Clock] = (),
+        read: TimeReader | None = None,
+        average: Average | None = None,
+    ) -> None:
+        self.runtime, self.clocks, self.read, self.average = runtime, list(clocks), read, average
         self._before: PerThread[list[tuple[bool, list[Moment | None]]]] = PerThread(list)
 
     def hook(self, root: nn.Module) -> list[Any]:
@@ -87,11 +95,18 @@ class Watch:
         time = None if self.read is None else self.read(args, kwargs)
         self._before.mine.append((self.runtime.sampling, [clock.enter(time) for clock in self.clocks]))
         self.runtime.sampling = not torch.is_grad_enabled()
+        if self.average is not None:
+            if self.runtime.sampling:
+                self.average.enter()
+            elif self.average.in_use:
+                self.average.put_back()
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stack = self._before.mine
         sampling, before = stack.pop() if stack else (False, [None] * len(self.clocks))
         if self.runtime.sampling:
+            if self.average is not None:
+                self.average.leave()
             self.runtime.sampling = sampling
             for clock, moment in zip(self.clocks, before, strict=True):
                 clock.leave(moment)

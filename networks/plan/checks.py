@@ -58,6 +58,7 @@ def review(plan: Plan, request: Request, used: Collection[By], problems: Problem
     _chosen_blocks(trained, request, problems)
     _loraplus_mode(trained, args, problems)
     _time(trained, request, problems)
+    _average(args, problems)
     _dora(trained, args, problems)
     notes += _dora_notes(trained, args)
     _starts(trained, problems)
@@ -188,6 +189,12 @@ def _time(trained: Sequence[PlanRow], request: Request, problems: Problems) -> N
             f"algo={timed[0]} follows the timestep, and no record says how {request.arch.title} is told it: choose "
             "another algorithm"
         )
+
+
+def _average(args: NetArgs, problems: Problems) -> None:
+    asked = [] if args.ema_decay else [name for name in ("ema_save", "ema_device") if args.asks(name)]
+    for name in asked:
+        problems.idle(name, " without ema_decay: give one, such as 0.999")
 
 
 def _dora(trained: Sequence[PlanRow], args: NetArgs, problems: Problems) -> None:

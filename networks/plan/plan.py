@@ -173,6 +173,7 @@ class Plan:
     Attributes:
         title: of the architecture.
         rows: all layers, trained or not, in model order.
+        average: where an average of what is trained is kept, `adapter` or `cpu`; "" = there is none.
         notes: what a user should know, one sentence each.
         warnings: what looks wrong, one sentence each.
         explainer: what `why` asks; None in the plan of a network.
@@ -191,6 +192,7 @@ class Plan:
     uses: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict, compare=False, repr=False)
     renote: Callable[[Plan], tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
     beside: tuple[Beside, ...] = ()
+    average: str = ""
 
     @cached_property
     def trained(self) -> tuple[PlanRow, ...]:

@@ -140,7 +140,7 @@ class _Planner:
         )
         uses = {by: frozenset(parts) for by, parts in self.used.items() if by[0] in self.args.given}
         plan = replace(plan, notes=(*notes, *said), warnings=warnings, uses=uses, renote=renote)
-        return replace(plan, file_format=form)
+        return replace(plan, file_format=form, average=self.args.ema_device if self.args.ema_decay else "")
 
     # -- one layer
 

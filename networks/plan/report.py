@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -63,6 +63,7 @@ def totals(plan: Plan) -> dict[str, Any]:
         "learning": learning,
         "bytes": 4 * parameters,
         "training_bytes": 4 * parameters + 12 * learning,  # weight; gradient and two moments of AdamW
+        "average_bytes": 4 * learning if plan.average else 0,
     }
 
 
@@ -110,12 +111,18 @@ def summary(plan: Plan) -> list[str]:
         unread = sum(row.unread for row in rows)
         normal = f", {unread} of them never get a gradient in this model" if unread else ""
         lines.append(f"{part}: {count} layers ({common}){normal}, {sum(left.values())} left out")
+    return [*lines, _in_all(found, plan.average), *map(str, plan.beside), *plan.notes]
+
+
+def _in_all(found: Mapping[str, Any], average: str) -> str:
+    """The totals, with the place of an average."""
     of_them = "" if found["learning"] == found["parameters"] else f" ({found['learning']:,} of them are trained)"
-    lines.append(
+    where = " on the CPU" if average == "cpu" else ""
+    more = f", {shown_size(found['average_bytes'])} more{where} for the average of what is trained" if average else ""
+    return (
         f"in all {found['trained']} layers, {found['parameters']:,} parameters{of_them}, "
-        f"{shown_size(found['bytes'])} in fp32, {shown_size(found['training_bytes'])} with gradients and AdamW"
+        f"{shown_size(found['bytes'])} in fp32, {shown_size(found['training_bytes'])} with gradients and AdamW{more}"
     )
-    return [*lines, *map(str, plan.beside), *plan.notes]
 
 
 def shown_size(count: int) -> str:
