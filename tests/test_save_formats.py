@@ -25,10 +25,14 @@ DOUBLE, MODULATION = (
     "double_blocks.[01].{img,txt}_mod.lin",
 )
 SINGLE, OF_SINGLE = "single_blocks.[01].{linear1,linear2}", "single_blocks.[01].modulation.lin"
-# What ComfyUI 0.19.3 calls the layers that are trained by default; [..] and {..} are alternatives. Of HiDream-O1, which
-# it does not have, what later versions do.
+# What ComfyUI 0.19.3 calls the layers that are trained by default; [..] and {..} are alternatives. Of HiDream-O1 and
+# Qwen-Image 2.1, which it does not have, what later versions do.
 NAMES = {
     "zimage": ("layers.[01].attention.{to_q,to_k,to_v,out}", "layers.[01].feed_forward.{w1,w2,w3}"),
+    "qwen_image_21": (
+        "transformer_blocks.[01].attn.{to_q,to_k,to_v,to_out.0}",
+        "transformer_blocks.[01].img_mlp.{gate_layer,proj,out}",
+    ),
     "hunyuan_video": (DOUBLE, SINGLE),
     "hunyuan_image": (DOUBLE, MODULATION, SINGLE, OF_SINGLE),
     "hv_1_5": (DOUBLE, MODULATION),
@@ -77,7 +81,8 @@ def saved(arch: str, folder: Path, dtype: torch.dtype | None = None, **kwargs: s
 @pytest.mark.parametrize("arch", NAMES)
 def test_names_of_comfyui_by_hand(arch: str, algo: str, tmp_path: Path) -> None:
     _, file = saved(arch, tmp_path, save_format="comfyui", algo=algo)
-    wanted = {f"diffusion_model.{name}" for line in NAMES[arch] for name in expanded(line)}
+    root = "transformer." if arch == "qwen_image_21" else "diffusion_model."
+    wanted = {f"{root}{name}" for line in NAMES[arch] for name in expanded(line)}
     assert layers_of(load_file(file)) == wanted
 
 

@@ -60,7 +60,7 @@ MINIMAX_H3 = ArchSpec(
     switches=(Switch("exclude_mod", r".*\.adaln_proj\..*", trained_if=False),),
     fused_rows=(FusedRows(r"(token_refiner\.)?blocks\..*\.qkv_proj", 0, 3),),
     usual=frozenset({200}),
-    kinds=frozenset({4}),
+    kinds=frozenset({3}),
     releases=(
         Release(
             "minimax_h3",

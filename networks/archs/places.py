@@ -128,14 +128,8 @@ def targets(arch: ArchSpec, layers: Iterable[Layer], program: str) -> tuple[Targ
 def _places_of(arch: ArchSpec, layer: Layer, program: str) -> tuple[Place, ...]:
     """By the names which a file has; a normalisation layer has one value for each feature."""
     found = places(arch, layer.part, layer.trainer_name, layer.shape[0], (*layer.shape, 1)[1], program)
-    stem = layer.part.comfyui_divides if _is_divided(layer.part, layer.trainer_name) else "diffusion_model."
-    stem = stem if program == COMFYUI else ""
+    stem = layer.part.comfyui_root if program == COMFYUI else ""
     return tuple(replace(place, path=stem + place.path) for place in found)
-
-
-def _is_divided(part: Part, trainer_name: str) -> bool:
-    """Whether ComfyUI takes adapters of this layer, although it has one for several."""
-    return bool(part.comfyui_divides) and own_layers(part, trainer_name, COMFYUI)[0].pieces > 1
 
 
 def _stays_flat(arch: ArchSpec, part: Part, layers: Iterable[Layer]) -> bool:
@@ -166,7 +160,7 @@ def places(
     if program == DIFFUSERS and not part.diffusers:
         raise ValueError(f"diffusers reads no adapter of the {part.name} of {arch.title}")
     layers = own_layers(part, trainer_name, program)
-    if program == COMFYUI and _is_divided(part, trainer_name):
+    if program == COMFYUI and part.comfyui_divides and layers[0].pieces > 1:
         layers = (Rename(trainer_name, trainer_name),)  # which it takes as rows of its own layer
     count = len(layers)
     sizes = (rows,) if count == 1 else arch.split_of(trainer_name, rows, columns) or (rows // count,) * count

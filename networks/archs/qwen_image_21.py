@@ -18,7 +18,14 @@ QWEN_IMAGE_21 = ArchSpec(
     entry="lora_qwen_image_21",
     signatures=(Signature("QwenImage21Transformer2DModel"),),
     timestep=Timestep(("timestep",), noise=1.0),
-    denoiser=Part("dit", "lora_unet", ("QwenImage21TransformerBlock",), comfyui=COMFYUI, comfyui_divides="transformer."),
+    denoiser=Part(
+        "dit",
+        "lora_unet",
+        ("QwenImage21TransformerBlock",),
+        comfyui=COMFYUI,
+        comfyui_divides=True,
+        comfyui_root="transformer.",  # behind the other root it knows only its own layers
+    ),
     axes=(BlockAxis("transformer_blocks."),),
     usual=frozenset({224}),
     kinds=frozenset({7}),

@@ -96,7 +96,8 @@ class Part:
         release: names in the original release's single file, for models which trainers load under others.
         comfyui: names in ComfyUI's own classes and in the files for it, where they are others.
         comfyui_divides: where one of its layers is several of the trainer's, it takes adapters of these under the
-            trainer's dotted names behind this; "" = it does not.
+            trainer's dotted names.
+        comfyui_root: what stands before dotted names in files for it.
         comfyui_saved: it knows the saved names, although its own layers are called otherwise.
         roots: what may stand before the names of its layers in a checkpoint.
         argument: the part is trained only if this argument is True; "" = always.
@@ -121,7 +122,8 @@ class Part:
     layouts: tuple[Rename, ...] = ()
     release: tuple[Rename, ...] = ()
     comfyui: tuple[Rename, ...] = ()
-    comfyui_divides: str = ""
+    comfyui_divides: bool = False
+    comfyui_root: str = "diffusion_model."
     comfyui_saved: bool = False
     roots: tuple[str, ...] = DENOISER_ROOTS
     argument: str = ""

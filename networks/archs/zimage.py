@@ -30,7 +30,7 @@ ZIMAGE = ArchSpec(
     entry="lora_zimage",
     signatures=(Signature("ZImageTransformer2DModel"),),
     timestep=Timestep(("t",), noise=0.0, clean=1.0),
-    denoiser=Part("dit", "lora_unet", ("ZImageTransformerBlock",), comfyui=COMFYUI, comfyui_divides="diffusion_model."),
+    denoiser=Part("dit", "lora_unet", ("ZImageTransformerBlock",), comfyui=COMFYUI, comfyui_divides=True),
     axes=(BlockAxis("layers."),),
     switches=(
         Switch("exclude_mod", r".*\.adaLN_modulation\..*", trained_if=False),
