@@ -1192,6 +1192,14 @@ ff.net.0.proj
 ff.net.2
 audio_ff.net.0.proj
 audio_ff.net.2
+norm1
+norm2
+norm3
+audio_norm1
+audio_norm2
+audio_norm3
+audio_to_video_norm
+video_to_audio_norm
 [connectors.video_connector.transformer_blocks.0. = embeddings_connector.transformer_1d_blocks.0.]
 attn1.to_q
 attn1.to_k
@@ -1212,6 +1220,38 @@ attn1.norm_q = attn1.q_norm
 attn1.norm_k = attn1.k_norm
 ff.net.0.proj
 ff.net.2
+""",
+    ),
+    "ltx_video": ArchData(
+        counts=(280, 280, 0),
+        anchor=Anchor("transformer_blocks.0.attn2.to_k", "lora_unet_transformer_blocks_0_attn2_to_k", 2048, 2048),
+        forward="hidden_states encoder_hidden_states timestep",
+        norms="""
+transformer_blocks.0.norm1 -
+transformer_blocks.0.norm2 -
+transformer_blocks.0.attn1.norm_q
+transformer_blocks.0.attn1.norm_k
+transformer_blocks.0.attn2.norm_q
+transformer_blocks.0.attn2.norm_k
+""",
+        diffusers="""
+[transformer_blocks.0. = transformer_blocks.0.]
+attn1.to_q
+attn1.to_k
+attn1.to_v
+attn1.to_out.0
+attn2.to_q
+attn2.to_k
+attn2.to_v
+attn2.to_out.0
+ff.net.0.proj
+ff.net.2
+norm1
+norm2
+attn1.norm_q
+attn1.norm_k
+attn2.norm_q
+attn2.norm_k
 """,
     ),
 }

@@ -255,13 +255,22 @@ def musubi_models() -> Iterator[Line]:
     """What its modules for single models read beside."""
     own = {"flux": "lora_flux", "framepack": "lora_framepack", "hidream_o1": "lora_hidream_o1", "ideogram4": None,
            "flux_2": None, "hv_1_5": None, "kandinsky": None, "krea2": None, "qwen_image": None, "wan": None,
-           "zimage": None}  # fmt: skip
+           "zimage": None, "ltx2": None}  # fmt: skip
     for model, module in own.items():
         lines = ('"rank_dropout=0.1" "module_dropout=0.1" "loraplus_lr_ratio=4" "verbose=True"',
                  warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS))  # fmt: skip
         yield from of(f"networks.{module or f'lora_{model}'}", MUSUBI, model, 32, 1, *lines, FORK[0])
 
 
+# Of a fork with LTX-2: what its document has, and what its script makes of its own options.
+LTX2 = of(
+    "networks.lora_ltx2", MUSUBI, "ltx2", 32, 32, '"use_dora=true"', '"use_rslora=true"', '"lora_target_preset=t2v"',
+    '"cross_modal_dim=12" "cross_modal_alpha=12"',
+    '"lora_target_preset=v2v" "connector_lora=True" "audio_dim=16" "audio_alpha=16"',
+    r""" "include_patterns=['.*\.to_k$','.*\.to_q$','.*\.to_v$','.*\.to_out\.0$','.*\.ff\.net\.0\.proj$',"""
+    r"""'.*\.ff\.net\.2$']" "lora_target_preset=t2v" """,
+    warns('"lora_target_preset=video_sa" "audio_dim=16"', "audio_dim", "no such layer"),
+)  # fmt: skip
 FORK_PATTERNS = r"""
 network_args = ["exclude_patterns=['.*(img_mod|txt_mod|modulation).*']"]
 network_args = ["exclude_patterns=['.*attn.*']", "include_patterns=['.*attn\\.to_q.*', '.*attn\\.to_k.*']"]
@@ -309,7 +318,7 @@ SIDE_STEP = [
                    warns(f"{algo} {' '.join(SWITCHES)}", "decompose_both", "use_tucker"), whole=True)
 ]  # fmt: skip
 
-LINES = [*SD_SCRIPTS, *loha_and_lokr(), *MUSUBI_TUNER, *musubi_models(), *BLISSFUL, *PAGE, *SIDE_STEP]
+LINES = [*SD_SCRIPTS, *loha_and_lokr(), *MUSUBI_TUNER, *musubi_models(), *LTX2, *BLISSFUL, *PAGE, *SIDE_STEP]
 
 
 @functools.cache

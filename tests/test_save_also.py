@@ -17,7 +17,7 @@ from networks.files import outputs
 from networks.files.dialects import COMFYUI, PEFT
 from networks.network.further import beside
 
-FOREIGN = {"zimage", "qwen_image_21", "hunyuan_video", "hunyuan_image", "hv_1_5", "framepack", "hidream_o1"}
+FOREIGN = {"zimage", "qwen_image_21", "hunyuan_video", "hunyuan_image", "hv_1_5", "framepack", "hidream_o1", "ltx2"}
 
 
 def names(folder: Path) -> set[str]:

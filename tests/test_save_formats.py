@@ -43,6 +43,10 @@ NAMES = {
         "x_embedder.proj[12]",
         "final_layer2.linear",
     ),
+    "ltx2": (
+        "transformer_blocks.[01].{attn1,attn2,audio_attn1,audio_attn2,audio_to_video_attn,video_to_audio_attn}"
+        ".{to_q,to_k,to_v,to_out.0}",
+    ),
 }
 FORMS: dict[str, dict[str, str]] = {
     **{algo: {"algo": algo} for algo in FOR_LINEARS},

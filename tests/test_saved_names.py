@@ -70,6 +70,7 @@ def test_diffusers_class_has_the_trainers_names(arch: str) -> None:
     spec, model = SPECS[arch], diffusers_model(arch)
     arguments = {switch.argument: str(switch.trained_if) for switch in spec.switches}
     arguments |= {name: data_of(arch).widest[name] for name, _ in spec.extra_dims}
+    arguments |= data_of(arch).widest if spec.target_presets else {}
     plan = importlib.import_module(f"networks.{spec.entry}").plan(4, 1, None, model, train_norm="True", **arguments)
     own = {c.saved_name: c.own_names or (c.dotted_name,) for c in every_layer(arch, model)}
     wanted, seen = data_of(arch).pairs, set()

@@ -83,9 +83,7 @@ def test_layers_without_gradient_are_those_of_the_record(arch: str) -> None:
     """In the real classes, with every layer that can be trained and the normalisation layers."""
     make, call = MODELS[arch]
     model = make().train().requires_grad_(False)
-    widest = {
-        name: value for name, value in data_of(arch).widest.items() if name not in ELSEWHERE
-    }
+    widest = {name: value for name, value in data_of(arch).widest.items() if name not in ELSEWHERE}
     network = networks.lora.create_network(1.0, 2, 1, None, None, model, train_norm="true", **widest)
     network.apply_to(None, model, False, True)
     randomise(model, network)

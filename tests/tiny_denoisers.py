@@ -235,6 +235,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = 
             width=2, audio_num_frames=3,
         ),
     ),
+    "ltx_video": (
+        lambda: diffusers.LTXVideoTransformer3DModel(
+            in_channels=4, out_channels=4, cross_attention_dim=16, caption_channels=W, **SEVERAL
+        ),
+        lambda m: m(rand(1, 4, 4), rand(1, 5, W), TIME, mask(5), num_frames=1, height=2, width=2),
+    ),
     "zimage": (
         lambda: diffusers.ZImageTransformer2DModel(
             in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=W,

@@ -1,6 +1,7 @@
-"""LTX-2 and LTX-2.3, video with sound: under the trainer's classes, the release's, ComfyUI's and diffusers'.
+"""LTX-2 and LTX-2.3, video with sound, and LTX-Video: in the trainers' classes, the releases', ComfyUI's, diffusers'.
 
-The trainer wraps the release's model: all names but those of the connectors begin with `model`.
+The trainer of LTX-2 wraps the release's model: all names but those of the connectors begin with `model`. Trainers of
+LTX-Video have diffusers' class.
 """
 
 from __future__ import annotations
@@ -134,6 +135,38 @@ LTX2 = ArchSpec(
             "LTX2VideoTransformer3DModel",
             added=_connectors(2, 3840, 3840),
             also=("ltx-2", "ltx-2-19b", "ltxv2"),
+        ),
+    ),
+)
+
+_FILE = (
+    *below(
+        r"transformer_blocks\.(\d+)\.(attn\d)\.",
+        r"transformer_blocks.\1.\2.",
+        Rename("q_norm", "norm_q"),
+        Rename("k_norm", "norm_k"),
+    ),
+    *subtrees((("patchify_proj", "proj_in"), ("adaln_single.", "time_embed."))),
+)
+
+LTX_VIDEO = ArchSpec(
+    name="ltx_video",
+    title="LTX-Video",
+    entry="lora",
+    signatures=(Signature("LTXVideoTransformer3DModel"),),
+    timestep=Timestep(("timestep",)),
+    denoiser=Part("dit", "lora_unet", ("LTXVideoTransformerBlock",), release=_FILE, comfyui=_FILE),
+    axes=(BlockAxis("transformer_blocks."),),
+    usual=frozenset({280, 480}),
+    kinds=frozenset({6}),
+    releases=(
+        Release("ltx_video", "LTX-Video, 2B", "LTXVideoTransformer3DModel", also=("ltxv", "ltx-video-2b", "ltxv-2b")),
+        Release(
+            "ltx_video_13b",
+            "LTX-Video, 13B",
+            "LTXVideoTransformer3DModel",
+            {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096},
+            also=("ltxv-13b", "ltx-video-0.9.7", "ltx-video-0.9.8"),
         ),
     ),
 )

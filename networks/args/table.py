@@ -417,7 +417,7 @@ _ROWS: tuple[Arg, ...] = (
         "lora_target_preset",
         "choice",
         None,
-        "which kinds of layers to train, where include_patterns do not say so",
+        "which kinds of layers to train; include_patterns, where they are given, are these layers instead",
         _KIND,
         neutral=("t2v",),
         choices=TARGET_PRESETS,

@@ -223,7 +223,8 @@ def _known(script: Script) -> dict[str, str]:
     """Options that count for a script's network -> how many values each takes."""
     own = {} if script.host != SD_SCRIPTS else _UNET_ALONE if script.unet_only else SD_SCRIPTS_ALONE
     chosen = {name: SWITCH if "" in values else ONE for name, values in script.choices.items()}
-    return {**NETWORK, **own, **BESIDE, script.checkpoint: ONE, **chosen}
+    handed = {name: ONE if valued else SWITCH for name, valued in script.network_args.items()}
+    return {**NETWORK, **own, **BESIDE, script.checkpoint: ONE, **chosen, **handed}
 
 
 # -- the options of a line
@@ -396,6 +397,8 @@ def _finish(run: TrainerRun, problems: Problems) -> None:
     if given.get("network_train_unet_only") and given.get("network_train_text_encoder_only"):
         problems.add("--network_train_unet_only and --network_train_text_encoder_only leave nothing: give one of them")
     run.words = _network_args(given.get("network_args", []), run.host, problems)
+    handed = run.script.network_args if run.script else ()
+    run.words = {name: str(given[name]) for name in handed if name in given} | run.words
 
 
 def _of_script(run: TrainerRun, problems: Problems) -> None:

@@ -53,6 +53,7 @@ _SD3 = (
     "context_attn_dim context_mlp_dim context_mod_dim x_attn_dim x_mlp_dim x_mod_dim emb_dims train_block_indices "
     "train_t5xxl split_qkv"
 )
+_LTX2 = "lora_target_preset connector_lora audio_dim audio_alpha cross_modal_dim cross_modal_alpha"
 HOSTS = {
     "sd_scripts": Documents(
         "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio use_dora verbose",
@@ -92,6 +93,7 @@ HOSTS = {
             "lora_minimax_h3": "",
             "lora_lens": "",
             "lora_mage_flow": "",
+            "lora_ltx2": _LTX2,
             "lora_qwen_image": "exclude_mod",
             "lora_qwen_image_21": "",
             "lora_wan": "",

@@ -26,11 +26,19 @@ class MusubiNetwork(HostNetwork):
     """A network with the methods that these trainers call."""
 
     def prepare_optimizer_params(self, unet_lr: float | None = 1e-4, **kwargs: Any) -> Groups:
-        """(groups, descriptions). A fork also sends `text_encoder_lr=0`, which has no meaning without encoders.
+        """(groups, descriptions). A fork also sends `text_encoder_lr=0`, which has no meaning without encoders, and one
+        for LTX-2 its own options for groups of layers, which ask for nothing as None, False or an empty list.
 
         Raises:
-            ValueError: the learning rate is 0 or missing.
+            ValueError: the learning rate is 0 or missing; one of those options asks for something.
         """
+        kwargs.pop("text_encoder_lr", None)
+        asked = [name for name, value in kwargs.items() if not (value is None or value is False or value == [])]
+        if asked:
+            raise ValueError(
+                f"--{' --'.join(asked)}: this network has no such groups of layers, so leave that out; learning rates "
+                "of some layers are a network argument: network_reg_lrs={'.*audio_.*': 1e-5}, with your own values"
+            )
         rate = None if unet_lr is None else learning_rate("learning_rate", unet_lr)
         return self.groups({self.arch.denoiser.name: rate})
 

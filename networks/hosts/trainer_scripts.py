@@ -20,6 +20,8 @@ class Script:
         needs: the option without which it does not start.
         module: the network module of a command line that names none; "" = it makes no network then.
         unet_only: text encoders are never trained.
+        model: the option that names the model, where it is not the host's usual one; "" = it is.
+        network_args: options that it hands on among the network's arguments -> whether a value stands behind them.
     """
 
     host: str
@@ -28,6 +30,8 @@ class Script:
     needs: str = ""
     module: str = ""
     unet_only: bool = False
+    model: str = ""
+    network_args: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def releases(self) -> list[str]:
@@ -38,7 +42,7 @@ class Script:
     @property
     def checkpoint(self) -> str:
         """The option that names the model."""
-        return "dit" if self.host == MUSUBI else "pretrained_model_name_or_path"
+        return self.model or ("dit" if self.host == MUSUBI else "pretrained_model_name_or_path")
 
 
 _WAN = {
@@ -94,6 +98,13 @@ SCRIPTS: dict[str, Script] = {
     "ernie_image_train_network.py": Script(MUSUBI, "ernie_image"),
     "lens_train_network.py": Script(MUSUBI, "lens"),
     "mage_flow_train_network.py": Script(MUSUBI, "mage_flow"),
+    "ltx2_train_network.py": Script(  # of a fork
+        MUSUBI,
+        "ltx23",
+        {"ltx_version": {"2.0": "ltx2", "2.3": "ltx23"}},
+        model="ltx2_checkpoint",
+        network_args={"lora_target_preset": True, "train_connectors": False, "audio_dim": True, "audio_alpha": True},
+    ),
     "hidream_o1_train_network.py": Script(MUSUBI, ""),  # no library has its class: no outline of it is built in
 }
 # Scripts of both that train a model's own weights.

@@ -141,6 +141,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_model": "kandinsky5", "model_dim": 4096, "axes_dims": (32, 48, 48), "time_dim": 1024, "ff_dim": 16384,
         "visual_embed_dim": 132, "num_text_blocks": 4, "num_visual_blocks": 60,
     },
+    "ltx_video": {
+        "image_model": "ltxv", "num_layers": 28, "attention_head_dim": 64, "cross_attention_dim": 2048,
+    },
     "ltx2": {
         "image_model": "ltxav", "num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096,
         "apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True,
@@ -333,6 +336,12 @@ OWN_NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "qwen_image_21": ((r"img_mlp\.(gate_layer|proj)$", "img_mlp.gate_up"),),
     "ace_step": ((r"^", "decoder."),),
     "hidream_o1": ((r"^model\.", ""),),
+    "ltx_video": (
+        (r"norm_q$", "q_norm"),
+        (r"norm_k$", "k_norm"),
+        (r"^proj_in$", "patchify_proj"),
+        (r"^time_embed", "adaln_single"),
+    ),
     "ltx2": ((r"^model\.", ""), (r"^embeddings_connector", "video_embeddings_connector")),
 }
 

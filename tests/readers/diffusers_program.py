@@ -40,6 +40,7 @@ PIPELINES = {
     "kandinsky": "Kandinsky5T2VPipeline",
     "krea2": "Krea2Pipeline",
     "ltx2": "LTX2Pipeline",
+    "ltx_video": "LTXPipeline",
     "lumina": "Lumina2Pipeline",
     "minimax_h3": "MiniMaxH3LoraLoaderMixin",  # as Anima's
     "qwen_image": "QwenImagePipeline",
@@ -157,7 +158,8 @@ def load(arch: str, models: Mapping[str, nn.Module], trained: Trained) -> Made:
     finally:
         for model in components.values():
             remove(model)
-        components["transformer"]._modules.update(apart) if apart else None
+        for name, model in apart.items():
+            components["transformer"].add_module(name, model)
 
 
 def load_into(model: nn.Module, trained: Trained) -> Made:

@@ -96,6 +96,7 @@ MODELS: Mapping[str, Model] = {
         hidden=r".*\.(prenorm|postnorm|qnorm|knorm)|txtmlp\.0|last\.norm",
     ),
     "ideogram4": Model(),
+    "ltx_video": Model((Names(("",)),)),
     "ltx2": Model((Names(("",)),)),
     "hidream_o1": Model(hidden=r"visual\.deepstack_merger_list\..*|lm_head"),
 }

@@ -186,6 +186,7 @@ PIPELINES = {  # by architecture
     ),
     "kandinsky": Pipeline(),
     "krea2": Pipeline((Road(_OWN_OR_PEFT, (ORIGINAL, PEFT), AB, alphas=False),)),
+    "ltx_video": Pipeline((Road(_OWN, (ORIGINAL,), AB, alphas=False, rest=INVALID),)),
     "ltx2": Pipeline(
         (
             Road(r"^diffusion_model\.(?!.*(lora|dora_scale))", rest=INVALID),
