@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from toy_models import recorded, toy
 
@@ -16,6 +17,8 @@ import networks.lora_hidream_o1
 from networks.archs import ARCHS
 from networks.archs.detect import detect, recognised
 from networks.archs.spec import Switch
+from networks.files.adapter_file import FileTensors
+from networks.models.adapters import model_of
 
 PACKAGE = Path(__file__).resolve().parents[1] / "networks"
 SPECS = {spec.name: spec for spec in ARCHS}
@@ -76,6 +79,18 @@ def test_a_language_model_of_the_same_class_is_not_taken_for_it() -> None:
 def test_the_same_block_classes_under_another_root_are_another_architecture() -> None:
     for arch in ("hunyuan_video", "hunyuan_image", "hv_1_5", "framepack", "flux", "flux_2"):
         assert detect(toy(arch)["dit"]).name == arch
+
+
+def test_of_two_models_with_the_layers_of_a_file_its_metadata_say_which() -> None:
+    """Mage-Flow has the blocks of Qwen-Image, in the same sizes, and fewer of them."""
+    name = "lora_unet_transformer_blocks_0_img_mlp_net_2"
+    file = FileTensors(
+        {f"{name}.lora_down.weight": torch.ones(1, 12288), f"{name}.lora_up.weight": torch.ones(3072, 1)}
+    )
+    with pytest.raises(ValueError, match="may be for Mage-Flow or Qwen-Image: say which"):
+        model_of(file)
+    file.metadata["ss_base_model_version"] = "mage_flow_edit"
+    assert model_of(file).title == "Mage-Flow"
 
 
 def test_a_switch_without_the_argument_follows_the_host() -> None:
