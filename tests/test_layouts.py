@@ -547,7 +547,6 @@ def test_names_for_other_programs_are_those_of_the_lists(arch: str, section: str
 LACKING = {"hidream_o1": r"visual\.deepstack_merger_list\..*"}
 
 if "COMFYUI_PATH" in os.environ:
-
     from readers import comfyui_program
 
     THERE = [arch for arch in SPECS if "ComfyUI" in _sections(arch) and comfyui_program.has(arch)]

@@ -62,7 +62,12 @@ WAN = ArchSpec(
         # trainer's class are swapped. Only norm3 has a weight, which others need and train.
         twins=(
             Twins(
-                r"lora_unet_blocks_\d+_", "norm3", "norm2", "w_norm", "alpha", unless=r"lora_unet_blocks_\d+_(attn|mlp)_.*"
+                r"lora_unet_blocks_\d+_",
+                "norm3",
+                "norm2",
+                "w_norm",
+                "alpha",
+                unless=r"lora_unet_blocks_\d+_(attn|mlp)_.*",
             ),
         ),
     ),

@@ -110,7 +110,9 @@ class Options(TypedDict, total=False):
     train_block_indices: str | Sequence[int]
     train_t5xxl: bool
     train_llm_adapter: bool
-    lora_target_preset: Literal["t2v", "v2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "audio_ref_ic", "full"]
+    lora_target_preset: Literal[
+        "t2v", "v2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "audio_ref_ic", "full"
+    ]
     connector_lora: bool
     cross_modal_alpha: float
     audio_alpha: float

@@ -172,7 +172,14 @@ def typed() -> str:
         '    """What the table says of each is printed by `kohya-networks args`."""',
         "",
     ]
-    return "\n".join([*lines, *(f"    {arg.name}: {_annotation(arg)}" for arg in rows)]) + "\n"
+    return "\n".join([*lines, *(_declared(arg) for arg in rows)]) + "\n"
+
+
+def _declared(arg: Arg) -> str:
+    """Its line, or three where one would be too long."""
+    line = f"    {arg.name}: {_annotation(arg)}"
+    head, _, words = line.partition("Literal[")
+    return line if len(line) <= 120 else f"{head}Literal[\n        {words[:-1]}\n    ]"
 
 
 def _annotation(arg: Arg) -> str:

@@ -205,14 +205,18 @@ class Network(nn.Module):
     def _hook(self) -> None:
         """Watch the models' own forwards, where a layer acts otherwise in sampling, or by the time."""
         clocks, average = self._set_clocks(), self.average if self.average.is_shown else None
-        otherwise = any(layer.acts_otherwise for layer in self.adapted_layers)
-        if not (clocks or average or self.training_adapters or otherwise):
+        if not (clocks or average or self._acts_otherwise):
             return
         used = {row.part for row, _ in self.layers} | self.training_adapters.parts
         for part in [part for part in self._roots if part in used]:
             root = unwrap(self._roots[part])
             read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
             self._hooks += Watch(self.runtime, clocks if read else (), read, average).hook(root)
+
+    @property
+    def _acts_otherwise(self) -> bool:
+        """Whether its passes in training and in sampling differ."""
+        return bool(self.training_adapters) or any(layer.acts_otherwise for layer in self.adapted_layers)
 
     def _unhook(self) -> None:
         for hook in self._hooks:
