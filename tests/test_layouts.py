@@ -169,6 +169,7 @@ class Form:
             strength.
         kinds: beside LoRA.
         archs: where it is known; () = wherever the section is.
+        but: architectures of which it has rows in another order, see test_rows_head_by_head.
     """
 
     section: str
@@ -177,6 +178,7 @@ class Form:
     suffixes: Mapping[str, str] = field(default_factory=lambda: KOHYA)
     kinds: tuple[str, ...] = ()
     archs: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
 
 
 EVERY = ("dora", "loha", "lokr", "glora", "full")
@@ -185,7 +187,7 @@ FORMS: dict[str, Form] = {
     "the trainers, dotted": Form("trainer", "diffusion_model.", suffixes=PEFT, kinds=("dora",)),
     "the trainers, dotted, with alpha": Form("trainer", "diffusion_model.", kinds=EVERY),  # LightX2V, ai-toolkit
     "the trainers, bare": Form("trainer", "", suffixes=PEFT),
-    "DiffSynth, bare": Form("trainer", "", suffixes=DEFAULT),
+    "DiffSynth, bare": Form("trainer", "", suffixes=DEFAULT, but=("minimax_h3",)),
     "PEFT": Form("trainer", "base_model.model.", suffixes=PEFT, kinds=("dora",)),
     # UniAnimate-DiT; ComfyUI-WanVideoWrapper strips the same
     "DiffSynth": Form("trainer", "pipe.dit.", suffixes=DEFAULT, archs=("wan", "flux_2", "qwen_image")),
@@ -242,7 +244,7 @@ CELLS = [
     (arch, name, kind)
     for arch in SPECS
     for name, form in FORMS.items()
-    if form.section in _sections(arch) and (not form.archs or arch in form.archs)
+    if form.section in _sections(arch) and (not form.archs or arch in form.archs) and arch not in form.but
     for kind in ("lora", *form.kinds)
 ]
 
@@ -481,6 +483,32 @@ def test_a_checkpoint_takes_every_layout(arch: str, name: str, kind: str, tmp_pa
     assert script.main([str(before), str(adapter), "--out", str(after)]) == 0
     merged = Checkpoint(after)
     assert_changes(old, {key: merged.tensor(f"model.diffusion_model.{key}") for key in old}, file.changes)
+
+
+@pytest.mark.parametrize("root", ["", "diffusion_model."])
+def test_rows_head_by_head(root: str, tmp_path: Path) -> None:
+    """DiffSynth's files of MiniMax-H3 have query, key and value of each head side by side, as the released shards; what
+    tells them is the name of PEFT's adapter. Held to diffusers' conversion."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_minimax_h3_lora_to_diffusers as convert
+
+    heads, models = 2, models_of("minimax_h3")
+    attention = models["dit"].get_submodule("blocks.0.attn")
+    attention.qkv_proj = nn.Linear(84, heads * 3 * 128)
+    down, up = _random(R, 84), _random(heads * 3 * 128, R)
+    name = f"{root}blocks.0.attn.qkv_proj"
+    theirs = {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
+    projections = [torch.cat([up[384 * h + at : 384 * h + at + 128] for h in range(heads)]) for at in (0, 128, 256)]
+    converted = convert(dict(theirs))
+    for letter, rows in zip("qkv", projections, strict=True):
+        assert torch.equal(converted[f"transformer.transformer_blocks.0.attn.to_{letter}.lora_B.weight"], rows)
+    change = torch.cat(projections).double() @ down.double()
+    load("minimax_h3", models, File(theirs, {"blocks.0.attn.qkv_proj.weight": change}), tmp_path)
+    plain = {key.replace(".default", ""): tensor for key, tensor in theirs.items()}
+    change = up.double() @ down.double()
+    load("minimax_h3", models, File(plain, {"blocks.0.attn.qkv_proj.weight": change}), tmp_path)
+    cut = {key: t[:300].clone() if t is up else t for key, t in theirs.items()}
+    with pytest.raises(ValueError, match="has 300 rows, which are no 3 projections of heads of 128"):
+        load("minimax_h3", models, File(cut, {}), tmp_path)
 
 
 # -- text encoders

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, ByHead, FusedRows, Part, Signature, Switch, Timestep
 from .spellings import Rename, Swap, below, fused
 
 BLOCK = (
@@ -59,6 +59,8 @@ MINIMAX_H3 = ArchSpec(
     axes=(BlockAxis("blocks."),),
     switches=(Switch("exclude_mod", r".*\.adaln_proj\..*", trained_if=False),),
     fused_rows=(FusedRows(r"(token_refiner\.)?blocks\..*\.qkv_proj", 0, 3),),
+    # DiffSynth trains the rows as the released shards have them, which all others put in order while they load them.
+    by_head=(ByHead(r"\.lora_[AB]\.default\.weight$", r"lora_unet_(token_refiner_)?blocks_\d+_attn_qkv_proj", 3, 128),),
     usual=frozenset({200}),
     kinds=frozenset({3}),
     releases=(

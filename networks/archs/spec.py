@@ -50,6 +50,27 @@ class FusedRows:
 
 
 @dataclass(frozen=True)
+class ByHead:
+    """Fused layers which a program's adapters have head by head: the rows of the first head of each projection, then
+    those of the second, where the trainer has one projection after the other.
+
+    Attributes:
+        mark: regular expression; a key in which it is found shows a file to be that program's.
+        pattern: regular expression on the whole saved name.
+        count: how many projections the layer is.
+        head: how many rows of each are a head.
+    """
+
+    mark: str
+    pattern: str
+    count: int
+    head: int
+
+    def is_of(self, saved_name: str) -> bool:
+        return re.fullmatch(self.pattern, saved_name) is not None
+
+
+@dataclass(frozen=True)
 class Unread:
     """Layers whose output nothing in their model reads, so that no loss ever gives them a gradient.
 
@@ -336,6 +357,7 @@ class ArchSpec:
             of them without it; include_patterns stand in its place.
         levels: for learning rates by depth, where an architecture has them.
         fused_rows: denoiser layers that hold several projections, for `split_qkv`.
+        by_head: those which some program's files have in another order.
         usual: numbers of denoiser layers that are trained by default, over the released models.
         kinds: how many kinds of layer these are, whose names differ in more than numbers: the same at every size.
         regions: (role in regional prompts, regular expression on the trainer's dotted name) of denoiser layers, see
@@ -362,6 +384,7 @@ class ArchSpec:
     target_presets: Pairs = ()
     levels: BlockLevels | None = None
     fused_rows: tuple[FusedRows, ...] = ()
+    by_head: tuple[ByHead, ...] = ()
     usual: frozenset[int] = frozenset()
     kinds: frozenset[int] = frozenset()
     regions: Pairs = ()

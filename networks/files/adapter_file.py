@@ -22,7 +22,7 @@ from torch import Tensor
 from ..archs import ARCHS
 from ..archs.names import Share, nearest_layout, row_sizes, shares
 from ..archs.spec import ArchSpec
-from . import codec, dialects, dotted, joining, reader, soundness, strengths
+from . import by_head, codec, dialects, dotted, joining, reader, soundness, strengths
 from .codec import SavedLayer
 from .dialects import Dialect, Flags
 from .weight_names import PREFIXES
@@ -322,6 +322,7 @@ def _open(given: FileTensors, naming: Naming) -> AdapterFile:
     sound = soundness.readable(given, given.source)
     tensors, strength = strengths.with_strengths(sound, given.metadata, given.settings, given.source)
     spoken = naming.shares(dotted.layers(tensors))
+    tensors, moved = by_head.ordered(tensors, spoken, naming.arch, given.source)
     names = {path: _whole(found) or f"{_PART}{path.replace('.', '/')}" for path, found in spoken.items()}
     named, suffixes = _named(tensors, names, given.source)
     flags = Flags.of(named)
@@ -333,7 +334,7 @@ def _open(given: FileTensors, naming: Naming) -> AdapterFile:
     with_dots = dotted.has_dots(given)
     return AdapterFile(
         given.source, dict(given), layers, portions, flags, given.metadata, unread, stray, strength, with_dots,
-        naming.arch,
+        naming.arch, ("its rows put in order, which the file has head by head",) * len(moved),
     )  # fmt: skip
 
 

@@ -103,6 +103,17 @@ def test_names_of_the_release_on_ltx_2(only: str, tmp_path: Path) -> None:
     assert bool(reading.refused) is (only != ".*")
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_the_trainers_names_alone(peft: bool, tmp_path: Path) -> None:
+    """As the released files of MiniMax-H3 have them."""
+    parts = models("minimax_h3")
+    source = trained("minimax_h3", parts, tmp_path / "a.safetensors", **data_of("minimax_h3").widest)
+    made = renamed(source, parts, tmp_path / "b.safetensors", "", peft)
+    assert_model(READER, made, load("minimax_h3", parts, made))
+    reading = READER.read(made.given)
+    assert reading is not None and reading.loaded == len(made.targets) and reading.exact
+
+
 def test_one_factor_must_divide_all_layers(tmp_path: Path) -> None:
     for factor in ("2", "4"):
         read("zimage", tmp_path / "a.safetensors", algo="lokr", factor=factor)

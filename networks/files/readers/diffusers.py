@@ -33,6 +33,7 @@ ORIGINAL = "diffusion_model."  # this, and the trainer's path
 RELEASED = "released"  # the same beginning, and the path in ComfyUI's classes
 PEFT = dotted.PEFT  # likewise
 WRAPPER = "lycoris_"  # this, and diffusers' path flat
+BARE = "bare"  # the trainer's path alone
 
 # What a layer must have to be converted: one of these sets of suffixes.
 KOHYA = (frozenset({"lora_down.weight", "lora_up.weight"}),)
@@ -209,7 +210,11 @@ PIPELINES = {  # by architecture
     "minimax_h3": Pipeline(
         (
             Road(r"^lora_unet_\w*norm\d?\.", rest="does not name a MiniMax-H3 module"),
-            Road(r"^lora_unet_|^diffusion_model\.", (FLAT, ORIGINAL), (*KOHYA, *AB)),
+            Road(
+                r"^(lora_unet_|diffusion_model\.|(token_refiner\.)?blocks\.|final_layer\.)",
+                (FLAT, ORIGINAL, BARE),
+                (*KOHYA, *AB),
+            ),
         )
     ),
     "qwen_image": Pipeline(_MIXED),
@@ -337,6 +342,7 @@ class _Sitting:
                 flat = Named(FLAT, part, trainer_name)
                 found[flat.saved_name] = flat
                 if part is self.given.arch.denoiser:
+                    found.setdefault(trainer_name, replace(flat, way=BARE))
                     found[ORIGINAL + trainer_name] = replace(flat, way=ORIGINAL)
                     found[PEFT + trainer_name] = replace(flat, way=PEFT)
                     if any(RELEASED in road.names for road in self.pipeline.roads):
