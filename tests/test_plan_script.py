@@ -36,9 +36,16 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+# Where a release's file has other names: what stands for what at their beginning.
+IN_FILES: dict[str, tuple[str, Any]] = {
+    "ltx2": (r"^(model\.|embeddings_)", lambda found: "" if found[1] == "model." else f"video_{found[1]}")
+}
+
+
 def checkpoint(path: Path, arch: str, prefix: str, more: dict[str, tuple[int, ...]] | None = None) -> Path:
     """A file with the header of a full-size checkpoint and no content: only the header may be read."""
-    shapes = {f"{prefix}{e.dotted}.weight": e.shape for e in recorded(arch) if e.part in ("unet", "dit") and e.shape}
+    names = {e.dotted: e.shape for e in recorded(arch) if e.part in ("unet", "dit") and e.shape}
+    shapes = {f"{prefix}{re.sub(*IN_FILES.get(arch, ('^$', '')), name)}.weight": shape for name, shape in names.items()}
     return header(path, {**shapes, **(more or {})})
 
 
@@ -61,11 +68,14 @@ def test_checkpoints_are_read_by_their_header(tmp_path: Path, arch: str, text: s
 
 @pytest.mark.parametrize("arch", [name for name, spec in SPECS.items() if spec.releases and not is_unet(name)])
 def test_headers_of_every_trainers_checkpoint(arch: str, tmp_path: Path) -> None:
-    """The recorded layers of the trainer's own full-size model, under its names."""
+    """The recorded layers of the trainer's own full-size model, under its names, or under those of the release's file."""
     prefix = "" if arch == "ace_step" else "model.diffusion_model."
     found = skeleton(str(checkpoint(tmp_path / "a.safetensors", arch, prefix)))
     assert RELEASES[release_of(arch)].title in found.title
     assert len(networks.lora.plan(4, 1, None, found.unet).trained) == data_of(arch).counts[0]
+    if found.release is not None and found.release.added:
+        widest = networks.lora.plan(4, 1, None, found.unet, **data_of(arch).widest)
+        assert len(widest.trained) == data_of(arch).counts[1]
 
 
 TWINS = {"hunyuan_video_i2v": "hunyuan_video"}  # of the same layers

@@ -221,11 +221,17 @@ class Part:
 
     def layout_of(self, dotted_name: str) -> Rename | None:
         """The first of `layouts` that speaks of this layer, its trainer's name filled in."""
-        for one in self.layouts:
-            match = re.fullmatch(one.own, dotted_name)
-            if match:
-                return replace(one, trainer=match.expand(one.trainer))
-        return None
+        known = self._layouts_of
+        if dotted_name not in known:
+            found = ((one, re.fullmatch(one.own, dotted_name)) for one in self.layouts)
+            filled = (replace(one, trainer=match.expand(one.trainer)) for one, match in found if match)
+            known[dotted_name] = next(filled, None)
+        return known[dotted_name]
+
+    @cached_property
+    def _layouts_of(self) -> dict[str, Rename | None]:
+        """Answers of `layout_of`, which a plan asks for several times."""
+        return {}
 
     def trainer_name(self, dotted_name: str) -> str:
         """The dotted name which this layer has in the trainer's own model."""

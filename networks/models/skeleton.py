@@ -17,7 +17,7 @@ from ..foreign.texts import read_json
 from ..plan.walk import candidates
 from . import outline
 from .libraries import from_config, library_class, on_meta
-from .releases import RELEASES, Release, hint, release_called
+from .releases import RELEASES, Release, arch_of, hint, release_called
 
 DENOISERS = ("unet", "transformer")  # their folders in a pipeline
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -170,7 +170,8 @@ def _from_header(path: Path, likely: Sequence[str]) -> Skeleton:
 
 def _has_added(release: Release, present: set[str]) -> bool:
     """Whether a checkpoint has what diffusers' class lacks, which trainers load from a file of its own, too."""
-    return any(name.endswith(f"_{added.replace('.', '_')}") for added in release.added for name in present)
+    part = arch_of(release).denoiser
+    return any(part.saved_name(added) in present for added in release.added)
 
 
 @functools.cache
