@@ -9,6 +9,7 @@ import names
 import pytest
 from registry_archs import SPECS
 from test_arch_names import trainer_models
+from tiny_two_streams import MageFlow
 from torch import nn
 
 from networks.models import skeleton
@@ -53,6 +54,21 @@ def test_a_factory_builds_the_class_that_only_a_trainer_has(recorded: Path) -> N
     path.unlink()
     assert names.main(["krea2", "--factory", "test_names_script:krea"]) == 0
     assert path.read_bytes() == old
+
+
+def mage() -> dict[str, nn.Module]:
+    return {"dit": MageFlow()}
+
+
+def test_a_class_that_no_library_has_gives_the_outline_too(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [recorded / folder / "mage_flow.txt" for folder in ("names", "skeletons")]
+    old = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.unlink()
+    assert names.main(["mage_flow"]) == 0 and not any(path.is_file() for path in paths)
+    assert "the outlines of mage_flow stay as they are: it was recorded from a stand-in" in capsys.readouterr().out
+    assert names.main(["mage_flow", "--factory", "test_names_script:mage"]) == 0
+    assert [path.read_bytes() for path in paths] == old
 
 
 def test_a_class_that_is_not_installed_leaves_its_outline(
