@@ -1,7 +1,7 @@
 """docs/moving.md: every number of its table, measured here and in the program of its row.
 
 LyCORIS and PEFT are installed wherever the tests run; the side of a trainer is measured where SD_SCRIPTS_PATH names a
-checkout (the branch with LoKr: of that branch), or MUSUBI_PATH the folder src of one.
+checkout (for LoKr: of 0.11), or MUSUBI_PATH the folder src of one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TABLE = TEXT.partition("<!-- numbers:begin -->")[2].partition("<!-- numbers:end 
 ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|"))[:4] for line in TABLE.strip().splitlines()[2:]]
 PLACES = {  # of a trainer's network modules, each with one that it must have
     "sd-scripts": ("SD_SCRIPTS_PATH", "networks", "dylora"),
-    "branch": ("SD_SCRIPTS_PATH", "networks", "lokr"),
+    "sd-scripts 0.11": ("SD_SCRIPTS_PATH", "networks", "lokr"),
     "musubi-tuner": ("MUSUBI_PATH", "musubi_tuner/networks", "lokr"),
 }
 FOLDERS = {name: Path(os.environ.get(variable, ""), below) for name, (variable, below, _) in PLACES.items()}
@@ -92,7 +92,8 @@ def host(program: str) -> Callable[[str], ModuleType]:
         library, utils = ModuleType("library"), ModuleType("library.utils")
         unet = ModuleType("library.sdxl_original_unet")
         utils.setup_logging = lambda *args, **kwargs: None  # type: ignore[attr-defined]
-        unet.SdxlUNet2DConditionModel = type("Other", (), {})  # type: ignore[attr-defined]
+        for kind in ("SdxlUNet2DConditionModel", "InferSdxlUNet2DConditionModel"):
+            setattr(unet, kind, type("Other", (), {}))
         package = ModuleType("host_networks")
         package.__path__ = [str(FOLDERS[program])]
         stand_ins = {each.__name__: each for each in (library, utils, unet, package)}
@@ -375,7 +376,7 @@ there(ZERO, "PEFT")(lambda: peft_scale(LoraConfig(r=4, lora_alpha=0, target_modu
 there(ZERO, "sd-scripts")(lambda load: float(load("lora").LoRAModule("x", linear(), 1.0, 4, 0).scale))
 here(WHOLE)(lambda: adapted("lokr", 100, 1).scale)
 there(WHOLE, "LyCORIS")(lambda: float(LokrModule("x", linear(), 1.0, 100, 1).scale))
-there(WHOLE, "branch", "musubi-tuner")(
+there(WHOLE, "sd-scripts 0.11", "musubi-tuner")(
     lambda load: float(load("lokr").LoKrModule("x", linear(), 1.0, 100, 1).scale)
 )  # fmt: skip
 there(WHOLE, "PEFT")(lambda: peft_scale(LoKrConfig(r=100, alpha=1, target_modules=["0"])))
@@ -397,7 +398,7 @@ def our_shapes(dim: int, **options: Any) -> dict[str, tuple[int, ...]]:
 
 here(FIRST)(lambda: our_shapes(4)["w1"][0])
 there(FIRST, "LyCORIS")(lambda: first_rows(LokrModule("x", nn.Linear(1280, 1280), 1.0, 4)))
-there(FIRST, "branch", "musubi-tuner")(
+there(FIRST, "sd-scripts 0.11", "musubi-tuner")(
     lambda load: first_rows(load("lokr").LoKrModule("x", nn.Linear(1280, 1280), 1.0, 4))
 )
 here(LEAST)(lambda: least_dim(lambda dim: "w2" in our_shapes(dim, factor=8)))

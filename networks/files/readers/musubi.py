@@ -13,13 +13,13 @@ _LOADED = ("wan", "hv_1_5", "flux_2", "qwen_image", "qwen_image_21", "zimage", "
 READERS = (
     Trainer(
         "musubi",
-        "musubi-tuner 2026-06, its network modules",
+        "musubi-tuner 2026-08, its network modules",
         80,
         dict.fromkeys((*_MERGED, *_LOADED, "ideogram4", "minimax_h3"), _MODULES),
     ),
     Trainer(
         "musubi_generate",
-        "musubi-tuner 2026-06, its generation scripts",
+        "musubi-tuner 2026-08, its generation scripts",
         81,
         dict.fromkeys(_MERGED, _MODULES)
         | dict.fromkeys(_LOADED, _LOADING)

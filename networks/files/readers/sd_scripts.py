@@ -1,4 +1,4 @@
-"""sd-scripts, as kohya-ss has it: its modules know LoRA, those of a branch LoHa and LoKr, under its own names alone."""
+"""sd-scripts, as kohya-ss has it: its modules know LoRA, two of them LoHa and LoKr, under its own names alone."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ def _guessed_scale(saved: SavedLayer, shape: tuple[int, ...]) -> float:
 
 
 _FACTOR = "A LoKr file needs --network_args factor=N in sd-scripts, with the N that it was trained with."
-_BRANCH = dict.fromkeys(("sdxl", "anima"), Route((LOHA, LOKR), one_form=True, scale=_guessed_scale, notes=(_FACTOR,)))
+_OWN = dict.fromkeys(("sdxl", "anima"), Route((LOHA, LOKR), one_form=True, scale=_guessed_scale, notes=(_FACTOR,)))
 _STRICT = "With --merge_lora_weights the script merges instead, and leaves out what it does not know."
 
 READERS = (
     Trainer(
         "sd_scripts",
-        "sd-scripts 2026-02, its network modules",
+        "sd-scripts 0.11.1, its network modules",
         70,
         dict.fromkeys(("sd", "sdxl"), Route()) | dict.fromkeys((*_LORA_FLUX, *_LOADED), Route(alpha=True)),
     ),
     Trainer(
         "sd_scripts_inference",
-        "sd-scripts 2026-02, its inference scripts",
+        "sd-scripts 0.11.1, its inference scripts",
         71,
         dict.fromkeys(("sd", "sdxl"), Route())
         | dict.fromkeys(_LORA_FLUX, Route(alpha=True, strict=True, notes=(_STRICT,)))
         | dict.fromkeys(_LOADED, Route((LORA, LOHA, LOKR), one_form=True)),
     ),
-    Trainer(
-        "sd_scripts_lokr", "sd-scripts' branch with LoHa and LoKr 2026-02, its network modules", 72, _BRANCH, False
-    ),
+    Trainer("sd_scripts_lokr", "sd-scripts 0.11.1, its modules for LoHa and LoKr", 72, _OWN, False),
 )
