@@ -154,6 +154,13 @@ def test_scripts_that_know_what_is_trained() -> None:
     told = mistakes("python train_leco.py --network_train_text_encoder_only --text_encoder_lr 1e-4")
     assert "train_leco.py trains no text encoder: remove --network_train_text_encoder_only" in told
     assert "train_leco.py has no --text_encoder_lr" in told and "leave nothing" not in told
+    found = read("python mage_flow_train_network.py --dit m --network_dim 8")
+    assert found.given["network_module"] == "musubi_tuner.networks.lora_mage_flow"
+    told = mistakes("python mage_flow_train_network.py --dit m --network_module networks.lora_mage_flow")
+    assert "takes no other --network_module than musubi_tuner.networks.lora_mage_flow" in told
+    for module in ("lora_qwen_image_21", "lora_minimax_h3", "lora_lens"):
+        name = f"{module.removeprefix('lora_')}_train_network.py"
+        assert read(f"python {name} --dit m").given["network_module"] == f"networks.{module}"
     assert {"flux_2_train.py", "flux_kontext_train.py", "ideogram4_train.py", "krea2_train.py"} <= WHOLE_MODEL
 
 

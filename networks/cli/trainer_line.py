@@ -404,10 +404,17 @@ def _finish(run: TrainerRun, problems: Problems) -> None:
 def _of_script(run: TrainerRun, problems: Problems) -> None:
     """What a script does without being asked."""
     given, script = run.given, run.script
-    if script is not None and script.module and not given.get("network_module"):
+    if script is None:
+        return
+    if script.module and not given.get("network_module"):
         given["network_module"] = script.module
         run.notes.append(f"{run.name} has a network module of its own, {script.module}, where none is named")
-    if script is not None and script.unet_only:
+    if script.alone and given["network_module"] != script.module:
+        problems.add(
+            f"{run.name} takes no other --network_module than {script.module}: write that, and start it with "
+            "scripts/launch.py, where it is ours"
+        )
+    if script.unet_only:
         if given.pop("network_train_text_encoder_only", False):
             problems.add(f"{run.name} trains no text encoder: remove --network_train_text_encoder_only")
         given["network_train_unet_only"] = True

@@ -17,6 +17,7 @@ from types import ModuleType
 from .._version import __version__
 from ..args.coerce import nearest
 from .checkouts import MUSUBI, SD_SCRIPTS
+from .trainer_scripts import SCRIPTS
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ STARTERS = ("accelerate", "python", "python3", "torchrun")
 MERGERS = ("library.lora_utils", "musubi_tuner.utils.lora_utils")
 READERS = "musubi_tuner.networks"  # its modules build the networks by which the other generators merge files
 # Those that their trainer takes under this name alone: started here, it trains with ours.
-PRESCRIBED = frozenset({f"{READERS}.lora_mage_flow"})
+PRESCRIBED = frozenset(script.module for script in SCRIPTS.values() if script.alone)
 LYCORIS = "lycoris.kohya"  # LyCORIS' network module, as command lines and the trainers' generators name it
 
 

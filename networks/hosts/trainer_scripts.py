@@ -19,6 +19,7 @@ class Script:
             switch is "".
         needs: the option without which it does not start.
         module: the network module of a command line that names none; "" = it makes no network then.
+        alone: it takes no other.
         unet_only: text encoders are never trained.
         model: the option that names the model, where it is not the host's usual one; "" = it is.
         network_args: options that it hands on among the network's arguments -> whether a value stands behind them.
@@ -29,6 +30,7 @@ class Script:
     choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     needs: str = ""
     module: str = ""
+    alone: bool = False
     unet_only: bool = False
     model: str = ""
     network_args: Mapping[str, bool] = field(default_factory=dict)
@@ -89,15 +91,17 @@ SCRIPTS: dict[str, Script] = {
     "flux_2_train_network.py": Script(MUSUBI, "flux_2", {"model_version": _FLUX_2}),
     "flux_2_train_network_self_flow.py": Script(MUSUBI, "flux_2", {"model_version": _FLUX_2}),
     "qwen_image_train_network.py": Script(MUSUBI, "qwen_image"),
-    "qwen_image_21_train_network.py": Script(MUSUBI, "qwen_image_21"),
+    "qwen_image_21_train_network.py": Script(MUSUBI, "qwen_image_21", module="networks.lora_qwen_image_21"),
     "zimage_train_network.py": Script(MUSUBI, "zimage"),
     "kandinsky5_train_network.py": Script(MUSUBI, "kandinsky", {"task": _KANDINSKY}, needs="task"),
     "krea2_train_network.py": Script(MUSUBI, "krea2"),
-    "minimax_h3_train_network.py": Script(MUSUBI, "minimax_h3"),
+    "minimax_h3_train_network.py": Script(MUSUBI, "minimax_h3", module="networks.lora_minimax_h3"),
     "ideogram4_train_network.py": Script(MUSUBI, "ideogram4"),
     "ernie_image_train_network.py": Script(MUSUBI, "ernie_image"),
-    "lens_train_network.py": Script(MUSUBI, "lens"),
-    "mage_flow_train_network.py": Script(MUSUBI, "mage_flow"),
+    "lens_train_network.py": Script(MUSUBI, "lens", module="networks.lora_lens"),
+    "mage_flow_train_network.py": Script(
+        MUSUBI, "mage_flow", module="musubi_tuner.networks.lora_mage_flow", alone=True
+    ),
     "ltx2_train_network.py": Script(  # of a fork
         MUSUBI,
         "ltx23",
