@@ -124,7 +124,7 @@ class AppliedNetwork(HostNetwork):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The model without its adapters, inside a `with`: for a reference pass."""
+        """The model without its adapters, inside a `with`: for a reference pass. Those of `training_adapter` stay."""
         former = self.runtime.enabled
         self.set_enabled(False)
         try:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_changes_of_the_base_layer_add_up(algo: str, dora: str, lower: str, lowe
 # -- the trainers' calls, on a UNet
 
 FEW = {"only_patterns": ".*attn1.*"}
-SHOWN = "training adapter a.safetensors at strength 0.5: 48 layers, 42.0 KiB, in training, not in samples and files"
+SHOWN = "training adapter a.safetensors at strength 0.5: 16 layers, 9.8 KiB, in training, not in samples and files"
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the adapters a and b of the tiny UNet, and one for FLUX.1."""
     folder = tmp_path_factory.mktemp("adapters")
     for number, name in enumerate("ab"):
-        network, _ = unet_network()
+        network, _ = unet_network(only_patterns=".*attn.*to_[qv]")
         torch.manual_seed(number)
         for p in network.parameters():
             p.data.normal_(std=0.2)
@@ -168,7 +169,7 @@ def drawn(unet: nn.Module) -> Tensor:
     return shown(unet)
 
 
-@pytest.mark.parametrize("more", [{}, {"use_dora": "True"}, {"algo": "diag-oft"}, {"init": "pissa"}], ids=str)
+@pytest.mark.parametrize("more", [{"use_dora": "True"}, {"algo": "diag-oft"}, {"init": "pissa"}], ids=str)
 def test_samples_are_those_without_it(more: Mapping[str, str], files: Path) -> None:
     """Also at the start, bit for bit; validation has it, and so has a teacher, for which the network is off."""
     network, unet = unet_network(training_adapter=f"{files / 'a.safetensors'}=0.5", **FEW, **more)
@@ -213,13 +214,12 @@ def test_what_is_saved_and_trained_has_nothing_of_it(files: Path, tmp_path: Path
     assert "a.safetensors" in told["origin"]["trained beside"] and str(files) not in str(told["metadata"])
 
 
-@pytest.mark.parametrize("reentrant", (None, True, False))
-def test_recomputation_has_it(reentrant: bool | None, files: Path) -> None:
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_recomputation_has_it(reentrant: bool, files: Path) -> None:
     """Whichever checkpointing, and although a sample is drawn between the passes."""
     network, unet = unet_network(training_adapter=str(files / "a.safetensors"), use_dora="True", **FEW)
-    if reentrant is not None:
-        unet.enable_gradient_checkpointing(lambda f, *a: checkpoint(f, *a, use_reentrant=reentrant))
-        unet.train()
+    unet.enable_gradient_checkpointing(lambda f, *a: checkpoint(f, *a, use_reentrant=reentrant))
+    unet.train()
     latents, times, text = inputs()
     output = unet(latents.requires_grad_(), times, text).sample
     drawn(unet)
@@ -319,7 +319,7 @@ def test_parts_that_are_not_trained(files: Path, tmp_path: Path, caplog: pytest.
 
 def test_how_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    odd = "a,b=2:1.safetensors"
+    odd = "a,b=2"  # a folder of PEFT, say
     (tmp_path / odd).touch()
     cases: dict[Any, Any] = {
         "a.safetensors": [("a.safetensors", 1)],
@@ -369,7 +369,7 @@ def test_mistakes_are_told_before_anything_is_trained(files: Path, tmp_path: Pat
             lambda **kwargs: networks.lora.create_network(1.0, 4, 1, None, None, unet, **kwargs),
             lambda **kwargs: networks.lora.create_network(1.0, 4, 1, None, None, unet, dry_run="True", **kwargs),
         ):
-            with pytest.raises(ValueError, match=f"training_adapter={path}: .*{message}") as caught:
+            with pytest.raises(ValueError, match=re.escape(f"training_adapter={path}: ") + f".*{message}") as caught:
                 call(training_adapter=str(path), diagnose_steps="-1")
             assert "diagnose_steps=-1" in str(caught.value)
 
@@ -379,7 +379,7 @@ def test_it_is_told(files: Path, caplog: pytest.LogCaptureFixture, capsys: pytes
     unet = sd_unet()
     plan = networks.lora.plan(4, 1, None, unet, **given)
     assert SHOWN in plan.to_text().splitlines() and SHOWN in plan.keep(["unet"]).to_text()
-    told = {"name": "a.safetensors", "strength": 0.5, "layers": 48, "bytes": 4 * 10752}
+    told = {"name": "a.safetensors", "strength": 0.5, "layers": 16, "bytes": 9984}
     assert plan.to_json()["training_adapters"] == [told]
     with pytest.raises(SystemExit):
         networks.lora.create_network(1.0, 4, 1, None, None, unet, dry_run="True", **given)

@@ -17,7 +17,7 @@ import tiny_models
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kohya_trainer import train as trainer
@@ -493,3 +493,27 @@ def test_the_commands_of_the_readme_exist():
         modules = args.network_module if isinstance(args.network_module, list) else [args.network_module]
         assert all(hasattr(importlib.import_module(module), "create_network") for module in modules)
     assert sum(line[1].endswith("train_network.py") for line in lines) == len(FAMILIES)
+
+
+# ---- a training adapter ----
+
+
+def test_a_training_adapter_is_in_the_losses_and_in_no_picture(assets: Path, tmp_path: Path) -> None:
+    """Pictures before the first step are those without it, held-out losses are not; a resumed run ends the same."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --s 2\n", encoding="utf-8")
+    look = [f"--sample_prompts={prompts}", "--sample_at_first", f"--validation_data_dir={assets / 'images'}"]
+    plain, beside, resumed = (tmp_path / name for name in ("plain", "beside", "resumed"))
+    assert train(assets, plain, *look, steps=2) == 0
+    file = {key: t * 50 if "lora_up" in key else t for key, t in weights(plain).items()}
+    save_file(file, tmp_path / "a.safetensors")
+    more = ["--network_args", f"training_adapter={tmp_path / 'a.safetensors'}=0.5"]
+    assert train(assets, beside, *look, "--save_state", "--save_every_n_steps=1", *more, steps=2) == 0
+    first = [sorted((folder / "sample").glob("*.png"))[0].read_bytes() for folder in (plain, beside)]
+    assert first[0] == first[1]
+    losses = [rows(folder)[1] for folder in (plain, beside)]
+    assert losses[0] != losses[1]
+    assert weights(plain).keys() == weights(beside).keys() and not same(weights(plain), weights(beside))
+    state = beside / "last-step00000001-state"
+    assert train(assets, resumed, f"--resume={state}", *look[2:], *more, steps=2) == 0
+    assert same(weights(resumed), weights(beside))
