@@ -430,7 +430,7 @@ def _network_args(items: Sequence[Any], host: str, problems: Problems) -> dict[s
         elif host == MUSUBI and "=" in value:
             problems.add(
                 f"network_args: {item} has a second =, at which musubi-tuner stops: write {{'regex': value}} for such "
-                "pairs, or @file.toml"
+                "pairs, FILE:0.5 for files, or @file.toml"
             )
         elif found.setdefault(name, value) != value:
             problems.add(f"network_args: {name} is given twice, and the trainer takes the last: remove one")

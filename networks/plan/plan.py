@@ -161,9 +161,9 @@ class Beside:
     bytes: int
 
     def __str__(self) -> str:
-        size = report.shown_size(self.bytes)
+        size, layers = report.shown_size(self.bytes), f"{self.layers} layer{'s' * (self.layers != 1)}"
         acts = "in training, not in samples and files"
-        return f"training adapter {self.name} at strength {self.strength:g}: {self.layers} layers, {size}, {acts}"
+        return f"training adapter {self.name} at strength {self.strength:g}: {layers}, {size}, {acts}"
 
 
 @dataclass(frozen=True)
