@@ -40,7 +40,9 @@ import networks.lora
 from networks import api
 from networks.args.coerce import coerce
 from networks.args.table import BY_NAME
+from networks.files.adapter_file import FileTensors
 from networks.files.explain import explain
+from networks.hosts.file_arguments import arguments_of
 from networks.network.network import Network
 from networks.network.training_adapters import KEY, TrainingAdapter
 from networks.plan.plan import Plan
@@ -209,8 +211,10 @@ def test_what_is_saved_and_trained_has_nothing_of_it(files: Path, tmp_path: Path
     assert saved.keys() == bare.keys() and all(torch.equal(saved[key], one) for key, one in bare.items())
     digest = hashlib.sha256((files / "a.safetensors").read_bytes()).hexdigest()
     assert json.loads(told["metadata"][KEY]) == [{"file": "a.safetensors", "strength": 0.5, "sha256": digest}]
-    arguments = {"training_adapter": "a.safetensors=0.5", "dropout": "0.1"}
+    arguments = {"training_adapter": "a.safetensors:0.5", "dropout": "0.1"}
     assert json.loads(told["metadata"]["ss_network_args"]) == arguments
+    again = arguments_of(FileTensors(tmp_path / "with.safetensors"), None, sd_unet(), "sd_scripts").line
+    assert arguments.items() <= again.args.items(), "--as_args"
     assert "a.safetensors" in told["origin"]["trained beside"] and str(files) not in str(told["metadata"])
 
 

@@ -47,7 +47,8 @@ def arguments_of(file: FileTensors, text_encoder: TextEncoders, unet: nn.Module,
     wanted = caller.plan_from_weights(file, text_encoder, unet, host, **form)
 
     def plan(line: CommandLine) -> Plan:
-        found = caller.plan(line.dim, line.alpha, text_encoder, unet, host, **line.args)
+        args = {name: value for name, value in line.args.items() if BY_NAME[name].kind != "files"}  # not at hand
+        found = caller.plan(line.dim, line.alpha, text_encoder, unet, host, **args)
         encoders = {part.name for part in arch.text_encoders}
         kept = {UNET_ONLY: {arch.denoiser.name}, ENCODERS_ONLY: encoders}.get(line.only)
         return found if kept is None else found.keep([*kept])

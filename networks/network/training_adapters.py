@@ -129,5 +129,5 @@ class TrainingAdapters:
             return {}
         if not isinstance(arguments, dict) or "training_adapter" not in arguments:
             return {}
-        named = ",".join(f"{one.name}={one.strength:g}" for one in self.adapters)
+        named = ",".join(f"{one.name}:{one.strength:g}" for one in self.adapters)
         return {_GIVEN: json.dumps({**arguments, "training_adapter": named})}
