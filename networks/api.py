@@ -43,6 +43,7 @@ from .hosts.contract import HostNetwork, learning_rate
 from .network.optim import text_encoder_rates
 from .plan import file_format
 from .plan.plan import Plan, Request
+from .tools.average import average
 from .tools.combine import combine
 from .tools.compare import Comparison, compare
 from .tools.convert import convert
@@ -401,6 +402,7 @@ __all__ = [
     "Report",
     "Spectra",
     "apply",
+    "average",
     "combine",
     "compare",
     "convert",

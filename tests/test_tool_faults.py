@@ -64,10 +64,12 @@ class Call:
 
 
 A, B, MODEL = {"a.safetensors": lora(1)}, {"b.safetensors": lora(2)}, {"m.safetensors": checkpoint()}
+LATER = {"l.safetensors": {key: t if "alpha" in key else 1.25 * t for key, t in lora(1).items()}}
 HALF = {"h.safetensors": {key: t for key, t in lora(3).items() if "to_q.lora_down" not in key}}
 CALLS = {
     "convert": Call(A, ("--to", "diff")),
     "combine": Call({**A, **B}, ("--model", MODEL_FOLDER)),
+    "average": Call({**A, **LATER}, ("--steps", "1,2", "--decay", "0.5")),
     "extract": Call({"t.safetensors": checkpoint(0.1), **MODEL}, ("--model", MODEL_FOLDER, "--dim", "2")),
     "resize": Call(A, ("--dims", "2")),
     "merge": Call({**MODEL, **A}),

@@ -32,6 +32,7 @@ COMMANDS = {
     "show": Command("what an adapter file is, and which programs read it right", ".show"),
     "convert": Command("an adapter file in the form of another program, or as another algorithm", ".convert"),
     "combine": Command("several adapter files as one", ".combine"),
+    "average": Command("files of one training run as their average (EMA)", ".average"),
     "merge": Command("merge adapter files into a checkpoint", ".merge"),
     "extract": Command("an adapter out of a tuned model and the one that it was tuned from", ".extract"),
     "resize": Command("make smaller adapter files", ".resize"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..foreign.texts import parse_json
 from ..records import ALGORITHMS
 from ..tensors.geometry import Geometry
-from . import dialects, dotted, reader
+from . import averages, dialects, dotted, reader
 from .adapter_file import FileTensors, Naming, open_adapter
 from .codec import SavedLayer
 from .places import part_of
@@ -30,7 +30,7 @@ ORIGIN = {  # metadata -> what it tells
     "ss_steps": "steps",
     "networks_training_adapter": "trained beside",
     "networks_resized": "resized",
-    "networks_ema": "average of the training (EMA)",
+    averages.METADATA: "average of the training (EMA)",
     "networks_health": "health at the last save",
 }
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..files.averages import METADATA, decay_at
 from ..layers.adapted import AdaptedLayer
 from ..plan.plan import PlanRow
 from .changes import times_changed
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 STATE = "live_average."  # before its keys in a live state
 STEPS = "steps"
-METADATA = "networks_ema"  # of files that hold it
 ONLY, ALSO, OFF = "only", "also", "off"  # files hold the average; the trained values, and others the average; neither
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ class Average:
         self._changed = changed
 
     def _step(self) -> None:
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0
+        decay = decay_at(self.decay, self.steps)
         self.steps, self._ready = self.steps + 1, []
         with _plain():
             new = [self._wide(parameter) for parameter in self._parameters.values()]

@@ -83,15 +83,17 @@ class Saver:
         if suffix:
             path = file.with_name(f"{file.stem}-{suffix}{file.suffix}")
             self._further.write(file, path, functools.partial(make, form=form))
-        elif told := make(file, form):
-            log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
-        self._tell_readers(path.name, of.plan, form)
+        else:
+            if told := make(file, form):
+                log.info("%s: %s (%.1f MB)", file.name, told, file.stat().st_size / 1e6)
+            self._tell_readers(file.name, of.plan, form)
         for dim in form.dims:
             smaller = [resize.cut(layer, dim) for layer in saved]
             write(resize.numbered(path, dim), form, smaller, resize.resized_metadata(known, dim))
         for one in form.also:
             self._further.write(file, beside(path, one.dialect), functools.partial(make, form=one))
-            self._tell_readers(f"{path.stem}-{one.dialect.name}", of.plan, one, one.dialect.name)
+            if not suffix:  # of the same layers in the same form
+                self._tell_readers(f"{path.stem}-{one.dialect.name}", of.plan, one, one.dialect.name)
 
     def _tell_readers(self, name: str, plan: Plan, form: FileFormat, program: str = "") -> None:
         """What other programs make of a file, or one of them; once for each form, since no value decides it."""
