@@ -158,6 +158,34 @@ def test_every_algorithm(algo: str, tmp_path: Path) -> None:
     assert file.keys() == again.keys() and all(torch.equal(file[key], again[key]) for key in file)
 
 
+class Bitsandbytes(torch.optim.SGD):
+    """It writes to memory, where autograd does not count."""
+
+    def step(self, closure: Any = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.data.sub_(0.01 * p.grad)
+
+
+def fused(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, fused=True)
+
+
+@pytest.mark.parametrize("make", [fused, Bitsandbytes], ids=lambda make: make.__name__)
+def test_optimizers_with_kernels_of_their_own(make: Callable[[Any], torch.optim.Optimizer], tmp_path: Path) -> None:
+    """They change values behind autograd's count; a fused one is called for a step, too, that the scaler leaves out."""
+    run = Run(diagnose_steps="50")
+    run.optimizer = make([p for p in run.network.parameters() if p.requires_grad])
+    for number in range(6):
+        run.step(passes=2, skipped=number == 3)
+    check(of_file(run.save(tmp_path)), run.wanted())
+    assert run.network.average.steps == 5
+    run.network.on_step_start()
+    assert run.network.diagnosis.steps == 5
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0).step()  # of others
+    run.network.on_step_start()
+    assert run.network.average.steps == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", ["adapter", "cpu"])
 def test_it_has_more_digits_than_the_adapter(dtype: torch.dtype, device: str, tmp_path: Path) -> None:

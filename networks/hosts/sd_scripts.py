@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from ..archs import ARCHS
 from ..archs.detect import unwrap
 from ..archs.spec import ArchSpec
 from ..files.adapter_file import FileTensors
-from ..network.changes import times_changed
+from ..network.changes import Steps
 from ..network.optim import Groups, text_encoder_rates
 from .caller import Caller, given_once
 from .contract import HostNetwork, TextEncoders, learning_rate
@@ -140,7 +141,7 @@ class PerturbedCalls(LoRANetwork):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._waited: int | None = 0  # steps of the optimizer without the call; None = it came, or its lack was told
-        self._seen: int | None = None
+        self._optimizer: Steps | None = None
 
     def on_step_start(self, *models: Any) -> None:
         """Beside what all do: hosts look for these calls on the wrapper which several processes put around a network,
@@ -148,9 +149,9 @@ class PerturbedCalls(LoRANetwork):
         super().on_step_start(*models)
         if self._waited is None:
             return
-        changed = times_changed(self.parameters())
-        self._waited += self._seen not in (None, changed)
-        self._seen = changed
+        if self._optimizer is None:
+            self._optimizer = Steps(self.parameters())
+        self._waited += self._optimizer.taken()
         if self._waited == STEPS_WITHOUT_NORMS:
             self._waited = None
             log.warning(
@@ -160,9 +161,8 @@ class PerturbedCalls(LoRANetwork):
             )
 
     def apply_max_norm_regularization(self, max_norm_value: float, device: Any = None) -> tuple[int, float, float]:
-        found = super().apply_max_norm_regularization(max_norm_value, device)
-        self._seen = None if self._waited is None else times_changed(self.parameters())  # what it changes is no step
-        return found
+        with contextlib.nullcontext() if self._optimizer is None else self._optimizer.none():
+            return super().apply_max_norm_regularization(max_norm_value, device)
 
     def update_grad_norms(self) -> None:
         """Before the gradients are cleared."""

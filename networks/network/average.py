@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..files.averages import METADATA, decay_at
 from ..layers.adapted import AdaptedLayer
 from ..plan.plan import PlanRow
-from .changes import times_changed
+from .changes import Steps
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class Average:
         self.steps = 0
         self._parameters: dict[str, nn.Parameter] = {}
         self._values: dict[str, Tensor] = {}
-        self._changed: int | None = None  # times, when last looked at; None = what was changed until now is no step
+        self._optimizer = Steps(())
+        self._trains = False  # what changes from now on is a step
         self._own: list[Tensor] = []  # the parameters' own values, while it is in use
         self._ready: list[Tensor] = []  # it as the parameters take it, as long as no step changes it
         self._depth = 0
@@ -80,7 +81,7 @@ class Average:
     # -- steps
 
     def follow(self, layers: Layers) -> None:
-        """At the start of each pass of the trainer's loop; a step of the optimizer is known by what it changed.
+        """At the start of each pass of the trainer's loop.
 
         Raises:
             ValueError: the first time, where parameters are divided over processes.
@@ -91,14 +92,11 @@ class Average:
         if not self.exists:
             self._begin(layers)
         self._catch_up()
+        self._trains = True
 
-    @contextmanager
-    def no_step(self) -> Iterator[None]:
+    def no_step(self) -> AbstractContextManager[None]:
         """What is changed in here is part of the step before, or of none."""
-        stepped = self._changed not in (None, times_changed(self._parameters.values()))
-        yield
-        if not stepped and self._changed is not None:
-            self._changed = times_changed(self._parameters.values())
+        return self._optimizer.none()
 
     def _begin(self, layers: Layers) -> None:
         self._parameters = {
@@ -106,7 +104,8 @@ class Average:
         }
         with _plain():
             self._values = {key: self._wide(parameter).clone() for key, parameter in self._parameters.items()}
-        self.steps, self._changed, self._ready = 0, None, []
+        self._optimizer, self._trains = Steps(self._parameters.values()), False
+        self.steps, self._ready = 0, []
 
     def _wide(self, value: Tensor) -> Tensor:
         dtype = torch.promote_types(value.dtype, torch.float32)
@@ -116,10 +115,8 @@ class Average:
         """With the last step, if it has not seen it."""
         if self._depth or not self.exists:
             return
-        changed = times_changed(self._parameters.values())
-        if self._changed not in (None, changed):
+        if self._optimizer.taken() and self._trains:
             self._step()
-        self._changed = changed
 
     def _step(self) -> None:
         decay = decay_at(self.decay, self.steps)

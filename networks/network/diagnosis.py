@@ -12,7 +12,7 @@ from ..args.expressions import as_list
 from ..layers.adapted import AdaptedLayer
 from ..plan.groups import patterns_in
 from ..plan.plan import PlanRow
-from .changes import times_changed
+from .changes import Steps
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # names in a warning
@@ -48,18 +48,16 @@ class Diagnosis:
         self._kinds: list[str] = []  # and what it is there: up, down, magnitude_change, ...
         self._parameters: list[nn.Parameter] = []
         self._seen: set[str] = set()
-        self._changed = 0  # times, when last looked at
+        self._optimizer = Steps(())
 
     def step(self, layers: Sequence[tuple[PlanRow, AdaptedLayer]]) -> None:
-        """At the start of each pass of the trainer's loop; a step of the optimizer is known by what it changed."""
+        """At the start of each pass of the trainer's loop."""
         if not self.after:
             return
         if self._starts is None:
             self._begin(layers)
-        changed = times_changed(self._parameters)
-        if changed == self._changed:
+        if not self._optimizer.taken():
             return
-        self._changed = changed
         self.steps += 1
         if self.steps == self.after:
             self.warn(self.find(), f"after {self.steps} steps")
@@ -84,7 +82,7 @@ class Diagnosis:
 
     @property
     def _has_stepped(self) -> bool:
-        return bool(self.steps) or times_changed(self._parameters) != self._changed
+        return bool(self.steps) or self._optimizer.pending
 
     def _all(self, each: Sequence[bool]) -> dict[str, bool]:
         """Layer -> whether something holds for all its parameters."""
@@ -149,7 +147,7 @@ class Diagnosis:
                     self._parameters.append(parameter)
                     self._watch(parameter, layer.lora_name)
         self._starts = _sums(self._parameters)
-        self._changed = times_changed(self._parameters)
+        self._optimizer = Steps(self._parameters)
 
     def _watch(self, parameter: nn.Parameter, name: str) -> None:
         def first_gradient(_: Tensor) -> None:

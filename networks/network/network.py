@@ -204,14 +204,14 @@ class Network(nn.Module):
 
     def _hook(self) -> None:
         """Watch the models' own forwards, where a layer acts otherwise in sampling, or by the time."""
-        clocks, average = self._set_clocks(), self.average if self.average.is_shown else None
-        if not (clocks or average or self._acts_otherwise):
+        clocks = self._set_clocks()
+        if not (clocks or self.average.is_shown or self._acts_otherwise):
             return
         used = {row.part for row, _ in self.layers} | self.training_adapters.parts
         for part in [part for part in self._roots if part in used]:
             root = unwrap(self._roots[part])
             read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
-            self._hooks += Watch(self.runtime, clocks if read else (), read, average).hook(root)
+            self._hooks += Watch(self.runtime, clocks if read else (), read, self.average).hook(root)
 
     @property
     def _acts_otherwise(self) -> bool:

@@ -72,7 +72,7 @@ class Watch:
     Args:
         clocks: those to be told the time.
         read: finds it.
-        average: whose values passes without gradients have; None = those of the parameters.
+        average: whose values passes without gradients have; None = none.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class Watch:
         read: TimeReader | None = None,
         average: Average | None = None,
     ) -> None:
-        self.runtime, self.clocks, self.read, self.average = runtime, list(clocks), read, average
+        self.runtime, self.clocks, self.read = runtime, list(clocks), read
+        self.average = average if average is not None and average.is_shown else None
         self._before: PerThread[list[tuple[bool, list[Moment | None]]]] = PerThread(list)
 
     def hook(self, root: nn.Module) -> list[Any]:
