@@ -26,7 +26,8 @@ SCHEMES = ("none", "uniform", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 DECIDES_LOSS = tuple(
     "loss_type huber_schedule huber_c huber_scale noise_offset ip_noise_gamma min_snr_gamma debiased_estimation_loss "
     "zero_terminal_snr scale_v_pred_loss_like_noise_pred v_pred_like_loss timestep_sampling discrete_flow_shift "
-    "sigmoid_scale weighting_scheme logit_mean logit_std mode_scale guidance_scale".split()
+    "sigmoid_scale weighting_scheme logit_mean logit_std mode_scale guidance_scale "
+    "prior_prompt prior_loss_weight".split()
 )
 LARGEST_RATIO = 1000.0  # at time 0 it would be next to infinite
 

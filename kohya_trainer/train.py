@@ -31,6 +31,7 @@ from . import TRAINING, check_libraries, model_folder, train_options
 from .data.caption_folder import CaptionedImage
 from .loss_log import LossLog
 from .losses import Loss
+from .prior import Prior
 from .samples import SampleSheet, read_samples
 from .sharding import check_division, check_plan, divide, take_sharding
 from .state.interrupts import Interrupts
@@ -61,7 +62,7 @@ class Trainer:
     """One run, from loading to the saved file."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        images, held_out, self.network_args = train_options.check_options(args)
+        images, held_out, kept, self.network_args = train_options.check_options(args)
         import_network_module(args.network_module)  # these two fail before anything slow starts
         optimizer_class(args.optimizer_type)
         self.args, self.folder, self.step, self.in_step = args, Path(args.output_dir), 0, False
@@ -80,7 +81,7 @@ class Trainer:
             args.seed = shared(self.accelerator, random.randrange(2**32))
             self.say(f"seed {args.seed}")
         self.run_key = (
-            self.saved.run if self.saved and self.saved.run else identity(args, images, self.examples.processes)
+            self.saved.run if self.saved and self.saved.run else identity(args, images + kept, self.examples.processes)
         )
         check_outputs(args, self.run_key)
         from accelerate.utils import set_seed
@@ -103,9 +104,14 @@ class Trainer:
             self.network.to(torch.bfloat16)
         if self.sharding is not None:
             self.say(divide(self.sharding, self.family, self.device, args.train_batch_size))
-        self.make_data(images, held_out)
+        self.make_data(images, held_out, kept)
         self.prepare()
         self.write_plan()  # last: a run that fails before its first step leaves an earlier run's files alone
+
+    @property
+    def kept_data(self) -> TrainingData | None:
+        """That on which the model shall go on as it is."""
+        return self.prior.data if self.prior else None
 
     def say(self, text: str) -> None:
         """Print above the progress bar, once."""
@@ -122,12 +128,17 @@ class Trainer:
             return
         self.say(f"plan in {self.folder / self.args.output_name}-plan.txt")
 
-    def make_data(self, images: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage]) -> None:
-        """Data, caches of what stays the same, and the loader."""
+    def make_data(self, *examples: Sequence[CaptionedImage]) -> None:
+        """Data, caches of what stays the same, and the loader.
+
+        Args:
+            examples: those to train on, those that are held out, and those on which the model shall go on as it is.
+        """
         args = self.args
-        self.data = TrainingData(images, self.family, self.options)
-        self.held_out = TrainingData(held_out, self.family, self.options)
-        self.say(f"{len(images)} to train on ({data_summary(self.data)}), {len(held_out)} held out")
+        self.data, self.held_out, kept = (TrainingData(items, self.family, self.options) for items in examples)
+        self.prior = Prior(kept, self.data.sizes, args.prior_prompt is not None) if len(kept) else None
+        more = f", {len(kept)} to go on as before ({data_summary(kept)})" if len(kept) else ""
+        self.say(f"{len(self.data)} to train on ({data_summary(self.data)}), {len(self.held_out)} held out{more}")
         self.idle = self.make_caches()
         self.offload()
         share = (self.accelerator.process_index, self.accelerator.num_processes)
@@ -147,11 +158,14 @@ class Trainer:
         latents, text = args.cache_latents or args.cache_latents_to_disk, not trains_text(args, family)
         disk = DiskCache(family, Path(args.pretrained_model_name_or_path), self.dtype)
         with autocast(self.device, self.dtype), self.accelerator.main_process_first():
-            for data in (self.data, self.held_out):
-                if latents or data is self.held_out:  # the held-out ones are few, and needed several times
+            for data in filter(None, (self.data, self.held_out, self.kept_data)):
+                if latents or data is not self.data:  # the others are needed several times, and no worker reads them
                     data.cache_latents(disk if args.cache_latents_to_disk else None)
-                if text:
-                    data.cache_texts(args.train_batch_size, disk if args.cache_text_encoder_outputs_to_disk else None)
+                if text:  # beside a training image there is its own caption's
+                    on_disk = args.cache_text_encoder_outputs_to_disk and not (
+                        data is self.kept_data and args.prior_prompt is not None
+                    )
+                    data.cache_texts(args.train_batch_size, disk if on_disk else None)
         return [model for model in family.helpers if (latents if model is family.vae else text)]
 
     def offload(self) -> None:
@@ -174,12 +188,12 @@ class Trainer:
             num_training_steps=args.max_train_steps,
         )
         self.network.prepare_grad_etc(self.family.text_encoder_argument, self.family.denoiser)
-        self.objective = Objective(self.network, self.family, self.loss)
+        self.objective = Objective(self.network, self.family, self.loss, args.prior_loss_weight or 1.0)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         self.live = Live(self.accelerator, self.network, self.optimizer, self.schedule, groups)
         self.live.check(args.optimizer_type)
         if self.saved is not None:
-            self.step = load_state(self.live, self.saved, self.data)
+            self.step = load_state(self.live, self.saved, self.data, self.kept_data)
             self.say(f"continuing after step {self.step} of {args.resume}")
 
     # ---- training ----
@@ -188,7 +202,10 @@ class Trainer:
         """Train, save, draw the curve. Ctrl-C saves what was trained and returns INTERRUPTED."""
         args = self.args
         csv = self.folder / f"{args.output_name}-loss.csv"
-        with LossLog(csv, self.step, self.loss.is_plain, self.is_main) as self.log, Interrupts() as self.signals:
+        with (
+            LossLog(csv, self.step, self.loss.is_plain and not self.prior, self.is_main) as self.log,
+            Interrupts() as self.signals,
+        ):
             try:
                 if not self.step:
                     self.log.add(0, None, None, self.validate())
@@ -295,9 +312,10 @@ class Trainer:
     def batch_loss(self, batch: dict[str, Any], unit: int) -> Tensor:
         """Loss of one batch at random noise and noise levels."""
         latents = self.data.latents(batch)
-        sizes = self.args.noise_offset, self.args.ip_noise_gamma
-        draws = draw_noise(self.args.seed, unit, batch["index"].tolist(), latents, *sizes)
-        losses = self.wrapped(self.data, batch, latents, *draws)
+        sizes, examples = (self.args.noise_offset, self.args.ip_noise_gamma), batch["index"].tolist()
+        draws = draw_noise(self.args.seed, unit, examples, latents, *sizes)
+        kept = self.prior.draw(self.args.seed, unit, examples, *sizes) if self.prior else None
+        losses = self.wrapped(self.data, batch, latents, *draws, kept)
         return (losses * batch["weight"].to(losses)).sum()
 
     def finish_step(self, loss: float) -> None:
@@ -387,7 +405,7 @@ class Trainer:
         if with_state:
             for left in clean_series(self.folder, self.args.output_name) if self.is_main else ():
                 self.say(f"removed {left}, which an ended run had left")
-            content = {"current_step": self.step, "data": data_key(self.data), "run": self.run_key}
+            content = {"current_step": self.step, "data": data_key(self.data, self.kept_data), "run": self.run_key}
             content["in_steps"] = self.order.batches == self.args.gradient_accumulation_steps
             save_state(self.live, state, self.args, content)
         return state

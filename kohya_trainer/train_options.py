@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train_data_dir", metavar="FOLDER", help="images with a caption file each")
     add("--validation_data_dir", metavar="FOLDER", help="held-out images with captions; the loss on them is reported")
     add("--validate_every_n_steps", type=int, metavar="N", help="default: before training and at its end")
+    add(
+        "--prior_data_dir",
+        metavar="FOLDER",
+        help="images with captions on which the model shall go on as it is: one beside each training image, its target "
+        "the model's own answer with the network off. Costs two more passes, one of them without gradient",
+    )
+    add(
+        "--prior_prompt",
+        metavar="TEXT",
+        help='the same with the training images themselves under this caption: "a person", or ""',
+    )
+    add(
+        "--prior_loss_weight",
+        type=finite_number,
+        metavar="W",
+        help="what --prior_data_dir or --prior_prompt count beside the training images; default: 1",
+    )
     add("--caption_extension", default=".txt", help="default: .txt")
     add("--resolution", metavar="SIZE", help="pixels, or WIDTH,HEIGHT; default: the model's own")
     add(
@@ -227,6 +244,7 @@ AT_LEAST = {
     "guidance_scale": 0,
     "noise_offset": 0,
     "scale_weight_norms": 0,
+    "prior_loss_weight": 1e-6,
     "network_dim": 1,
     "validate_every_n_steps": 1,
     "save_every_n_steps": 1,
@@ -237,6 +255,11 @@ AT_LEAST = {
     "min_bucket_reso": 1,
     "max_bucket_reso": 1,
 }
+
+
+def keeps_prior(args: argparse.Namespace) -> bool:
+    """Whether the model shall go on as it is where the options say."""
+    return bool(args.prior_data_dir) or args.prior_prompt is not None
 
 
 # options that do not go together -> what to do about it
@@ -266,17 +289,29 @@ MISFITS: tuple[tuple[Callable[[argparse.Namespace], Any], str], ...] = (
         "--sample_every_n_steps draws nothing without --sample_prompts FILE. Add it.",
     ),
     (
+        lambda a: a.prior_data_dir and a.prior_prompt is not None,
+        "--prior_data_dir and --prior_prompt both say what the model shall keep. Remove one.",
+    ),
+    (
+        lambda a: a.prior_loss_weight is not None and not keeps_prior(a),
+        "--prior_loss_weight counts nothing without --prior_data_dir FOLDER or --prior_prompt TEXT. Add one.",
+    ),
+    (
         lambda a: a.validate_every_n_steps and not a.validation_data_dir,
         "--validate_every_n_steps needs --validation_data_dir FOLDER. Add it.",
     ),
 )
 
 
-def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[CaptionedImage], dict[str, str]]:
+Examples = list[CaptionedImage]
+
+
+def check_options(args: argparse.Namespace) -> tuple[Examples, Examples, Examples, dict[str, str]]:
     """Find what is wrong before anything is loaded.
 
     Returns:
-        The training examples, the held-out ones and the network arguments.
+        The training examples, the held-out ones, those on which the model shall go on as it is, and the network
+        arguments.
 
     Raises:
         ValueError: for the first thing that is wrong.
@@ -294,15 +329,18 @@ def check_options(args: argparse.Namespace) -> tuple[list[CaptionedImage], list[
     _check_files(args)
     args.output_name = args.output_name.removesuffix(".safetensors")
     _check_output_name(args.output_name, Path(args.output_dir))
-    images, held_out = (
+    images, held_out, kept = (
         read_caption_folder(Path(folder), args.caption_extension, option, family.medium) if folder else []
         for option, folder in (
             ("--train_data_dir", args.train_data_dir),
             ("--validation_data_dir", args.validation_data_dir),
+            ("--prior_data_dir", args.prior_data_dir),
         )
     )
+    if args.prior_prompt is not None:
+        kept = [replace(image, caption=args.prior_prompt) for image in images]
     check_output_folder(Path(args.output_dir))
-    return images, held_out, network_args
+    return images, held_out, kept, network_args
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib
 import itertools
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,9 @@ from networks.cli.command_line import import_network_module, nearest, parse_netw
 
 from .families import Family
 from .losses import DECIDES_LOSS, Loss
+from .prior import Case
 from .sharding import deepspeed_configured
+from .train_options import keeps_prior
 from .training_data import TrainingData
 
 
@@ -87,10 +91,10 @@ class Objective(nn.Module):
     The model is no child: it is frozen, and neither wrapped nor saved.
     """
 
-    def __init__(self, network: nn.Module, family: Family, loss: Loss) -> None:
+    def __init__(self, network: Any, family: Family, loss: Loss, prior_weight: float = 1.0) -> None:
         super().__init__()
         self.network = network
-        self.family, self.loss = family, loss
+        self.family, self.loss, self.prior_weight = family, loss, prior_weight
 
     def forward(
         self,
@@ -100,6 +104,7 @@ class Objective(nn.Module):
         noise: Tensor,
         u: Tensor,
         added: Tensor | None = None,
+        kept: Case | None = None,
     ) -> Tensor:
         """Loss of the denoiser's answer for each sample, fp32 (B,); without `added`, the plain mean squared error, by
         which runs of any options can be compared.
@@ -108,16 +113,47 @@ class Objective(nn.Module):
             latents, noise: (B, C, ...), fp32.
             u: (B,), where each sample's noise level lies in their distribution, 0 to 1.
             added: the noise in the denoiser's input.
+            kept: beside each sample one on which the model shall answer as without the network.
         """
-        rule = self.loss.noise
-        times = rule.times(u, latents.shape[2:]).to(latents.device)
-        noisy = rule.add(latents, noise if added is None else added, times)
-        with autocast(latents.device, self.family.dtype):
-            answer = self.family.predict(noisy, times, data.texts(batch), batch)
-        target = rule.target(latents, noise, times)
+        times, noisy = self._noisy(latents, noise if added is None else added, u)
+        answer = self._answer(data, batch, noisy, times)
+        target = self.loss.noise.target(latents, noise, times)
         if added is None:
             return (answer.float() - target.float()).pow(2).flatten(1).mean(1)
-        return self.loss(answer, target, times)
+        losses = self.loss(answer, target, times)
+        return losses if kept is None else losses + self.prior_weight * self.moved(*kept)
+
+    def moved(
+        self, data: TrainingData, batch: dict[str, Any], latents: Tensor, noise: Tensor, u: Tensor, added: Tensor
+    ) -> Tensor:
+        """How far the network moves the model's answer for each sample, as the loss counts it, fp32 (B,).
+
+        Args:
+            latents, noise, u, added: as in a pass.
+        """
+        times, noisy = self._noisy(latents, added, u)
+        with self._without_network():
+            target = self._answer(data, batch, noisy, times)
+        return self.loss(self._answer(data, batch, noisy, times), target, times)
+
+    def _noisy(self, latents: Tensor, added: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Times of the levels, and the latents with so much noise."""
+        times = self.loss.noise.times(u, latents.shape[2:]).to(latents.device)
+        return times, self.loss.noise.add(latents, added, times)
+
+    def _answer(self, data: TrainingData, batch: dict[str, Any], noisy: Tensor, times: Tensor) -> Tensor:
+        with autocast(noisy.device, self.family.dtype):
+            return self.family.predict(noisy, times, data.texts(batch), batch)
+
+    @contextlib.contextmanager
+    def _without_network(self) -> Iterator[None]:
+        """The base model, text encoders included; what acts in training alone is off, too."""
+        self.network.set_enabled(False)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.network.set_enabled(True)
 
 
 def trains_text(args: argparse.Namespace, family: Family) -> bool:
@@ -144,6 +180,11 @@ def build_network(args: argparse.Namespace, family: Family, network_args: dict[s
         network.prepare_network(args)
     if args.scale_weight_norms and not hasattr(network, "apply_max_norm_regularization"):
         raise ValueError(f"{args.network_module} cannot do --scale_weight_norms. Remove the option.")
+    if keeps_prior(args) and not hasattr(network, "set_enabled"):
+        raise ValueError(
+            f"{args.network_module} makes networks that cannot be switched off (set_enabled), as --prior_data_dir and "
+            "--prior_prompt want. Remove them."
+        )
     if args.network_train_text_encoder_only and not family.trains_text:
         raise ValueError(
             f"--network_train_text_encoder_only: the text encoder of {family.title} is not trained. Remove it."

@@ -40,13 +40,13 @@ def generator(*key: object) -> torch.Generator:
 
 
 def draw_noise(
-    seed: int, number: int, examples: Sequence[int], latents: Tensor, offset: float = 0.0, perturbation: float = 0.0
+    seed: int, number: int, examples: Sequence[object], latents: Tensor, offset: float = 0.0, perturbation: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Noise of the shape (B, C, ...) of `latents`, levels u (B,), and the noise that is really added to the latents,
     for step `number` of a run.
 
     Args:
-        examples: numbers of the batch's examples.
+        examples: numbers of the batch's examples, or what else tells them apart.
         offset: size of the noise that a whole channel has in common.
         perturbation: size of more noise that is added to the latents, and that the model is not asked for (2301.11706).
     """

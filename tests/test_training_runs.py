@@ -23,7 +23,9 @@ from torch import Tensor
 from kohya_trainer import train as trainer
 from kohya_trainer import train_options
 from kohya_trainer.data.caption_folder import Buckets, bucket_size
-from kohya_trainer.training_data import Order, seed_of
+from kohya_trainer.prior import Prior
+from kohya_trainer.training_data import Order, draw_noise, seed_of
+from networks.cli.command_line import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -427,10 +429,12 @@ def launch(processes: int, options: list[str], *how: str) -> str:
 @pytest.mark.long
 def test_two_processes_are_one_with_the_doubled_batch(assets, tmp_path):
     """5 images in batches of 4: the last batch of an epoch leaves the second process without a row. DyLoRA has the same
-    blocks and GGPO the same noise; a state goes on with either number of processes."""
+    blocks, GGPO the same noise, and beside each image stands the same one to be kept; a state goes on with either
+    number of processes."""
     options = ["--optimizer_type=SGD", "--learning_rate=1", "--optimizer_args", "momentum=0.9"]
     options += ["--save_every_n_steps=2", "--save_state"]
     options += ["--network_args", "algo=dylora", "unit=1", "ggpo_sigma=0.5", "ggpo_beta=0.5"]
+    options += [f"--prior_data_dir={assets / 'shapes'}"]
     launch(2, arguments(assets, tmp_path / "two", *options))
     assert train(assets, tmp_path / "one", *options, "--train_batch_size=4") == 0
     two, one = weights(tmp_path / "two"), weights(tmp_path / "one")
@@ -446,6 +450,106 @@ def test_two_processes_are_one_with_the_doubled_batch(assets, tmp_path):
     assert train(assets, tmp_path / "back", *options, f"--resume={state}", "--train_batch_size=4") == 0
     for key, value in weights(tmp_path / "back").items():
         assert torch.allclose(one[key], value, rtol=1e-4, atol=1e-7), key
+
+
+# ---- the model goes on as it is ----
+
+
+@pytest.mark.parametrize("option", ["--prior_prompt=a green circle", "--prior_data_dir"])
+def test_what_is_kept_is_held_to_the_answer_without_the_network(assets, tmp_path, option):
+    """Value and gradient by the formula, with another copy of the model for the answers without it. The text encoder is
+    trained, too, and the teacher's is not."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = f"{option}={assets / 'shapes'}" if option.endswith("dir") else option
+    options = arguments(assets, tmp_path, given, "--prior_loss_weight=0.7", "--ip_noise_gamma=0.1")
+    run = trainer.Trainer(parse_arguments(train_options.build_parser(), options))
+    start = {name: p.detach().clone() for name, p in run.network.named_parameters()}
+    examples = [3, 1]
+    batch = torch.utils.data.default_collate([run.data[i, 0.5] for i in examples])
+    bare = StableDiffusionPipeline.from_pretrained(assets / "sd", safety_checker=None)
+    scheduler = DDPMScheduler.from_config(bare.scheduler.config)
+
+    def answer(model, x, times, prompts):
+        tokens = bare.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        return model.unet(x, times, model.text_encoder(tokens)[0]).sample
+
+    def term(data, batch, names, teacher):
+        latents = data.latents(batch)
+        noise, u, added = draw_noise(1, 7, names, latents, 0.0, 0.1)
+        times = (u * 1000).long()
+        x, prompts = scheduler.add_noise(latents, added, times), [data.prompts[i] for i in batch["index"].tolist()]
+        with torch.no_grad():
+            target = answer(teacher, x, times, prompts) if teacher else noise
+        return (answer(run.family.pipeline, x, times, prompts) - target).square().flatten(1).mean(1)
+
+    kept = [run.prior.beside(1, 7, example) for example in examples]
+    assert kept == examples or option.endswith("dir")
+    assert {run.prior.data.prompts[i] for i in kept} == {"a green circle"} or option.endswith("dir")
+    beside = torch.utils.data.default_collate([run.prior.data[i, 1.0] for i in kept])
+    parameters = list(run.network.parameters())
+    for moved in (False, True):
+        if moved:
+            with torch.no_grad():
+                for p in parameters:
+                    p.add_(torch.randn_like(p) * 0.1)
+        own = (term(run.data, batch, examples, None) * batch["weight"]).sum()
+        prior = (term(run.prior.data, beside, [("prior", i) for i in examples], bare) * batch["weight"]).sum()
+        loss = run.batch_loss(batch, 7)
+        assert float(prior) == pytest.approx(0.0, abs=1e-9) if not moved else float(prior) > 1e-4
+        assert float(loss) == pytest.approx(float(own + 0.7 * prior), rel=1e-5)
+        wanted = torch.autograd.grad(own + 0.7 * prior, parameters)
+        found = torch.autograd.grad(loss, parameters)
+        for name, ours, theirs in zip(start, found, wanted, strict=True):
+            assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()) + 1e-7, name
+
+
+def test_keeping_costs_nothing_at_first_and_goes_on_from_a_state(assets, tmp_path, capsys):
+    """The first step's loss is that without it, to the last bit; a resumed run ends with the same file."""
+    kept = ["--prior_data_dir", str(assets / "shapes"), "--save_every_n_steps=1", "--save_state"]
+    assert train(assets, tmp_path / "plain", steps=2) == 0
+    assert train(assets, tmp_path / "kept", *kept, steps=2) == 0
+    plain, own = rows(tmp_path / "plain"), rows(tmp_path / "kept")
+    assert plain[2] == own[2] and float(own[3][1]) != float(plain[3][1])
+    assert not same(weights(tmp_path / "plain"), weights(tmp_path / "kept"))
+    state = f"--resume={tmp_path / 'kept' / 'last-step00000001-state'}"
+    assert train(assets, tmp_path / "on", *kept, state, steps=2) == 0
+    assert same(weights(tmp_path / "on"), weights(tmp_path / "kept"))
+    for others, words in (
+        ([], "the training data, captions or sizes are not those"),
+        ([*kept, "--prior_loss_weight=2"], "that run had --prior_loss_weight None, not 2.0"),
+        (["--prior_prompt="], "that run had --prior_prompt None, not "),
+    ):
+        assert train(assets, tmp_path / "off", *others, state, steps=2) == 2 and words in capsys.readouterr().err
+
+
+def test_what_stands_beside_a_batch_is_of_one_size():
+    class Data:
+        sizes = [(32, 32), (16, 64), (16, 64), (32, 32), (16, 64)]
+
+        def __len__(self):
+            return 5
+
+    prior = Prior(Data(), [(32, 32), (64, 16), (32, 32)], themselves=False)
+    drawn = {i: {prior.beside(1, unit, i) for unit in range(60)} for i in range(3)}
+    assert drawn == {0: {0, 3}, 1: {1, 2, 4}, 2: {0, 3}}
+    assert [prior.beside(1, 5, 0) for _ in range(3)] == [prior.beside(1, 5, 0)] * 3
+    assert Prior(Data(), [(32, 32)] * 5, themselves=True).beside(1, 5, 3) == 3
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--prior_prompt=x", "--prior_data_dir=here"], "--prior_data_dir and --prior_prompt both say"),
+        (["--prior_loss_weight=1"], "counts nothing without --prior_data_dir FOLDER or --prior_prompt TEXT"),
+        (["--prior_prompt=", "--prior_loss_weight=0"], "--prior_loss_weight 0.0: it must be a number of at least"),
+        (["--prior_data_dir=nowhere"], "--prior_data_dir nowhere does not exist"),
+        (["--prior_prompt=", "--network_module=standin_network"], "standin_network makes networks that cannot be"),
+    ],
+)
+def test_what_cannot_be_kept(assets, tmp_path, capsys, options, words):
+    assert train(assets, tmp_path, *options) == 2 and words in capsys.readouterr().err
 
 
 # ---- logs ----

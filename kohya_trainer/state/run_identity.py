@@ -21,13 +21,17 @@ NEUTRAL = frozenset(
     "max_data_loader_n_workers persistent_data_loader_workers pin_memory offload_encoders cache_latents "
     "cache_latents_to_disk cache_text_encoder_outputs_to_disk".split()
 )
-FILES = ("pretrained_model_name_or_path", "train_data_dir", "network_weights", "base_weights")  # known by their names
+FILES = frozenset(  # known by their names
+    "pretrained_model_name_or_path train_data_dir network_weights base_weights prior_data_dir".split()
+)
+LATER = frozenset(("prior_data_dir", "prior_prompt", "prior_loss_weight"))  # not given, as if there were none
 
 
 def identity(args: argparse.Namespace, images: Sequence[CaptionedImage], processes: int) -> str:
     """Of a run, the same for the same command anywhere. The seed must be known."""
     values = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
-    for name in FILES:
+    values = {name: value for name, value in values.items() if name not in LATER or value is not None}
+    for name in FILES & values.keys():
         given = values[name]
         values[name] = [Path(path).name for path in ([given] if isinstance(given, str) else given or ())]
     rows = [(image.path.name, image.path.stat().st_size, image.caption) for image in images]

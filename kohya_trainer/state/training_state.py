@@ -41,10 +41,11 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SAME}
 
 
-def data_key(data: TrainingData) -> str:
-    """Of the examples, their captions and sizes."""
+def data_key(data: TrainingData, kept: TrainingData | None = None) -> str:
+    """Of the examples, their captions and sizes, and of those on which the model goes on as it is."""
     rows = zip(data.items, data.prompts, data.sizes, strict=True)
-    return f"{seed_of([(item.path.name, prompt, size) for item, prompt, size in rows]):x}"
+    own = f"{seed_of([(item.path.name, prompt, size) for item, prompt, size in rows]):x}"
+    return own if kept is None else f"{own} {data_key(kept)}"
 
 
 @dataclass(frozen=True)
@@ -251,9 +252,9 @@ def shared(accelerator: Any, value: Any) -> Any:
     return found[0]
 
 
-def load_state(live: Live, saved: Saved, data: TrainingData) -> int:
+def load_state(live: Live, saved: Saved, data: TrainingData, kept: TrainingData | None = None) -> int:
     """Put a state into a run; returns its step. Raises ValueError when it is another run's."""
-    if saved.data != data_key(data):
+    if saved.data != data_key(data, kept):
         raise ValueError(f"--resume {saved.folder}: the training data, captions or sizes are not those of that run.")
     with _told(f"--resume {saved.folder}"):
         own = _tensors(saved.files["adapter"])[0]
