@@ -386,6 +386,22 @@ def test_peft_reads_the_file_of_a_language_model(
     torch.testing.assert_close(_logits(read), wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_adapters_of_peft_load_on_its_own_models(tmp_path: Path) -> None:
+    """Whose names begin as those of many checkpoints do: `model.layers.0`."""
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    theirs = peft.get_peft_model(_language_model(), config)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = _language_model()
+    assert len(api.load(ours, tmp_path).layers) == 4
+    torch.testing.assert_close(_logits(ours), _logits(theirs), atol=1e-6, rtol=1e-6)
+
+
 def test_plans_of_folders_of_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _language_model().save_pretrained(tmp_path)  # type: ignore[operator]
     assert main(["plan", str(tmp_path)]) in (0, None)

@@ -42,7 +42,9 @@ def record_of(model: Any) -> ArchSpec:
     by_all = _largest([(row.cls, row.parameters) for row in rows])
     containers = by_matrices or by_all or (title,)
     blocks = [row for row in rows if row.cls in containers]
-    part = Part("model", "lora_unet", containers, tuple(cls for cls in by_all if cls not in containers))
+    convolutional = tuple(cls for cls in by_all if cls not in containers)
+    tops = tuple(f"{name}." for name in _children(model))
+    part = Part("model", "lora_unet", containers, convolutional, tops=tops)
     return ArchSpec(
         name="generic",
         title=title,

@@ -124,6 +124,8 @@ def nearest_layout(paths: Collection[str], archs: Iterable[ArchSpec]) -> str:
 def _locate(path: str, arch: ArchSpec) -> _Found:
     """The part that a name speaks of; the denoiser where nothing says."""
     path = path.removeprefix(PEFT)
+    if arch.denoiser.tops and path.startswith(arch.denoiser.tops):
+        return _Found(arch.denoiser, path.replace(".", "_"))
     for root, part in _roots(arch):
         if path.startswith(root) and len(path) > len(root):
             rest = path[len(root) :].removeprefix(PEFT)

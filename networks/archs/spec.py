@@ -131,6 +131,7 @@ class Part:
         others: (program or layout, names of its layers in adapter files), where they are those of no other record.
         file_roots: what else may stand before the names of its layers in adapter files, with a dot behind it before
             dotted names, with an underscore before flat ones; see `names` for what stands there usually.
+        tops: how its own names begin, where that may be what usually stands before names.
         unread: layers that never get a gradient. They are trained like all others, as in the trainers' files.
     """
 
@@ -156,6 +157,7 @@ class Part:
     twins: tuple[Twins, ...] = ()
     others: tuple[tuple[str, tuple[Rename, ...]], ...] = ()
     file_roots: tuple[str, ...] = ()
+    tops: tuple[str, ...] = ()
     unread: tuple[Unread, ...] = ()
 
     def __hash__(self) -> int:  # that of all its tables would take longer than what is looked up by it
