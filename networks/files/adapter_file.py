@@ -322,9 +322,9 @@ def _open(given: FileTensors, naming: Naming) -> AdapterFile:
     sound = soundness.readable(given, given.source)
     tensors, strength = strengths.with_strengths(sound, given.metadata, given.settings, given.source)
     spoken = naming.shares(dotted.layers(tensors))
-    tensors, moved = by_head.ordered(tensors, spoken, naming.arch, given.source)
     names = {path: _whole(found) or f"{_PART}{path.replace('.', '/')}" for path, found in spoken.items()}
-    named, suffixes = _named(tensors, names, given.source)
+    moved = by_head.ordered(tensors, names, naming.arch, given.source)
+    named, suffixes = _named({**tensors, **moved}, names, given.source)
     flags = Flags.of(named)
     found, unknown = codec.decode(named, naming.own_class, flags)
     parts = {names[path]: shares for path, shares in spoken.items() if names[path].startswith(_PART)}
