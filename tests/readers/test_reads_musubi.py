@@ -25,12 +25,23 @@ BY_NAME: dict[str, Trainer] = {reader.name: reader for reader in READERS}
 
 if os.environ.get("MUSUBI_PATH"):
     NETWORKS = Path(os.environ["MUSUBI_PATH"]) / "musubi_tuner" / "networks"
-    LATER = {"qwen_image_21": "lora_qwen_image_21", "minimax_h3": "lora_minimax_h3"}  # of September 2026
+    # Module, and what stands in it since it is as the model has it: September 2026.
+    LATER = {
+        "qwen_image_21": ("lora_qwen_image_21", ""),
+        "minimax_h3": ("lora_minimax_h3", "convert_lora_state_dict"),  # before, it found layers of the blocks alone
+    }
+
+    def is_there(arch: str) -> bool:
+        """Whether this version has an architecture."""
+        name, text = LATER.get(arch, ("lora", ""))
+        file = NETWORKS / f"{name}.py"
+        return file.is_file() and text in file.read_text(encoding="utf-8")
+
     WAYS = {
         arch: {"musubi": "modules", "musubi_generate": _way}
         for reader in READERS
         for arch, route in reader.routes.items()
-        if arch not in LATER or (NETWORKS / f"{LATER[arch]}.py").is_file()
+        if is_there(arch)
         for _way in ["strict" if route.strict else "loading" if route.one_form else "modules"]
     }
     WIDE = ("lora", "dora", "lokr")
