@@ -255,7 +255,8 @@ def musubi_models() -> Iterator[Line]:
     """What its modules for single models read beside."""
     own = {"flux": "lora_flux", "framepack": "lora_framepack", "hidream_o1": "lora_hidream_o1", "ideogram4": None,
            "ernie_image": None, "flux_2": None, "hv_1_5": None, "kandinsky": None, "krea2": None, "lens": None,
-           "ltx2": None, "mage_flow": None, "qwen_image": None, "wan": None, "zimage": None}  # fmt: skip
+           "ltx2": None, "mage_flow": None, "minimax_h3": None, "qwen_image": None, "qwen_image_21": None, "wan": None,
+           "zimage": None}  # fmt: skip
     for model, module in own.items():
         lines = ('"rank_dropout=0.1" "module_dropout=0.1" "loraplus_lr_ratio=4" "verbose=True"',
                  warns('"conv_dim=4" "conv_alpha=1"', "conv_dim", NO_KERNELS))  # fmt: skip
