@@ -79,6 +79,15 @@ def test_include_patterns_stand_in_place_of_a_preset() -> None:
     assert out.reason == "not in lora_target_preset=audio"
 
 
+def test_a_preset_of_ours_says_itself_what_is_trained() -> None:
+    """Unless another one of the trainer's is asked for: then both do."""
+    block = "model.transformer_blocks.0."
+    for given in ({}, {"lora_target_preset": "t2v"}):
+        assert names(preset="full-lin", **given) == names(lora_target_preset="full")
+        assert names(preset="mlp-only", **given) == below(block, (), ("ff", "audio_ff"))
+    assert names(preset="mlp-only", lora_target_preset="audio") == below(block, (), ("audio_ff",))
+
+
 def test_layers_with_audio_have_dims_and_alphas_of_their_own() -> None:
     given = {"audio_dim": "2", "audio_alpha": "3", "cross_modal_dim": "6"}
     found = {row.dotted_name.split(".")[3]: (row.dim, row.alpha) for row in plan(**given).trained}

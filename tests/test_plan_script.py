@@ -68,7 +68,7 @@ def test_checkpoints_are_read_by_their_header(tmp_path: Path, arch: str, text: s
 
 @pytest.mark.parametrize("arch", [name for name, spec in SPECS.items() if spec.releases and not is_unet(name)])
 def test_headers_of_every_trainers_checkpoint(arch: str, tmp_path: Path) -> None:
-    """The recorded layers of the trainer's own full-size model, under its names, or under those of the release's file."""
+    """The recorded layers of the trainer's own full-size model, or under those of the release's file."""
     prefix = "" if arch == "ace_step" else "model.diffusion_model."
     found = skeleton(str(checkpoint(tmp_path / "a.safetensors", arch, prefix)))
     assert RELEASES[release_of(arch)].title in found.title

@@ -362,7 +362,7 @@ class ArchSpec:
             one dim for each expression, says so.
         block_sets: (name, regular expression): what `train_blocks=name` trains; `all` is understood everywhere.
         target_presets: (name, regular expression): what `lora_target_preset=name` trains in the containers, the first
-            of them without it; include_patterns stand in its place.
+            of them without it; include_patterns stand in its place, and a `preset` in that of the first.
         levels: for learning rates by depth, where an architecture has them.
         fused_rows: denoiser layers that hold several projections, for `split_qkv`.
         by_head: those which some program's files have in another order.
@@ -454,6 +454,8 @@ class ArchSpec:
             return {".*": "not in include_patterns"}
         usual, _ = self.target_presets[0]
         name = values.get("lora_target_preset") or usual
+        if values.get("preset") and name == usual:  # which says itself what is trained
+            return {}
         return {rf"(?!(?:{dict(self.target_presets)[name]})\Z).*": f"not in lora_target_preset={name}"}
 
     def fit(self, trainer_names: Collection[str]) -> ArchSpec:

@@ -417,7 +417,8 @@ _ROWS: tuple[Arg, ...] = (
         "lora_target_preset",
         "choice",
         None,
-        "which kinds of layers to train; include_patterns, where they are given, are these layers instead",
+        "which kinds of layers to train; include_patterns, where they are given, are these layers instead; a preset "
+        "says it without this argument, too",
         _KIND,
         neutral=("t2v",),
         choices=TARGET_PRESETS,

@@ -101,7 +101,7 @@ class Call:
         denoiser = [c.trainer_name for c in layers if c.part is arch.denoiser]
         arch = arch.fit(denoiser)
         switches = {switch.argument for switch in arch.switches}
-        left_out = arch.excluded(a.pick({*switches, "include_patterns", "lora_target_preset"}), a.host)
+        left_out = arch.excluded(a.pick({*switches, "include_patterns", "lora_target_preset", "preset"}), a.host)
         given = {switch.regex for switch in arch.switches if switch.argument in a.given}
         return cls(
             arch,
