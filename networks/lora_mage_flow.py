@@ -1,4 +1,5 @@
-"""`--network_module networks.lora_mage_flow`: Mage-Flow, Mage-Flow-Edit; `algo=` takes another algorithm than LoRA."""
+"""Mage-Flow, Mage-Flow-Edit; `algo=` takes another algorithm than LoRA. Its trainer takes the name of its own module
+alone, which under the launcher stands for this one."""
 
 from .hosts.entry import Entry
 

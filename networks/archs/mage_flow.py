@@ -1,7 +1,6 @@
 """Mage-Flow and Mage-Flow-Edit, under the trainer's class and those of other programs, whose blocks are the same.
 
-musubi-tuner's script for it takes no network module but its own, which refuses files with more layers than are trained
-here by default.
+musubi-tuner's own module refuses files with more layers than are trained here by default.
 """
 
 from __future__ import annotations
