@@ -116,6 +116,39 @@ def test_train_save_resume_and_generate(arch: str, algo: str, tmp_path: Path) ->
     torch.testing.assert_close(run(everything), wanted)
 
 
+def test_steps_that_nobody_announces(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """LECO's scripts: the average follows each step of the optimizer once, however often the strength is set; noise
+    that needs more calls is told, and layers are watched. Where steps are announced, setting is no step."""
+    encoders, denoiser = models("flux")
+    arguments = {"ema_decay": "0.5", "ggpo_sigma": "0.1", "ggpo_beta": "0.1"}
+    network = networks.lora_flux.create_network(1.0, 4, 4, None, encoders, denoiser, **arguments)
+    network.apply_to(encoders, denoiser, apply_text_encoder=False, apply_unet=True)
+    network.set_multiplier(0.0)
+    groups, _ = network.prepare_optimizer_params(None, 1e-2, 1e-2)
+    optimizer = torch.optim.AdamW(groups)
+    network.prepare_grad_etc(encoders, denoiser)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=True)
+        for strength in (1.0, 0.0, 1.0):
+            network.set_multiplier(strength)
+        run([denoiser]).backward()
+        optimizer.step()
+        network.set_multiplier(0.0)
+    assert network.average.steps == 3
+    assert "ggpo_sigma and ggpo_beta have no effect" in caplog.text and "nor in LECO" in caplog.text
+    assert network.diagnosis.steps == 3
+    network.save_weights(str(tmp_path / "a.safetensors"), None, {})
+    assert network.average.is_saved
+    network.on_step_start(encoders, denoiser)
+    before = network.average.steps
+    with torch.no_grad():
+        next(network.parameters()).add_(1.0)
+    network.set_multiplier(1.0)
+    assert network.average.steps == before
+    network.on_step_start(encoders, denoiser)
+    assert network.average.steps == before + 1
+
+
 def run_eval(network: nn.Module, everything: list[nn.Module]) -> Tensor:
     network.eval()
     return run(everything)

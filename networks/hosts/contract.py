@@ -30,6 +30,8 @@ class HostNetwork(Network):
     """A network with the methods that all hosts call alike. Where they differ in arguments, `*models` takes any: what
     the host hands over is known from the creation."""
 
+    _waits = False  # for a first step that the host announces
+
     def __init__(self, arch: ArchSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.arch = arch
@@ -109,6 +111,13 @@ class HostNetwork(Network):
 
     def prepare_grad_etc(self, *models: Any) -> None:
         """Gradients were settled with the optimizer groups; a part with learning rate 0 has none."""
+        self._waits = True
+
+    def set_multiplier(self, multiplier: float | Sequence[float] | Tensor) -> None:
+        """As that of all networks. LECO's trainers announce no step, and set the strength before and after each."""
+        super().set_multiplier(multiplier)
+        if self._waits:
+            self.see_step()
 
     # -- optimizer
 
@@ -143,11 +152,16 @@ class HostNetwork(Network):
         self.train()
 
     def on_step_start(self, *models: Any) -> None:
-        """Passes are counted: layers that do not learn are told, and what is random about a pass is drawn."""
-        self.average.follow(self.layers)
-        self.diagnosis.step(self.layers)
+        """Passes are counted, and what is random about a pass is drawn."""
+        self._waits = False
+        self.see_step()
         self._passes += 1
         self.follow_step(0, self._passes)
+
+    def see_step(self) -> None:
+        """What the last step of the optimizer did is averaged, and layers that do not learn are told."""
+        self.average.follow(self.layers)
+        self.diagnosis.step(self.layers)
 
     def follow_step(self, seed: int, step: int) -> None:
         """What is random about a step is that of these two, in all processes alike. A host that knows them calls it

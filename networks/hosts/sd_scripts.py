@@ -143,10 +143,10 @@ class PerturbedCalls(LoRANetwork):
         self._waited: int | None = 0  # steps of the optimizer without the call; None = it came, or its lack was told
         self._optimizer: Steps | None = None
 
-    def on_step_start(self, *models: Any) -> None:
+    def see_step(self) -> None:
         """Beside what all do: hosts look for these calls on the wrapper which several processes put around a network,
-        and do not find them there."""
-        super().on_step_start(*models)
+        and do not find them there, and scripts for LECO have none of them."""
+        super().see_step()
         if self._waited is None:
             return
         if self._optimizer is None:
@@ -156,7 +156,7 @@ class PerturbedCalls(LoRANetwork):
             self._waited = None
             log.warning(
                 "ggpo_sigma and ggpo_beta have no effect: in %d steps this trainer has not called update_norms "
-                "(sd-scripts does not with several processes). Train with one process, or leave them out",
+                "(sd-scripts does not with several processes, nor in LECO). Train with one process, or leave them out",
                 STEPS_WITHOUT_NORMS,
             )
 
