@@ -147,7 +147,7 @@ class Objective(nn.Module):
 
     @contextlib.contextmanager
     def _without_network(self) -> Iterator[None]:
-        """The base model, text encoders included; what acts in training alone is off, too."""
+        """The base model, text encoders included; training adapters stay, which the answer beside it has, too."""
         self.network.set_enabled(False)
         try:
             with torch.no_grad():

@@ -621,3 +621,6 @@ def test_a_training_adapter_is_in_the_losses_and_in_no_picture(assets: Path, tmp
     state = beside / "last-step00000001-state"
     assert train(assets, resumed, f"--resume={state}", *look[2:], *more, steps=2) == 0
     assert same(weights(resumed), weights(beside))
+    assert train(assets, tmp_path / "kept", "--prior_prompt=a red circle", *more, steps=1) == 0
+    at_start = [next(row for row in rows(folder) if row[0] == "1")[1] for folder in (tmp_path / "kept", beside)]
+    assert float(at_start[0]) == pytest.approx(float(at_start[1]), rel=1e-5), "the teacher has it, too"
