@@ -31,6 +31,7 @@ from helpers_numeric import (
 )
 from registry import data_of
 from safetensors.torch import load_file, save_file
+from tiny_denoisers import MODELS
 from tiny_parts import inputs, sd_unet, text_encoder
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -316,6 +317,33 @@ def test_parts_that_are_not_trained(files: Path, tmp_path: Path, caplog: pytest.
         changed = not torch.equal(encoder(ids)[0], text_encoder()(ids)[0])
         assert changed == train_encoder
         network.detach()
+
+
+@pytest.mark.parametrize("own_class", (True, False), ids=("the trainer's class", "diffusers' class"))
+def test_on_fused_layers(own_class: bool, tmp_path: Path) -> None:
+    """Also where a fused layer has an adapter for each projection, or is several modules with their rows."""
+    model = toy("flux")["dit"] if own_class else MODELS["flux"][0]()
+    model.double().requires_grad_(False)
+    lower, upper, both = (copy.deepcopy(model) for _ in range(3))
+    frozen = api.apply(lower, dim=4, algo="lokr", factor=4, use_dora=True)
+    randomise(frozen)
+    frozen.save(tmp_path / "a.safetensors")
+    frozen.detach()
+    api.load(lower, tmp_path / "a.safetensors", strength=0.5)
+    form: Any = {"split_qkv": True} if own_class else {"use_dora": True}
+    alone = api.apply(upper, dim=4, **form)
+    network = api.apply(both, dim=4, training_adapter=f"{tmp_path / 'a.safetensors'}=0.5", **form)
+    randomise(alone)
+    network.load_state_dict(alone.state_dict())
+    changed = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            x = torch.randn(2, layer.in_features, dtype=torch.float64)
+            y, *found = (one.get_submodule(name)(x) for one in (model, lower, upper, both))
+            wanted = sum(one - y for one in found[:2])
+            changed += bool(wanted.any())
+            assert float((found[2] - y - wanted).abs().max()) <= 1e-6 * float(1e-3 + wanted.abs().max()), name
+    assert changed > 10
 
 
 # -- how it is written, and what is wrong with it
