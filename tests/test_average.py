@@ -23,6 +23,7 @@ from toy_models import signal, toy
 
 import networks.lora
 import networks.lora_wan
+from networks import api
 from networks.algos import ALGOS
 from networks.files.explain import explain
 from networks.layers.adapted import AdaptedLayer
@@ -31,6 +32,15 @@ from networks.network.watching import Watch
 from networks.tensors.geometry import Geometry
 
 DECAY = 0.3  # above those of the second and third step, 2/11 and 3/12, below that of the fifth
+
+
+def recursion(values: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """From the second step on: the first takes the values as they are."""
+    found = values[0]
+    for n, new in enumerate(values[1:], 1):
+        d = min(DECAY, (1 + n) / (10 + n))
+        found = {key: d * value + (1 - d) * new[key] for key, value in found.items()}
+    return found
 
 
 class Run:
@@ -65,13 +75,8 @@ class Run:
         if not skipped:
             self.values.append({key: p.double().numpy() for key, p in self.own().items()})
 
-    def wanted(self, decay: float = DECAY) -> dict[str, np.ndarray]:
-        """The recursion, from the second step on: the first takes the values as they are."""
-        found = self.values[0]
-        for n, new in enumerate(self.values[1:], 1):
-            d = min(decay, (1 + n) / (10 + n))
-            found = {key: d * value + (1 - d) * new[key] for key, value in found.items()}
-        return found
+    def wanted(self) -> dict[str, np.ndarray]:
+        return recursion(self.values)
 
     def save(self, folder: Path, name: str = "a", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         self.network.save_weights(str(folder / f"{name}.safetensors"), dtype, {"ss_network_dim": "2"})
@@ -373,6 +378,24 @@ def test_what_is_trained_at_no_rate_has_no_average(tmp_path: Path) -> None:
 # -- the call
 
 
+def test_a_loop_of_ones_own(tmp_path: Path) -> None:
+    """Through networks.api, where nothing is called at the start of a pass."""
+    torch.manual_seed(0)
+    model = toy("wan", blocks=1)["dit"].requires_grad_(False)
+    network = api.apply(model, dim=2, ema_decay=DECAY, only_patterns=[r"blocks\.0\.self_attn\..*"])
+    optimizer, values = torch.optim.AdamW(network.optimizer_groups(1e-2)), []
+    for number in range(8):
+        model(signal()).square().mean().backward()
+        with torch.no_grad():
+            model(signal())
+        if number % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append({key: p.detach().double().numpy() for key, p in network.named_parameters()})
+    api.save(network, tmp_path / "a.safetensors")
+    check(of_file(load_file(tmp_path / "a.safetensors")), recursion(values))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -432,7 +455,7 @@ def test_text_encoders_and_normalisations(tmp_path: Path) -> None:
     groups, _ = network.prepare_optimizer_params([1e-2], 1e-2, 1e-2)
     network.train()
     optimizer, tokens = torch.optim.AdamW(groups), torch.arange(4)[None]
-    for _ in range(3):
+    for _ in range(2):
         network.on_step_start()
         (draw(unet).square().mean() + encoder(tokens).last_hidden_state.square().mean()).backward()
         optimizer.step()

@@ -54,12 +54,14 @@ if importlib.util.find_spec("deepspeed"):  # no requirement of ours: it builds a
 @pytest.mark.parametrize(("how", "sign"), HOWS, ids=lambda value: "-".join(value) if isinstance(value, list) else "")
 def test_two_processes_that_share_the_model_are_one_with_the_doubled_batch(assets, tmp_path, how, sign):
     """With DoRA, which reads base weights in every pass, a limit of the norms, which acts on what the optimizer steps
-    from, samples in the middle, and a state to go on from with either number of processes."""
+    from, an average, which counts its steps, samples in the middle, and a state to go on from with either number of
+    processes."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red square --s 2 --d 1\n")
     options = ["--optimizer_type=SGD", "--learning_rate=1", "--optimizer_args", "momentum=0.9"]
     options += ["--save_every_n_steps=2", "--save_state", "--scale_weight_norms=0.01"]
-    options += [f"--sample_prompts={prompts}", "--sample_every_n_steps=2", "--network_args", "use_dora=True"]
+    options += [f"--sample_prompts={prompts}", "--sample_every_n_steps=2"]
+    options += ["--network_args", "use_dora=True", "ema_decay=0.5"]
     said = launch(2, arguments(assets, tmp_path / "two", *options), *how)
     assert sign in said
     assert train(assets, tmp_path / "one", *options, "--train_batch_size=4") == 0

@@ -103,6 +103,7 @@ def test_the_learning_rate_of_a_state_is_not_ignored(assets: Path, one_step: Pat
 def test_killed_and_resumed_equals_uninterrupted(assets: Path, tmp_path: Path) -> None:
     """SIGKILL at a moment of its own, in a run that saves after every step over its own files."""
     options = [*FAST, "--network_dropout=0.3", "--lr_scheduler=cosine", "--save_every_n_steps=1", "--save_state"]
+    options += ["--network_args", "ema_decay=0.9"]  # files have the average
     assert train(assets, tmp_path / "whole", *options, steps=12) == 0
     command = [sys.executable, str(ROOT / "scripts" / "train_network.py")]
     command += arguments(assets, tmp_path / "cut", *options, steps=12)

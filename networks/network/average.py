@@ -37,6 +37,7 @@ class Average:
     """The average of one network. It is kept in fp32 or wider, outside of the network's parameters, so that no cast of
     a host rounds it. Frozen values have none: theirs are what they are.
 
+    Everything acts by the newest values, merging, too, but passes without gradients and files, if they ask for it.
     While it is in use the parameters stand on its tensors, and nothing is copied: their own come back untouched, and
     neither autograd nor an optimizer sees a change. It is used within passes of one thread at a time; training in one
     while another draws would train the average.

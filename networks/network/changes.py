@@ -24,8 +24,8 @@ def times_changed(tensors: Iterable[Tensor]) -> int:
 class Steps:
     """Tells of the steps of whichever optimizer has these parameters, or copies of them as ZeRO 1 and 2.
 
-    Two signs are one step. Most optimizers change parameters in place, also behind wrappers; but fused and 8-bit kernels
-    and DeepSpeed write behind autograd's count, and there torch's hook tells.
+    Two signs are one step. Most optimizers change parameters in place, also behind wrappers; but fused and 8-bit
+    kernels and DeepSpeed write behind autograd's count, and there torch's hook tells.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
