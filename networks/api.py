@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from .archs.detect import detect, unwrap
+from .archs.detect import detect
 from .archs.spec import ArchSpec, Part
 from .args.coerce import named, whole
 from .args.parse import Problems, parse
@@ -103,17 +103,6 @@ class AppliedNetwork(HostNetwork):
             device = next((p.device for p in self._roots[row.part].parameters()), torch.device("cpu"))
             if device.type != "meta":  # of a model whose weights come and go as it runs
                 layer.to(device)
-
-    def _hook(self) -> None:
-        """With passes of a loop that calls nothing at their start."""
-        super()._hook()
-        for root in self._roots.values() if self.average.decay else ():
-            self._hooks.append(unwrap(root).register_forward_pre_hook(self._start_pass))
-
-    @torch.compiler.disable
-    def _start_pass(self, *_: Any) -> None:
-        if torch.is_grad_enabled():
-            self.average.follow(self.layers)
 
     def optimizer_groups(
         self, lr: float, *, text_encoder_lr: float | Sequence[float] | None = None

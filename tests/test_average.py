@@ -327,6 +327,7 @@ def test_a_compiled_model() -> None:
     layer, mean, x = AdaptedLayer("x", model[0], adapter, 1.0), average.Average(DECAY), torch.ones(1, 4)
     layer.attach()
     row: Any = SimpleNamespace(parameters=16)
+    mean.is_told = True
     Watch(layer.runtime, average=mean).hook(model)
     torch._dynamo.reset()
     call, whole = torch.compile(model, backend="eager"), torch.compile(model, backend="eager", fullgraph=True)

@@ -153,7 +153,7 @@ class HostNetwork(Network):
 
     def on_step_start(self, *models: Any) -> None:
         """Passes are counted, and what is random about a pass is drawn."""
-        self._waits = False
+        self._waits, self.average.is_told = False, True
         self.see_step()
         self._passes += 1
         self.follow_step(0, self._passes)

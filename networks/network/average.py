@@ -55,6 +55,7 @@ class Average:
         self._values: dict[str, Tensor] = {}
         self._optimizer = Steps(())
         self._trains = False  # what changes from now on is a step
+        self.is_told = False  # the host calls at the start of each pass
         self._own: list[Tensor] = []  # the parameters' own values, while it is in use
         self._ready: list[Tensor] = []  # it as the parameters take it, as long as no step changes it
         self._depth = 0
@@ -81,8 +82,9 @@ class Average:
 
     # -- steps
 
+    @torch.compiler.disable
     def follow(self, layers: Layers) -> None:
-        """At the start of each pass of the trainer's loop.
+        """At the start of each pass with gradients, before or in it.
 
         Raises:
             ValueError: the first time, where parameters are divided over processes.

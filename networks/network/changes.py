@@ -30,6 +30,7 @@ class Steps:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._parameters = list(parameters)
+        self._mine = frozenset(map(id, self._parameters))
         self._changed, self._told = times_changed(self._parameters), False
         if self._parameters:
             _followed.add(self)
@@ -56,13 +57,14 @@ class Steps:
     def see(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has stepped, perhaps that of other parameters."""
         theirs = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-        mine = {id(parameter) for parameter in self._parameters}
-        if any(id(tensor) in mine for tensor in theirs):
-            self._told = True
-            return
-        memory = {_memory(tensor) for tensor in theirs}
-        masters = (getattr(getattr(p, "_hp_mapping", None), "hp_fragment", None) for p in self._parameters)
-        self._told |= any(_memory(master) in memory for master in masters if isinstance(master, Tensor))
+        self._told |= any(id(tensor) in self._mine for tensor in theirs) or self._has_copies(theirs)
+
+    def _has_copies(self, theirs: Iterable[Tensor]) -> bool:
+        """Whether these are what ZeRO steps in place of the parameters."""
+        mappings = (getattr(p, "_hp_mapping", None) for p in self._parameters)
+        masters = [mapping.hp_fragment for mapping in mappings if mapping is not None]
+        memory = {_memory(tensor) for tensor in theirs} if masters else ()
+        return any(_memory(master) in memory for master in masters)
 
 
 _followed: WeakSet[Steps] = WeakSet()

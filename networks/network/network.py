@@ -205,13 +205,13 @@ class Network(nn.Module):
     def _hook(self) -> None:
         """Watch the models' own forwards, where a layer acts otherwise in sampling, or by the time."""
         clocks = self._set_clocks()
-        if not (clocks or self.average.is_shown or self._acts_otherwise):
+        if not (clocks or self.average.decay or self._acts_otherwise):
             return
         used = {row.part for row, _ in self.layers} | self.training_adapters.parts
         for part in [part for part in self._roots if part in used]:
             root = unwrap(self._roots[part])
             read = time_reader(root, self.timesteps[part]) if part in self.timesteps and clocks else None
-            self._hooks += Watch(self.runtime, clocks if read else (), read, self.average).hook(root)
+            self._hooks += Watch(self.runtime, clocks if read else (), read, self.average, self.layers).hook(root)
 
     @property
     def _acts_otherwise(self) -> bool:

@@ -14,7 +14,7 @@ from ..algos.clock import Clock, Moment
 from ..archs.spec import Timestep
 from ..layers.runtime import Runtime
 from ..tensors.per_thread import PerThread
-from .average import Average
+from .average import Average, Layers
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Watch:
     Args:
         clocks: those to be told the time.
         read: finds it.
-        average: whose values passes without gradients have; None = none.
+        average: whose values passes without gradients have, and which looks for steps at the others, where the host
+            tells of none; None = there is none.
+        layers: of the average.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class Watch:
         clocks: Iterable[Clock] = (),
         read: TimeReader | None = None,
         average: Average | None = None,
+        layers: Layers = (),
     ) -> None:
         self.runtime, self.clocks, self.read = runtime, list(clocks), read
-        self.average = average if average is not None and average.is_shown else None
+        self.average, self.layers = average if average is not None and average.decay else None, layers
         self._before: PerThread[list[tuple[bool, list[Moment | None]]]] = PerThread(list)
 
     def hook(self, root: nn.Module) -> list[Any]:
@@ -97,16 +100,19 @@ class Watch:
         self._before.mine.append((self.runtime.sampling, [clock.enter(time) for clock in self.clocks]))
         self.runtime.sampling = not torch.is_grad_enabled()
         if self.average is not None:
-            if self.runtime.sampling:
-                self.average.enter()
-            elif self.average.in_use:
-                self.average.put_back()
+            self._enter_average(self.average)
+
+    def _enter_average(self, average: Average) -> None:
+        if self.runtime.sampling and average.is_shown:
+            average.enter()
+        elif not self.runtime.sampling and (average.in_use or not average.is_told):
+            average.follow(self.layers)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         stack = self._before.mine
         sampling, before = stack.pop() if stack else (False, [None] * len(self.clocks))
         if self.runtime.sampling:
-            if self.average is not None:
+            if self.average is not None and self.average.is_shown:
                 self.average.leave()
             self.runtime.sampling = sampling
             for clock, moment in zip(self.clocks, before, strict=True):
