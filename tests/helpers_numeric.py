@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from networks.algos import ALGOS, Adapter, Multiplicative
 from networks.layers.adapted import AdaptedLayer
+from networks.layers.dropout import Dropouts
 from networks.network.network import Network
 from networks.plan.plan import Plan, PlanRow
 from networks.tensors.geometry import Geometry
@@ -206,7 +207,8 @@ def make_network(
             )
         )  # fmt: skip
         modules[saved] = module
-    network = Network(Plan("Zoo", tuple(rows)), modules, {"unet": zoo}, dropouts, multiplier)
+    rows = [replace(row, dropouts=Dropouts(**(dropouts or {}))) for row in rows]
+    network = Network(Plan("Zoo", tuple(rows)), modules, {"unet": zoo}, multiplier)
     network.train(not ALGOS[case.algo].spec.stepwise)  # or its random choices would be part of every comparison
     dtype = next(zoo.parameters()).dtype
     return network.to(dtype) if dtype.is_floating_point and dtype.itemsize > 1 else network

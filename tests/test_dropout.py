@@ -426,3 +426,70 @@ def test_helpers_agree_with_the_plan() -> None:
         ("linear", "conv_grouped"), ALPHA / 4
     )
     assert {row.dotted_name: row.rank_axis for row, _ in network.layers} == {"linear": True, "conv_grouped": False}
+
+
+# -- by regular expression
+
+
+def test_dropouts_by_expression_act_on_their_layers(unet: nn.Module) -> None:
+    """The first match wins, 0 is one, others have the general value; a mask is 0 or 1 / (1 - p) of the layer's own p.
+    In the plan, too."""
+    kwargs = {
+        "rank_dropout": "0.5",
+        "network_reg_rank_dropouts": "{'.*attn1.to_q': 0, '.*attn1.*': 0.25}",
+        "network_reg_dropouts": ".*to_out.0=0.2",
+        "network_reg_module_dropouts": ".*ff.*=0.1",
+    }
+    network = lora_entry.create_network(1.0, 4, 2, None, None, unet, **kwargs)
+    wanted = {
+        row.dotted_name: Dropouts(
+            0.2 if row.dotted_name.endswith("to_out.0") else 0.0,
+            0.0 if row.dotted_name.endswith("attn1.to_q") else 0.25 if ".attn1." in row.dotted_name else 0.5,
+            0.1 if ".ff." in row.dotted_name else 0.0,
+        )
+        for row, _ in network.layers
+    }
+    assert {row.dotted_name: layer.dropouts for row, layer in network.layers} == wanted
+    assert len({*wanted.values()}) == 6
+    network.apply_to(None, unet, False, True)
+    network.train().double()
+    for row, layer in network.layers:
+        p = wanted[row.dotted_name]
+        if p.dropout or p.module_dropout or row.kind != "Linear":
+            continue
+        randomise(layer.adapter)
+        x = torch.randn(6, row.shape[1], dtype=torch.float64)
+        found = {round(float(value), 6) for value in masks_of(layer, x).flatten()}
+        assert found <= {0.0, round(1 / (1 - p.rank_dropout), 6)} and (0.0 in found) == bool(p.rank_dropout), row
+    network.detach()
+    text = network.plan.to_text()
+    assert "dropouts" in text.splitlines()[1] and "dropout 0.2 rank_dropout 0.25" in text
+    rows = {row["dotted_name"]: row for row in network.plan.to_json()["rows"]}
+    assert all(rows[name].get("rank_dropout", 0) == p.rank_dropout for name, p in wanted.items())
+    plan = lora_entry.plan(4, 2, None, unet, **kwargs)
+    why = str(plan.why("mid_block.attentions.0.transformer_blocks.0.attn1.to_k")[0])
+    assert "rank_dropout: 0.25 by network_reg_rank_dropouts '.*attn1.*' > 0.5 by rank_dropout" in why
+
+
+def test_dora_stays_plain_where_an_expression_drops_ranks(unet: nn.Module) -> None:
+    plan = lora_entry.plan(4, 2, None, unet, use_dora="True", network_reg_rank_dropouts=".*attn1.*=0.25")
+    assert {row.dora for row in plan.trained if ".attn1." in row.dotted_name} == {""}
+    assert {row.dora for row in plan.trained if ".attn1." not in row.dotted_name} == {"output"}
+    assert any("DoRA on" in note and "rank_dropout" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"network_reg_dropouts": "nothing=0.1"}, "network_reg_dropouts: 'nothing' matches no layer"),
+        ({"network_reg_rank_dropouts": ".*attn1.*=0.1,.*attn1.to_q=0.2"}, "'.*attn1.to_q' decides no layer"),
+        ({"network_reg_dropouts": ".*attn1.*=0.1", "algo": "boft"}, "'.*attn1.*' decides no layer"),
+        ({"network_reg_module_dropouts": ".*=1"}, "is too large; it must stay below 1"),
+        ({"network_reg_dropouts": ".*=0.1", "rank_dropout_scale": "False"}, "no effect without rank_dropout"),
+        ({"audio_dropout": "0.1"}, "network_reg_dropouts="),
+    ],
+    ids=str,
+)
+def test_an_expression_that_drops_nothing_is_told(unet: nn.Module, kwargs: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        lora_entry.plan(4, 2, None, unet, **kwargs)

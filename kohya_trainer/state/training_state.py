@@ -253,7 +253,16 @@ def shared(accelerator: Any, value: Any) -> Any:
 
 
 def load_state(live: Live, saved: Saved, data: TrainingData, kept: TrainingData | None = None) -> int:
-    """Put a state into a run; returns its step. Raises ValueError when it is another run's."""
+    """Put a state into a run; returns its step.
+
+    Args:
+        live: what the run has.
+        saved: the state.
+        data, kept: what it learns from, and what it keeps, as for `data_key`.
+
+    Raises:
+        ValueError: the state is another run's.
+    """
     if saved.data != data_key(data, kept):
         raise ValueError(f"--resume {saved.folder}: the training data, captions or sizes are not those of that run.")
     with _told(f"--resume {saved.folder}"):

@@ -30,6 +30,10 @@ _NAMES: dict[str, str] = {
     **dict.fromkeys(("rank_pattern", "reg_dims", "regex_dims"), "write network_reg_dims={{'regex': 8}}"),
     **dict.fromkeys(("alpha_pattern", "reg_alphas", "regex_alphas"), "write network_reg_alphas={{'regex': 4}}"),
     **dict.fromkeys(("reg_lrs", "regex_lrs"), "write network_reg_lrs={{'regex': 1e-4}}"),
+    **dict.fromkeys(
+        ("dropout_pattern", "reg_dropouts", "regex_dropouts", "audio_dropout", "video_dropout", "cross_modal_dropout"),
+        "write network_reg_dropouts={{'regex': 0.1}}",
+    ),
     **dict.fromkeys(("layers_to_transform", "block_indices", "train_blocks_indices"), "write blocks=0-7,20"),
     **dict.fromkeys(
         ("init_lora_weights", "init_weights", "initialization", "initialize"),

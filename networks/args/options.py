@@ -60,6 +60,9 @@ class Options(TypedDict, total=False):
     rank_dropout: float
     rank_dropout_scale: bool
     module_dropout: float
+    network_reg_dropouts: str | Mapping[str, float]
+    network_reg_rank_dropouts: str | Mapping[str, float]
+    network_reg_module_dropouts: str | Mapping[str, float]
     preset: str
     train_norm: bool | Literal["true", "false", "affine"]
     exclude_patterns: str | Sequence[str]

@@ -59,6 +59,7 @@ LAYER_ALPHAS = {name.replace("_dim", "_alpha"): LAYER_DIMS[name] for name in ("c
 TARGET_PRESETS = (
     "t2v", "v2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "audio_ref_ic", "full",
 )  # fmt: skip
+DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 EXTRA_DIMS = {
     "in_dims": "img_in, time_in, vector_in, guidance_in, txt_in",
     "emb_dims": "context, t, x and y embedder, modulation and linear of the final layer",
@@ -227,6 +228,18 @@ _ROWS: tuple[Arg, ...] = (
         _DROP,
         minimum=0,
         below=1,
+    ),
+    *(
+        Arg(
+            f"network_reg_{name}s",
+            "regex_float",
+            {},
+            f"{name} by regular expression on the dotted layer name; the first match wins, others have {name}",
+            _DROP,
+            minimum=0,
+            below=1,
+        )
+        for name in DROPOUTS
     ),
     Arg(
         "preset",

@@ -295,10 +295,9 @@ class Caller:
         problems.raise_if_any()
         a = request.args
         stop_for_dry_run(a, plan)
-        dropouts = a.pick(("dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"))
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
         roots = {part.name: model for part, model in request.parts}
-        network = made(request.arch, plan, modules, roots, dropouts, multiplier, for_inference, noise, plan.file_format)
+        network = made(request.arch, plan, modules, roots, multiplier, for_inference, noise, plan.file_format)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.average = Average(0 if for_inference else a.ema_decay, a.ema_save, _DEVICES[a.ema_device])
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"

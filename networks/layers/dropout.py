@@ -24,7 +24,13 @@ class Dropouts:
     rank_dropout_scale: bool = True
 
     def __bool__(self) -> bool:
-        return bool(self.dropout or self.rank_dropout or self.module_dropout)
+        return bool(self.given)
+
+    @property
+    def given(self) -> dict[str, float]:
+        """Those that are not 0, by their names."""
+        found = {"dropout": self.dropout, "rank_dropout": self.rank_dropout, "module_dropout": self.module_dropout}
+        return {name: p for name, p in found.items() if p}
 
 
 @dataclass

@@ -26,7 +26,6 @@ from ..files.places import Allowance
 from ..files.strengths import ALPHA, SAID
 from ..layers.adapted import LIVE_SCALE, AdaptedLayer
 from ..layers.draws import Draws
-from ..layers.dropout import Dropouts
 from ..layers.max_norm import limit_norms
 from ..layers.perturbation import Perturbation
 from ..layers.region import Region, reshape_attention
@@ -66,7 +65,6 @@ class Network(nn.Module):
         plan: what to build.
         modules: saved name -> base module, or modules and their rows, for the plan's trained rows.
         roots: part name -> the model that the host calls.
-        dropouts: dropout, rank_dropout, module_dropout, for all layers.
         multiplier: strength.
         for_inference: dropouts never act.
         perturbation: (sigma, beta) of GGPO, or None.
@@ -78,7 +76,6 @@ class Network(nn.Module):
         plan: Plan,
         modules: Mapping[str, nn.Module | Bases],
         roots: Mapping[str, nn.Module],
-        dropouts: Mapping[str, Any] | None = None,
         multiplier: float = 1.0,
         for_inference: bool = False,
         perturbation: tuple[float, float] | None = None,
@@ -103,7 +100,6 @@ class Network(nn.Module):
         self.clock = Clock()
         self._hooks: list[Any] = []
         self._region_hooks: list[Any] = []
-        chosen = Dropouts(**(dropouts or {}))
         self._layers: dict[str, tuple[PlanRow, AdaptedLayer]] = {}
         for row in plan.trained:
             name = row.saved_name
@@ -114,7 +110,7 @@ class Network(nn.Module):
                 Perturbation(*perturbation) if perturbation and "ggpo_sigma" in ALGOS[row.algo].spec.features else None
             )
             layer = AdaptedLayer(
-                name, sites, row.make_adapter(), row.scale, chosen, self.runtime, row.dora, perturbation=noise
+                name, sites, row.make_adapter(), row.scale, row.dropouts, self.runtime, row.dora, perturbation=noise
             )
             self._layers[name] = row, layer
             self.add_module(name, layer)

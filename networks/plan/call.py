@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..algos import ALGOS, Adapter
 from ..archs.spec import ArchSpec
 from ..args.parse import NetArgs, Problems
+from ..args.table import DROPOUTS
 from ..files.codec import SavedLayer
 from ..tensors.geometry import Geometry
 from ..tensors.norms import NormGeometry
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .plan import Request
 
 _TRAINERS = ("sd_scripts", "musubi")  # hosts whose users speak of layers by the trainer's names
+BY_EXPRESSION = {name: f"network_reg_{name}s" for name in DROPOUTS}
 By = tuple[str, str]  # an argument, and which of its expressions; "" where it has none
 
 
@@ -61,6 +63,7 @@ class Call:
         saved: layers of the file that decides, by saved name; None without one.
         left_out: regular expression of the architecture -> why such layers are left out here.
         exclude, include, only, dims, alphas, lrs: the expressions of the call.
+        dropouts: those for each of the dropouts.
         by_record: those of `left_out`.
         by_switch: the ones among them which an argument turns on and off.
         switched_off: those that this call turned off.
@@ -80,6 +83,7 @@ class Call:
     dims: Patterns
     alphas: Patterns
     lrs: Patterns
+    dropouts: Mapping[str, Patterns]
     by_record: Patterns
     by_switch: Patterns
     switched_off: Patterns
@@ -116,6 +120,7 @@ class Call:
             Patterns("network_reg_dims", a.network_reg_dims, arch, named),
             Patterns("network_reg_alphas", a.network_reg_alphas, arch, named),
             Patterns("network_reg_lrs", a.network_reg_lrs, arch, named),
+            {name: Patterns(by, getattr(a, by), arch, named) for name, by in BY_EXPRESSION.items()},
             Patterns("default", left_out, arch),
             Patterns("default", left_out.keys() & {switch.regex for switch in arch.switches}, arch),
             Patterns("given", given & left_out.keys(), arch),

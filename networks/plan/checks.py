@@ -13,6 +13,7 @@ from ..algos import ALGOS, OF_WEIGHT, Adapter
 from ..args.parse import NetArgs, Problems
 from ..args.table import BY_NAME, OWN_STYLES, STANDS_FOR
 from ..tensors.norms import NormGeometry
+from .call import BY_EXPRESSION
 from .causes import grouped, subject
 from .values import ALPHA, DIM
 
@@ -111,7 +112,8 @@ def _decided_by_file(request: Request, used: Collection[By]) -> list[str]:
 
 def _expressions(request: Request, used: Collection[By], problems: Problems) -> None:
     """Every regular expression must win somewhere."""
-    arguments: dict[str, Sequence[str] | Mapping[str, Any]] = {"network_reg_lrs": request.args.network_reg_lrs}
+    always = ("network_reg_lrs", *BY_EXPRESSION.values())
+    arguments: dict[str, Sequence[str] | Mapping[str, Any]] = {name: getattr(request.args, name) for name in always}
     if request.saved is None:  # what was left out when a file was made is not in it
         arguments["exclude_patterns"] = request.args.exclude_patterns
         arguments["network_reg_dims"] = request.args.network_reg_dims
@@ -126,19 +128,27 @@ def _expressions(request: Request, used: Collection[By], problems: Problems) -> 
 
 
 def _dropouts(trained: Sequence[PlanRow], args: NetArgs, problems: Problems, notes: list[str]) -> None:
-    usual = BY_NAME["rank_dropout_scale"].default_at((args.style, args.host), {})
-    scale = f"rank_dropout_scale={args.rank_dropout_scale}" if args.rank_dropout_scale != usual else ""
-    if scale and not args.rank_dropout:
+    scale = _dropout_scale(args)
+    if scale and not any(row.dropouts.rank_dropout for row in trained):
         problems.idle("rank_dropout_scale", " without rank_dropout", scale)
-    if not (args.dropout or args.rank_dropout):
-        return
-    without = sum(not row.rank_axis for row in trained)
-    if without == len(trained):
-        asked = {name: "" for name in ("dropout", "rank_dropout") if args.asks(name)}
-        for name, shown in (asked | ({"rank_dropout_scale": scale} if scale else {})).items():
-            problems.idle(name, ": no trained layer has a rank activation", shown)
+    on_rank = [row for row in trained if row.dropouts.dropout or row.dropouts.rank_dropout]
+    without = sum(not row.rank_axis for row in on_rank)
+    if without and without < len(on_rank):
+        notes.append(f"{without} of {len(on_rank)} layers have no rank activation: no dropout, rank_dropout")
     elif without:
-        notes.append(f"{without} of {len(trained)} layers have no rank activation: no dropout, rank_dropout")
+        _no_rank(args, scale, problems)
+
+
+def _dropout_scale(args: NetArgs) -> str:
+    """The argument as it is given; "" where it is the default."""
+    usual = BY_NAME["rank_dropout_scale"].default_at((args.style, args.host), {})
+    return f"rank_dropout_scale={args.rank_dropout_scale}" if args.rank_dropout_scale != usual else ""
+
+
+def _no_rank(args: NetArgs, scale: str, problems: Problems) -> None:
+    asked = {name: "" for name in ("dropout", "rank_dropout") if args.asks(name)}
+    for name, shown in (asked | ({"rank_dropout_scale": scale} if scale else {})).items():
+        problems.idle(name, ": no trained layer has a rank activation", shown)
 
 
 def _loraplus(trained: Sequence[PlanRow], request: Request, problems: Problems, notes: list[str]) -> None:

@@ -16,6 +16,7 @@ from ..args.expressions import quoted
 from ..args.parse import NetArgs
 from ..files.codec import SavedLayer
 from ..files.dialects import FileFormat
+from ..layers.dropout import Dropouts
 from ..tensors.geometry import Geometry
 from ..tensors.seeding import seed_of, seeded
 from . import report
@@ -42,6 +43,7 @@ class PlanRow:
         plus_ratio: LoRA+ factor on the learning rate of the plus parameters.
         plus_unit: LoRA+ factor in their parametrisation instead.
         dora_ratio: factor on the learning rate of the magnitudes.
+        dropouts: that act on it in training; those on the rank activation where there is one.
         rank_axis: whether dropouts on the rank activation reach it.
         dora: the side on which it has magnitudes, "output" or "input"; "" without DoRA.
         plain: why it has none although use_dora is on.
@@ -74,6 +76,7 @@ class PlanRow:
     plus_ratio: float = 1.0
     plus_unit: float = 1.0
     dora_ratio: float = 1.0
+    dropouts: Dropouts = Dropouts()
     rank_axis: bool = False
     parameters: int = 0
     dora: str = ""

@@ -12,6 +12,7 @@ from typing import Any
 from ..algos import ALGOS, Adapter, Layout, layout_of, suited
 from ..args.parse import NetArgs, Problems
 from ..files.codec import SavedLayer, unknown_form
+from ..layers.dropout import Dropouts
 from ..layers.magnitude import magnitude_shape
 from ..tensors.geometry import Geometry
 from . import checks, file_format, values
@@ -171,7 +172,8 @@ class _Planner:
 
     def _trained(self, row: PlanRow, c: Candidate, a: NetArgs, choice: Choice, layout: Layout) -> PlanRow:
         algorithm, denoiser = choice.algorithm, self.call.of_denoiser(c)
-        side, plain = self._dora(choice, a)
+        dropouts = self._dropouts(c)
+        side, plain = self._dora(choice, a, dropouts)
         scale, alpha = _strength(choice, layout.rank, a.rs_lora)
         ratio = values.first(values.PLUS, c, self.call).value if algorithm.spec.plus else None
         plus = 1.0 if ratio is None else ratio
@@ -190,6 +192,7 @@ class _Planner:
             plus_ratio=1.0 if folded else plus,
             plus_unit=plus if folded else 1.0,
             dora_ratio=1.0 if self.args.dora_lr_ratio is None or not side else self.args.dora_lr_ratio,
+            dropouts=dropouts,
             rank_axis=layout.rank_axis,
             parameters=layout.parameters + (math.prod(magnitude_shape(row.geometry, side == "output")) if side else 0),
             dora=side,
@@ -245,7 +248,11 @@ class _Planner:
             return ()
         return self.call.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
 
-    def _dora(self, choice: Choice, a: NetArgs) -> tuple[str, str]:
+    def _dropouts(self, c: Candidate) -> Dropouts:
+        found = {name: values.first(sources, c, self.call).value for name, sources in values.DROPOUT.items()}
+        return Dropouts(**found, rank_dropout_scale=self.args.rank_dropout_scale)
+
+    def _dora(self, choice: Choice, a: NetArgs, dropouts: Dropouts) -> tuple[str, str]:
         """(side, why there is none although it was asked for); the file's side comes first, unless use_dora=False is
         written out."""
         side, algorithm = choice.side, choice.algorithm
@@ -255,8 +262,8 @@ class _Planner:
         never = "use_dora" not in algorithm.spec.features
         reasons = {
             algorithm.spec.name: never,
-            "dropout": a.dropout,
-            "rank_dropout": a.rank_dropout,
+            "dropout": dropouts.dropout,
+            "rank_dropout": dropouts.rank_dropout,
             "split_qkv": choice.split,
         }
         plain = next((name for name, on in reasons.items() if on), "") if wanted else ""
@@ -301,6 +308,7 @@ class _Planner:
             choice.alpha_by if layout.rank is not None else None,
             (c.part.argument, "") if c.part.argument else None,
             ("split_qkv", "") if choice.split else None,
+            *(values.first(values.DROPOUT[name], c, self.call).by for name in _reaching(layout)),
         }
         self._use((one for one in by if one), c)
         timeless = frozenset[str]() if self.call.of_denoiser(c) else algorithm.spec.timed
@@ -336,7 +344,9 @@ class _Planner:
         call, pairs = self.call, list(zip(self.layers, verdicts, strict=True))
         others = [(c, verdict.reason) for c, verdict in pairs if verdict.reason and not verdict.admitted]
         trainable = [c for c, verdict in pairs if verdict.admitted or not verdict.reason]
-        for patterns in (call.exclude, call.include, call.only, call.dims, call.alphas, call.lrs):
+        for patterns in (
+            call.exclude, call.include, call.only, call.dims, call.alphas, call.lrs, *call.dropouts.values(),
+        ):  # fmt: skip
             for pattern in report_unmatched(patterns, trainable, others, self.problems):
                 self.used[patterns.argument, pattern] = set()  # spoken of already
             self.notes += read_otherwise(patterns, trainable)
@@ -375,6 +385,11 @@ class _Planner:
         for name, classes in (pair for part, _ in self.request.parts for pair in part.optional):
             if getattr(self.args, name) and there.isdisjoint(classes):
                 self.problems.idle(name, f": this model has no {', '.join(classes)}; leave it out", f"{name}=True")
+
+
+def _reaching(layout: Layout) -> Iterable[str]:
+    """Names of the dropouts that act on a layer."""
+    return values.DROPOUT if layout.rank_axis else ("module_dropout",)
 
 
 def _strength(choice: Choice, rank: int | None, rs_lora: bool) -> tuple[float, float]:

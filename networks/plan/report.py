@@ -34,7 +34,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     """JSON-able form: one object per layer and the totals."""
     rows = []
     for row in plan.rows:
-        entry = {name: getattr(row, name) for name in _FIELDS} if row.trained else {}
+        entry = {name: getattr(row, name) for name in _FIELDS} | row.dropouts.given if row.trained else {}
         entry |= {"name": row.shown_name, "part": row.part, "dotted_name": row.dotted_name}
         entry |= {"saved_name": row.saved_name, "kind": row.kind}
         entry |= {"shape": list(row.shape), "trained": row.trained}
@@ -69,8 +69,12 @@ def totals(plan: Plan) -> dict[str, Any]:
 
 def plan_text(plan: Plan) -> str:
     """A table: one line per layer, then totals and notes."""
-    head = ("layer", "saved name", "kind", "shape", "rank", "alpha", "scale", "lr", "parameters", "bytes")
-    lines = [head, *(_cells(row) for row in plan.rows)]
+    head: tuple[str, ...] = (
+        "layer", "saved name", "kind", "shape", "rank", "alpha", "scale", "lr", "parameters", "bytes",
+    )  # fmt: skip
+    dropouts = any(row.dropouts for row in plan.trained)
+    head = (*head, "dropouts") if dropouts else head
+    lines = [head, *(_cells(row, dropouts) for row in plan.rows)]
     widths = [max(len(cells[i]) for cells in lines if len(cells) == len(head)) for i in range(len(head))]
     text = [f"{plan.title}"]
     for cells in lines:
@@ -82,13 +86,17 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*text, "", *summary(plan)]) + "\n"
 
 
-def _cells(row: PlanRow) -> tuple[str, ...]:
+def _cells(row: PlanRow, dropouts: bool) -> tuple[str, ...]:
     name = row.shown_name
     shape = "x".join(map(str, row.shape))
     if not row.trained:
         return name, row.saved_name, row.kind, shape, row.reason
     values = (str(row.dim), f"{row.alpha:g}", f"{row.scale:.6g}", _lr(row), f"{row.parameters:,}", f"{row.bytes:,}")
-    return (name, row.saved_name, row.kind, shape, *values)
+    return (name, row.saved_name, row.kind, shape, *values, *([_dropouts(row)] if dropouts else []))
+
+
+def _dropouts(row: PlanRow) -> str:
+    return " ".join(f"{name} {p:g}" for name, p in row.dropouts.given.items()) or "-"
 
 
 def _lr(row: PlanRow) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..args.table import BY_NAME
-from .call import By, Call
+from ..args.table import BY_NAME, DROPOUTS
+from .call import BY_EXPRESSION, By, Call
 from .patterns import Patterns
 from .walk import Candidate
 
@@ -195,6 +195,23 @@ def _given(name: str, call: Call) -> Found | None:
     return None if value is None else Found(float(value), (name, ""))
 
 
+# -- dropouts
+
+
+def _dropout(name: str) -> tuple[Source, ...]:
+    argument = BY_EXPRESSION[name]
+
+    def by_expression(c: Candidate, call: Call) -> Found | None:
+        """The first regular expression that matches."""
+        return _matching(call.dropouts[name], getattr(call.args, argument), c)
+
+    def for_all(c: Candidate, call: Call) -> Found | None:
+        """The argument for all layers."""
+        return Found(getattr(call.args, name), (name, ""))
+
+    return Source(argument, by_expression), Source(name, for_all)
+
+
 DIM = (
     Source("file", _file_dim),
     Source("network_reg_dims", _expression_dim),
@@ -227,4 +244,12 @@ PLUS = (
     Source("loraplus_lr_ratio", _plus),
     Source("no ratio", _no_plus),
 )
-VALUES = {"dim": DIM, "alpha": ALPHA, "learning rate": LR, "factor of its block": FACTOR, "LoRA+ ratio": PLUS}
+DROPOUT = {name: _dropout(name) for name in DROPOUTS}
+VALUES = {
+    "dim": DIM,
+    "alpha": ALPHA,
+    "learning rate": LR,
+    "factor of its block": FACTOR,
+    "LoRA+ ratio": PLUS,
+    **DROPOUT,
+}

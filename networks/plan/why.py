@@ -135,8 +135,8 @@ def _claim(source: Source, found: Found) -> str:
 
 
 def _rates(row: PlanRow) -> list[str]:
-    """What is unusual about its learning rates."""
+    """What is unusual about its learning rates, and its dropouts."""
     shown = {"learning rate": row.lr, "factor of its block": row.block_rate}
     ratios = {"LoRA+ ratio": row.plus_ratio * row.plus_unit, "ratio of the magnitudes": row.dora_ratio}
-    shown |= {name: ratio for name, ratio in ratios.items() if ratio != 1}
+    shown |= {name: ratio for name, ratio in ratios.items() if ratio != 1} | row.dropouts.given
     return [f"{name} {value:g}" for name, value in shown.items() if value is not None]
