@@ -263,7 +263,9 @@ def test_settings_and_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[
     code, _, err = run(capsys, "--config", str(settings))
     assert code == 2 and "what it trains is not known without the model" in err and "dry_run=True" in err
     code, _, err = run(capsys, "sdxl_train.py", "--config", str(settings))
-    assert code == 2 and "sdxl_train.py is no script that trains a network; did you mean sdxl_train_network.py?" in err
+    assert code == 2 and "sdxl_train.py trains the model itself and takes no network" in err
+    code, _, err = run(capsys, "sdxl_train_netwrk.py", "--config", str(settings))
+    assert code == 2 and "is no script that trains a network; did you mean sdxl_train_network.py?" in err
 
 
 def test_zero_and_nothing_in_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 from ..args.coerce import coerce, named, nearest
 from ..args.parse import Problems
 from ..args.table import BY_NAME
-from ..hosts.trainer_scripts import MUSUBI, SCRIPTS, SD_SCRIPTS, Script
+from ..hosts.trainer_scripts import MUSUBI, SCRIPTS, SD_SCRIPTS, WHOLE_MODEL, Script
 from ..models.releases import RELEASES, arch_of, others_of
 from .args import STANDS_FOR, Module
 from .command_line import (
@@ -173,6 +173,8 @@ def _script(args: argparse.Namespace) -> str:
     name = (args.model or "").replace("\\", "/").rpartition("/")[2]
     if not name.endswith(".py"):
         return ""
+    if name in WHOLE_MODEL:
+        raise ValueError(f"{name} trains the model itself and takes no network; there are {', '.join(SCRIPTS)}")
     if name not in SCRIPTS:
         raise ValueError(
             f"{name} is no script that trains a network{nearest(name, SCRIPTS)}; there are {', '.join(SCRIPTS)}"
