@@ -133,14 +133,23 @@ class Average:
     # -- its use
 
     @contextmanager
-    def used(self) -> Iterator[None]:
-        """The parameters have its values in here."""
+    def written(self, layers: Layers) -> Iterator[None]:
+        """The layers have its values in here, with all their digits; their parameters are put aside for so long."""
         self.put_back()
-        self.enter()
+        self._catch_up()
+        aside: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
         try:
+            for path, module in (pair for _, layer in layers for pair in layer.named_modules(prefix=layer.lora_name)):
+                for name, own in [*module._parameters.items()]:
+                    if own is not None:
+                        value = self._values.get(f"{path}.{name}", own.detach())
+                        value = value.to(own.device, torch.promote_types(own.dtype, torch.float32))
+                        aside.append((module._parameters, name, own))
+                        module._parameters[name] = nn.Parameter(value, requires_grad=False)
             yield
         finally:
-            self.leave()
+            for parameters, name, own in aside:
+                parameters[name] = own
 
     @torch.compiler.disable
     def enter(self) -> None:

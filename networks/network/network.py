@@ -400,8 +400,8 @@ class Network(nn.Module):
         if not average.is_saved or average.files == ALSO:
             self._saver.write(file, of)
         if average.is_saved:
-            with average.used():
-                of = replace(of, metadata={**of.metadata, **average.told()})
+            of = replace(of, dtype=dtype or next(self.parameters()).dtype, metadata=known | average.told())
+            with average.written(self.layers):
                 self._saver.write(file, of, "ema" if average.files == ALSO else "")
 
     @property

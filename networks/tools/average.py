@@ -127,7 +127,7 @@ def _check(opened: Sequence[Opened], how: Mapping[str, float]) -> None:
         raise ValueError(
             f"--sigma_rel {how['sigma_rel']:g} is no width: give one above 0, up to 0.288, the mean of all"
         )
-    first, *others = opened
+    first, *others = (file for file in opened if file.own.layers)  # read whole, which damaged ones are not
     for file in others:
         for key in {**first.tensors, **file.tensors}:
             one, other = first.tensors.get(key), file.tensors.get(key)
