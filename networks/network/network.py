@@ -400,8 +400,9 @@ class Network(nn.Module):
         if not average.is_saved or average.files == ALSO:
             self._saver.write(file, of)
         if average.is_saved:
-            of = replace(of, dtype=dtype or next(self.parameters()).dtype, metadata=known | average.told())
+            dtype = dtype or next(self.parameters()).dtype
             with average.written(self.layers):
+                of = replace(of, dtype=dtype, metadata=known | average.told())
                 self._saver.write(file, of, "ema" if average.files == ALSO else "")
 
     @property

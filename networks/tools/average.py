@@ -127,17 +127,24 @@ def _check(opened: Sequence[Opened], how: Mapping[str, float]) -> None:
         raise ValueError(
             f"--sigma_rel {how['sigma_rel']:g} is no width: give one above 0, up to 0.288, the mean of all"
         )
-    first, *others = (file for file in opened if file.own.layers)  # read whole, which damaged ones are not
-    for file in others:
-        for key in {**first.tensors, **file.tensors}:
+    _check_alike(opened[0], opened[1:])
+    if any(one.tensors.settings is not None for one in opened):
+        raise ValueError(f"{opened[0].path} is of PEFT, with settings beside it: make files with `convert` first")
+
+
+def _check_alike(first: Opened, others: Sequence[Opened]) -> None:
+    """
+    Raises:
+        ValueError: one is damaged, or has not what the first has.
+    """
+    for file in (first, *others):
+        for key in {**first.own.tensors, **file.own.tensors}:
             one, other = first.tensors.get(key), file.tensors.get(key)
             if one is None or other is None or one.shape != other.shape or not _may_differ(key, one, other):
                 raise ValueError(
                     f"{first.path} and {file.path} differ in more than values, first in {key} ({_shown(one)} and "
                     f"{_shown(other)}): give files of one run; `combine` adds others"
                 )
-    if any(one.tensors.settings is not None for one in opened):
-        raise ValueError(f"{first.path} is of PEFT, with settings beside it: make files with `convert` first")
 
 
 def _may_differ(key: str, one: Tensor, other: Tensor) -> bool:
