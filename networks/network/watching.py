@@ -86,7 +86,8 @@ class Watch:
         layers: Layers = (),
     ) -> None:
         self.runtime, self.clocks, self.read = runtime, list(clocks), read
-        self.average, self.layers = average if average is not None and average.decay else None, layers
+        self.average = average if average is not None and average.decay else None
+        self.layers = layers if self.average else ()  # no pickle of a model follows its layers for nothing
         self._before: PerThread[list[tuple[bool, list[Moment | None]]]] = PerThread(list)
 
     def hook(self, root: nn.Module) -> list[Any]:
