@@ -90,7 +90,7 @@ def _type(arg: Arg) -> str:
     bounds = ""
     if arg.minimum is not None and arg.kind in ("int", "float"):
         bounds = f" >= {arg.minimum:g}" if arg.below is None else f" {arg.minimum:g} to below {arg.below:g}"
-    return _TYPES[arg.kind] + bounds
+    return (_TYPES[arg.kind] if arg.below is None else _TYPES[arg.kind].replace("1e-4", "0.1")) + bounds
 
 
 def _default(arg: Arg) -> str:
