@@ -122,6 +122,7 @@ def test_every_option_changes_the_layout_somewhere(algo: str) -> None:
 # -- one formula, many readings
 
 
+@pytest.mark.sweep(2)
 @every_case
 def test_forward_and_weights_and_file_agree(case: Case, tmp_path: Path) -> None:
     """Both forms of forward == base op with new_weight == merged layer == merge from the file == the definition."""
@@ -165,6 +166,7 @@ def test_forward_and_weights_and_file_agree(case: Case, tmp_path: Path) -> None:
             assert_close(difference, outputs["chosen"][kind] - base(inputs[kind]), f"{kind}: merged into the model")
 
 
+@pytest.mark.sweep(2)
 @every_case
 def test_start_is_the_base(case: Case) -> None:
     """Bit for bit, but for the rounding which a record documents (`start_error`)."""
@@ -284,6 +286,7 @@ def test_one_multiplier_per_sample_is_a_loop_over_samples(case: Case) -> None:
             assert_close(y, torch.cat(apart[kind][: len(y)]), f"{kind} ({form})")
 
 
+@pytest.mark.sweep(2)
 @every_case
 def test_state_and_file_round_trips(case: Case, tmp_path: Path) -> None:
     """The live state is lossless, scalar and scale included; a file gives an equal network our output."""

@@ -146,6 +146,7 @@ def test_wrappers_do_not_reach_names_or_detection() -> None:
     assert saved_names(networks.lora.plan(4, 1, None, unet)) == wanted
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("arch", SPECS)
 def test_an_architecture_is_told_from_all_others(arch: str) -> None:
     """In whatever order they are asked."""
@@ -161,6 +162,7 @@ def test_a_model_of_no_architecture() -> None:
     assert recognised(nn.Linear(2, 2)) is None and detect(nn.Linear(2, 2)).title == "Linear"
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("arch", SPECS)
 def test_names_are_recorded_as_they_were(arch: str) -> None:
     """scripts/names.py, given the model that the file describes, writes the same file."""

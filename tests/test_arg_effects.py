@@ -146,6 +146,7 @@ def observed_on(arch: str, **kwargs: str) -> tuple[Any, ...]:
     return shapes, [layer.scale for layer in network.adapted_layers], denoiser(signal()).sum().item()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", OF_ARCHS)
 def test_effect_on_its_architecture(name: str) -> None:
     arch, value = OF_ARCHS[name]

@@ -42,6 +42,7 @@ def found(arch: str, model: nn.Module) -> dict[str, Any]:
     return {c.trainer_name: c for c in candidates(SPECS[arch].denoiser, model)}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("arch", CASES)
 def test_the_same_layers_are_trained_under_the_same_names(arch: str) -> None:
     model, spec = meta_model(arch), SPECS[arch]

@@ -42,7 +42,7 @@ def from_file(arch: str, model: nn.Module, tensors: dict[str, Tensor]) -> Any:
     return networks.lora.create_network_from_weights(1.0, None, None, None, model, tensors, for_inference=True)[0]
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("arch", SPECS)
 def test_created_trained_saved_loaded(arch: str, tmp_path: Path) -> None:
     for name, kwargs in FORMS.items():

@@ -124,6 +124,7 @@ def assert_near(what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Ten
         assert error <= tolerance * largest, f"{what}, {key}: {error:.3g} off, the largest is {largest:.3g}"
 
 
+@pytest.mark.sweep(2)
 @every_case
 def test_a_file_acts_as_it_did(golden: Golden, tmp_path: Path) -> None:
     """Merged by the functions for that, and applied by a new network of the same call."""
@@ -145,6 +146,7 @@ def test_a_file_acts_as_it_did(golden: Golden, tmp_path: Path) -> None:
     assert_near("applied", replay.outputs(models), outputs, UPDATE)
 
 
+@pytest.mark.sweep(2)
 @every_case
 def test_a_live_state_goes_on_as_it_did(golden: Golden, tmp_path: Path) -> None:
     """It saves the same file, bit for bit where that holds the parameters themselves, and takes the same next step."""

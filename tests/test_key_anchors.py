@@ -19,6 +19,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("arch", SPECS)
 def test_keys_and_shapes_of_a_file(arch: str, form: str) -> None:

@@ -66,6 +66,7 @@ def test_checkpoints_are_read_by_their_header(tmp_path: Path, arch: str, text: s
     assert len(networks.lora.plan(4, 1, alone.text_encoders, alone.unet).trained) == default
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("arch", [name for name, spec in SPECS.items() if spec.releases and not is_unet(name)])
 def test_headers_of_every_trainers_checkpoint(arch: str, tmp_path: Path) -> None:
     """The recorded layers of the trainer's own full-size model, or under those of the release's file."""
@@ -90,6 +91,7 @@ def test_headers_of_every_release_in_diffusers_names(name: str, tmp_path: Path) 
     assert f"({RELEASES[TWINS.get(name, name)].title})" in found.title
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("arch", SPECS)
 def test_released_sizes_have_the_usual_numbers_of_layers_and_kinds(arch: str) -> None:
     plans = [networks.lora.plan(4, 1, None, skeleton(one.name).unet).trained for one in SPECS[arch].releases]

@@ -121,7 +121,7 @@ def _divided(names: Sequence[str]) -> tuple[Module | None, list[str]]:
     """
     if not names:
         return None, []
-    if any(_is_meant(arg, names[:1]) for arg in TABLE) and names[0] not in BY_NAME["algo"].choices:
+    if any(_is_meant(arg, names[:1]) for arg in TABLE) and names[0].lower() not in BY_NAME["algo"].choices:
         return None, list(names)
     unknown = next((name for name in names[1:] if not any(_is_meant(arg, [name]) for arg in TABLE)), None)
     if unknown:

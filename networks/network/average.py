@@ -9,11 +9,13 @@ where values change little in the 1 / (1 - decay) steps that it covers.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +32,24 @@ STEPS = "steps"
 ONLY, ALSO, OFF = "only", "also", "off"  # files hold the average; the trained values, and others the average; neither
 
 T = TypeVar("T")
+Method = TypeVar("Method", bound=Callable[..., Any])
 Layers = Sequence[tuple[PlanRow, AdaptedLayer]]
+
+
+def _outside_graphs(method: Method) -> Method:
+    """A method that no compiled graph takes up, as torch.compiler.disable makes it. That one imports the compiler at
+    once, which takes longer than all else here together: it is asked where there is a compiler already."""
+    made: list[Callable[..., Any]] = []
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return method(*args)
+        if not made:
+            made.append(torch.compiler.disable(method))
+        return made[0](*args)
+
+    return call  # type: ignore[return-value]
 
 
 class Average:
@@ -82,7 +101,7 @@ class Average:
 
     # -- steps
 
-    @torch.compiler.disable
+    @_outside_graphs
     def follow(self, layers: Layers) -> None:
         """At the start of each pass with gradients, before or in it.
 
@@ -151,7 +170,7 @@ class Average:
             for parameters, name, own in aside:
                 parameters[name] = own
 
-    @torch.compiler.disable
+    @_outside_graphs
     def enter(self) -> None:
         """A pass that draws begins; passes may be nested."""
         self._catch_up()
@@ -166,14 +185,14 @@ class Average:
             for parameter, value in zip(self._parameters.values(), self._ready, strict=True):
                 parameter.data = value
 
-    @torch.compiler.disable
+    @_outside_graphs
     def leave(self) -> None:
         """It ends."""
         self._depth = max(0, self._depth - 1)
         if not self._depth:
             self.put_back()
 
-    @torch.compiler.disable
+    @_outside_graphs
     def put_back(self) -> None:
         """The parameters have their own values, also where a pass was broken off in a way that no hook learns of."""
         self._depth = 0
