@@ -86,4 +86,6 @@ class Patterns:
 
     def first(self, candidate: Candidate) -> str | None:
         """The first pattern that matches."""
+        if not self.patterns:  # most arguments have none, and every layer asks several of them
+            return None
         return next((pattern.text for pattern in self.patterns if pattern.means(candidate)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,11 +46,11 @@ class Source:
 
 def first(sources: Sequence[Source], c: Candidate, call: Call) -> Found:
     """What the first source says that says anything; the last one always does."""
-    return next(found for found in _all(sources, c, call) if found is not None)
-
-
-def _all(sources: Sequence[Source], c: Candidate, call: Call) -> Iterator[Found | None]:
-    return (source.find(c, call) for source in sources)
+    for source in sources:
+        found = source.find(c, call)
+        if found is not None:
+            return found
+    raise AssertionError("the last source says something of every layer")
 
 
 def _matching(patterns: Patterns, values: Any, c: Candidate) -> Found | None:
