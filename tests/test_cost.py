@@ -6,6 +6,7 @@ w1 [A, C], w2 [B, D, K].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,14 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 T = 512  # of all of them
 
 
+def _product_flops(total: Any, left: Any, right: Any, **rest: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+# PyTorch's counter does not know products which are added in place.
+IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+
+
 class Probe:
     """An adapted layer in fp32, its input, and a gradient for its output."""
 
@@ -68,7 +77,7 @@ class Probe:
         self.base(self.x).backward(self.gradient)
 
     def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             self.run()
         return counter.get_total_flops()
 

@@ -135,7 +135,7 @@ class Additive(Adapter):
     # -- what a layer asks of it
 
     def strength(self, multiplier: float | Tensor, scale: float) -> float | Tensor:
-        strength, scalar = multiplier * (scale * self.plus_gain), self.scalar
+        strength, scalar = multiplier * (scale * self.plus_gain), self._parameters["scalar"]
         return strength if scalar is None else strength * scalar.to(torch.promote_types(scalar.dtype, torch.float32))
 
     def weight_change(self, weight: Tensor, strength: float | Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records import AlgoSpec
+from ..tensors.fused import Call, OverBase
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import PassGate
 from ..tensors.products import Products
@@ -190,6 +191,8 @@ class Adapter(nn.Module):
     @property
     def plus_gain(self) -> float:
         """What the change of the weight lacks because of `plus_unit`, a factor."""
+        if self.plus_unit == 1.0:  # nearly always, and asked for in every pass
+            return 1.0
         return float(self.plus_unit ** sum(name in self.spec.plus for name in self.laid_out.shapes))
 
     # -- the start
@@ -328,6 +331,15 @@ class Adapter(nn.Module):
             As y, in the dtype of the computation; None = nothing ever.
         """
         raise NotImplementedError
+
+    def over_base(self, call: Call) -> OverBase | None:
+        """The form in which this adapter and an open base layer are one function; None = there is none. Asked once for
+        all calls of a kind, so that it must not depend on what changes between them.
+
+        Args:
+            call: the kind.
+        """
+        return None
 
     def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """[O, R] and [R, I, *kernel] whose product is the weight change, without scale and scalar; None where it is not

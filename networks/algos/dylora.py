@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..records.dylora import DYLORA
+from ..tensors.fused import Call, OverBase
 from ..tensors.geometry import Geometry
 from ..tensors.per_thread import PerThread
 from .lora import LoRA
@@ -55,6 +56,9 @@ class DyLoRA(LoRA):
         if block < dim or block == 1:
             return "", ""
         return f"all ranks in one block, which is plain LoRA, as block_size={block} is not below their dim", "a divisor"
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return None
 
     def begin(self, x: Tensor) -> None:
         blocks = -(-self.dim // self.block_size)

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records.lora import LORA
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_low_rank import low_rank_over_base
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import (
     Gate,
@@ -223,6 +225,10 @@ class LoRA(Additive):
         h = geometry.convolve(geometry.pointwise(x, down_RIK.flatten(1)), p["mid"], 1)
         return geometry.pointwise(gate.rank(h, 1), up_OR)
 
+    def over_base(self, call: Call) -> OverBase | None:
+        whole = "mid" in self.laid_out.shapes or self.down0 is not None
+        return None if whole or not call.cheaper_factored(self.flops(call.tokens)) else _over_base
+
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.mask_size
         O, J, N = g.out_features, g.columns, g.out_features * g.columns
@@ -364,6 +370,11 @@ class LoRA(Additive):
             found = f"lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}"
             raise ValueError(f"{found} do not fit a weight of {geometry.weight_shape}")
         return down.shape[0], {"use_tucker": tucker}
+
+
+def _over_base(adapter: LoRA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    p: Any = adapter._parameters
+    return low_rank_over_base(adapter.geometry, x, weight, bias, p["down"], p["up"], strength)
 
 
 def _since(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> dict[str, Tensor]:

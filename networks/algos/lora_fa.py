@@ -10,10 +10,13 @@ init=pissa and init=milora the directions of the base weight that LoRA would sta
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..records.lora_fa import LORA_FA
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_low_rank import low_rank_over_base
 from .lora import LoRA
 
 
@@ -23,3 +26,12 @@ class LoRAFA(LoRA):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.normal_(self.down, std=math.sqrt(2 / (self.geometry.in_features * self.geometry.groups + self.dim)))
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return _over_base if super().over_base(call) is not None else None
+
+
+def _over_base(adapter: LoRAFA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    p: Any = adapter._parameters
+    down = p["down"].detach()  # hosts switch the gradient of every parameter on
+    return low_rank_over_base(adapter.geometry, x, weight, bias, down, p["up"], strength)

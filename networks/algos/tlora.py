@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records.tlora import TLORA
+from ..tensors.fused import Call, OverBase
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, singular
 from .additive import Additive
@@ -161,6 +162,9 @@ class TLoRA(LoRA):
         lam, lam0 = (t.to(wide).reshape(1, -1, *self.geometry.ones) for t in (self.lam, self.lam0))
         change = p * (self.unit * (lam0 + lam)) + p0 * lam
         return {"up": torch.cat([change, p0 * lam0], 1), "down": torch.cat([q0 + q, q])}
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return None
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return super().delta(None if rank_mask_R is None else rank_mask_R.repeat(2))

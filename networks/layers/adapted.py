@@ -186,7 +186,7 @@ class AdaptedLayer(nn.Module):
         runtime = self.runtime
         if not site.acts or (not isinstance(runtime.multiplier, Tensor) and runtime.multiplier == 0):
             return site.below(x, *args, **kwargs)
-        if not (self.adapter.spec.stepwise and self._trains):
+        if not (self.adapter.spec.stepwise and self.in_step):
             return self._changed(site, x, *args, **kwargs)
         self.adapter.begin(x)
         try:
@@ -211,7 +211,7 @@ class AdaptedLayer(nn.Module):
                 assert other.layer is not None
                 y = _plus(y, other.layer._change(other, x, base, other.layer.runtime.multiplier))
             y = _plus(y, self._change(site, x, base, m) if beside else self._output_change(site, x, base, m))
-        if self.perturbation is not None and self._trains:
+        if self.perturbation is not None and self.in_step:
             noise = self.perturbation.output(self.adapter.geometry, x, site.select_rows, site.first_row)
             y = y if noise is None else y + CallGate(self.runtime.multiplier).output(noise.to(y.dtype))
         return y
@@ -276,11 +276,12 @@ class AdaptedLayer(nn.Module):
         return bool(self.dropouts or self.perturbation or self.adapter.spec.stepwise)
 
     @property
-    def _trains(self) -> bool:
+    def in_step(self) -> bool:
+        """Whether the pass of this thread is one of training."""
         return self.training and not self.runtime.sampling and not self.runtime.for_inference
 
     def _active_dropouts(self) -> Dropouts:
-        return self.dropouts if self._trains else _NONE
+        return self.dropouts if self.in_step else _NONE
 
     @property
     def strength(self) -> float | Tensor:

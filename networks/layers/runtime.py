@@ -49,6 +49,13 @@ class Runtime:
         return self.enabled and (self.trained is None or self.trained.in_training)
 
     @property
+    def alone(self) -> bool:
+        """Whether updates act, at one strength that is not 0, and nothing outside a layer has a say in them."""
+        m = self.multiplier
+        acts = self.enabled and self.region is None and self.trained is None and not self.accompanied
+        return acts and not isinstance(m, Tensor) and m != 0
+
+    @property
     def in_training(self) -> bool:
         """Whether this pass belongs to training: it has gradients, is one of validation, or is a teacher's, for which
         trainers turn the network off; they draw no picture without it."""

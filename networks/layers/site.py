@@ -15,6 +15,7 @@ from ..tensors import base_weight
 from ..tensors.geometry import RowRanges
 from ..tensors.products import OfWeight, weight_times
 from .dropout import CallGate
+from .over_base import over_base
 
 if TYPE_CHECKING:
     from .adapted import AdaptedLayer
@@ -42,17 +43,24 @@ class Site:
         self.module, self.row_ranges = module, row_ranges
         self.layer: AdaptedLayer | None = None
         self.below: Callable[..., Tensor] | None = None  # what the module's forward was before ours
+        self.forms: dict[Any, Any] = {}  # of `over_base`, by the kind of the call
         self.in_weight = False  # the module's weight holds the update, which its forward must not add again
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base module's output plus the update, in the base output's dtype."""
-        assert self.layer is not None and self.below is not None, "forward of a layer that is not attached"
-        return self.layer.run(self, x, *args, **kwargs)
+        layer = self.layer
+        assert layer is not None and self.below is not None, "forward of a layer that is not attached"
+        if layer.runtime.alone and not (args or kwargs or self.in_weight):
+            y = over_base(self, x)
+            if y is not None:
+                return y
+        return layer.run(self, x, *args, **kwargs)
 
     def attach(self) -> None:
         if self.below is None:
             self.below = self.module.forward
             self.module.forward = self.forward
+            self.forms.clear()
 
     def detach(self) -> None:
         """Take this adapter out; what is below and above it on the same module stays."""
@@ -62,6 +70,7 @@ class Site:
             return
         if above is not None:
             above.below = below
+            above.forms.clear()
         elif getattr(below, "__func__", None) is type(self.module).forward:
             del self.module.forward  # that of its class comes to light again
         else:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .blocks import SLICE, Codes, block_of_scale, widened
 
-_HALF_AND_WIDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF_AND_WIDER = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 REMEDY = "load the model in fp32, fp16 or bf16, or apply the network without merging and without DoRA"
 
@@ -80,7 +80,7 @@ class Plain(Form):
     coarse = False
 
     def matches(self, module: Any) -> bool:
-        return _is_plain(module.weight, _HALF_AND_WIDER)
+        return _is_plain(module.weight, HALF_AND_WIDER)
 
     def read(self, module: Any, device: torch.device | None) -> Tensor:
         weight = bare(module)

@@ -90,21 +90,29 @@ def product_norm_sq(left_OR: Tensor, right_RJ: Tensor) -> Tensor:
 
 
 def sum_norm_sq(weight: Tensor, left_OR: Tensor, right_RIK: Tensor, on_output: bool) -> Tensor:
-    """||W + left right||^2 of every output row [O] or every input column [I], without building the product.
+    """||W + left right||^2 of every output row [O] or every input column [I], without building the product, in fp32 or
+    wider.
 
     Args:
-        weight: W [O, I, *kernel].
+        weight: W [O, I, *kernel]. In half precision it is not widened: its product with the factors, small beside its
+            own squares, is as exact as it is.
         left_OR: [O, R].
         right_RIK: [R, I, *kernel].
         on_output: of rows; False = of columns.
     """
-    W, right = weight.flatten(1), right_RIK.flatten(1)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    W, left, right = weight.flatten(1), left_OR.to(wide), right_RIK.flatten(1).to(wide)
     if on_output:
-        cross = ((W @ right.T) * left_OR).sum(1)
-        return (W.square().sum(1) + 2 * cross + product_norm_sq(left_OR, right)).clamp_min(0)
-    cross = ((left_OR.T @ W) * right).sum(0)
-    columns = W.square().sum(0) + 2 * cross + product_norm_sq(right.T, left_OR.T)
-    return columns.reshape(weight.shape[1], -1).sum(1).clamp_min(0)
+        cross = ((W @ right.T.to(W.dtype)) * left).sum(1)
+        return square_sums(W, 1).add_(cross, alpha=2).add_(product_norm_sq(left, right)).clamp_min_(0)
+    cross = ((left.T.to(W.dtype) @ W) * right).sum(0)
+    columns = square_sums(W, 0).add_(cross, alpha=2).add_(product_norm_sq(right.T, left.T))
+    return columns.reshape(weight.shape[1], -1).sum(1).clamp_min_(0)
+
+
+def square_sums(matrix: Tensor, axis: int) -> Tensor:
+    """Sums of squares along an axis, in fp32 or wider, without a wide copy."""
+    return torch.linalg.vector_norm(matrix, dim=axis, dtype=torch.promote_types(matrix.dtype, torch.float32)).square()
 
 
 def product_error(factors: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor]) -> float:

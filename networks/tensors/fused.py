@@ -1,0 +1,178 @@
+"""One autograd function over a base layer and its adapter, where the base weight lies open: y = base(x) + s op(x, dW).
+
+Plain autograd makes the base's output, the update and their sum each by itself, twice over, and keeps what it met on
+the way. One function adds the update into the base's output in place, and its part of the input's gradient into the
+base's; it keeps the little that its backward pass needs. Each form says on top what it computes and what it keeps.
+
+A weight is saved as the parameter that it is, no view and no copy: hosts move it, and bind other memory to it, between
+the passes. Tests compare each form with the formula of its algorithm, in float64, with gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .geometry import Geometry
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a form is chosen by, once for all calls of a kind.
+
+    Attributes:
+        shape: of the layer's input, whose first axis is the samples.
+        tokens: T, how many output positions it has.
+        factored: whether to build no weight change, or to build it; None = the cheaper one.
+    """
+
+    shape: torch.Size
+    tokens: int
+    factored: bool | None = None
+
+    def cheaper_factored(self, costs: tuple[float, float]) -> bool:
+        """Whether to take the factored form.
+
+        Args:
+            costs: FLOPs of the factored form and of the one that builds the weight change; inf = no such form.
+        """
+        factored, materialised = costs
+        if self.factored is None or math.inf in costs:
+            return factored <= materialised
+        return self.factored
+
+
+class OverBase(Protocol):
+    """A form of one algorithm over an open base layer. Without state: layers share it, copies of them too."""
+
+    def __call__(self, adapter: Any, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+        """base(x) + strength op(x, dW), or what the algorithm has in its place.
+
+        Args:
+            adapter: whose values act.
+            x: the layer's input.
+            weight, bias: of the base layer, as the layer has them.
+            strength: multiplier * scale.
+
+        Returns:
+            As the base layer's own output, and no view: hosts change it in place.
+        """
+        ...
+
+
+def apply_of(function: Any) -> Callable[..., Any]:
+    """`apply` of a torch.autograd.Function, without its handling of functorch's transforms, in which no form is used: a
+    fourth of a call's time."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply
+
+
+class Switch:
+    """Whether forms are in use at all."""
+
+    on = True
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Layers compute in plain autograd meanwhile: for second derivatives, and to compare."""
+    before, Switch.on = Switch.on, False
+    try:
+        yield
+    finally:
+        Switch.on = before
+
+
+def refuse_twice() -> None:
+    """At the beginning of a backward pass: it has no backward of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "an adapted layer's fused form has no second derivatives (create_graph=True): run the forward pass under "
+            "networks.api.unfused()"
+        )
+
+
+def is_open(geometry: Geometry) -> bool:
+    """Whether forms are made for such a layer: a Linear, or a convolution without groups that pads with zeros, alike on
+    both sides."""
+    alike = all(before == after for before, after in geometry.pads)
+    return geometry.groups == 1 and geometry.padding_mode == "zeros" and alike
+
+
+# -- the base's part, of a Linear
+
+
+def flat(x: Tensor) -> Tensor:
+    """[.., F] as [T, F]."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def unflat(y: Tensor, like: Sequence[int]) -> Tensor:
+    """[T, F] as [.., F] of the axes of another shape, and no view of it, which could not be changed in place."""
+    return y if len(like) == 2 else torch.ops.aten._unsafe_view.default(y, [*like[:-1], y.shape[1]])
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def times_(gradient: Any, factor: float, dtype: torch.dtype | None = None) -> Any:
+    """A gradient, or None, times a factor: in place, or else in another dtype."""
+    if gradient is None or factor == 1.0:
+        return gradient
+    return cast(gradient, dtype or gradient.dtype).mul_(factor)
+
+
+# -- the base's part, of a convolution
+
+
+def convolved(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The layer's convolution with any weight [*, *, *kernel]."""
+    g = geometry
+    return _CONVS[len(g.kernel)](x, weight, bias, g.stride, tuple(a for a, _ in g.pads), g.dilation)
+
+
+def convolved_back(
+    geometry: Geometry, gradient: Tensor, x: Tensor | Sequence[int], weight: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    """Gradients of the input and of the weight of `convolved`, None for one that is not wanted.
+
+    Args:
+        geometry: of the layer.
+        gradient: of the output.
+        x: the input; its shape, where the weight's gradient is not wanted.
+        weight: [*, *, *kernel].
+        wanted: of the input, of the weight.
+    """
+    g, zeros = geometry, [0] * len(geometry.kernel)
+    given = x if isinstance(x, Tensor) else gradient.as_strided(x, [0] * len(x))  # a shape is all that is asked of it
+    both = torch.ops.aten.convolution_backward.default(
+        gradient, given, weight, None, g.stride, [a for a, _ in g.pads], g.dilation, False, zeros, 1, [*wanted, False]
+    )
+    return both[0], both[1]
+
+
+def add_pointwise_(y: Tensor, h: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
+    """Add a 1x1 convolution with a matrix [O, R, 1...] to an output, in place."""
+    if y.is_contiguous() and h.is_contiguous():  # the flat images of others would be copies
+        y.flatten(2).baddbmm_(matrix.flatten(1).expand(len(y), -1, -1), h.flatten(2), alpha=scale)
+    else:
+        y.add_(_CONVS[h.dim() - 2](h, matrix), alpha=scale)
+
+
+def pointwise_back(gradient: Tensor, h: Tensor, matrix: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
+    """Gradients of h and of the matrix, at scale 1, None for one that is not wanted."""
+    ones, zeros = [1] * (h.dim() - 2), [0] * (h.dim() - 2)
+    both = torch.ops.aten.convolution_backward.default(
+        gradient, h, matrix, None, ones, zeros, ones, False, zeros, 1, [*wanted, False]
+    )
+    return both[0], both[1]

@@ -1,0 +1,112 @@
+"""LoRA and what comes to it, over its base: y = base(x) + s up (down x).
+
+Kept: x, and h = down x [T, R]; x only where `down` learns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fused import (
+    add_pointwise_,
+    apply_of,
+    cast,
+    convolved,
+    convolved_back,
+    flat,
+    pointwise_back,
+    refuse_twice,
+    times_,
+    unflat,
+)
+from .geometry import Geometry
+
+
+def low_rank_over_base(
+    geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None, down_RIK: Tensor, up_OR: Tensor, strength: float
+) -> Tensor:
+    """base(x) + strength up (down x), for an open layer.
+
+    Args:
+        geometry: of the layer.
+        x: its input.
+        weight, bias: of the base.
+        down_RIK: [R, I, *kernel].
+        up_OR: [O, R, 1...].
+        strength: s.
+    """
+    if geometry.kernel:
+        y: Tensor = _conv(x, weight, bias, down_RIK, up_OR, strength, geometry)
+    else:
+        y = _linear(x, weight, bias, down_RIK, up_OR, strength)
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float) -> Tensor:
+        x2 = flat(x)
+        y = F.linear(x2, W, b)
+        A, B, x2 = cast(down, y.dtype), cast(up, y.dtype), cast(x2, y.dtype)
+        h = torch.mm(x2, A.t())
+        y.addmm_(h, B.t(), alpha=s)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
+        ctx.s = s
+        return unflat(y, x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_twice()
+        (g,), (x, W, A, B, h), s = gradients, ctx.saved_tensors, ctx.s
+        needs, shape = ctx.needs_input_grad, g.shape
+        g = flat(g)
+        gx = gA = gB = None
+        if needs[0] or needs[3]:
+            gh = torch.mm(g, B)
+            if needs[0]:
+                gx = unflat(torch.mm(g, cast(W, g.dtype)).addmm_(gh, A, alpha=s), shape)
+            if needs[3]:
+                gA = torch.addmm(A, gh.t(), cast(flat(x), g.dtype), beta=0, alpha=s)
+        if needs[4]:
+            gB = torch.addmm(B, g.t(), h, beta=0, alpha=s)
+        return gx, None, None, gA, gB, None
+
+
+class _Conv(torch.autograd.Function):
+    """A convolution takes no factor: s is in the copy of `down`, where one is made anyway, or beside `up`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float, geometry: Geometry
+    ) -> Tensor:
+        y = convolved(geometry, x, W, b)
+        A, B, copied = down, cast(up, y.dtype), down.dtype != y.dtype
+        if copied:
+            A = torch.mul(down, s, out=torch.empty_like(down, dtype=y.dtype))
+        ctx.on_A, ctx.on_B = (s, 1.0) if copied else (1.0, s)
+        h = convolved(geometry, cast(x, y.dtype), A)
+        add_pointwise_(y, h, B, ctx.on_B)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
+        ctx.geometry, ctx.shape = geometry, x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_twice()
+        (g,), (x, W, A, B, h), geometry = gradients, ctx.saved_tensors, ctx.geometry
+        on_x, on_A, on_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        gx = gA = None
+        gh, gB = (times_(t, ctx.on_B) for t in pointwise_back(g, h, B, (on_x or on_A, on_B)))
+        if gh is not None:
+            gx, gA = convolved_back(geometry, gh, ctx.shape if x is None else cast(x, g.dtype), A, (on_x, on_A))
+            gA = times_(gA, ctx.on_A, torch.promote_types(g.dtype, torch.float32))
+        if gx is not None:
+            gx.add_(convolved_back(geometry, g, ctx.shape, cast(W, g.dtype), (True, False))[0])
+        return gx, None, None, gA, gB, None, None
+
+
+_linear, _conv = apply_of(_Linear), apply_of(_Conv)
