@@ -130,7 +130,8 @@ def test_changes_of_the_base_layer_add_up(algo: str, dora: str, lower: str, lowe
     with torch.no_grad():
         alone = zoo(given)
     for kind, y in alone.items():
-        assert torch.equal(sampled[kind], y) and not torch.equal(y, outputs[kind])
+        assert_close(sampled[kind], y, kind)  # by one function for base and update, or by two passes
+        assert (y - outputs[kind]).abs().max() > 1e-3 * y.abs().max(), kind
 
 
 # -- the trainers' calls, on a UNet

@@ -108,7 +108,7 @@ class _Plain:
 
 @dataclass(frozen=True)
 class _WithMagnitude:
-    """DoRA at multiplier 1: y = (g / n) z + bias with z of the form, or z of (g / n) x."""
+    """DoRA at multiplier 1: the form's output, without its bias times g / n, or the form's output for x times g / n."""
 
     form: OverBase
     on_output: bool
@@ -123,7 +123,7 @@ class _WithMagnitude:
         change, start = cast(Tensor, layer.magnitude_change), cast(Tensor, layer.magnitude_start)
         if not self.on_output:
             return self.form(adapter, scaled(x, change, start, squares, None, ones), weight, bias, strength)
-        return scaled(self.form(adapter, x, weight, None, strength), change, start, squares, bias, ones)
+        return scaled(self.form(adapter, x, weight, bias, strength), change, start, squares, bias, ones)
 
 
 @dataclass(frozen=True)

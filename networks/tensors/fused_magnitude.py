@@ -1,4 +1,5 @@
-"""Features times learnt lengths over given ones: y = t g / n + bias, with g = start + change and n without gradient.
+"""Features times learnt lengths over given ones: y = r t + (1 - r) bias, with r = (start + change) / n, and no gradient
+for n. At r = 1 that is t, bit for bit, bias included.
 
 Kept: t. A feature whose n is 0 keeps the factor 1.
 """
@@ -16,13 +17,13 @@ from .fused import apply_of, refuse_twice
 def scaled(
     t: Tensor, change: Tensor, start: Tensor, squares_F: Tensor, bias: Tensor | None, ones: tuple[int, ...]
 ) -> Tensor:
-    """t g / n + bias, in the dtype of t; the factor is not rounded to that.
+    """r t + (1 - r) bias, in the dtype of t; the factor is not rounded to that.
 
     Args:
-        t: with the features along an axis.
-        change, start: of g, F values each, in any shape.
+        t: with the features along an axis; a bias is in it.
+        change, start: of the lengths, F values each, in any shape.
         squares_F: n^2.
-        bias: [F], or None.
+        bias: [F], or None for 0.
         ones: one 1 for each axis behind that of the features.
     """
     y: Tensor = _scaled(t, change, start, squares_F, bias, ones)
@@ -43,19 +44,22 @@ class _Scaled(torch.autograd.Function):
         n = squares.sqrt()
         zero = n == 0
         factor = torch.where(zero, 1.0, (start + change).flatten() / n).reshape(-1, *ones)
-        ctx.save_for_backward(t, factor, n.masked_fill_(zero, torch.inf))
+        ctx.save_for_backward(t, factor, n.masked_fill_(zero, torch.inf), bias)
         ctx.shape = change.shape
-        return _times(t, factor, None if bias is None else bias.reshape(-1, *ones))
+        return _times(t, factor, None if bias is None else (1 - factor) * bias.reshape(factor.shape))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        (g,), (t, factor, n) = gradients, ctx.saved_tensors
+        (g,), (t, factor, n, bias) = gradients, ctx.saved_tensors
         change: Tensor | None = None
         if ctx.needs_input_grad[1]:
             axis = g.dim() - factor.dim()
             others = [i for i in range(g.dim()) if i != axis]
-            change = ((g * t).sum(others, dtype=n.dtype) / n).reshape(ctx.shape)
+            change = (g * t).sum(others, dtype=n.dtype)
+            if bias is not None:
+                change.addcmul_(g.sum(others, dtype=n.dtype), bias.to(n.dtype), value=-1)
+            change = change.div_(n).reshape(ctx.shape)
         return _times(g, factor) if ctx.needs_input_grad[0] else None, change, None, None, None, None
 
 
