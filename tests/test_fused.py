@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -122,26 +123,26 @@ def test_both_paths_are_equal_with_magnitudes(algo: str, side: str) -> None:
 
 @every_algorithm
 def test_gradients_by_differences(algo: str) -> None:
-    for kind, make, shape in (
-        ("linear", lambda: nn.Linear(12, 8), (3, 12)),
-        ("conv", lambda: nn.Conv2d(4, 8, 3, padding=1, stride=2), (2, 4, 3, 4)),
-    ):
-        for dora in ("", "output") if "use_dora" in ALGOS[algo].spec.features else ("",):
-            base, layer = adapted(make().double().requires_grad_(False), algo, dim=2, dora=dora)
-            names = [name for name, _ in layer.learnt()]
-            if dora:  # its norm has no gradient by definition
-                names = [name for name in names if "magnitude" in name]
+    makes = {
+        "linear": (nn.Linear(12, 8), (3, 12)),
+        "conv": (nn.Conv2d(4, 8, 3, padding=1, stride=2), (2, 4, 3, 4)),
+    }
+    sides = ("", "output", "input") if "use_dora" in ALGOS[algo].spec.features else ("",)
+    for (kind, (made, shape)), dora in itertools.product(makes.items(), sides):
+        base, layer = adapted(copy.deepcopy(made).double().requires_grad_(False), algo, dim=2, dora=dora)
+        learnt = dict(layer.learnt())
+        names = [name for name in learnt if not dora or "magnitude" in name]  # a norm has no gradient, by definition
 
-            def call(x: Tensor, *values: Tensor) -> Tensor:
-                for name, value in zip(names, values, strict=True):
-                    owner, _, last = name.rpartition(".")
-                    layer.get_submodule(owner)._parameters[last] = value  # type: ignore[assignment]
-                return base(x)
+        def call(x: Tensor, *values: Tensor, base=base, layer=layer, names=names) -> Tensor:
+            for name, value in zip(names, values, strict=True):
+                owner, _, last = name.rpartition(".")
+                layer.get_submodule(owner)._parameters[last] = value
+            return base(x)
 
-            given = [dict(layer.named_parameters())[name].detach().clone().requires_grad_() for name in names]
-            x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-            assert torch.autograd.gradcheck(call, (x, *given), fast_mode=True), f"{kind} {dora}"
-            assert is_fused(layer), kind
+        given = [learnt[name].detach().clone().requires_grad_() for name in names]
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(call, (x, *given), fast_mode=True), f"{kind} {dora}"
+        assert is_fused(layer), kind
 
 
 HALVES = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), (torch.bfloat16, False)]

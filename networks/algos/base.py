@@ -166,7 +166,9 @@ class Adapter(nn.Module):
     def values(self) -> dict[str, Tensor]:
         """All parameters as they act now, differentiable where they are trained: frozen ones are detached, since some
         hosts switch the gradient of every parameter on."""
-        return {name: p.detach() if name in self.spec.frozen else p for name, p in self.named_parameters()}
+        named = self.named_parameters() if self._modules else self._parameters.items()  # the walk takes a while
+        frozen = self.spec.frozen
+        return {name: p.detach() if name in frozen else p for name, p in named if p is not None}
 
     def factors(self, x: Tensor) -> dict[str, Tensor]:
         """The same in the dtype in which they meet x."""

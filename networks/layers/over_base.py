@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from ..tensors.forms import HALF_AND_WIDER
 from ..tensors.fused import Call, OverBase, Switch, is_open
 from ..tensors.fused_magnitude import scaled
+from .precision import without_autocast
 
 if TYPE_CHECKING:
     from .adapted import AdaptedLayer
@@ -116,11 +117,13 @@ class _WithMagnitude:
     def __call__(
         self, layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, multiplier: float
     ) -> Tensor:
-        adapter, ones = _adapter(layer), layer.adapter.geometry.ones
+        adapter = _adapter(layer)
+        ones = adapter.geometry.ones
         strength = adapter.strength(multiplier, layer.scale)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(x.device.type):
             squares = adapter.norm_sq(weight, strength, self.on_output)
-        change, start = cast(Tensor, layer.magnitude_change), cast(Tensor, layer.magnitude_start)
+        change = cast(Tensor, layer._parameters["magnitude_change"])
+        start = cast(Tensor, layer._buffers["magnitude_start"])
         if not self.on_output:
             return self.form(adapter, scaled(x, change, start, squares, None, ones), weight, bias, strength)
         return scaled(self.form(adapter, x, weight, bias, strength), change, start, squares, bias, ones)

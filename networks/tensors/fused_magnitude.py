@@ -30,10 +30,16 @@ def scaled(
     return y
 
 
-def _times(t: Tensor, factor: Tensor, plus: Tensor | None = None) -> Tensor:
-    """t factor + plus, rounded once, to the dtype of t."""
-    out = torch.empty_like(t)
-    return torch.mul(t, factor, out=out) if plus is None else torch.addcmul(plus, t, factor, out=out)
+def _times(t: Tensor, factor: Tensor) -> Tensor:
+    """t factor, rounded once, to the dtype of t."""
+    return t * factor if t.dtype == factor.dtype else torch.mul(t, factor, out=torch.empty_like(t))
+
+
+def _between(t: Tensor, factor: Tensor, bias: Tensor) -> Tensor:
+    """factor t + (1 - factor) bias, likewise."""
+    if t.dtype == bias.dtype == factor.dtype:
+        return torch.lerp(bias, t, factor)
+    return torch.addcmul((1 - factor) * bias, t, factor, out=torch.empty_like(t))
 
 
 class _Scaled(torch.autograd.Function):
@@ -43,10 +49,10 @@ class _Scaled(torch.autograd.Function):
     ) -> Tensor:
         n = squares.sqrt()
         zero = n == 0
-        factor = torch.where(zero, 1.0, (start + change).flatten() / n).reshape(-1, *ones)
+        factor = (start + change).flatten().div_(n).masked_fill_(zero, 1.0).reshape(-1, *ones)
         ctx.save_for_backward(t, factor, n.masked_fill_(zero, torch.inf), bias)
         ctx.shape = change.shape
-        return _times(t, factor, None if bias is None else (1 - factor) * bias.reshape(factor.shape))
+        return _times(t, factor) if bias is None else _between(t, factor, bias.reshape(factor.shape))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -102,12 +102,12 @@ def sum_norm_sq(weight: Tensor, left_OR: Tensor, right_RIK: Tensor, on_output: b
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     W, left, right = weight.flatten(1), left_OR.to(wide), right_RIK.flatten(1).to(wide)
-    if on_output:
-        cross = ((W @ right.T.to(W.dtype)) * left).sum(1)
-        return square_sums(W, 1).add_(cross, alpha=2).add_(product_norm_sq(left, right)).clamp_min_(0)
-    cross = ((left.T.to(W.dtype) @ W) * right).sum(0)
-    columns = square_sums(W, 0).add_(cross, alpha=2).add_(product_norm_sq(right.T, left.T))
-    return columns.reshape(weight.shape[1], -1).sum(1).clamp_min_(0)
+    if not on_output:
+        W, left, right = W.T, right.T, left.T
+    cross = (W @ right.T.to(W.dtype)).to(wide)
+    more = torch.addmm(cross, left, right @ right.T, beta=2).mul_(left).sum(1)  # 2 <W, left right> + ||left right||^2
+    squares = square_sums(W, 1).add_(more)
+    return (squares if on_output else squares.reshape(weight.shape[1], -1).sum(1)).clamp_min_(0)
 
 
 def square_sums(matrix: Tensor, axis: int) -> Tensor:
