@@ -6,18 +6,16 @@ w1 [A, C], w2 [B, D, K].
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from bench.counting import Counts, Launch, Watch, count, flops_of
 from helpers_numeric import FORMS, forced, randomise
 from registry import ALGORITHMS, data_of
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from networks.algos import ALGOS, Adapter
 from networks.layers.adapted import AdaptedLayer
@@ -40,14 +38,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv_3x3": (lambda: nn.Conv2d(64, 128, 3, padding=1), (2, 64, 16, 16)),
 }
 T = 512  # of all of them
-
-
-def _product_flops(total: Any, left: Any, right: Any, **rest: Any) -> int:
-    return 2 * math.prod(left) * right[-1]
-
-
-# PyTorch's counter does not know products which are added in place.
-IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
 
 
 class Probe:
@@ -77,52 +67,23 @@ class Probe:
         self.base(self.x).backward(self.gradient)
 
     def flops(self) -> int:
-        with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-            self.run()
-        return counter.get_total_flops()
+        return flops_of(self.run)
+
+    def counts(self) -> Counts:
+        parameters = (*self.base.parameters(), *self.layer.parameters(), *self.layer.buffers())
+        return count(lambda: self.base(self.x), self.x, self.gradient, parameters)
 
     def kept(self) -> int:
-        """Bytes held for backward: unique storages without parameters and x (the base weight is a parameter too)."""
-        known = {t.untyped_storage().data_ptr() for t in (self.x, *self.base.parameters(), *self.layer.parameters())}
-        held: dict[int, int] = {}
-        alive = []
+        return self.counts().kept
 
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in known:
-                held[storage.data_ptr()] = storage.nbytes()
-                alive.append(t)  # or its address could be given out again
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = self.base(self.x)
-        y.backward(self.gradient)
-        return sum(held.values())
-
-    def calls(self) -> Calls:
-        with Calls() as calls:
+    def launches(self) -> tuple[Launch, ...]:
+        with Watch() as watch:
             self.run()
-        return calls
+        return tuple(watch.launches)
 
 
-class Calls(TorchDispatchMode):
-    """Records every non-view ATen call with the size of its largest output: the proxy for kernel launches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and func.__name__.split(".")[0] not in ("_unsafe_view", "detach"):
-            outputs = result if isinstance(result, (tuple, list)) else (result,)
-            self.seen.append((func.__name__, max((t.numel() for t in outputs if isinstance(t, Tensor)), default=0)))
-        return result
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.seen]
+def names(launches: Sequence[Launch]) -> list[str]:
+    return [launch.name for launch in launches]
 
 
 # -- FLOPs
@@ -278,10 +239,10 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("name, layer", LAUNCHES)
 def test_launches(name: str, layer: str) -> None:
-    """Non-view ATen calls, forward and backward, fp32."""
+    """Forward and backward, fp32."""
     algo, dim, options = ADAPTERS[name]
-    calls = Probe(layer, algo, dim, **options).calls()
-    assert len(calls.seen) <= LAUNCHES[name, layer], calls.names
+    launches = Probe(layer, algo, dim, **options).launches()
+    assert len(launches) <= LAUNCHES[name, layer], names(launches)
 
 
 @pytest.mark.parametrize("name", [name for name, (algo, _, _) in ADAPTERS.items() if data_of(algo).kept])
@@ -293,12 +254,11 @@ def test_no_temporary_of_the_weights_size(name: str) -> None:
         shape = (1, tokens, 256) if layer == "linear" else (1, 64, tokens, tokens)
         probe.x = torch.randn(shape).requires_grad_()
         probe.gradient = torch.randn_like(probe.base(probe.x))
-        calls = probe.calls()
-        assert calls.seen
-        name_of, largest = max(calls.seen, key=lambda call: call[1])
-        assert largest < probe.N, f"{name_of} makes {largest} of {probe.N} elements"
+        largest = max(probe.launches(), key=lambda launch: launch.largest)
+        assert largest.largest < probe.N, f"{largest} of {probe.N} elements"
         with forced("materialised", probe.layer):
-            assert max(size for _, size in probe.calls().seen) >= probe.N, "the watch sees a materialised weight"
+            made = max(launch.largest for launch in probe.launches())
+            assert made >= probe.N, "the watch sees a materialised weight"
 
 
 # -- the other algorithms
@@ -372,5 +332,5 @@ def test_no_temporary_of_the_weights_size_in_the_others(name: str) -> None:
     probe.layer.train()
     probe.x = torch.randn(1, 64, 256).requires_grad_()
     probe.gradient = torch.randn_like(probe.base(probe.x))
-    name_of, largest = max(probe.calls().seen, key=lambda call: call[1])
-    assert largest < probe.N, f"{name_of} makes {largest} of {probe.N} elements"
+    largest = max(probe.launches(), key=lambda launch: launch.largest)
+    assert largest.largest < probe.N, f"{largest} of {probe.N} elements"

@@ -1,0 +1,193 @@
+"""What a pass costs whatever the machine: FLOPs, bytes kept for backward, traffic, peak and launches, by counting.
+
+A launch is an ATen call below autograd and autocast that runs a kernel. Calls that run none do not count: views,
+`detach`, `_unsafe_view`, and allocations without a value (`empty` and the like). Traffic is what launches read and
+write, in bytes of their tensors; a tensor that is only written over (`copy_`, `fill_`) is not read, and of one that is
+expanded what is really there counts. The numbers are those of plain calls: what a compiler would fuse is not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+SILENT = {"_unsafe_view", "detach", "lift_fresh", "resize_", "set_"}  # and views, and all that is called `empty`
+OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"}  # without reading
+
+
+def _product_flops(total: Any, left: Any, right: Any, **rest: Any) -> int:
+    return 2 * math.prod(left) * right[-1]
+
+
+# PyTorch's counter does not know products which are added in place.
+_IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call that runs a kernel.
+
+    Attributes:
+        name: with its overload, `addmm.default`.
+        largest: elements of its largest output.
+        traffic: bytes that it reads and writes.
+    """
+
+    name: str
+    largest: int
+    traffic: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one forward and backward pass.
+
+    Attributes:
+        flops: of products and convolutions.
+        kept: bytes held for backward, by unique storages, without the input and the parameters.
+        keeps_input: whether the input itself is held, too.
+        peak: the most bytes that are alive at once of what the pass made: output and gradients are part of it.
+        launches: in their order.
+    """
+
+    flops: int
+    kept: int
+    keeps_input: bool
+    peak: int
+    launches: tuple[Launch, ...]
+
+    @property
+    def traffic(self) -> int:
+        """Bytes read and written by all launches."""
+        return sum(launch.traffic for launch in self.launches)
+
+
+class Watch(TorchDispatchMode):
+    """Records the launches of what runs inside, and the memory that their results take.
+
+    Attributes:
+        launches: in their order.
+        peak: the most bytes of results that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = list(_tensors((args, kwargs))), list(_tensors(result))
+        new = {key_of(t): t for t in made}.keys() - {key_of(t) for t in given}
+        self._alive |= {key_of(t): (StorageWeakRef(t.untyped_storage()), _held(t)) for t in made if key_of(t) in new}
+        self.peak = max(self.peak, sum(size for _, size in self.alive().values()))
+        if runs_kernel(func):
+            self.launches.append(
+                Launch(func.__name__, max((t.numel() for t in made), default=0), _traffic(func, args, given, made))
+            )
+        return result
+
+    def alive(self) -> dict[int, tuple[StorageWeakRef, int]]:
+        """Storage -> bytes of results that somebody still holds."""
+        self._alive = {key: found for key, found in self._alive.items() if not found[0].expired()}
+        return self._alive
+
+
+def count(forward: Callable[[], Tensor], x: Tensor, gradient: Tensor, parameters: Iterable[Tensor]) -> Counts:
+    """What a pass costs.
+
+    Args:
+        forward: of what is counted, on x, under autocast where that is meant. It is called twice, so that what a first
+            call settles is not part of the result.
+        x: the input, whose gradient is computed.
+        gradient: of the output.
+        parameters: whatever was there before the pass: parameters, frozen weights, buffers.
+
+    Returns:
+        The counts. Gradients of x and the parameters are set to None before and after.
+    """
+    known = list(parameters)
+
+    def clear() -> None:
+        for t in (x, *known):
+            t.grad = None
+
+    def run() -> None:
+        clear()
+        forward().backward(gradient)
+
+    flops = flops_of(run)
+    clear()
+    held: dict[int, int] = {}
+    with Watch() as watch:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: _noted(t, held), lambda t: t):
+            y = forward()
+        # What a function holds by other ways than save_for_backward is kept as well.
+        held |= {key: size for key, (_, size) in watch.alive().items() if key != key_of(y)}
+        y.backward(gradient)
+    clear()
+    return Counts(
+        flops,
+        sum(size for key, size in held.items() if key not in {key_of(t) for t in (x, *known)}),
+        key_of(x) in held,
+        watch.peak,
+        tuple(watch.launches),
+    )
+
+
+def flops_of(run: Callable[[], object]) -> int:
+    """FLOPs of products and convolutions in a call."""
+    with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def runs_kernel(func: Any) -> bool:
+    """Whether an ATen call is a launch."""
+    name = func.__name__.split(".")[0]
+    view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+    return not (view or name in SILENT or "empty" in name)
+
+
+def key_of(t: Tensor) -> int:
+    """The same for all tensors of one storage, as long as it is alive."""
+    return int(t.untyped_storage()._cdata)
+
+
+def _noted(t: Tensor, held: dict[int, int]) -> Tensor:
+    held[key_of(t)] = _held(t)
+    return t
+
+
+def _held(t: Tensor) -> int:
+    return t.untyped_storage().nbytes()
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _traffic(func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> int:
+    name, unread = func.__name__.split(".")[0], set[int]()
+    if name in OVERWRITES:
+        unread = {0}
+    elif name == "convolution_backward":  # reads what the gradients that are asked for need
+        of_input, of_weight, _ = args[-1]
+        unread = ({2} if not of_input else set()) | ({1} if not of_weight else set())
+    return sum(_bytes(t) for i, t in enumerate(given) if i not in unread) + sum(map(_bytes, made))
+
+
+def _bytes(t: Tensor) -> int:
+    """Of its elements, each once."""
+    there = math.prod(size for size, stride in zip(t.shape, t.stride(), strict=True) if stride or not size)
+    return there * t.element_size()
