@@ -2,8 +2,8 @@
 
 A launch is an ATen call below autograd and autocast that runs a kernel. Calls that run none do not count: views,
 `detach`, `_unsafe_view`, and allocations without a value (`empty` and the like). Traffic is what launches read and
-write, in bytes of their tensors; a tensor that is only written over (`copy_`, `fill_`) is not read, and of one that is
-expanded what is really there counts. The numbers are those of plain calls: what a compiler would fuse is not seen.
+write, in bytes of their tensors: one that is only written over (`copy_`, `fill_`, `out=`) is not read, and of an
+expanded one what is really there counts. The numbers are those of plain calls: what a compiler would fuse is not seen.
 """
 
 from __future__ import annotations
@@ -24,12 +24,25 @@ SILENT = {"_unsafe_view", "detach", "lift_fresh", "resize_", "set_"}  # and view
 OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"}  # without reading
 
 
-def _product_flops(total: Any, left: Any, right: Any, **rest: Any) -> int:
-    return 2 * math.prod(left) * right[-1]
+def _added_product(total: Any, left: Any, right: Any, **rest: Any) -> int:
+    return 2 * math.prod(left) * (right[-1] if len(right) > 1 else 1)
 
 
-# PyTorch's counter does not know products which are added in place.
-_IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
+def _product(left: Any, right: Any, **rest: Any) -> int:
+    return _added_product(None, left, right)
+
+
+def _added_outer(total: Any, left: Any, right: Any, **rest: Any) -> int:
+    return 2 * left[0] * right[0]
+
+
+# Of products PyTorch's counter knows neither those added in place, nor those with a vector, nor a sum over a batch.
+_ATEN = torch.ops.aten
+_MORE = dict.fromkeys(
+    [_ATEN.addmm_, _ATEN.baddbmm_, _ATEN.addbmm, _ATEN.addbmm_, _ATEN.addmv, _ATEN.addmv_], _added_product
+)
+_MORE |= dict.fromkeys([_ATEN.mv, _ATEN.dot, _ATEN.vdot], _product)
+_MORE |= dict.fromkeys([_ATEN.addr, _ATEN.addr_], _added_outer)
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,10 @@ class Watch(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given, made = list(_tensors((args, kwargs))), list(_tensors(result))
-        new = {key_of(t): t for t in made}.keys() - {key_of(t) for t in given}
+        result, outputs = func(*args, **(kwargs or {})), {each.name for each in func._schema.arguments if each.is_out}
+        given = list(_tensors((args, {name: value for name, value in (kwargs or {}).items() if name not in outputs})))
+        made = list(_tensors(result))
+        new = {key_of(t): t for t in made}.keys() - {key_of(t) for t in _tensors((args, kwargs))}
         self._alive |= {key_of(t): (StorageWeakRef(t.untyped_storage()), _held(t)) for t in made if key_of(t) in new}
         self.peak = max(self.peak, sum(size for _, size in self.alive().values()))
         if runs_kernel(func):
@@ -147,7 +161,7 @@ def count(forward: Callable[[], Tensor], x: Tensor, gradient: Tensor, parameters
 
 def flops_of(run: Callable[[], object]) -> int:
     """FLOPs of products and convolutions in a call."""
-    with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_MORE) as counter:
         run()
     return counter.get_total_flops()
 
