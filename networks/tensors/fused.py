@@ -125,6 +125,16 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def met(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's input and its base weight in the dtype in which they meet: under autocast the copies, if any, which the
+    base's own forward would make and keep."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight
+    dtype = torch.get_autocast_dtype(device)
+    return cast(x, dtype), cast(weight, dtype)
+
+
 def times_(gradient: Any, factor: float, dtype: torch.dtype | None = None) -> Any:
     """A gradient, or None, times a factor: in place, or else in another dtype."""
     if gradient is None or factor == 1.0:

@@ -18,6 +18,7 @@ from .fused import (
     convolved,
     convolved_back,
     flat,
+    met,
     pointwise_back,
     refuse_twice,
     times_,
@@ -49,14 +50,16 @@ def low_rank_over_base(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float) -> Tensor:
+        shape = x.shape
+        x, W = met(x, W)
         x2 = flat(x)
         y = F.linear(x2, W, b)
-        A, B, x2 = cast(down, y.dtype), cast(up, y.dtype), cast(x2, y.dtype)
+        A, B = cast(down, y.dtype), cast(up, y.dtype)
         h = torch.mm(x2, A.t())
         y.addmm_(h, B.t(), alpha=s)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
         ctx.s = s
-        return unflat(y, x.shape)
+        return unflat(y, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,9 +71,9 @@ class _Linear(torch.autograd.Function):
         if needs[0] or needs[3]:
             gh = torch.mm(g, B)
             if needs[0]:
-                gx = unflat(torch.mm(g, cast(W, g.dtype)).addmm_(gh, A, alpha=s), shape)
+                gx = unflat(torch.mm(g, W).addmm_(gh, A, alpha=s), shape)
             if needs[3]:
-                gA = torch.addmm(A, gh.t(), cast(flat(x), g.dtype), beta=0, alpha=s)
+                gA = torch.addmm(A, gh.t(), flat(x), beta=0, alpha=s)
         if needs[4]:
             gB = torch.addmm(B, g.t(), h, beta=0, alpha=s)
         return gx, None, None, gA, gB, None
@@ -83,12 +86,13 @@ class _Conv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float, geometry: Geometry
     ) -> Tensor:
+        x, W = met(x, W)
         y = convolved(geometry, x, W, b)
         A, B, copied = down, cast(up, y.dtype), down.dtype != y.dtype
         if copied:
             A = torch.mul(down, s, out=torch.empty_like(down, dtype=y.dtype))
         ctx.on_A, ctx.on_B = (s, 1.0) if copied else (1.0, s)
-        h = convolved(geometry, cast(x, y.dtype), A)
+        h = convolved(geometry, x, A)
         add_pointwise_(y, h, B, ctx.on_B)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
         ctx.geometry, ctx.shape = geometry, x.shape
@@ -102,10 +106,10 @@ class _Conv(torch.autograd.Function):
         gx = gA = None
         gh, gB = (times_(t, ctx.on_B) for t in pointwise_back(g, h, B, (on_x or on_A, on_B)))
         if gh is not None:
-            gx, gA = convolved_back(geometry, gh, ctx.shape if x is None else cast(x, g.dtype), A, (on_x, on_A))
+            gx, gA = convolved_back(geometry, gh, ctx.shape if x is None else x, A, (on_x, on_A))
             gA = times_(gA, ctx.on_A, torch.promote_types(g.dtype, torch.float32))
         if gx is not None:
-            gx.add_(convolved_back(geometry, g, ctx.shape, cast(W, g.dtype), (True, False))[0])
+            gx.add_(convolved_back(geometry, g, ctx.shape, W, (True, False))[0])
         return gx, None, None, gA, gB, None, None
 
 
