@@ -117,8 +117,9 @@ def flat(x: Tensor) -> Tensor:
 
 
 def unflat(y: Tensor, like: Sequence[int]) -> Tensor:
-    """[T, F] as [.., F] of the axes of another shape, and no view of it, which could not be changed in place."""
-    return y if len(like) == 2 else torch.ops.aten._unsafe_view.default(y, [*like[:-1], y.shape[1]])
+    """[T, F] as [.., F] of the axes of another shape; for autograd no view of it, which could not be changed in place.
+    Only where there is no graph."""
+    return y if len(like) == 2 else y.view(*like[:-1], y.shape[1]).data
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,34 +48,37 @@ def low_rank_over_base(
 
 
 class _Linear(torch.autograd.Function):
+    """s is in the copy of `up`, where one is made anyway, or beside `up`."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float) -> Tensor:
         shape = x.shape
         x, W = met(x, W)
         x2 = flat(x)
         y = F.linear(x2, W, b)
-        A, B = cast(down, y.dtype), cast(up, y.dtype)
+        A, B, ctx.s, ctx.on_B = down, up, s, s
+        if up.dtype != y.dtype:
+            A, B, ctx.on_B = A.to(y.dtype), torch.mul(up, s, out=torch.empty_like(up, dtype=y.dtype)), 1.0
         h = torch.mm(x2, A.t())
-        y.addmm_(h, B.t(), alpha=s)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
-        ctx.s = s
+        y.addmm_(h, B.t(), alpha=ctx.on_B)
+        ctx.save_for_backward(x2 if ctx.needs_input_grad[3] else None, W, A, B, h)
         return unflat(y, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        (g,), (x, W, A, B, h), s = gradients, ctx.saved_tensors, ctx.s
+        (g,), (x2, W, A, B, h), on_B = gradients, ctx.saved_tensors, ctx.on_B
         needs, shape = ctx.needs_input_grad, g.shape
         g = flat(g)
         gx = gA = gB = None
         if needs[0] or needs[3]:
             gh = torch.mm(g, B)
             if needs[0]:
-                gx = unflat(torch.mm(g, W).addmm_(gh, A, alpha=s), shape)
+                gx = unflat(torch.mm(g, W).addmm_(gh, A, alpha=on_B), shape)
             if needs[3]:
-                gA = torch.addmm(A, gh.t(), flat(x), beta=0, alpha=s)
+                gA = torch.addmm(A, gh.t(), x2, beta=0, alpha=on_B)
         if needs[4]:
-            gB = torch.addmm(B, g.t(), h, beta=0, alpha=s)
+            gB = torch.addmm(B, g.t(), h, beta=0, alpha=ctx.s)
         return gx, None, None, gA, gB, None
 
 
