@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from networks.algos import ALGOS
 from networks.layers.adapted import AdaptedLayer
+from networks.layers.over_base import Beside
 from networks.layers.runtime import Runtime
 from networks.tensors.fused import unfused
 from networks.tensors.geometry import Geometry
@@ -68,9 +69,14 @@ def adapted(
     return base, layer
 
 
+def last_form(layer: AdaptedLayer) -> object:
+    """Of its last kind of call; None = by plain autograd."""
+    return [None, *layer.sites[0].forms.values()][-1]
+
+
 def is_fused(layer: AdaptedLayer) -> bool:
-    """Whether its last kind of call had one function."""
-    return [*layer.sites[0].forms.values()][-1:] not in ([], [None])
+    """Whether that was one function over base and adapter."""
+    return last_form(layer) is not None and not isinstance(last_form(layer), Beside)
 
 
 def passed(base: nn.Module, layer: AdaptedLayer, x: Tensor, call: object = None) -> list[Tensor]:
@@ -298,9 +304,10 @@ def test_networks_on_one_layer_and_forwards_of_others() -> None:
     alone = base(x)
     upper = AdaptedLayer("x", base, copy.deepcopy(layer.adapter), layer.scale, runtime=Runtime(1.0))
     upper.attach()
-    both = base(x)
+    both = passed(base, upper, x)
+    assert isinstance(last_form(upper), Beside) and is_fused(layer)
     with unfused():
-        assert_close(both, base(x), "two")
+        assert_same(both, passed(base, upper, x), "two")
     layer.detach()
     assert_close(base(x), alone, "the upper one alone")
     assert is_fused(upper)
@@ -309,7 +316,33 @@ def test_networks_on_one_layer_and_forwards_of_others() -> None:
     base.forward = lambda x: own(x) * 3
     layer.attach()
     assert_close(base(x) - alone, 2 * own(x), "a host's forward below")
-    assert not is_fused(layer)
+    found = passed(base, layer, x)
+    assert isinstance(last_form(layer), Beside)
+    with unfused():
+        assert_same(found, passed(base, layer, x), "a host's forward below")
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_beside_a_base_of_few_bits(autocast: bool) -> None:
+    """float8 under autocast as with --fp8_base, and an output in another precision than the input's."""
+    base, layer = adapted("linear", dtype=torch.float32)
+    x = make_input("linear", torch.bfloat16)
+    if autocast:
+        base.to(torch.float8_e4m3fn)
+    else:
+        own = copy.deepcopy(base)
+        del own.forward
+        layer.detach()
+        base.forward = lambda x: own(x.float())
+        layer.attach()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = passed(base, layer, x)
+        assert isinstance(last_form(layer), Beside)
+        with unfused():
+            plain = passed(base, layer, x)
+    for one, other in zip(found, plain, strict=True):
+        assert one.dtype == other.dtype
+        assert_close(one.float(), other.float(), "beside", 2e-2)
 
 
 def test_second_derivatives_are_refused_or_right() -> None:

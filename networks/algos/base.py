@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records import AlgoSpec
-from ..tensors.fused import Call, OverBase
+from ..tensors.fused import BesideBase, Call, OverBase
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import PassGate
 from ..tensors.products import Products
@@ -341,6 +341,10 @@ class Adapter(nn.Module):
         Args:
             call: the kind.
         """
+        return None
+
+    def beside_base(self, call: Call) -> BesideBase | None:
+        """The form in which this adapter is one function beside a base layer of any kind, likewise."""
         return None
 
     def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor] | None:

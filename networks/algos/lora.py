@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records.lora import LORA
-from ..tensors.fused import Call, OverBase
-from ..tensors.fused_low_rank import low_rank_over_base
+from ..tensors.fused import BesideBase, Call, OverBase
+from ..tensors.fused_low_rank import low_rank_beside, low_rank_over_base
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import (
     Gate,
@@ -229,6 +229,9 @@ class LoRA(Additive):
         whole = "mid" in self.laid_out.shapes or self.down0 is not None
         return None if whole or not call.cheaper_factored(self.flops(call.tokens)) else _over_base
 
+    def beside_base(self, call: Call) -> BesideBase | None:
+        return None if self.geometry.is_conv or self.over_base(call) is not _over_base else _beside_base
+
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.mask_size
         O, J, N = g.out_features, g.columns, g.out_features * g.columns
@@ -375,6 +378,11 @@ class LoRA(Additive):
 def _over_base(adapter: LoRA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
     p: Any = adapter._parameters
     return low_rank_over_base(adapter.geometry, x, weight, bias, p["down"], p["up"], strength)
+
+
+def _beside_base(adapter: LoRA, x: Tensor, y: Tensor, strength: float) -> Tensor:
+    p: Any = adapter._parameters
+    return low_rank_beside(x, y, p["down"], p["up"], strength)
 
 
 def _since(down: Tensor, up: Tensor, down0: Tensor, up0: Tensor) -> dict[str, Tensor]:

@@ -216,6 +216,10 @@ class AdaptedLayer(nn.Module):
             y = y if noise is None else y + CallGate(self.runtime.multiplier).output(noise.to(y.dtype))
         return y
 
+    def added(self, site: Site, x: Tensor, y: Tensor, multiplier: float | Tensor) -> Tensor:
+        """The output y of a base module with the update of the output side added."""
+        return _plus(y, self._output_change(site, x, y, multiplier))
+
     def _change(self, site: Site, x: Tensor, y: Tensor, m: float | Tensor) -> Tensor:
         """All that the update adds to the output y of a base module, in its dtype; m is the multiplier."""
         more = self._input_change(x)

@@ -1,8 +1,9 @@
 """Where a base layer lies open, it and its update are one function; how that is decided, once for each kind of call.
 
 Open is a plain Linear or convolution, whose own forward is right below the adapter, with a weight of 16-bit numbers or
-wider. Everything else takes the way through the base's own forward: quantised and wrapped layers, other networks on the
-same layer, several multipliers, regions, dropouts, compiled models, and passes that are differentiated in other ways.
+wider. On others, quantised and wrapped ones and those with other networks on them, the update alone is one function,
+beside the base's own forward. Plain autograd has the rest: several multipliers, regions, dropouts, compiled
+models, and passes that are differentiated in other ways.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..tensors.forms import HALF_AND_WIDER
-from ..tensors.fused import Call, OverBase, Switch, is_open
+from ..tensors.fused import BesideBase, Call, OverBase, Switch, is_open
 from ..tensors.fused_magnitude import scaled
 from .precision import without_autocast
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .adapted import AdaptedLayer
     from .site import Site
 
-Form = Callable[["AdaptedLayer", Tensor, Tensor, Tensor | None, float], Tensor]
+Form = Callable[["Site", Tensor, Any, Tensor | None, float], Tensor]
 
 KINDS = 64  # of calls that a layer remembers: buckets of sizes, times what is switched
 
@@ -37,18 +38,17 @@ def over_base(site: Site, x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or not Switch.on or type(x) is not Tensor or _is_transformed():
         return None
     layer, own = site.layer, site.module._parameters
-    weight = own.get("weight")
-    if layer is None or weight is None:
-        return None
-    runtime = layer.runtime
-    kind = (x.shape, weight.dtype, type(weight), weight.requires_grad, runtime.multiplier == 1, runtime.factored)
+    assert layer is not None
+    weight, runtime = own.get("weight"), layer.runtime
+    stored = None if weight is None else (weight.dtype, type(weight), weight.requires_grad)
+    kind = (x.shape, stored, runtime.multiplier == 1, runtime.factored)
     if kind not in site.forms:
         if len(site.forms) >= KINDS:
             site.forms.clear()
         site.forms[kind] = _decide(site, layer, x, weight)
     form = site.forms[kind]
     assert not isinstance(runtime.multiplier, Tensor)
-    return None if form is None else form(layer, x, weight, own["bias"], runtime.multiplier)
+    return None if form is None else form(site, x, weight, own.get("bias"), runtime.multiplier)
 
 
 def _is_transformed() -> bool:
@@ -56,17 +56,20 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor) -> Form | None:
-    if not _is_usual(layer) or site.row_ranges is not None or not _lies_open(site, x, weight):
+def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -> Form | None:
+    if not _is_usual(layer) or site.row_ranges is not None or not is_open(layer.adapter.geometry):
         return None
-    if layer.side and layer.runtime.multiplier != 1:
-        return None
-    adapter = layer.adapter
-    form = adapter.over_base(Call(x.shape, adapter.geometry.tokens(x), layer.runtime.factored))
-    if form is None:
-        return None
-    found: Form = _WithMagnitude(form, layer.on_output) if layer.side else _Plain(form)
-    return _Stepwise(found) if adapter.spec.stepwise else found
+    adapter, found = layer.adapter, cast("Form | None", None)
+    call = Call(x.shape, adapter.geometry.tokens(x), layer.runtime.factored)
+    if _lies_open(site, x, weight):
+        form = adapter.over_base(call)
+        if form is not None and not layer.side:
+            found = _Plain(form)
+        elif form is not None and layer.runtime.multiplier == 1:
+            found = _WithMagnitude(form, layer.on_output)
+    elif not layer.side and (beside := adapter.beside_base(call)) is not None:
+        found = Beside(beside)
+    return _Stepwise(found) if found is not None and adapter.spec.stepwise else found
 
 
 def _is_usual(layer: AdaptedLayer) -> bool:
@@ -75,13 +78,14 @@ def _is_usual(layer: AdaptedLayer) -> bool:
     return not (layer.dropouts or layer.perturbation) and adapter.scalar is None and adapter.bias_parameter is None
 
 
-def _lies_open(site: Site, x: Tensor, weight: Tensor) -> bool:
+def _lies_open(site: Site, x: Tensor, weight: Tensor | None) -> bool:
     """Whether the base's own forward is right below, of a kind that is known, and its weight is plain numbers."""
     assert site.layer is not None
     module, geometry = site.module, site.layer.adapter.geometry
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in HALF_AND_WIDER and not weight.requires_grad
+    if type(weight) not in (Tensor, nn.Parameter) or weight is None or weight.requires_grad:
+        return False
     shaped = weight.shape == geometry.weight_shape and (not geometry.is_conv or x.dim() == weight.dim())
-    return plain and shaped and is_open(geometry) and _has_own_forward(module, site.below)
+    return shaped and weight.dtype in HALF_AND_WIDER and _has_own_forward(module, site.below)
 
 
 def _has_own_forward(module: nn.Module, below: object) -> bool:
@@ -91,20 +95,34 @@ def _has_own_forward(module: nn.Module, below: object) -> bool:
     return getattr(below, "__self__", None) is module and getattr(below, "__name__", "") == "forward"
 
 
-def _adapter(layer: AdaptedLayer) -> Any:
-    """Without the walk of `nn.Module.__getattr__`, as everywhere below: a call of a layer asks for a dozen."""
-    return layer._modules["adapter"]
+def _parts(site: Site) -> tuple[Any, Any]:
+    """Layer and adapter, without the walk of `nn.Module.__getattr__`, as everywhere below: a call asks for a dozen."""
+    layer: Any = site.layer
+    return layer, layer._modules["adapter"]
 
 
 @dataclass(frozen=True)
 class _Plain:
     form: OverBase
 
-    def __call__(
-        self, layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, multiplier: float
-    ) -> Tensor:
-        adapter = _adapter(layer)
+    def __call__(self, site: Site, x: Tensor, weight: Any, bias: Tensor | None, multiplier: float) -> Tensor:
+        layer, adapter = _parts(site)
         return self.form(adapter, x, weight, bias, adapter.strength(multiplier, layer.scale))
+
+
+@dataclass(frozen=True)
+class Beside:
+    """On whatever the base's own forward is: of other weights, of other networks, of a host."""
+
+    form: BesideBase
+
+    def __call__(self, site: Site, x: Tensor, weight: Any, bias: Tensor | None, multiplier: float) -> Tensor:
+        layer, adapter = _parts(site)
+        y, device = cast(Any, site.below)(x), x.device.type
+        met = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if type(y) is not Tensor or y.dtype != met:
+            return cast(Tensor, layer.added(site, x, y, multiplier))
+        return self.form(adapter, x, y, adapter.strength(multiplier, layer.scale))
 
 
 @dataclass(frozen=True)
@@ -114,16 +132,13 @@ class _WithMagnitude:
     form: OverBase
     on_output: bool
 
-    def __call__(
-        self, layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, multiplier: float
-    ) -> Tensor:
-        adapter = _adapter(layer)
+    def __call__(self, site: Site, x: Tensor, weight: Any, bias: Tensor | None, multiplier: float) -> Tensor:
+        layer, adapter = _parts(site)
         ones = adapter.geometry.ones
         strength = adapter.strength(multiplier, layer.scale)
         with torch.no_grad(), without_autocast(x.device.type):
             squares = adapter.norm_sq(weight, strength, self.on_output)
-        change = cast(Tensor, layer._parameters["magnitude_change"])
-        start = cast(Tensor, layer._buffers["magnitude_start"])
+        change, start = layer._parameters["magnitude_change"], layer._buffers["magnitude_start"]
         if not self.on_output:
             return self.form(adapter, scaled(x, change, start, squares, None, ones), weight, bias, strength)
         return scaled(self.form(adapter, x, weight, bias, strength), change, start, squares, bias, ones)
@@ -133,13 +148,12 @@ class _WithMagnitude:
 class _Stepwise:
     form: Form
 
-    def __call__(
-        self, layer: AdaptedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, multiplier: float
-    ) -> Tensor:
+    def __call__(self, site: Site, x: Tensor, weight: Any, bias: Tensor | None, multiplier: float) -> Tensor:
+        layer, adapter = _parts(site)
         if not layer.in_step:
-            return self.form(layer, x, weight, bias, multiplier)
-        layer.adapter.begin(x)
+            return self.form(site, x, weight, bias, multiplier)
+        adapter.begin(x)
         try:
-            return self.form(layer, x, weight, bias, multiplier)
+            return self.form(site, x, weight, bias, multiplier)
         finally:  # checkpointing leaves a layer by an exception, too, once it has computed enough again
-            layer.adapter.end()
+            adapter.end()

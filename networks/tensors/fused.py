@@ -69,6 +69,21 @@ class OverBase(Protocol):
         ...
 
 
+class BesideBase(Protocol):
+    """The same where the base's output is at hand, and its weight does not lie open."""
+
+    def __call__(self, adapter: Any, x: Tensor, y: Tensor, strength: float) -> Tensor:
+        """y + strength op(x, dW).
+
+        Args:
+            adapter: whose values act.
+            x: the layer's input.
+            y: the base layer's output, in the dtype of the computation; it stays as it is.
+            strength: multiplier * scale.
+        """
+        ...
+
+
 def apply_of(function: Any) -> Callable[..., Any]:
     """`apply` of a torch.autograd.Function, without its handling of functorch's transforms, in which no form is used: a
     fourth of a call's time."""

@@ -47,39 +47,84 @@ def low_rank_over_base(
     return y
 
 
-class _Linear(torch.autograd.Function):
-    """s is in the copy of `up`, where one is made anyway, or beside `up`."""
+def low_rank_beside(x: Tensor, y: Tensor, down_RI: Tensor, up_OR: Tensor, strength: float) -> Tensor:
+    """y + strength up (down x), where y is what a Linear of any kind made of x.
 
+    Args:
+        x: [.., I].
+        y: [.., O], in the dtype of the computation; it stays as it is.
+        down_RI, up_OR: the factors.
+        strength: s.
+    """
+    total: Tensor = _beside(cast(x, y.dtype), y, down_RI, up_OR, strength)
+    return total
+
+
+def _sized(down: Tensor, up: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """The factors in the dtype of the computation, and what is left of s: it is in the copy of `up`, where one is made
+    anyway."""
+    if up.dtype == down.dtype == dtype:
+        return down, up, s
+    return down.to(dtype), torch.mul(up, s, out=torch.empty_like(up, dtype=dtype)), 1.0
+
+
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float) -> Tensor:
         shape = x.shape
         x, W = met(x, W)
         x2 = flat(x)
         y = F.linear(x2, W, b)
-        A, B, ctx.s, ctx.on_B = down, up, s, s
-        if up.dtype != y.dtype:
-            A, B, ctx.on_B = A.to(y.dtype), torch.mul(up, s, out=torch.empty_like(up, dtype=y.dtype)), 1.0
+        A, B, ctx.left = _sized(down, up, s, y.dtype)
         h = torch.mm(x2, A.t())
-        y.addmm_(h, B.t(), alpha=ctx.on_B)
+        y.addmm_(h, B.t(), alpha=ctx.left)
         ctx.save_for_backward(x2 if ctx.needs_input_grad[3] else None, W, A, B, h)
+        ctx.s = s
         return unflat(y, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        (g,), (x2, W, A, B, h), on_B = gradients, ctx.saved_tensors, ctx.on_B
+        (g,), (x2, W, A, B, h), left = gradients, ctx.saved_tensors, ctx.left
         needs, shape = ctx.needs_input_grad, g.shape
         g = flat(g)
         gx = gA = gB = None
         if needs[0] or needs[3]:
             gh = torch.mm(g, B)
             if needs[0]:
-                gx = unflat(torch.mm(g, W).addmm_(gh, A, alpha=on_B), shape)
+                gx = unflat(torch.mm(g, W).addmm_(gh, A, alpha=left), shape)
             if needs[3]:
-                gA = torch.addmm(A, gh.t(), x2, beta=0, alpha=on_B)
+                gA = torch.addmm(A, gh.t(), x2, beta=0, alpha=left)
         if needs[4]:
             gB = torch.addmm(B, g.t(), h, beta=0, alpha=ctx.s)
         return gx, None, None, gA, gB, None
+
+
+class _Beside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, down: Tensor, up: Tensor, s: float) -> Tensor:
+        x2 = flat(x)
+        A, B, ctx.left = _sized(down, up, s, y.dtype)
+        h = torch.mm(x2, A.t())
+        ctx.save_for_backward(x2 if ctx.needs_input_grad[2] else None, A, B, h)
+        ctx.s = s
+        return unflat(torch.addmm(flat(y), h, B.t(), alpha=ctx.left), y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_twice()
+        (gy,), (x2, A, B, h), left = gradients, ctx.saved_tensors, ctx.left
+        needs, g = ctx.needs_input_grad, flat(gradients[0])
+        gx = gA = gB = None
+        if needs[0] or needs[2]:
+            gh = torch.mm(g, B)
+            if needs[0]:
+                gx = unflat(torch.addmm(A[0], gh, A, beta=0, alpha=left), gy.shape)
+            if needs[2]:
+                gA = torch.addmm(A, gh.t(), x2, beta=0, alpha=left)
+        if needs[3]:
+            gB = torch.addmm(B, g.t(), h, beta=0, alpha=ctx.s)
+        return gx, gy, gA, gB, None
 
 
 class _Conv(torch.autograd.Function):
@@ -116,4 +161,4 @@ class _Conv(torch.autograd.Function):
         return gx, None, None, gA, gB, None, None
 
 
-_linear, _conv = apply_of(_Linear), apply_of(_Conv)
+_linear, _beside, _conv = apply_of(_Linear), apply_of(_Beside), apply_of(_Conv)
