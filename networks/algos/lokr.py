@@ -26,7 +26,9 @@ Parameters (saved as lokr_w1, lokr_w1_a, lokr_w1_b, lokr_w2, lokr_w2_a, lokr_w2_
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,8 +36,10 @@ from torch import Tensor, nn
 
 from ..records.lokr import LOKR
 from ..tensors.factor import factorization
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_kronecker import kronecker_over_base
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
-from ..tensors.low_rank import NO_GATE, Gate, nearest_products, refactor
+from ..tensors.low_rank import NO_GATE, Gate, nearest_products, refactor, square_sums
 from ..tensors.tucker import core_times_right, nearest_tucker
 from .additive import Additive
 from .base import kaiming_
@@ -266,6 +270,15 @@ class LoKr(Additive):
         second, first = self._costs(ratio)
         return first < second
 
+    def over_base(self, call: Call) -> OverBase | None:
+        if not call.cheaper_factored(self.flops(call.tokens)):
+            return None
+        positions = math.prod(call.shape) // self.geometry.in_features
+        if "w2" not in self.laid_out.shapes:
+            return _OverBase(True, True)
+        first = self._w1_first(positions / max(1, call.tokens) if self.geometry.is_conv else 1.0)
+        return _OverBase(left=first, right=not first)
+
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.dim
         O, J, N = g.out_features, g.columns, g.out_features * g.columns
@@ -297,22 +310,28 @@ class LoKr(Additive):
     def norm_sq(
         self, weight: Tensor, strength: float | Tensor, on_output: bool, row_ranges: RowRanges | None = None
     ) -> Tensor:
-        """<W, kron(w1, w2)> by contraction with w2 and then w1; ||kron||^2 of a row is a product of two rows'."""
+        """<W, kron(w1, w2)> by contraction with the factors; ||kron||^2 of a row is a product of two rows'. W is not
+        widened where it is in half precision."""
         if row_ranges is not None:
             return super().norm_sq(weight, strength, on_output, row_ranges)
-        p = dict(self.named_parameters())
-        w1, w2 = self._w1(p), self._w2(p)
+        p, wide = self._parameters, torch.promote_types(weight.dtype, torch.float32)
+        w1, w2 = self._w1(p).to(wide), self._w2(p).to(wide)  # type: ignore[arg-type]
         (A, C), (B, D) = w1.shape, w2.shape[:2]
-        W, w2 = weight.reshape(A, B, C, D, -1), w2.reshape(B, D, -1)
-        if on_output:
-            cross = torch.einsum("abc,ac->ab", torch.einsum("abcdk,bdk->abc", W, w2), w1)
+        w2 = w2.reshape(B, D, -1)
+        if on_output:  # first the sum over c, which reads W as it lies
+            rows = w1.to(weight.dtype)[:, None, None].expand(A, B, 1, C).reshape(A * B, 1, C)
+            found = torch.bmm(rows, weight.reshape(A * B, C, -1)).reshape(A, B, -1)
+            cross = (found * w2.reshape(B, -1)).sum(2)
             own = torch.outer(w1.square().sum(1), w2.square().sum((1, 2)))
-            squares = W.square().sum((2, 3, 4))
+            squares = square_sums(weight.flatten(1), 1)
         else:
-            cross = torch.einsum("acd,ac->cd", torch.einsum("abcdk,bdk->acd", W, w2), w1)
+            W = weight.reshape(A, B, C, D, -1)
+            found = torch.einsum("abcdk,bdk->acd", W, w2.to(weight.dtype))
+            cross = torch.einsum("acd,ac->cd", found.to(wide), w1)
             own = torch.outer(w1.square().sum(0), w2.square().sum((0, 2)))
-            squares = W.square().sum((0, 1, 4))
-        return (squares + 2 * strength * cross + strength**2 * own).flatten().clamp_min(0)
+            squares = square_sums(weight.transpose(0, 1).flatten(1), 1)
+        more = (own * strength).add_(cross, alpha=2) * strength
+        return squares.add_(more.flatten()).clamp_min_(0)
 
     def norm(self) -> Tensor:
         """||kron(w1, w2)|| = ||w1|| ||w2||."""
@@ -463,6 +482,25 @@ def _thinner(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape
     one = torch.eye(min(rows, columns), dtype=matrix.dtype, device=matrix.device)
     return (one, matrix) if rows < columns else (matrix, one)
+
+
+@dataclass(frozen=True)
+class _OverBase:
+    """Which parts the second factor has: a whole one comes last, as `left`, or first, as `right`."""
+
+    left: bool
+    right: bool
+
+    def __call__(self, adapter: LoKr, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+        p: Any = adapter._parameters
+        w1 = p["w1"] if "w1" in p else adapter._w1(p)
+        if not (self.left and self.right):
+            left, right = (p["w2"] if part else None for part in (self.left, self.right))
+        elif "t2" in p:
+            left, right = adapter._w2_factors(p)
+        else:
+            left, right = p["w2_a"], p["w2_b"]
+        return kronecker_over_base(adapter.geometry, x, weight, bias, w1, left, right, strength)
 
 
 def _mix(w1_AC: Tensor, h: Tensor) -> Tensor:
