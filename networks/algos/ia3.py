@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from ..records.ia3 import IA3 as SPEC
 from ..records.ia3 import PEFT
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_scaling import stretched_over_base
 from ..tensors.geometry import Geometry, RowRanges
 from .multiplicative import Multiplicative, alike_inputs
 from .saved import Layout, concatenated, each, there, wide_dtype
@@ -50,6 +53,9 @@ class IA3(Multiplicative):
         shape = [1] * t.dim()
         shape[axis] = -1
         return t * torch.cat([self.weight[start:stop] for start, stop in row_ranges]).to(t.dtype).reshape(shape)
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return _OverBase(self.side == "input")
 
     def pack(self) -> dict[str, Tensor]:
         w, on_input = self.weight.detach(), self.side == "input"
@@ -107,3 +113,12 @@ class IA3(Multiplicative):
         self.check_fits(tensors)
         with torch.no_grad():
             self.weight.copy_(tensors["weight"].reshape(-1))
+
+
+@dataclass(frozen=True)
+class _OverBase:
+    on_input: bool
+
+    def __call__(self, adapter: IA3, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+        p: Any = adapter._parameters
+        return stretched_over_base(adapter.geometry, x, weight, bias, p["weight"], strength, self.on_input)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ..tensors.forms import HALF_AND_WIDER
 from ..tensors.fused import BesideBase, Call, OverBase, Switch, is_open
-from ..tensors.fused_magnitude import scaled
+from ..tensors.fused_scaling import with_lengths
 from .precision import without_autocast
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class _WithMagnitude:
             squares = adapter.norm_sq(weight, strength, self.on_output)
         change, start = layer._parameters["magnitude_change"], layer._buffers["magnitude_start"]
         if not self.on_output:
-            return self.form(adapter, scaled(x, change, start, squares, None, ones), weight, bias, strength)
-        return scaled(self.form(adapter, x, weight, bias, strength), change, start, squares, bias, ones)
+            return self.form(adapter, with_lengths(x, change, start, squares, None, ones), weight, bias, strength)
+        return with_lengths(self.form(adapter, x, weight, bias, strength), change, start, squares, bias, ones)
 
 
 @dataclass(frozen=True)

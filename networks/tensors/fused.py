@@ -187,6 +187,24 @@ def convolved_back(
     return both[0], both[1]
 
 
+# -- of either
+
+
+def base_of(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """base(x), no view."""
+    if geometry.kernel:
+        return convolved(geometry, x, weight, bias)
+    return unflat(F.linear(flat(x), weight, bias), x.shape)
+
+
+def base_back(geometry: Geometry, gradient: Tensor, weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """The gradient of the input, whose shape is all that is asked of it: PyTorch's own convolution would keep it."""
+    if geometry.kernel:
+        found: Tensor = convolved_back(geometry, gradient, shape, weight, (True, False))[0]
+        return found
+    return unflat(torch.mm(flat(gradient), weight), shape)
+
+
 def add_pointwise_(y: Tensor, h: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
     """Add a 1x1 convolution with a matrix [O, R, 1...] to an output, in place."""
     if y.is_contiguous() and h.is_contiguous():  # the flat images of others would be copies
