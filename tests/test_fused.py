@@ -34,8 +34,9 @@ from networks.tensors.geometry import Geometry
 
 OPEN = ("linear", "linear_no_bias", "conv1d", "conv_1x1", "conv_3x3", "conv_strided_dilated", "conv3d")
 CLOSED = ("conv_grouped", "conv_same", "conv_reflect", "conv_same_circular")
-# Ways of an algorithm that have no function over the base: (algorithm, one of its options).
-PLAIN: set[tuple[str, str]] = {(algo, "use_scalar") for algo in ALGOS}
+# Ways of an algorithm that have no function over the base: (algorithm, one of its options). Columns are in the weight
+# alone, of which a pass makes another, whatever is open.
+PLAIN: set[tuple[str, str]] = {(algo, "use_scalar") for algo in ALGOS} | {("diag-oft", "dim_is_size")}
 every_algorithm = pytest.mark.parametrize("algo", [name for name in FOR_LINEARS if name != "full"])
 
 

@@ -19,7 +19,7 @@ Parameters (saved as oft_blocks, rescale = r; those of the input side as `oft_in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from ..records.oft import BLOCKS, CHANGE, DIAG_OFT, RESCALE
 from ..tensors.factor import factorization
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_rotation import cayley_less_identity, turned_over_base
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.rotation import apply_blocks, generator, rotation_less_identity
 from . import oft_input
@@ -160,6 +162,9 @@ class DiagOFT(Rotation):
             return None
         less = self._less().to(t.dtype)
         return apply_blocks(torch.cat([less[start // size : stop // size] for start, stop in row_ranges]), t, axis)
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return None if self.side == "columns" else _OverBase(self.on_input)
 
     def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         if not self.on_input:
@@ -359,6 +364,21 @@ class DiagOFT(Rotation):
         super().renew_state(state, prefix)
         if self.on_input and f"{prefix}blocks" in state:
             self.chosen[TERMS] = int(state.setdefault(prefix + TERMS, torch.tensor(0)))
+
+
+@dataclass(frozen=True)
+class _OverBase:
+    on_input: bool
+
+    def __call__(self, adapter: DiagOFT, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+        p: Any = adapter._parameters
+        if self.on_input or CHANGE in p or adapter.chosen.get("constraint"):
+            less = adapter._less()
+        else:
+            less = cayley_less_identity(p["blocks"]).transpose(1, 2)
+        times = adapter.features_of_side // (less.shape[0] * less.shape[1])
+        less = less.repeat(times, 1, 1) if times > 1 else less  # one may stand for all
+        return turned_over_base(adapter.geometry, x, weight, bias, less, strength, self.on_input)
 
 
 def _apply(less_NBB: Tensor, t: Tensor, axis: int) -> Tensor:
