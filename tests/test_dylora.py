@@ -237,7 +237,9 @@ def test_the_block_of_a_step_is_that_of_recomputation_and_of_compiled_graphs(ree
             network.follow_step(0, step)
             plain = gradient(layer.base)
             blocks.add(int(plain.any(1).nonzero()[0]))
-            assert torch.equal(gradient(checkpointed), plain) and torch.equal(gradient(compiled), plain)
+            assert torch.equal(gradient(checkpointed), plain)
+            again = gradient(compiled)  # by masks instead of cut factors: the same but for rounding
+            assert torch.equal(again != 0, plain != 0) and torch.allclose(again, plain, rtol=1e-5, atol=1e-6)
     assert blocks == {0, 2, 4}
     torch._dynamo.reset()
 

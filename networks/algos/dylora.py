@@ -12,13 +12,15 @@ Parameters, start values and saved keys are LoRA's, without its Tucker form and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..records.dylora import DYLORA
-from ..tensors.fused import Call, OverBase
+from ..tensors.fused import BesideBase, Call, OverBase
+from ..tensors.fused_low_rank import low_rank_over_base
+from ..tensors.fused_nested import nested_over_base
 from ..tensors.geometry import Geometry
 from ..tensors.per_thread import PerThread
 from .lora import LoRA
@@ -29,7 +31,7 @@ class _Step:
     """The training pass of a layer that is under way in a thread."""
 
     def __init__(self) -> None:
-        self.block: Tensor | None = None  # 0-d
+        self.block: int | Tensor | None = None  # 0-d where a compiler is at work, which knows no numbers of one pass
 
 
 class DyLoRA(LoRA):
@@ -57,21 +59,37 @@ class DyLoRA(LoRA):
             return "", ""
         return f"all ranks in one block, which is plain LoRA, as block_size={block} is not below their dim", "a divisor"
 
-    def over_base(self, call: Call) -> OverBase | None:
-        return None
-
     def begin(self, x: Tensor) -> None:
         blocks = -(-self.dim // self.block_size)
-        drawn = torch.randint(blocks, (), device=x.device) if self.number is None else self.number % blocks
-        self._step.mine.block = drawn.to(x.device)
+        if torch.compiler.is_compiling():
+            drawn = torch.randint(blocks, (), device=x.device) if self.number is None else self.number % blocks
+            self._step.mine.block = drawn.to(x.device)
+        else:  # on the CPU, so that no pass waits for the device
+            number = torch.randint(blocks, (), device="cpu") if self.number is None else self.number
+            self._step.mine.block = int(number) % blocks
 
     def end(self) -> None:
         self._step.mine.block = None
+
+    def ranks(self, block: int) -> tuple[int, int]:
+        """The first rank that learns, and the first one behind those that act, in a step with this block."""
+        first = block * self.block_size
+        return first, min(first + self.block_size, self.dim)
 
     def values(self) -> dict[str, Tensor]:
         block = self._step.mine.block
         if block is None:
             return super().values()
+        if isinstance(block, int):
+            first, active = self.ranks(block)
+            still, learning = (lambda t: t[:first].detach()), (lambda t: t[first:active])
+            up = self.up.transpose(0, 1)
+            down, up = (torch.cat([still(t), learning(t)]) for t in (self.down, up))
+            return {"down": down, "up": up.transpose(0, 1) * (self.dim / active)}
+        return self._masked(block)
+
+    def _masked(self, block: Tensor) -> dict[str, Tensor]:
+        """The same without numbers of one pass: ranks that do not act are 0."""
         device = self.down.device
         rank, first = torch.arange(self.dim, device=device), block.to(device) * self.block_size
         active = (first + self.block_size).clamp(max=self.dim)
@@ -82,8 +100,23 @@ class DyLoRA(LoRA):
         down = torch.where(rows, self.down, self.down.detach())
         return {"down": down, "up": torch.where(columns, self.up, self.up.detach()) * ratio}
 
+    def over_base(self, call: Call) -> OverBase | None:
+        return _over_base
+
+    def beside_base(self, call: Call) -> BesideBase | None:
+        return None
+
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
         if "lora_mid.weight" in tensors:
             raise ValueError("lora_mid.weight: the Tucker form has no nested ranks; train on with algo=lora")
         return super().describe(geometry, tensors)[0], {}
+
+
+def _over_base(adapter: DyLoRA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    p, block = cast(Any, adapter._parameters), adapter._step.mine.block
+    if block is None:
+        return low_rank_over_base(adapter.geometry, x, weight, bias, p["down"], p["up"], strength)
+    ranks = adapter.ranks(cast(int, block))
+    strength = strength * adapter.dim / ranks[1]
+    return nested_over_base(adapter.geometry, x, weight, bias, p["down"], p["up"], strength, ranks)

@@ -60,7 +60,7 @@ def low_rank_beside(x: Tensor, y: Tensor, down_RI: Tensor, up_OR: Tensor, streng
     return total
 
 
-def _sized(down: Tensor, up: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+def sized(down: Tensor, up: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """The factors in the dtype of the computation, and what is left of s: it is in the copy of `up`, where one is made
     anyway."""
     if up.dtype == down.dtype == dtype:
@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
         x, W = met(x, W)
         x2 = flat(x)
         y = F.linear(x2, W, b)
-        A, B, ctx.left = _sized(down, up, s, y.dtype)
+        A, B, ctx.left = sized(down, up, s, y.dtype)
         h = torch.mm(x2, A.t())
         y.addmm_(h, B.t(), alpha=ctx.left)
         ctx.save_for_backward(x2 if ctx.needs_input_grad[3] else None, W, A, B, h)
@@ -104,7 +104,7 @@ class _Beside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, down: Tensor, up: Tensor, s: float) -> Tensor:
         x2 = flat(x)
-        A, B, ctx.left = _sized(down, up, s, y.dtype)
+        A, B, ctx.left = sized(down, up, s, y.dtype)
         h = torch.mm(x2, A.t())
         ctx.save_for_backward(x2 if ctx.needs_input_grad[2] else None, A, B, h)
         ctx.s = s
