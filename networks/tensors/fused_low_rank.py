@@ -1,10 +1,13 @@
 """LoRA and what comes to it, over its base: y = base(x) + s up (down x).
 
-Kept: x, and h = down x [T, R]; x only where `down` learns.
+Kept: x, and h = down x [T, R]; x only where `down` learns. `forth` and `back` are for other forms, too, whose factors
+are made of others: up in the dtype of the computation, and with what is left of s to multiply their product by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +43,7 @@ def low_rank_over_base(
         up_OR: [O, R, 1...].
         strength: s.
     """
-    if geometry.kernel:
-        y: Tensor = _conv(x, weight, bias, down_RIK, up_OR, strength, geometry)
-    else:
-        y = _linear(x, weight, bias, down_RIK, up_OR, strength)
+    y: Tensor = _low_rank(x, weight, bias, down_RIK, up_OR, strength, geometry)
     return y
 
 
@@ -60,44 +60,133 @@ def low_rank_beside(x: Tensor, y: Tensor, down_RI: Tensor, up_OR: Tensor, streng
     return total
 
 
-def sized(down: Tensor, up: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """The factors in the dtype of the computation, and what is left of s: it is in the copy of `up`, where one is made
-    anyway."""
-    if up.dtype == down.dtype == dtype:
-        return down, up, s
-    return down.to(dtype), torch.mul(up, s, out=torch.empty_like(up, dtype=dtype)), 1.0
+def forth(
+    geometry: Geometry,
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    left: float,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y = base(x) + left B h and h = A x, with h times a mask of its ranks.
+
+    Args:
+        geometry: of the layer.
+        x, W: its input and the base's weight, in the dtype in which they meet; that of a Linear as rows [T, I].
+        b: the base's bias.
+        A, B: [R, I, *kernel] and [O, R, 1...], in the dtype of y.
+        left: a factor.
+        mask: [T, R], [1, R] or shaped so for images; in the dtype of y.
+    """
+    if geometry.kernel:
+        y, h = convolved(geometry, x, W, b), convolved(geometry, x, A)
+    else:
+        y, h = F.linear(x, W, b), torch.mm(x, A.t())
+    h = h if mask is None else h.mul_(mask)
+    if geometry.kernel:
+        add_pointwise_(y, h, B, left)
+    else:
+        y.addmm_(h, B.t(), alpha=left)
+    return y, h
 
 
-class _Linear(torch.autograd.Function):
+@dataclass
+class Made:
+    """What a forward pass made of x, and the factors by which its gradients differ.
+
+    Attributes:
+        W, A, B, h, left, mask: as in `forth`.
+        x: None where no gradient of A is wanted; `shape` is its own.
+        of_A, of_B: what gradients of A and B at left = 1 are multiplied by.
+    """
+
+    geometry: Geometry
+    shape: Sequence[int]
+    x: Tensor | None
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    h: Tensor
+    left: float
+    of_A: float
+    of_B: float
+    mask: Tensor | None = None
+
+
+def back(made: Made, g: Tensor, on_x: bool, on_A: bool, on_B: bool) -> tuple[Any, Any, Any]:
+    """Gradients of x, A and B, None for those that are not wanted.
+
+    Args:
+        made: by `forth`.
+        g: the output's gradient, that of a Linear as rows [T, O].
+        on_x, on_A, on_B: which are wanted.
+    """
+    return (_back_conv if made.geometry.kernel else _back_linear)(made, g, on_x, on_A, on_B)
+
+
+def _back_linear(made: Made, g: Tensor, on_x: bool, on_A: bool, on_B: bool) -> tuple[Any, Any, Any]:
+    gx = gA = gB = None
+    if on_x or on_A:
+        gh = torch.mm(g, made.B)
+        gh = gh if made.mask is None else gh.mul_(made.mask)
+        if on_x:
+            gx = torch.mm(g, made.W).addmm_(gh, made.A, alpha=made.left)
+        if on_A and made.x is not None:
+            gA = torch.addmm(made.A, gh.t(), made.x, beta=0, alpha=made.of_A)
+    if on_B:
+        gB = torch.addmm(made.B, g.t(), made.h, beta=0, alpha=made.of_B)
+    return gx, gA, gB
+
+
+def _back_conv(made: Made, g: Tensor, on_x: bool, on_A: bool, on_B: bool) -> tuple[Any, Any, Any]:
+    geometry, gx, gA = made.geometry, None, None
+    gh, gB = pointwise_back(g, made.h, made.B, (on_x or on_A, on_B))
+    if gh is not None:
+        gh = times_(gh if made.mask is None else gh.mul_(made.mask), made.left)
+        gx, gA = convolved_back(geometry, gh, made.shape if made.x is None else made.x, made.A, (on_x, on_A))
+    if gx is not None:
+        gx.add_(convolved_back(geometry, g, made.shape, made.W, (True, False))[0])
+    wide = torch.promote_types(g.dtype, torch.float32)  # in which the factors are kept
+    return gx, times_(gA, made.of_A / made.left, wide), times_(gB, made.of_B, wide)
+
+
+class _LowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float, geometry: Geometry
+    ) -> Tensor:
         shape = x.shape
         x, W = met(x, W)
-        x2 = flat(x)
-        y = F.linear(x2, W, b)
-        A, B, ctx.left = sized(down, up, s, y.dtype)
-        h = torch.mm(x2, A.t())
-        y.addmm_(h, B.t(), alpha=ctx.left)
-        ctx.save_for_backward(x2 if ctx.needs_input_grad[3] else None, W, A, B, h)
-        ctx.s = s
-        return unflat(y, shape)
+        dtype = torch.promote_types(x.dtype, W.dtype)
+        if geometry.kernel:
+            (B, A, left), scales = sized(up, down, s, dtype), (s, 1.0)
+        else:
+            (A, B, left), scales, x = sized(down, up, s, dtype), (1.0, s), flat(x)
+        y, h = forth(geometry, x, W, b, A, B, left)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
+        ctx.geometry, ctx.shape, ctx.scales = geometry, shape, (s, s, s) if left == s else (1.0, *scales)
+        return y if geometry.kernel else unflat(y, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        (g,), (x2, W, A, B, h), left = gradients, ctx.saved_tensors, ctx.left
-        needs, shape = ctx.needs_input_grad, g.shape
-        g = flat(g)
-        gx = gA = gB = None
-        if needs[0] or needs[3]:
-            gh = torch.mm(g, B)
-            if needs[0]:
-                gx = unflat(torch.mm(g, W).addmm_(gh, A, alpha=left), shape)
-            if needs[3]:
-                gA = torch.addmm(A, gh.t(), x2, beta=0, alpha=left)
-        if needs[4]:
-            gB = torch.addmm(B, g.t(), h, beta=0, alpha=ctx.s)
-        return gx, None, None, gA, gB, None
+        geometry, needs, (g,) = ctx.geometry, ctx.needs_input_grad, gradients
+        g = g if geometry.kernel else flat(g)
+        made = Made(geometry, ctx.shape, *ctx.saved_tensors, *ctx.scales)
+        gx, gA, gB = back(made, g, needs[0], needs[3], needs[4])
+        if gx is not None and not geometry.kernel:
+            gx = unflat(gx, ctx.shape)
+        return gx, None, None, gA, gB, None, None
+
+
+def sized(one: Tensor, other: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """The factors in the dtype of the computation, and what is left of s: it is in the copy of the other, where copies
+    are made anyway."""
+    if one.dtype == other.dtype == dtype:
+        return one, other, s
+    return one.to(dtype), torch.mul(other, s, out=torch.empty_like(other, dtype=dtype)), 1.0
 
 
 class _Beside(torch.autograd.Function):
@@ -127,38 +216,4 @@ class _Beside(torch.autograd.Function):
         return gx, gy, gA, gB, None
 
 
-class _Conv(torch.autograd.Function):
-    """A convolution takes no factor: s is in the copy of `down`, where one is made anyway, or beside `up`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float, geometry: Geometry
-    ) -> Tensor:
-        x, W = met(x, W)
-        y = convolved(geometry, x, W, b)
-        A, B, copied = down, cast(up, y.dtype), down.dtype != y.dtype
-        if copied:
-            A = torch.mul(down, s, out=torch.empty_like(down, dtype=y.dtype))
-        ctx.on_A, ctx.on_B = (s, 1.0) if copied else (1.0, s)
-        h = convolved(geometry, x, A)
-        add_pointwise_(y, h, B, ctx.on_B)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
-        ctx.geometry, ctx.shape = geometry, x.shape
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_twice()
-        (g,), (x, W, A, B, h), geometry = gradients, ctx.saved_tensors, ctx.geometry
-        on_x, on_A, on_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        gx = gA = None
-        gh, gB = (times_(t, ctx.on_B) for t in pointwise_back(g, h, B, (on_x or on_A, on_B)))
-        if gh is not None:
-            gx, gA = convolved_back(geometry, gh, ctx.shape if x is None else x, A, (on_x, on_A))
-            gA = times_(gA, ctx.on_A, torch.promote_types(g.dtype, torch.float32))
-        if gx is not None:
-            gx.add_(convolved_back(geometry, g, ctx.shape, W, (True, False))[0])
-        return gx, None, None, gA, gB, None, None
-
-
-_linear, _beside, _conv = apply_of(_Linear), apply_of(_Beside), apply_of(_Conv)
+_low_rank, _beside = apply_of(_LowRank), apply_of(_Beside)
