@@ -6,7 +6,7 @@ threads of autograd's own. Neither thread-local values nor context variables rea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,6 +29,7 @@ class Moment:
 
     time: Tensor | None = None
     mask: Tensor | None = None
+    made: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)  # masks of this pass, by what they are for
 
 
 _UNTOLD = Moment()
@@ -115,6 +116,20 @@ class Clock:
             self._backwards.pop(number, None)
             if moment is not None:
                 self._backwards[number] = moment
+
+    def pair_mask(self, dim: int, least: int, exponent: float, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """`rank_mask` twice side by side, [N, 2 R], made once in a pass for all layers alike.
+
+        Args:
+            dim, least, exponent: as for `rank_mask`.
+            like: on whose device it is to be.
+            dtype: its own.
+        """
+        made, kind = self.now.made, (dim, least, exponent, like.device, dtype)
+        if kind not in made:
+            mask = self.rank_mask(dim, least, exponent)
+            made[kind] = None if mask is None else mask.repeat(1, 2).to(like.device, dtype)
+        return made[kind]
 
     def rank_mask(self, dim: int, least: int, exponent: float) -> Tensor | None:
         """[N, R] of 0 and 1: the first floor(time^exponent (R - least)) + least ranks of each sample; None = all.

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..records.tlora import TLORA
-from ..tensors.fused import Call, OverBase
+from ..tensors.fused import BesideBase, Call, OverBase
+from ..tensors.fused_timed import timed_over_base
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, singular
 from .additive import Additive
@@ -35,11 +36,13 @@ from .lora import LoRA
 from .saved import Count, Layout, check_tensors
 
 FOREIGN = TLORA.keys["lam"]  # marks the keys without a start
+_OTHER_SAMPLES = "the timesteps of {} samples reached a layer with a batch of {}"
 NEAR = 0.5  # of their length, the least that such factors must have in the space of the start
 
 
 class TLoRA(LoRA):
     spec = TLORA
+    _unit: tuple[tuple[int, int], float] = (0, 0), 1.0
 
     q: nn.Parameter
     p: nn.Parameter
@@ -164,7 +167,29 @@ class TLoRA(LoRA):
         return {"up": torch.cat([change, p0 * lam0], 1), "down": torch.cat([q0 + q, q])}
 
     def over_base(self, call: Call) -> OverBase | None:
+        return _over_base
+
+    def beside_base(self, call: Call) -> BesideBase | None:
         return None
+
+    @property
+    def unit_number(self) -> float:
+        """`unit`, without a wait for the device but where it has changed."""
+        kind = id(self.unit), self.unit._version
+        if self._unit[0] != kind:
+            self._unit = kind, float(self.unit)
+        return self._unit[1]
+
+    def pair_mask(self, x: Tensor) -> Tensor | None:
+        """[N, 2 R], the mask of a pass with the input x, in the dtype of the computation."""
+        if self.clock is None:
+            return None
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        mask = self.clock.pair_mask(self.dim, *self.schedule, x, dtype)
+        if mask is not None and len(x) % len(mask):
+            raise ValueError(_OTHER_SAMPLES.format(len(mask), len(x)))
+        return mask
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
         return super().delta(None if rank_mask_R is None else rank_mask_R.repeat(2))
@@ -302,9 +327,19 @@ class _Pairs:
         if samples > 1:
             rows = pairs.shape[0] if dim > 1 else 1
             if rows % samples:
-                raise ValueError(f"the timesteps of {samples} samples reached a layer with a batch of {rows}")
+                raise ValueError(_OTHER_SAMPLES.format(samples, rows))
             mask = mask.repeat_interleave(rows // samples, 0)
         return mask.reshape(rows, *[1] * (dim - 1), self.dim, *[1] * (pairs.dim() - dim - 1))
 
     def output(self, update: Tensor) -> Tensor:
         return self.gate.output(update)
+
+
+def _over_base(adapter: TLoRA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    if adapter._waiting:
+        adapter.values()  # says why there are none
+    p, start = cast(Any, adapter._parameters), cast(Any, adapter._buffers)
+    return timed_over_base(
+        adapter.geometry, x, weight, bias, (p["q"], p["p"], p["lam"]), (start["q0"], start["p0"], start["lam0"]),
+        adapter.unit_number, strength, adapter.pair_mask(x),
+    )  # fmt: skip

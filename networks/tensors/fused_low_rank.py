@@ -78,18 +78,25 @@ def forth(
         b: the base's bias.
         A, B: [R, I, *kernel] and [O, R, 1...], in the dtype of y.
         left: a factor.
-        mask: [T, R], [1, R] or shaped so for images; in the dtype of y.
+        mask: [N, R] for N samples, which divide the rows or images; in the dtype of y.
     """
     if geometry.kernel:
         y, h = convolved(geometry, x, W, b), convolved(geometry, x, A)
     else:
         y, h = F.linear(x, W, b), torch.mm(x, A.t())
-    h = h if mask is None else h.mul_(mask)
+    h = h if mask is None else _masked_(h, mask)
     if geometry.kernel:
         add_pointwise_(y, h, B, left)
     else:
         y.addmm_(h, B.t(), alpha=left)
     return y, h
+
+
+def _masked_(h: Tensor, mask: Tensor) -> Tensor:
+    """h [T, R], or [B, R, *places], times a mask [N, R], in place: rows of a sample follow each other."""
+    h = h.contiguous()
+    h.view(len(mask), len(h) // len(mask), mask.shape[1], -1).mul_(mask[:, None, :, None])
+    return h
 
 
 @dataclass
@@ -130,7 +137,7 @@ def _back_linear(made: Made, g: Tensor, on_x: bool, on_A: bool, on_B: bool) -> t
     gx = gA = gB = None
     if on_x or on_A:
         gh = torch.mm(g, made.B)
-        gh = gh if made.mask is None else gh.mul_(made.mask)
+        gh = gh if made.mask is None else _masked_(gh, made.mask)
         if on_x:
             gx = torch.mm(g, made.W).addmm_(gh, made.A, alpha=made.left)
         if on_A and made.x is not None:
@@ -144,7 +151,7 @@ def _back_conv(made: Made, g: Tensor, on_x: bool, on_A: bool, on_B: bool) -> tup
     geometry, gx, gA = made.geometry, None, None
     gh, gB = pointwise_back(g, made.h, made.B, (on_x or on_A, on_B))
     if gh is not None:
-        gh = times_(gh if made.mask is None else gh.mul_(made.mask), made.left)
+        gh = times_(gh if made.mask is None else _masked_(gh, made.mask), made.left)
         gx, gA = convolved_back(geometry, gh, made.shape if made.x is None else made.x, made.A, (on_x, on_A))
     if gx is not None:
         gx.add_(convolved_back(geometry, g, made.shape, made.W, (True, False))[0])
