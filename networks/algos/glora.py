@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records.glora import GLORA
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_glora import glora_over_base
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import Gate, low_rank, nearest_products, product_norm_sq, sum_norm_sq
 from ..tensors.per_thread import PerThread
@@ -153,6 +155,9 @@ class GLoRA(Additive):
         up_OR, down_RI = self._joined(self.values())
         return torch.sqrt(product_norm_sq(up_OR, down_RI.flatten(1)).sum())
 
+    def over_base(self, call: Call) -> OverBase | None:
+        return _over_base
+
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.dim
         O, I, J, N = g.out_features, g.in_features * g.groups, g.columns * g.groups, g.out_features * g.columns
@@ -245,3 +250,8 @@ class GLoRA(Additive):
                 f"of {geometry.weight_shape} (LyCORIS files from before 2024 have a1 with a2 and b1 with b2 swapped)"
             )
         return dim, {}
+
+
+def _over_base(adapter: GLoRA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    p: Any = adapter._parameters
+    return glora_over_base(adapter.geometry, x, weight, bias, tuple(p[name] for name in FACTORS), strength)

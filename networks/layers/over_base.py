@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from ..tensors.forms import HALF_AND_WIDER
 from ..tensors.fused import BesideBase, Call, OverBase, Switch, is_open
 from ..tensors.fused_scaling import with_lengths
+from ..tensors.products import AsItLies
 from .precision import without_autocast
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class _WithMagnitude:
         ones = adapter.geometry.ones
         strength = adapter.strength(multiplier, layer.scale)
         with torch.no_grad(), without_autocast(x.device.type):
-            squares = adapter.norm_sq(weight, strength, self.on_output)
+            squares = adapter.on(AsItLies(weight)).norm_sq(weight, strength, self.on_output)
         change, start = layer._parameters["magnitude_change"], layer._buffers["magnitude_start"]
         if not self.on_output:
             return self.form(adapter, with_lengths(x, change, start, squares, None, ones), weight, bias, strength)

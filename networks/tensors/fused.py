@@ -205,12 +205,17 @@ def base_back(geometry: Geometry, gradient: Tensor, weight: Tensor, shape: Seque
     return unflat(torch.mm(flat(gradient), weight), shape)
 
 
+def pointwise(h: Tensor, matrix: Tensor) -> Tensor:
+    """A 1x1 convolution with a matrix [O, R, 1...]."""
+    return _CONVS[h.dim() - 2](h, matrix)
+
+
 def add_pointwise_(y: Tensor, h: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
     """Add a 1x1 convolution with a matrix [O, R, 1...] to an output, in place."""
     if y.is_contiguous() and h.is_contiguous():  # the flat images of others would be copies
         y.flatten(2).baddbmm_(matrix.flatten(1).expand(len(y), -1, -1), h.flatten(2), alpha=scale)
     else:
-        y.add_(_CONVS[h.dim() - 2](h, matrix), alpha=scale)
+        y.add_(pointwise(h, matrix), alpha=scale)
 
 
 def pointwise_back(gradient: Tensor, h: Tensor, matrix: Tensor, wanted: tuple[bool, bool]) -> tuple[Any, Any]:

@@ -30,6 +30,16 @@ class OfWeight:
         return product.to(matrix_IR)
 
 
+@dataclass(frozen=True, eq=False)
+class AsItLies:
+    """Of a weight that is not widened: a product in its own dtype is as exact as it is."""
+
+    weight: Tensor
+
+    def times(self, matrix_IR: Tensor) -> Tensor:
+        return weight_times(self.weight, matrix_IR.to(self.weight.dtype)).to(matrix_IR.dtype)
+
+
 def weight_times(weight: Tensor, matrix_IR: Tensor) -> Tensor:
     """W M for a weight [O, I, *kernel]: M acts on the input features, the kernel stays.
 
