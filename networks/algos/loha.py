@@ -16,6 +16,7 @@ Parameters (saved as hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b, hada_t1, hada_t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..records.loha import LOHA
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_hadamard import hadamard_over_base
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.hadamard import nearest_hadamard
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
@@ -131,6 +134,9 @@ class LoHa(Additive):
             return super().norm()
         P, Q = self._product(dict(self.named_parameters()))
         return torch.sqrt(((P.T @ P) * (Q @ Q.T)).sum().clamp_min(0))
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return _OverBase(call.cheaper_factored(self.flops(call.tokens)))
 
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.dim
@@ -253,6 +259,16 @@ class LoHa(Additive):
             shapes = f"hada_w1_a {tuple(a.shape)} and hada_w1_b {tuple(b.shape)}"
             raise ValueError(f"{shapes} do not fit a weight of {geometry.weight_shape}")
         return b.shape[0], {"use_tucker": tucker}
+
+
+@dataclass(frozen=True)
+class _OverBase:
+    factored: bool
+
+    def __call__(self, adapter: LoHa, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+        p: Any = adapter._parameters
+        factors = (*adapter._half(p, 1), *adapter._half(p, 2))
+        return hadamard_over_base(adapter.geometry, x, weight, bias, factors, strength, self.factored)
 
 
 class _FirstIndex:

@@ -1,0 +1,147 @@
+"""LoHa over its base: y = base(x) + s op(x, (a1 b1) * (a2 b2)).
+
+    factored   as LoRA of rank R^2, up P = a1 x a2 by rows, down Q = b1 x b2 by columns     kept: x, Q x [T, R^2]
+    rebuilt    the weight change itself, for large ranks                                    kept: x
+
+P and Q, or the halves, are made again in the backward pass: kept, they would be many times the factors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fused import apply_of, cast, convolved, convolved_back, flat, met, refuse_twice, unflat
+from .fused_low_rank import Made, back, forth
+from .geometry import Geometry
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def hadamard_over_base(
+    geometry: Geometry,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Factors,
+    strength: float,
+    factored: bool,
+) -> Tensor:
+    """Output of an open layer with LoHa.
+
+    Args:
+        geometry: of the layer.
+        x: its input.
+        weight, bias: of the base.
+        factors: a1 [O, R], b1 [R, I * K], a2 and b2.
+        strength: s.
+        factored: which form.
+    """
+    y: Tensor = (_factored if factored else _rebuilt)(x, weight, bias, *factors, strength, geometry)
+    return y
+
+
+def _by_rows(a1: Tensor, a2: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """P [O, R^2, 1...]."""
+    P = torch.empty(len(a1), a1.shape[1] ** 2, *geometry.ones, dtype=dtype, device=a1.device)
+    torch.mul(a1[:, :, None], a2[:, None, :], out=P.view(len(a1), a1.shape[1], -1))
+    return P
+
+
+def _by_columns(b1: Tensor, b2: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """Q [R^2, I, *kernel]."""
+    Q = torch.empty(len(b1) ** 2, *geometry.weight_shape[1:], dtype=dtype, device=b1.device)
+    torch.mul(b1[:, None, :], b2[None, :, :], out=Q.view(len(b1), len(b1), -1))
+    return Q
+
+
+class _Factored(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float,
+        geometry: Geometry,
+    ) -> Tensor:  # fmt: skip
+        shape = x.shape
+        x, W = met(x, W)
+        x = x if geometry.kernel else flat(x)
+        dtype = torch.promote_types(x.dtype, W.dtype)
+        Q, P = _by_columns(b1, b2, geometry, dtype), _by_rows(a1, a2, geometry, dtype)
+        y, h = forth(geometry, x, W, b, Q, P, s)
+        ctx.save_for_backward(x, W, a1, b1, a2, b2, h)
+        ctx.geometry, ctx.shape, ctx.s = geometry, shape, s
+        return y if geometry.kernel else unflat(y, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_twice()
+        x, W, a1, b1, a2, b2, h = ctx.saved_tensors
+        geometry, needs, s, R = ctx.geometry, ctx.needs_input_grad, ctx.s, len(b1)
+        g = gradients[0] if geometry.kernel else flat(gradients[0])
+        Q, P = _by_columns(b1, b2, geometry, g.dtype), _by_rows(a1, a2, geometry, g.dtype)
+        of_a, of_b = needs[3] or needs[5], needs[4] or needs[6]
+        gx, gQ, gP = back(Made(geometry, ctx.shape, x, W, Q, P, h, s, s, s), g, needs[0], of_b, of_a)
+        ga1 = ga2 = gb1 = gb2 = None
+        if of_a:
+            gP = cast(gP, a1.dtype).reshape(-1, R, R)
+            ga1 = torch.bmm(gP, a2[:, :, None])[..., 0]
+            ga2 = torch.bmm(gP.transpose(1, 2), a1[:, :, None])[..., 0]
+        if of_b:
+            gQ = gQ.reshape(R, R, -1)  # as it is: the products below are in the factors' own dtype
+            gb1, gb2 = (gQ * b2).sum(1), (gQ * b1[:, None]).sum(0)
+        if gx is not None and not geometry.kernel:
+            gx = unflat(gx, ctx.shape)
+        return gx, None, None, ga1, gb1, ga2, gb2, None, None
+
+
+class _Rebuilt(torch.autograd.Function):
+    """Under autocast the halves are products in its dtype, elsewhere in that of the factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float,
+        geometry: Geometry,
+    ) -> Tensor:  # fmt: skip
+        shape = x.shape
+        x, W = met(x, W)
+        dtype = torch.promote_types(x.dtype, W.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            a1, b1, a2, b2 = (cast(t, dtype) for t in (a1, b1, a2, b2))
+        change = cast(torch.mm(a1, b1).mul_(torch.mm(a2, b2)), dtype)
+        if geometry.kernel:
+            y = convolved(geometry, x, W, b)
+            y.add_(convolved(geometry, x, change.view(W.shape)), alpha=s)
+        else:
+            x = flat(x)
+            y = F.linear(x, W, b).addmm_(x, change.t(), alpha=s)
+        ctx.save_for_backward(x, W, a1, b1, a2, b2)
+        ctx.geometry, ctx.shape, ctx.s = geometry, shape, s
+        return y if geometry.kernel else unflat(y, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_twice()
+        (g,), (x, W, a1, b1, a2, b2) = gradients, ctx.saved_tensors
+        geometry, s, on_x = ctx.geometry, ctx.s, ctx.needs_input_grad[0]
+        first, second = torch.mm(a1, b1), torch.mm(a2, b2)
+        if geometry.kernel:
+            change = cast(first * second, g.dtype).view(W.shape)
+            gx, gchange = convolved_back(geometry, g, x, change, (on_x, True))
+            gchange = gchange.mul_(s).flatten(1)
+            if on_x:
+                gx = convolved_back(geometry, g, x.shape, W, (True, False))[0].add_(gx, alpha=s)
+        else:
+            g, gx = flat(g), None
+            if on_x:
+                gx = torch.mm(g, W).addmm_(g, cast(first * second, g.dtype), alpha=s)
+                gx = unflat(gx, ctx.shape)
+            gchange = torch.addmm(W, g.t(), x, beta=0, alpha=s)
+        gchange = cast(gchange, first.dtype)
+        of_first, of_second = second.mul_(gchange), first.mul_(gchange)
+        found = of_first @ b1.t(), a1.t() @ of_first, of_second @ b2.t(), a2.t() @ of_second
+        return gx, None, None, *found, None, None
+
+
+_factored, _rebuilt = apply_of(_Factored), apply_of(_Rebuilt)
