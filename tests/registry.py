@@ -212,17 +212,28 @@ def _lokr_kept(a: Adapter, T: int) -> float:
 
 
 def _glora_flops(a: Adapter, T: int) -> float:
-    """Two chains, and the product with the base weight."""
+    """Two chains, and the product with the base weight; with a kernel one of them in front of the base."""
     g, R = a.geometry, a.dim
-    product = 6 * T * R * (g.in_features + g.out_features * g.kernel_size) + 4 * g.out_features * g.columns * R
-    return low_rank_flops(a, T) + product
+    first = 12 * T * R * g.in_features if g.has_kernel else 6 * T * R * (g.in_features + g.out_features)
+    return low_rank_flops(a, T) + first + (0 if g.has_kernel else 4 * g.out_features * g.columns * R)
 
 
 def _glora_kept(a: Adapter, T: int) -> float:
-    """Both rank activations, W a1, and but for kernels the joined factors."""
+    """Both rank activations, and but for kernels the joined factors."""
     g, R = a.geometry, a.dim
-    O, J = g.out_features, g.columns
-    return 4 * (2 * T * R + (O * R * g.kernel_size if g.has_kernel else 2 * R * (O + J)))
+    return 4 * (2 * T * R + (0 if g.has_kernel else 2 * R * (g.out_features + g.columns)))
+
+
+def _dylora_ranks(a: Adapter) -> tuple[int, int]:
+    """How many act, and learn."""
+    assert a.number is not None
+    last = (int(a.number) % -(-a.dim // a.block_size) + 1) * a.block_size
+    return min(last, a.dim), min(last, a.dim) - last + a.block_size
+
+
+def _dylora_flops(a: Adapter, T: int) -> float:
+    acting, learning = _dylora_ranks(a)
+    return 2 * T * (2 * acting + learning) * (a.geometry.columns + a.geometry.out_features)
 
 
 def _rotation_flops(a: Adapter, T: int) -> float:
@@ -230,6 +241,8 @@ def _rotation_flops(a: Adapter, T: int) -> float:
     blocks, on_input = a.laid_out.shapes["blocks"], a.side == "input"
     features, size = a.geometry.in_features if on_input else a.geometry.out_features, blocks[-1]
     inverse = 2 * features * size * size  # one product in the gradient of (1 - Q)^-1, whatever the tokens
+    if len(blocks) == 3 and not on_input and not a.chosen.get("constraint") and len(a.laid_out.shapes) == 1:
+        inverse *= 3  # 2 Q (1 - Q)^-1 by the inverse, and two products in its gradient
     if on_input:  # 2 Q + 2 Q^2 + 2 Q^3 + Q^4: three products forward, six in their gradients
         inverse *= 9
     turns = 6 * T * features * size
@@ -245,10 +258,8 @@ def _column_flops(a: Adapter, T: int) -> float:
 
 
 def _reweighted_kept(a: Adapter, T: int) -> float:
-    """What comes out of the base; on the input side a convolution keeps its changed input, a Linear nothing."""
-    if a.side == "output":
-        return 4 * T * a.geometry.out_features
-    return 4 * T * a.geometry.in_features if a.geometry.is_conv else 0
+    """What comes out of the base; on the input side nothing but x."""
+    return 4 * T * a.geometry.out_features if a.side == "output" else 0
 
 
 _INTO_DIM = {"lora_down.weight": (4, "I"), "lora_up.weight": ("O", 4)}
@@ -305,8 +316,8 @@ ALGORITHMS: dict[str, AlgoData] = {
         effects={"block_size": ({}, "2")},
         rank_axes={"lora_up.weight": 1},
         files=(({}, _INTO_DIM, 3),),
-        flops=low_rank_flops,  # its ranks are drawn as tensors: nothing is cut
-        kept=lambda a, T: 9 * T * a.dim,
+        flops=_dylora_flops,
+        kept=lambda a, T: 4 * T * _dylora_ranks(a)[0],
         unlike_lycoris="it scales by the block, not by the rank",
     ),
     "lora_fa": AlgoData(

@@ -36,7 +36,8 @@ OPEN = ("linear", "linear_no_bias", "conv1d", "conv_1x1", "conv_3x3", "conv_stri
 CLOSED = ("conv_grouped", "conv_same", "conv_reflect", "conv_same_circular")
 # Ways of an algorithm that have no function over the base: (algorithm, one of its options). Columns are in the weight
 # alone, of which a pass makes another, whatever is open.
-PLAIN: set[tuple[str, str]] = {(algo, "use_scalar") for algo in ALGOS} | {("diag-oft", "dim_is_size")}
+PLAIN = {(algo, "use_scalar") for algo in ALGOS} | {("diag-oft", "dim_is_size")}
+PLAIN |= {(algo, "use_tucker") for algo in ("lora", "lora_fa")}  # three convolutions in a row, beside the base
 every_algorithm = pytest.mark.parametrize("algo", [name for name in FOR_LINEARS if name != "full"])
 
 

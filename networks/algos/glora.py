@@ -156,11 +156,14 @@ class GLoRA(Additive):
         return torch.sqrt(product_norm_sq(up_OR, down_RI.flatten(1)).sum())
 
     def over_base(self, call: Call) -> OverBase | None:
-        return _over_base
+        return _over_base if call.cheaper_factored(self.flops(call.tokens)) else None
 
     def flops(self, tokens: int) -> tuple[float, float]:
+        """With a kernel those of the form in front of the base, which half precision cannot take."""
         g, R = self.geometry, self.dim
         O, I, J, N = g.out_features, g.in_features * g.groups, g.columns * g.groups, g.out_features * g.columns
+        if g.has_kernel and g.groups == 1:
+            return 6 * tokens * R * (2 * I + J + O), 6 * tokens * N + 16 * N * R
         chains = R * (I + O * g.kernel_size) + R * (J + O)
         return 6 * tokens * chains + 4 * N * R, 6 * tokens * N + 16 * N * R
 
