@@ -8,6 +8,7 @@ expanded one what is really there counts. The numbers are those of plain calls: 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,17 +18,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-SILENT = {
-    "_unsafe_view",
-    "detach",
-    "lift_fresh",
-    "promote_types",
-    "resize_",
-    "set_",
-}  # and views, and all that is called `empty`
+SILENT = {"_unsafe_view", "detach", "lift_fresh", "promote_types", "resize_", "set_"}  # and views, and all that is called `empty`
+LARGE = 1 << 14  # elements
 OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"}  # without reading
 
 
@@ -124,7 +119,37 @@ class Watch(TorchDispatchMode):
         return self._alive
 
 
-def count(forward: Callable[[], Tensor], x: Tensor, gradient: Tensor, parameters: Iterable[Tensor]) -> Counts:
+class Skipped(TorchDispatchMode):
+    """Calls on large tensors give zeros of the right shape, in no time: for what is counted and not used. Inside a
+    watch, as the watch must see them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = list(_tensors((args, kwargs)))
+        if not runs_kernel(func) or max((t.numel() for t in given), default=0) < LARGE:
+            return func(*args, **kwargs)
+        if any(each.alias_info is not None for each in func._schema.arguments):  # the result is there
+            return kwargs.get("out", args[0])
+        there = {"device": torch.device("meta")} if "device" in kwargs else {}
+        shapes = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs) | there)
+        return tree_map(lambda t: _blank(t, given[0].device) if isinstance(t, Tensor) else t, shapes)
+
+
+def _blank(like: Tensor, device: torch.device) -> Tensor:
+    """Zeros; of what is very large, memory that nobody has touched, which takes no time."""
+    made = torch.empty_like(like, device=device)
+    return made if made.numel() >= 256 * LARGE else made.zero_()
+
+
+def _on_meta(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def count(
+    forward: Callable[[], Tensor], x: Tensor, gradient: Tensor, parameters: Iterable[Tensor], computed: bool = True
+) -> Counts:
     """What a pass costs.
 
     Args:
@@ -133,6 +158,7 @@ def count(forward: Callable[[], Tensor], x: Tensor, gradient: Tensor, parameters
         x: the input, whose gradient is computed.
         gradient: of the output.
         parameters: whatever was there before the pass: parameters, frozen weights, buffers.
+        computed: False = what is large is skipped, as its values do not matter.
 
     Returns:
         The counts. Gradients of x and the parameters are set to None before and after.
@@ -147,10 +173,12 @@ def count(forward: Callable[[], Tensor], x: Tensor, gradient: Tensor, parameters
         clear()
         forward().backward(gradient)
 
-    flops = flops_of(run)
+    values = contextlib.nullcontext() if computed else Skipped()
+    with values:
+        flops = flops_of(run)
     clear()
     held: dict[int, int] = {}
-    with Watch() as watch:
+    with values, Watch() as watch:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: _noted(t, held), lambda t: t):
             y = forward()
         # What a function holds by other ways than save_for_backward is kept as well.

@@ -1,0 +1,149 @@
+"""What is measured: adapters by the names of the tables, the layers that carry them, and how much of both a run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks.algos import ALGOS
+from networks.tensors.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter.
+
+    Attributes:
+        algo: its algorithm.
+        dim: rank; of rotations the size of their blocks.
+        options: as its algorithm has them.
+        dora: with magnitudes of the output rows.
+    """
+
+    algo: str
+    dim: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dora: bool = False
+
+
+_WHOLE = {"factor": 16, "full_matrix": True}
+CASES = {
+    "lora16": Case("lora", 16),
+    "lora64": Case("lora", 64),
+    "lora_fa16": Case("lora_fa", 16),
+    "dora16": Case("lora", 16, dora=True),
+    "loha8": Case("loha", 8),
+    "loha32": Case("loha", 32),
+    "lokr f8 r8": Case("lokr", 8, {"factor": 8}),
+    "lokr f16 whole": Case("lokr", 8, _WHOLE),
+    "lokr f16 whole + DoRA": Case("lokr", 8, _WHOLE, dora=True),
+    "oft32": Case("diag-oft", 32),
+    "boft16": Case("boft", 16),
+    "dylora16": Case("dylora", 16, {"block_size": 4}),
+    "glora16": Case("glora", 16),
+    "ia3": Case("ia3", 1),
+    "tlora16": Case("tlora", 16, {"use_data_init": False}),  # or a start would decompose every weight
+}
+_LINEAR = [name for name, adapter in ALGOS.items() if adapter.spec.family == Geometry.family]
+CASES |= {name: Case(name, 16) for name in _LINEAR if name not in {case.algo for case in CASES.values()}}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A base layer, and the shape of its input."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+    def build(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """It, frozen, with random weights."""
+        with torch.device("meta"):
+            layer = self.make()
+        layer = layer.to_empty(device=device).to(dtype)
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.normal_(0, 0.02)
+        return layer.requires_grad_(False)
+
+    def input(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A random input that wants a gradient."""
+        return torch.randn(self.shape, dtype=dtype, device=device).requires_grad_()
+
+
+def _linear(inputs: int, outputs: int, tokens: int) -> Layer:
+    return Layer(lambda: nn.Linear(inputs, outputs), (1, tokens, inputs))
+
+
+def _conv(channels: int, outputs: int, kernel: int, size: int) -> Layer:
+    return Layer(lambda: nn.Conv2d(channels, outputs, kernel, padding=kernel // 2), (1, channels, size, size))
+
+
+MAIN = "Linear 1280, T 1024"
+LAYERS = {
+    MAIN: _linear(1280, 1280, 1024),
+    "Linear 640, T 4096": _linear(640, 640, 4096),
+    "Linear 1280, T 256": _linear(1280, 1280, 256),
+    "Linear 3072, T 256": _linear(3072, 3072, 256),
+    "Linear 3072, T 4096": _linear(3072, 3072, 4096),
+    "Linear 1280 -> 10240, T 1024": _linear(1280, 10240, 1024),
+    "Linear 3072 -> 12288, T 4096": _linear(3072, 12288, 4096),
+    "conv 3x3 320 at 64 x 64": _conv(320, 320, 3, 64),
+    "conv 3x3 1280 at 16 x 16": _conv(1280, 1280, 3, 16),
+    "conv 1x1 640 at 32 x 32": _conv(640, 640, 1, 32),
+}
+SMALL = _linear(16, 16, 4)  # of which a pass takes nothing but Python and launches
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a run takes.
+
+    Attributes:
+        cases: the adapters, by name.
+        counted, timed: layers, by name.
+        few: of the cases, those timed on the other layers.
+        seconds: of timing for each candidate of a comparison.
+        channels: of the shrunken models.
+        step_cases: adapters in the shrunken models.
+        release: the model that networks are made for; "" = a small stand-in.
+        merged: shape of the weights in the merge, and their number.
+    """
+
+    cases: tuple[str, ...]
+    counted: tuple[str, ...]
+    timed: tuple[str, ...]
+    few: tuple[str, ...]
+    seconds: float
+    channels: tuple[int, ...]
+    step_cases: tuple[str, ...]
+    release: str
+    merged: tuple[int, int, int]
+
+
+STEP_CASES = ("lora16", "dora16", "loha8", "lokr f8 r8")
+FULL = Sizes(
+    cases=tuple(CASES),
+    counted=tuple(LAYERS),
+    timed=(MAIN, "Linear 3072, T 256", "conv 3x3 320 at 64 x 64"),
+    few=("lora16", "dora16", "loha8", "lokr f8 r8", "lokr f16 whole"),
+    seconds=0.4,
+    channels=(64, 128),
+    step_cases=STEP_CASES,
+    release="sdxl",
+    merged=(1280, 1280, 44),
+)
+QUICK = Sizes(
+    cases=("lora16", "dora16", "loha8", "lokr f8 r8", "oft32", "ia3"),
+    counted=(MAIN,),
+    timed=(MAIN,),
+    few=(),
+    seconds=0.1,
+    channels=(64,),
+    step_cases=("lora16", "lokr f8 r8"),
+    release="sdxl",
+    merged=(1280, 1280, 4),
+)

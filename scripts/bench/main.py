@@ -1,0 +1,128 @@
+"""The command line of scripts/benchmark.py."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from . import hosts, layers
+from .cases import FULL, QUICK, Sizes
+from .peers import peers_of
+from .report import Progress, Table, draw, machine
+from .setting import Setting
+
+TABLES: dict[str, Callable[[Setting], Iterator[Table]]] = {
+    "counts": layers.counts,
+    "times": layers.times,
+    "python": layers.python,
+}
+
+
+def main(about: str | None = None, argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
+    """Run what the command line asks for.
+
+    Args:
+        about: the text of --help.
+        argv: None = the process's own.
+        sizes: of the run; None = those that the command line asks for.
+    """
+    args = _parser(about).parse_args(argv)
+    _quiet()
+    begun = time.process_time()
+    setting = open_setting(args, sizes or (QUICK if args.quick else FULL))
+    tables = [table for name in args.tables for table in TABLES[name](setting)]
+    setting.progress.end()
+    picture = Path(args.docs).with_suffix(".png") if args.docs else Path(args.chart) if args.chart else None
+    drawn = picture is not None and draw(tables, picture)
+    text = page(setting, tables, picture.name if picture is not None and drawn else "")
+    text += f"\nThe run took {time.monotonic() - setting.progress.begun:.0f} s, {time.process_time() - begun:.0f} s of the CPU.\n"
+    if args.docs:
+        Path(args.docs).write_text(text, encoding="utf-8", newline="\n")
+    print(text)
+    return 0
+
+
+def open_setting(args: argparse.Namespace, sizes: Sizes) -> Setting:
+    """What the tables share, by the arguments."""
+    device, lines = torch.device(args.device), []
+    if device.type == "cuda" and not torch.cuda.is_available():
+        device, lines = torch.device("cpu"), ["no GPU was seen: everything ran on the CPU"]
+    elif device.type == "cpu":
+        lines = ["no GPU was used"]
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    peers, left_out = peers_of(args.sd_scripts, args.musubi)
+    checkouts = {}
+    if args.sd_scripts:
+        checkouts["sds"] = hosts.sd_scripts(args.sd_scripts)
+    if args.musubi:
+        checkouts["mus"] = hosts.musubi(args.musubi)
+    total = len(sizes.cases) * (len(sizes.counted) + 4)
+    return Setting(device, sizes, peers, checkouts, Progress(total), [*lines, *left_out])
+
+
+def page(setting: Setting, tables: Sequence[Table], picture: str) -> str:
+    """The whole output.
+
+    Args:
+        setting: of the run.
+        tables: what it measured.
+        picture: the chart's file beside the page; "" = none.
+    """
+    head = [
+        "# What an adapter costs",
+        "",
+        f"Written by `scripts/benchmark.py`, which says how it measures. {datetime.date.today()}, {machine(setting.device)}.",
+        "",
+        *(f"* {peer.title}" for peer in setting.peers),
+        *(f"* {line}" for line in setting.lines),
+        "",
+        *([f"![Times over the frozen layer]({picture})", ""] if picture else []),
+    ]
+    return "\n".join([*head, *(table.text() for table in tables)])
+
+
+def _quiet() -> None:
+    """Peers tell much while they are made; what matters here is in the tables."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+
+def _parser(about: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "benchmark.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sd_scripts", type=_folder, metavar="PATH", help="a checkout of sd-scripts")
+    parser.add_argument("--musubi", type=_folder, metavar="PATH", help="a checkout of musubi-tuner")
+    parser.add_argument("--tables", type=_tables, default=list(TABLES), metavar="NAMES", help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--quick", action="store_true", help="a small part, in less than a minute")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it runs")
+    parser.add_argument("--docs", metavar="FILE.md", help="write the page there, and its chart beside it")
+    parser.add_argument("--chart", metavar="FILE.png", help="draw the chart there")
+    return parser
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).resolve()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder: give the root of the trainer's checkout")
+    return path
+
+
+def _tables(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in TABLES]:
+        raise argparse.ArgumentTypeError(f"there is no table {', '.join(unknown)}: choose of {', '.join(TABLES)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""What our adapters cost beside those of others, in one run: Markdown tables, and a chart.
+
+    python scripts/benchmark.py                          counts, times, Python per layer, networks, merging
+    python scripts/benchmark.py --quick                  a small part of it, in less than a minute
+    python scripts/benchmark.py --sd_scripts PATH --musubi PATH      the trainers' own modules, and steps of their models
+    python scripts/benchmark.py --device cuda --docs docs/cost-cuda.md
+
+lycoris-lora and peft are compared where they are installed. Counts are exact and the same on every machine. Times are
+of one thread of a CPU (of the process, not of the clock on the wall), or between events on a GPU; all candidates take
+turns, and the lower quartile of each counts.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+
+from bench.main import main  # noqa: E402
+
+if __name__ == "__main__":
+    raise SystemExit(main(__doc__))
