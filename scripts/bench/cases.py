@@ -99,6 +99,15 @@ SMALL = _linear(16, 16, 4)  # of which a pass takes nothing but Python and launc
 
 
 @dataclass(frozen=True)
+class Step:
+    """A whole step of a shrunken model: with which adapter, of how many channels, with checkpointing or without."""
+
+    case: str
+    channels: int
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How much a run takes.
 
@@ -107,10 +116,11 @@ class Sizes:
         counted, timed: layers, by name.
         few: of the cases, those timed on the other layers.
         seconds: of timing for each candidate of a comparison.
-        channels: of the shrunken models.
-        step_cases: adapters in the shrunken models.
+        models: shrunken ones, of which a whole step is taken.
+        steps: what is taken of each of them.
         release: the model that networks are made for; "" = a small stand-in.
-        merged: shape of the weights in the merge, and their number.
+        networks: their algorithms.
+        merged: width of the square weights in the merge, and their number.
     """
 
     cases: tuple[str, ...]
@@ -118,32 +128,37 @@ class Sizes:
     timed: tuple[str, ...]
     few: tuple[str, ...]
     seconds: float
-    channels: tuple[int, ...]
-    step_cases: tuple[str, ...]
+    models: tuple[str, ...]
+    steps: tuple[Step, ...]
     release: str
-    merged: tuple[int, int, int]
+    networks: tuple[str, ...]
+    merged: tuple[int, int]
 
 
-STEP_CASES = ("lora16", "dora16", "loha8", "lokr f8 r8")
+_STEPS = [Step(case, 64) for case in ("lora16", "lokr f8 r8", "loha8", "dora16")]
+_STEPS += [Step(case, 64, checkpointing=True) for case in ("lora16", "lokr f8 r8")]
+_STEPS += [Step("lora16", 128), Step("lokr f8 r8", 128)]
 FULL = Sizes(
     cases=tuple(CASES),
     counted=tuple(LAYERS),
     timed=(MAIN, "Linear 3072, T 256", "conv 3x3 320 at 64 x 64"),
-    few=("lora16", "dora16", "loha8", "lokr f8 r8", "lokr f16 whole"),
+    few=("lora16", "dora16", "loha8", "lokr f8 r8"),
     seconds=0.4,
-    channels=(64, 128),
-    step_cases=STEP_CASES,
+    models=("SDXL", "FLUX", "Wan"),
+    steps=tuple(_STEPS),
     release="sdxl",
-    merged=(1280, 1280, 44),
+    networks=("lora", "loha", "lokr"),
+    merged=(1280, 44),
 )
 QUICK = Sizes(
-    cases=("lora16", "dora16", "loha8", "lokr f8 r8", "oft32", "ia3"),
+    cases=("lora16", "dora16", "lokr f8 r8", "oft32"),
     counted=(MAIN,),
     timed=(MAIN,),
     few=(),
     seconds=0.1,
-    channels=(64,),
-    step_cases=("lora16", "lokr f8 r8"),
+    models=("FLUX", "Wan"),
+    steps=(Step("lora16", 64),),
     release="sdxl",
-    merged=(1280, 1280, 4),
+    networks=("lora",),
+    merged=(1280, 4),
 )

@@ -1,7 +1,8 @@
 """Modules of a trainer's checkout, whatever else is installed.
 
 Its package of networks has the name of ours, so its files are loaded under another. A library that a trainer imports
-and this machine lacks (torchvision, OpenCV) is an empty stand-in meanwhile: nothing of it is called here.
+and this machine lacks (torchvision, OpenCV), or has in a version without some name, is an empty stand-in meanwhile:
+nothing of it is called here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -37,10 +39,10 @@ class Checkout:
         alias: the package as which that is loaded.
         """
         self.root, self._alias = root, alias
-        sys.path.append(str(root / source))  # behind everything else
-        package = types.ModuleType(alias)
+        if str(root / source) not in sys.path:
+            sys.path.append(str(root / source))  # behind everything else
+        package = sys.modules.setdefault(alias, types.ModuleType(alias))
         package.__path__ = [str(root / networks)]
-        sys.modules[alias] = package
 
     def network_module(self, name: str) -> Any:
         """A file of its networks folder.
@@ -66,16 +68,24 @@ def imported(name: str) -> Any:
         ImportError: it is not there.
     """
     missing: set[str] = set()
-    for _ in range(20):
+    for _ in range(30):
         try:
             with _stand_ins(missing), _without_gpu():
                 return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            lacking = (error.name or "").partition(".")[0]
-            if not lacking or lacking in OWN | missing or lacking == name.partition(".")[0]:
+        except ImportError as error:
+            lacking = _lacking(error)
+            if not lacking or lacking in missing or lacking.partition(".")[0] in OWN | {name.partition(".")[0]}:
                 raise
             missing.add(lacking)
     raise ImportError(f"{name} needs too much that is not here: {', '.join(sorted(missing))}")
+
+
+def _lacking(error: ImportError) -> str:
+    """The library that is not there, or `library.name` of what another version of it does not have."""
+    if isinstance(error, ModuleNotFoundError):
+        return (error.name or "").partition(".")[0]
+    found = re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
+    return f"{found[2]}.{found[1]}" if found else ""
 
 
 class _Empty(types.ModuleType):
@@ -103,11 +113,16 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 @contextmanager
 def _stand_ins(names: set[str]) -> Iterator[None]:
     """Gone afterwards: other libraries look whether the true ones are there."""
-    finder = _Finder(names)
+    finder = _Finder({name for name in names if "." not in name})
     sys.meta_path.append(finder)
+    dropped = [name.rpartition(".") for name in names if "." in name]
+    for module, _, name in dropped:
+        setattr(sys.modules[module], name, type(name, (), {}))
     try:
         yield
     finally:
+        for module, _, name in dropped:
+            delattr(sys.modules[module], name)
         sys.meta_path.remove(finder)
         for name in [each for each, module in sys.modules.items() if isinstance(module, _Empty)]:
             del sys.modules[name]

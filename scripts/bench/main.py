@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import hosts, layers
+from . import hosts, layers, nets, steps
 from .cases import FULL, QUICK, Sizes
 from .peers import peers_of
 from .report import Progress, Table, draw, machine
@@ -23,6 +23,9 @@ TABLES: dict[str, Callable[[Setting], Iterator[Table]]] = {
     "counts": layers.counts,
     "times": layers.times,
     "python": layers.python,
+    "steps": steps.steps,
+    "networks": nets.networks,
+    "merging": nets.merging,
 }
 
 

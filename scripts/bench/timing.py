@@ -1,5 +1,5 @@
-"""Times of several candidates in one run: interleaved, so that whatever else the machine does meets all of them alike,
-and of each the lower quartile."""
+"""Times of several candidates in one run: interleaved, so that whatever else the machine does meets all of them alike;
+of each the lower quartile, of few samples the least."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 Run = Callable[[], object]
 LEAST = 0.02  # seconds of one sample: the clock of a process is coarse on some systems
-SAMPLES = (5, 40)  # the fewest and the most of one candidate
+SAMPLES = (3, 40)  # the fewest and the most of one candidate
 
 
 def seconds(runs: Mapping[str, Run], each: float, device: torch.device) -> dict[str, float]:
@@ -68,3 +68,30 @@ def _quiet() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+def now(device: torch.device) -> float:
+    """A clock for what runs once: of the process, or on the wall when a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def once(makes: Mapping[str, Callable[[], Run]], device: torch.device, samples: int = 3) -> dict[str, float]:
+    """Seconds of calls that cannot be repeated: the least of some samples, the candidates in turns.
+
+    Args:
+        makes: candidate -> what prepares a call, whose own time does not count.
+        device: on which they run.
+        samples: of each.
+    """
+    found: dict[str, list[float]] = {name: [] for name in makes}
+    for _ in range(samples):
+        for name, make in makes.items():
+            run = make()
+            with _quiet():
+                start = now(device)
+                run()
+                found[name].append(now(device) - start)
+    return {name: min(times) for name, times in found.items()}
