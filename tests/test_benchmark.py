@@ -1,12 +1,22 @@
-"""scripts/benchmark.py: what its counters count, by hand."""
+"""scripts/benchmark.py: what its counters count, by hand; and every table of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
+import bench.main
+import pytest
 import torch
+import torch.nn.functional as F
+from bench import bases, cases, hosts, nets, peers, steps, sweep, timing
+from bench.cases import MAIN, Layer, Sizes, Step
 from bench.counting import Watch, count, flops_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from networks.algos import ALGOS
 
 
 def test_counts_of_a_small_pass_by_hand() -> None:
@@ -78,3 +88,113 @@ def test_every_product_is_counted_however_it_is_written() -> None:
     }
     found = {name: flops_of(run) for name, (run, _) in cases.items()}
     assert found == {name: 2 * products for name, (_, products) in cases.items()}
+
+
+# -- the program
+
+TINY = "tiny"
+TOY = Sizes(
+    cases=("lora16", "dora16"), counted=(MAIN, TINY), timed=(MAIN, TINY), few=("ia3",), seconds=0.001,
+    models=(TINY,), steps=(Step("lora16", 16), Step("lora16", 16, checkpointing=True)), release="",
+    networks=("lora", "loha", "lokr"), merged=(16, 4), base_layer=TINY, base_cases=("lora16",),
+    compiled=("lora16",), backend="eager",
+)  # fmt: skip
+
+
+class Thin(nn.Module):
+    """A peer's adapter, as small as can be."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.up, self.base = nn.Parameter(torch.zeros(base.get_parameter("weight").shape[0], 1)), [base]
+
+    def apply_to(self) -> None:
+        base, before = self.base[0], self.base[0].forward
+        base.forward = lambda x: before(x) + F.linear(x.mean(-1, keepdim=True), self.up)  # type: ignore[method-assign]
+
+
+class TinyModel(nn.Module):
+    """Of repeated blocks, with the switch that the trainers' models have."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.blocks, self.checkpointing = nn.ModuleList([nets.Block(width) for _ in range(2)]), False
+
+    def enable_gradient_checkpointing(self) -> None:
+        self.checkpointing = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (layer for block in self.blocks for layer in block.children()):
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+        return x
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers and a model of a few numbers, ours and one peer, who has LoRA alone."""
+
+    def thin(checkouts: Mapping[str, Any]) -> tuple[list[peers.Peer], list[str]]:
+        peer = peers.Kohya("sds", "sds: thin", lambda case: None if case.dora or case.algo != "lora" else thin_module)
+        return [peers.Ours(), peer], ["others are left out"]
+
+    for name in (MAIN, TINY):
+        monkeypatch.setitem(cases.LAYERS, name, Layer(lambda: nn.Linear(16, 16), (1, 4, 16)))
+    model = steps.Model(TINY, "sds", TinyModel, lambda model, x, channels: model(x), lambda channels: (2, 3, channels))
+    monkeypatch.setattr(steps, "MODELS", (model,))
+    monkeypatch.setattr(bench.main, "peers_of", thin)
+    monkeypatch.setattr(hosts, "sd_scripts", lambda root: None)
+    monkeypatch.setattr(nets, "_LATE", {"sds": ()})
+    monkeypatch.setattr(nets, "SAMPLES", 1)
+    monkeypatch.setattr(timing, "LEAST", 1e-4)
+    monkeypatch.setattr(timing, "collect", lambda: None)
+    monkeypatch.setattr(sweep, "ALGOS", {name: ALGOS[name] for name in ("lora", "diag-oft")})
+    monkeypatch.setattr(bases, "BASES", {name: bases.BASES[name] for name in ("bf16", "float8", "scaled float8")})
+    monkeypatch.setitem(bases.BASES, "none", lambda linear: 1 / 0)
+
+
+def thin_module(name: str, base: nn.Module) -> nn.Module:
+    return Thin(base)
+
+
+def rows_of(text: str) -> Iterator[list[str]]:
+    for line in text.splitlines():
+        if line.startswith("| "):
+            yield [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+@pytest.mark.usefixtures("small")
+def test_all_tables_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The way of --device cuda where there is no GPU: every table, a page, its chart; what is not there is a line."""
+    page = tmp_path / "cost.md"
+    arguments = ["--device", "cuda", "--tables", ",".join(bench.main.TABLES), "--docs", str(page)]
+    assert bench.main.main("", [*arguments, "--sd_scripts", str(tmp_path)], TOY) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.strip() == capsys.readouterr().out.strip()
+    for line in ("no GPU was seen: everything ran on the CPU", "others are left out", "sds: thin", "no base none: "):
+        assert f"* {line}" in text
+    titles = [line for line in text.splitlines() if line.startswith("### ")]
+    for part in (
+        f"{MAIN}, autocast: counts", f"{TINY}, autocast: counts", f"{MAIN}, fp32: time", "Python per layer, fp32",
+        "A step over", "Networks of rank", "In-memory merge", "Every algorithm with every option",
+        "torch.compile with eager", "bases of every form", "block swap",
+    ):  # fmt: skip
+        assert any(part in title for title in titles), part
+    rows = list(rows_of(text))
+    assert [row[0] for row in rows if row[0].startswith(TINY)] == [
+        "tiny, 16 channels, lora16", "tiny, 16 channels, lora16, checkpointing"
+    ]  # fmt: skip
+    assert [row[-1] for row in rows if row[0] in ("lora", "diag-oft") and len(row) == 5] == ["none", "none"]
+    assert ["scaled float8", "lora16"] in [row[:2] for row in rows]
+    assert [row[1] for row in rows if row[0] == "lora16" and row[1] == "equal"]
+    assert ["dora16", "-"] in [[row[0], row[-1]] for row in rows], "what the peer has not"
+    assert page.with_suffix(".png").stat().st_size > 1000
+
+
+def test_arguments_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, told in (
+        (["--tables", "counts,cuonts"], "there is no table cuonts: choose of counts, times"),
+        (["--sd_scripts", str(tmp_path / "none")], "is no folder: give the root of the trainer's checkout"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main.main("", arguments)
+        assert told in capsys.readouterr().err

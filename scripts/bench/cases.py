@@ -1,4 +1,4 @@
-"""What is measured: adapters by the names of the tables, the layers that carry them, and how much of both a run takes."""
+"""What is measured: adapters and layers by the names of the tables, and how much of both a run takes."""
 
 from __future__ import annotations
 
@@ -120,6 +120,10 @@ class Sizes:
         steps: what is taken of each of them.
         release: the model that networks are made for; "" = a small stand-in.
         networks: their algorithms.
+        base_layer: the one that is compiled, quantised and moved.
+        base_cases: its adapters.
+        compiled: those of them that are compiled.
+        backend: of torch.compile.
         merged: width of the square weights in the merge, and their number.
     """
 
@@ -133,6 +137,10 @@ class Sizes:
     release: str
     networks: tuple[str, ...]
     merged: tuple[int, int]
+    base_layer: str = MAIN
+    base_cases: tuple[str, ...] = ("lora16", "dora16", "loha8", "lokr f8 r8", "oft32")
+    compiled: tuple[str, ...] = ("lora16", "dora16", "lokr f8 r8")
+    backend: str = "inductor"
 
 
 _STEPS = [Step(case, 64) for case in ("lora16", "lokr f8 r8", "loha8", "dora16")]
@@ -161,4 +169,6 @@ QUICK = Sizes(
     release="sdxl",
     networks=("lora",),
     merged=(1280, 4),
+    base_cases=("lora16",),
+    compiled=("lora16",),
 )

@@ -40,7 +40,7 @@ def _added_outer(total: Any, left: Any, right: Any, **rest: Any) -> int:
 
 # Of products PyTorch's counter knows neither those added in place, nor those with a vector, nor a sum over a batch.
 _ATEN = torch.ops.aten
-_MORE = dict.fromkeys(
+_MORE: dict[Any, Callable[..., int]] = dict.fromkeys(
     [_ATEN.addmm_, _ATEN.baddbmm_, _ATEN.addbmm, _ATEN.addbmm_, _ATEN.addmv, _ATEN.addmv_], _added_product
 )
 _MORE |= dict.fromkeys([_ATEN.mv, _ATEN.dot, _ATEN.vdot], _product)
@@ -101,16 +101,16 @@ class Watch(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result, outputs = func(*args, **(kwargs or {})), {each.name for each in func._schema.arguments if each.is_out}
-        given = list(_tensors((args, {name: value for name, value in (kwargs or {}).items() if name not in outputs})))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         made = list(_tensors(result))
-        new = {key_of(t): t for t in made}.keys() - {key_of(t) for t in _tensors((args, kwargs))}
-        self._alive |= {key_of(t): (StorageWeakRef(t.untyped_storage()), _held(t)) for t in made if key_of(t) in new}
+        given = {key_of(t) for t in _tensors((args, kwargs))}
+        new = [t for t in made if key_of(t) not in given]
+        self._alive |= {key_of(t): (StorageWeakRef(t.untyped_storage()), _held(t)) for t in new}
         self.peak = max(self.peak, sum(size for _, size in self.alive().values()))
         if runs_kernel(func):
-            self.launches.append(
-                Launch(func.__name__, max((t.numel() for t in made), default=0), _traffic(func, args, given, made))
-            )
+            largest = max((t.numel() for t in made), default=0)
+            self.launches.append(Launch(func.__name__, largest, _traffic(func, args, kwargs, made)))
         return result
 
     def alive(self) -> dict[int, tuple[StorageWeakRef, int]]:
@@ -226,8 +226,10 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
-def _traffic(func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> int:
-    name, unread = func.__name__.split(".")[0], set[int]()
+def _traffic(func: Any, args: Any, kwargs: Any, made: list[Tensor]) -> int:
+    name, outputs = func.__name__.split(".")[0], {each.name for each in func._schema.arguments if each.is_out}
+    given = list(_tensors((args, {key: value for key, value in kwargs.items() if key not in outputs})))
+    unread = set[int]()
     if name in OVERWRITES:
         unread = {0}
     elif name == "convolution_backward":  # reads what the gradients that are asked for need

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,22 +60,22 @@ def counts_of(setting: Setting, peer: Peer | None, layer: Layer, case: Case, mod
     """What a layer with an adapter costs, and the bytes of its input; None where the peer has no such adapter.
 
     Args:
-        setting: of the run. On a CPU values are not computed.
+        setting: of the run.
         peer: whose adapter; None = the frozen layer.
         layer, case: what is counted.
         mode: of `MODES`.
     """
-    computed, dtype = setting.device.type != "cpu", MODES[mode]
+    dtype = MODES[mode]
     torch.manual_seed(0)
     random.seed(0)
-    with contextlib.nullcontext() if computed else Skipped():
+    with Skipped():
         made = adapted(peer, layer, case, dtype, setting.device)
         if made is None:
             return None
         x = layer.input(dtype, setting.device)
-        forward, both = setting.passes(made, x, mode)
+        forward, _ = setting.passes(made, x, mode)
         gradient = torch.ones_like(forward())
-    return count(forward, x, gradient, made.known, computed), x.numel() * x.element_size()
+    return count(forward, x, gradient, made.known, computed=False), x.numel() * x.element_size()
 
 
 def cells_of(setting: Setting, layer: Layer, case: Case, mode: str) -> dict[str, Cell]:

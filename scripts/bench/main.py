@@ -9,11 +9,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import hosts, layers, nets, steps
+from . import bases, hosts, layers, nets, steps, sweep
 from .cases import FULL, QUICK, Sizes
 from .peers import peers_of
 from .report import Progress, Table, draw, machine
@@ -26,7 +28,18 @@ TABLES: dict[str, Callable[[Setting], Iterator[Table]]] = {
     "steps": steps.steps,
     "networks": nets.networks,
     "merging": nets.merging,
+    "sweep": sweep.sweep,
+    "compile": bases.compiled,
+    "bases": bases.quantised,
+    "swap": bases.swapped,
+    "memory": bases.memory,
 }
+# What a run takes by itself: a compiler takes minutes, and networks are made on the CPU.
+DEFAULT = {
+    "cpu": [name for name in TABLES if name not in ("compile", "memory")],
+    "cuda": [name for name in TABLES if name != "networks"],
+}
+GPU_SECONDS = 0.15  # of each candidate, in which a GPU takes many samples
 
 
 def main(about: str | None = None, argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
@@ -38,19 +51,28 @@ def main(about: str | None = None, argv: Sequence[str] | None = None, sizes: Siz
         sizes: of the run; None = those that the command line asks for.
     """
     args = _parser(about).parse_args(argv)
-    _quiet()
-    begun = time.process_time()
-    setting = open_setting(args, sizes or (QUICK if args.quick else FULL))
-    tables = [table for name in args.tables for table in TABLES[name](setting)]
+    begun, tables = time.process_time(), list[Table]()
+    with _quiet():
+        setting = open_setting(args, sizes or (QUICK if args.quick else FULL))
+        for name in args.tables or DEFAULT[args.device]:
+            tables += TABLES[name](setting)
+            setting.progress.table()
     setting.progress.end()
-    picture = Path(args.docs).with_suffix(".png") if args.docs else Path(args.chart) if args.chart else None
+    picture = _picture(args)
     drawn = picture is not None and draw(tables, picture)
     text = page(setting, tables, picture.name if picture is not None and drawn else "")
-    text += f"\nThe run took {time.monotonic() - setting.progress.begun:.0f} s, {time.process_time() - begun:.0f} s of the CPU.\n"
+    wall, cpu = time.monotonic() - setting.progress.begun, time.process_time() - begun
+    text += f"\nThe run took {wall:.0f} s, {cpu:.0f} s of the CPU.\n"
     if args.docs:
         Path(args.docs).write_text(text, encoding="utf-8", newline="\n")
     print(text)
     return 0
+
+
+def _picture(args: argparse.Namespace) -> Path | None:
+    if args.docs:
+        return Path(args.docs).with_suffix(".png")
+    return Path(args.chart) if args.chart else None
 
 
 def open_setting(args: argparse.Namespace, sizes: Sizes) -> Setting:
@@ -58,18 +80,15 @@ def open_setting(args: argparse.Namespace, sizes: Sizes) -> Setting:
     device, lines = torch.device(args.device), []
     if device.type == "cuda" and not torch.cuda.is_available():
         device, lines = torch.device("cpu"), ["no GPU was seen: everything ran on the CPU"]
-    elif device.type == "cpu":
-        lines = ["no GPU was used"]
+    elif device.type == "cuda":
+        sizes = replace(sizes, seconds=min(sizes.seconds, GPU_SECONDS))
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    peers, left_out = peers_of(args.sd_scripts, args.musubi)
-    checkouts = {}
-    if args.sd_scripts:
-        checkouts["sds"] = hosts.sd_scripts(args.sd_scripts)
-    if args.musubi:
-        checkouts["mus"] = hosts.musubi(args.musubi)
-    total = len(sizes.cases) * (len(sizes.counted) + 4)
-    return Setting(device, sizes, peers, checkouts, Progress(total), [*lines, *left_out])
+    given = {"sds": (args.sd_scripts, hosts.sd_scripts), "mus": (args.musubi, hosts.musubi)}
+    checkouts = {name: open_(root) for name, (root, open_) in given.items() if root is not None}
+    peers, left_out = peers_of(checkouts)
+    progress = Progress(len(args.tables or DEFAULT[args.device]))
+    return Setting(device, sizes, peers, checkouts, progress, [*lines, *left_out])
 
 
 def page(setting: Setting, tables: Sequence[Table], picture: str) -> str:
@@ -80,10 +99,11 @@ def page(setting: Setting, tables: Sequence[Table], picture: str) -> str:
         tables: what it measured.
         picture: the chart's file beside the page; "" = none.
     """
+    today, where = datetime.date.today(), machine(setting.device)
     head = [
         "# What an adapter costs",
         "",
-        f"Written by `scripts/benchmark.py`, which says how it measures. {datetime.date.today()}, {machine(setting.device)}.",
+        f"Written by `scripts/benchmark.py`, which says how it measures. {today}, {where}.",
         "",
         *(f"* {peer.title}" for peer in setting.peers),
         *(f"* {line}" for line in setting.lines),
@@ -93,10 +113,17 @@ def page(setting: Setting, tables: Sequence[Table], picture: str) -> str:
     return "\n".join([*head, *(table.text() for table in tables)])
 
 
-def _quiet() -> None:
+@contextmanager
+def _quiet() -> Iterator[None]:
     """Peers tell much while they are made; what matters here is in the tables."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _parser(about: str | None) -> argparse.ArgumentParser:
@@ -105,8 +132,8 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--sd_scripts", type=_folder, metavar="PATH", help="a checkout of sd-scripts")
     parser.add_argument("--musubi", type=_folder, metavar="PATH", help="a checkout of musubi-tuner")
-    parser.add_argument("--tables", type=_tables, default=list(TABLES), metavar="NAMES", help=f"of {', '.join(TABLES)}")
-    parser.add_argument("--quick", action="store_true", help="a small part, in less than a minute")
+    parser.add_argument("--tables", type=_tables, metavar="NAME,NAME", help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--quick", action="store_true", help="a small part of each table")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where it runs")
     parser.add_argument("--docs", metavar="FILE.md", help="write the page there, and its chart beside it")
     parser.add_argument("--chart", metavar="FILE.png", help="draw the chart there")

@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from networks import api
 from networks.models.skeleton import skeleton
 
 from .cases import Case
 from .hosts import imported
-from .peers import SCALE, Peer, fitted
+from .peers import SCALE, Peer, fitted, network_of
 from .report import Table
 from .setting import Setting
 from .timing import now, once
@@ -75,8 +74,8 @@ _LATE = {"sds": ("library.train_util", "library.sdxl_model_util"), "mus": ("musu
 
 def _contests(setting: Setting) -> Iterator[Contest]:
     """SDXL with text encoders, of the trainer's class where its checkout is there; Wan, where musubi's is."""
-    for checkout in setting.checkouts:
-        for name in _LATE[checkout]:  # what it would import in the midst of a call
+    for trainer in setting.checkouts:
+        for name in _LATE[trainer]:  # what it would import in the midst of a call
             imported(name)
     makers: dict[str, Module] = {"ours": _ours}
     if any(peer.name == "lyc" for peer in setting.peers):
@@ -100,13 +99,11 @@ def _contests(setting: Setting) -> Iterator[Contest]:
                 dim=5120, ffn_dim=13824, num_heads=40, num_layers=40
             )
         checkout = setting.checkouts["mus"]
-        yield Contest(
-            "Wan 14B", wan, [],
-            {"ours": lambda algo: _Musubi(_ours(algo)), "mus": lambda algo: _Musubi(checkout.network_module(_WAN.get(algo, algo)))},
-        )  # fmt: skip
-
-
-_WAN = {"lora": "lora_wan"}
+        both: dict[str, Module] = {
+            "ours": lambda algo: _Musubi(_ours(algo)),
+            "mus": lambda algo: _Musubi(checkout.network_module("lora_wan" if algo == "lora" else algo)),
+        }
+        yield Contest("Wan 14B", wan, [], both)
 
 
 def _ours(algo: str) -> Any:
@@ -205,7 +202,7 @@ def merging(setting: Setting) -> Iterator[Table]:
     peers = [peer.name for peer in setting.peers if peer.name in _MERGES]
     rows = []
     for algo in setting.sizes.networks:
-        case, makes = MERGED[algo], {}
+        case, makes = MERGED[algo], dict[str, Callable[[], Callable[[], object]]]()
         setting.progress.step(f"merging: {algo}")
         makes["floor"] = _floor(algo, model, names, case)
         for peer in (each for each in setting.peers if each.name in _MERGES):
@@ -229,15 +226,16 @@ def merging(setting: Setting) -> Iterator[Table]:
 
 
 def _floor(algo: str, model: nn.Module, names: Sequence[str], case: Case) -> Callable[[], Callable[[], None]]:
-    weights = [model.get_submodule(name).weight for name in names]
-    O, I, r, like = *weights[0].shape, case.dim, weights[0].float()
+    weights = [model.get_parameter(f"{name}.weight") for name in names]
+    like, r = weights[0].detach().float(), case.dim
+    O, I = like.shape
     factor = case.options.get("factor", 1)
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "lora": [(O, r), (r, I)],
         "loha": [(O, r), (r, I), (O, r), (r, I)],
         "lokr": [(factor, 1, factor, 1), (O // factor, r), (r, I // factor)],
-    }[algo]
-    t = [like.new_ones(shape) * 1e-3 for shape in shapes]
+    }
+    t = [like.new_ones(shape) * 1e-3 for shape in shapes[algo]]
 
     def changed(weight: Tensor) -> Tensor:
         wide = weight.float()
@@ -274,7 +272,7 @@ def _restore(model: nn.Module) -> None:
 
 
 def _merge_ours(peer: Peer, model: nn.Module, names: Sequence[str], case: Case) -> Callable[[], object]:
-    network = api.apply(model, algo=case.algo, dim=case.dim, alpha=case.dim * SCALE, **case.options)  # type: ignore[arg-type]
+    network = network_of(model, case)
     with torch.no_grad():
         for p in network.parameters():
             p.add_(torch.randn_like(p), alpha=1e-3)

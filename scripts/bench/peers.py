@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from networks import api
 from networks.algos import ALGOS
 from networks.layers.adapted import AdaptedLayer
 from networks.tensors.geometry import Geometry
@@ -123,13 +123,20 @@ class Ours:
     def _layer(self, base: nn.Module, name: str, case: Case) -> nn.Module:
         geometry = Geometry.of(base)
         assert geometry is not None
-        with base.weight.device:
+        with torch.device(next(base.parameters()).device):
             adapter = ALGOS[case.algo](geometry, case.dim, dict(case.options))
             adapter.mark_initialised_()
             scale = SCALE if adapter.laid_out.rank is not None else 1.0
             layer = AdaptedLayer(name, base, adapter, scale, dora="output" if case.dora else "")
         layer.attach()
         return layer
+
+
+def network_of(model: nn.Module, case: Case) -> Any:
+    """A network of ours on a model, attached, as its users make it."""
+    apply: Any = api.apply
+    more = {"use_dora": True} if case.dora else {}
+    return apply(model, algo=case.algo, dim=case.dim, alpha=case.dim * SCALE, **case.options, **more)
 
 
 class Kohya:
@@ -284,18 +291,17 @@ class Peft:
         return makers[case.algo]() if has else None
 
 
-def peers_of(sd_scripts: Path | None, musubi: Path | None) -> tuple[list[Peer], list[str]]:
+def peers_of(checkouts: Mapping[str, hosts.Checkout]) -> tuple[list[Peer], list[str]]:
     """All that are there, ours first, and a line for each that is not.
 
     Args:
-        sd_scripts, musubi: checkouts of the trainers.
+        checkouts: of the trainers, by their short names.
     """
-    logging.getLogger("LyCORIS").setLevel(logging.ERROR)
     makers: dict[str, Callable[[], Peer]] = {
         "lycoris-lora": lambda: lycoris(False),
         "lycoris-lora with bypass_mode": lambda: lycoris(True),
-        "sd-scripts": lambda: _of_checkout("sds", "sd-scripts", sd_scripts, "--sd_scripts", hosts.sd_scripts),
-        "musubi-tuner": lambda: _of_checkout("mus", "musubi-tuner", musubi, "--musubi", hosts.musubi),
+        "sd-scripts": lambda: _of_checkout("sds", "sd-scripts", checkouts, "--sd_scripts"),
+        "musubi-tuner": lambda: _of_checkout("mus", "musubi-tuner", checkouts, "--musubi"),
         "peft": Peft,
     }
     found, lines = list[Peer]([Ours()]), []
@@ -307,11 +313,8 @@ def peers_of(sd_scripts: Path | None, musubi: Path | None) -> tuple[list[Peer], 
     return found, lines
 
 
-def _of_checkout(
-    name: str, title: str, root: Path | None, option: str, open_: Callable[[Path], hosts.Checkout]
-) -> Peer:
-    if root is None:
+def _of_checkout(name: str, title: str, checkouts: Mapping[str, hosts.Checkout], option: str) -> Peer:
+    if name not in checkouts:
         raise ImportError(f"give its checkout by {option}")
-    checkout = open_(root)
-    checkout.network_module("lora")
-    return trainer(name, f"{name}: the checkout of {title}", checkout)
+    checkouts[name].network_module("lora")
+    return trainer(name, f"{name}: the checkout of {title}", checkouts[name])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,26 +39,28 @@ class Table:
 
 
 class Progress:
-    """A bar on the terminal; silent elsewhere.
+    """A bar on the terminal, by tables; silent elsewhere.
 
     Attributes:
         begun: when the run began, by the clock on the wall.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self.begun = max(1, total), 0, time.monotonic()
+    def __init__(self, tables: int) -> None:
+        self._tables, self._done, self.begun = max(1, tables), 0, time.monotonic()
+
+    def table(self) -> None:
+        """A table is done."""
+        self._done += 1
 
     def step(self, what: str) -> None:
-        """Another part of the run begins."""
-        self._done += 1
+        """Another part of a table begins."""
         if sys.stderr.isatty():
-            share = min(self._done, self._total) * 30 // self._total
-            bar = "#" * share + "." * (30 - share)
-            print(
-                f"\r[{bar}] {time.monotonic() - self.begun:4.0f} s  {what[:60]:60}", end="", file=sys.stderr, flush=True
-            )
+            share = min(self._done, self._tables) * 30 // self._tables
+            bar, taken = "#" * share + "." * (30 - share), time.monotonic() - self.begun
+            print(f"\r[{bar}] {taken:4.0f} s  {what[:60]:60}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
+        """The line below the bar."""
         if sys.stderr.isatty():
             print(file=sys.stderr)
 
@@ -76,23 +79,25 @@ def draw(tables: Sequence[Table], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    if not shown:
-        return False
-    figure = Figure(figsize=(9, 1 + sum(0.9 + 0.28 * len(table.chart) for table in shown)), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(shown), squeeze=False, height_ratios=[2 + len(table.chart) for table in shown])
-    for axes, table in zip(grid[:, 0], shown, strict=True):
-        names = list(dict.fromkeys(name for row in table.chart.values() for name in row))
-        for at, name in enumerate(names):
-            places = [
-                i + (at + 0.5) / len(names) * 0.8 - 0.4 for i, row in enumerate(table.chart.values()) if name in row
-            ]
-            values = [row[name] for row in table.chart.values() if name in row]
-            axes.barh(places, values, 0.8 / len(names), label=name, color=f"C{at}")
-        axes.set_yticks(range(len(table.chart)), list(table.chart))
-        axes.invert_yaxis()
-        axes.set_title(table.title, fontsize=10, loc="left")
-        axes.legend(fontsize=7)
-        axes.tick_params(labelsize=8)
-    figure.savefig(path, dpi=110)
-    return True
+    if shown:
+        heights = [2 + len(table.chart) for table in shown]
+        figure = Figure(figsize=(9, 0.3 * sum(heights)), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(shown), squeeze=False, height_ratios=heights)
+        for axes, table in zip(grid[:, 0], shown, strict=True):
+            _bars(axes, table)
+        figure.savefig(path, dpi=110)
+    return bool(shown)
+
+
+def _bars(axes: Any, table: Table) -> None:
+    names = list(dict.fromkeys(name for row in table.chart.values() for name in row))
+    for at, name in enumerate(names):
+        offset = (at + 0.5) / len(names) * 0.8 - 0.4
+        bars = {i + offset: row[name] for i, row in enumerate(table.chart.values()) if name in row}
+        axes.barh(list(bars), list(bars.values()), 0.8 / len(names), label=name, color=f"C{at}")
+    axes.set_yticks(range(len(table.chart)), list(table.chart))
+    axes.invert_yaxis()
+    axes.set_title(table.title, fontsize=10, loc="left")
+    axes.legend(fontsize=7)
+    axes.tick_params(labelsize=8)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from networks import api
-
 from .cases import CASES, Case, Step
 from .hosts import imported
 from .layers import FROZEN
-from .peers import SCALE, Peer, fitted, trained
+from .peers import Peer, fitted, network_of, trained
 from .report import Table
 from .setting import Setting
 from .timing import seconds
@@ -55,7 +53,7 @@ def _sdxl(channels: int) -> nn.Module:
     file = imported("library.sdxl_original_unet")
     block = functools.partial(_narrow, file.Transformer2DModel)
     sizes = {"MODEL_CHANNELS": channels, "TIME_EMBED_DIM": 4 * channels, "ADM_IN_CHANNELS": VECTOR}
-    with mock.patch.multiple(file, Transformer2DModel=block, **sizes):
+    with mock.patch.dict(vars(file), {**sizes, "Transformer2DModel": block}):
         model: nn.Module = file.SdxlUNet2DConditionModel()
     return model
 
@@ -155,14 +153,13 @@ def adapt(peer: Peer, model: nn.Module, case: Case) -> list[nn.Parameter] | None
         model: which is not adapted yet.
         case: the adapter.
     """
-    network = api.apply(
-        model, algo=case.algo, dim=DIM, alpha=DIM * SCALE, **case.options, **({"use_dora": True} if case.dora else {})
-    )  # type: ignore[call-overload,unused-ignore]
+    case = replace(case, dim=DIM)
+    network = network_of(model, case)
     if peer.name == "ours":
         return trained([network])
     names = [row.dotted_name for row, _ in network.layers]
     network.detach()
-    made = fitted(peer, model, names, Case(case.algo, DIM, case.options, case.dora))
+    made = fitted(peer, model, names, case)
     return None if made is None else trained(made)
 
 
@@ -189,41 +186,48 @@ def step_of(setting: Setting, model: Model, channels: int, built: nn.Module, par
 
 def steps(setting: Setting) -> Iterator[Table]:
     """One table for all models."""
-    peers = [peer for peer in setting.peers if peer.name in PEERS]
+    names = [peer.name for peer in setting.peers if peer.name in PEERS]
     chart: dict[str, dict[str, float]] = {}
     for model in (each for each in MODELS if each.title in setting.sizes.models):
-        if model.trainer not in setting.checkouts:
+        if model.trainer in setting.checkouts:
+            chart |= _of_model(setting, model)
+        else:
             setting.lines.append(f"no step of {model.title}: there is no checkout of its trainer ({model.trainer})")
-            continue
-        for channels in dict.fromkeys(step.channels for step in setting.sizes.steps):
-            base = frozen_model(model, channels, setting.device)
-            for step in (step for step in setting.sizes.steps if step.channels == channels):
-                row = f"{model.title}, {channels} channels, {step.case.rstrip('0123456789')}"
-                row += ", checkpointing" if step.checkpointing else ""
-                setting.progress.step(f"steps: {row}")
-                chart[row] = _row(setting, model, step, base, peers)
     if chart:
-        names = [peer.name for peer in peers]
+        rows = [
+            [row, *(f"{found[name]:.2f}" if name in found else "-" for name in names), _overhead(found)]
+            for row, found in chart.items()
+        ]
         yield Table(
             f"A step over that of the frozen model, rank {DIM}, autocast",
             "The last column is our overhead over that of the least of the others.",
             ["model", *names, "overhead"],
-            [[row, *(f"{found[name]:.2f}" if name in found else "-" for name in names), _overhead(found)]
-             for row, found in chart.items()],
+            rows,
             chart,
-        )  # fmt: skip
+        )
 
 
-def _row(setting: Setting, model: Model, step: Step, base: nn.Module, peers: list[Peer]) -> dict[str, float]:
+def _of_model(setting: Setting, model: Model) -> dict[str, dict[str, float]]:
+    """Row -> peer -> time over the frozen step."""
+    found, bases = {}, dict[int, nn.Module]()
+    for step in setting.sizes.steps:
+        if step.channels not in bases:
+            bases = {step.channels: frozen_model(model, step.channels, setting.device)}
+        row = f"{model.title}, {step.channels} channels, {step.case}{', checkpointing' if step.checkpointing else ''}"
+        setting.progress.step(f"steps: {row}")
+        found[row] = _row(setting, model, step, bases[step.channels])
+    return found
+
+
+def _row(setting: Setting, model: Model, step: Step, base: nn.Module) -> dict[str, float]:
     """Times over the frozen step. The trainer's own module is that of the model's trainer."""
     runs = {}
-    for peer in (None, *peers):
-        if peer is not None and peer.name in setting.checkouts and peer.name != model.trainer:
-            continue
+    others = {"sds", "mus"} - {model.trainer}
+    for peer in (None, *(each for each in setting.peers if each.name in PEERS and each.name not in others)):
         built = twin(base)
         if step.checkpointing:
             with mock.patch("builtins.print"):  # they tell it each time
-                built.enable_gradient_checkpointing()  # type: ignore[operator]
+                cast(Any, built).enable_gradient_checkpointing()
         params = [] if peer is None else adapt(peer, built, CASES[step.case])
         if params is not None:
             runs[FROZEN if peer is None else peer.name] = step_of(setting, model, step.channels, built, params)

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from gc import collect
 
 import torch
 
@@ -24,6 +25,7 @@ def seconds(runs: Mapping[str, Run], each: float, device: torch.device) -> dict[
         device: on which they run.
     """
     clock = _between_events if device.type == "cuda" else _cpu_time
+    collect()
     with _quiet():
         times = {}
         for name, run in runs.items():
@@ -61,7 +63,6 @@ def _between_events(run: Run, calls: int) -> float:
 def _quiet() -> Iterator[None]:
     """Without the collector of cycles, whose time would be somebody's by chance."""
     was = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
