@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ..records.boft import BOFT as SPEC
 from ..records.oft import CHANGE, RESCALE
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_butterfly import Stages, butterfly_over_base
+from ..tensors.fused_rotation import cayley_less_identity
 from ..tensors.geometry import Geometry
 from ..tensors.rotation import butterfly, butterfly_chain, rotation_less_identity
 from .oft import Rotation
@@ -44,13 +47,24 @@ class BOFT(Rotation):
         return tensors["oft_blocks"].dim() == 4
 
     def change(self, t: Tensor, axis: int) -> Tensor:
-        stages, _, size, _ = self.blocks.shape
-        less = rotation_less_identity(self.blocks.flatten(0, 1), self.limit).unflatten(0, (stages, -1))
-        distances = tuple(2**i * (size // 2) for i in range(stages))
-        if CHANGE in self.laid_out.shapes:  # r P^-1 R P = P^-1 (P r) R P
-            rows = butterfly(self.rescale_change.flatten(), 0, distances[-1])
-            less = torch.cat([less[:-1], self.with_rows(less[-1], rows)[None]])
-        return butterfly_chain(t, less.to(t.dtype), axis, distances)
+        less = rotation_less_identity(self.blocks.flatten(0, 1), self.limit).reshape(self.blocks.shape)
+        return butterfly_chain(t, self._with_factors(less).to(t.dtype), axis, self.stages.distances, self.stages.unit)
+
+    @property
+    def stages(self) -> Stages:
+        """How they lie."""
+        count, _, size, _ = self.laid_out.shapes["blocks"]
+        return Stages(self.geometry.out_features, size, tuple(2**i * (size // 2) for i in range(count)))
+
+    def _with_factors(self, less: Tensor) -> Tensor:
+        """r T - 1 for T - 1."""
+        if CHANGE not in self.laid_out.shapes:
+            return less
+        rows = butterfly(self.rescale_change.flatten(), 0, self.stages.distances[-1])  # r P^-1 R P = P^-1 (P r) R P
+        return torch.cat([less[:-1], self.with_rows(less[-1], rows)[None]])
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return _over_base
 
     @classmethod
     def describe(cls, geometry: Geometry, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]]:
@@ -58,6 +72,15 @@ class BOFT(Rotation):
         if blocks.dim() != 4 or blocks.shape[1] * blocks.shape[2] != geometry.out_features:
             raise ValueError(f"oft_blocks {tuple(blocks.shape)} do not fit a weight of {geometry.weight_shape}")
         return blocks.shape[2], {"size": blocks.shape[2], "rescaled": RESCALE in tensors}
+
+
+def _over_base(adapter: BOFT, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    p: Any = adapter._parameters
+    blocks = p["blocks"].flatten(0, 1)
+    limited = adapter.chosen.get("constraint")
+    less = rotation_less_identity(blocks, adapter.limit) if limited else cayley_less_identity(blocks)
+    less = adapter._with_factors(less.view(p["blocks"].shape))
+    return butterfly_over_base(adapter.geometry, x, weight, bias, less, adapter.stages, strength, on_input=False)
 
 
 def block_size(features: int, dim: int) -> int:

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from ..records.boft_input import BOFT_INPUT, SCALES, TURNS
 from ..records.oft import CHANGE
+from ..tensors.fused import Call, OverBase
+from ..tensors.fused_butterfly import Stages, butterfly_over_base
+from ..tensors.fused_rotation import cayley_less_identity, turned_over_base
 from ..tensors.geometry import Geometry
 from ..tensors.rotation import apply_blocks, butterfly_chain, rotation_less_identity
 from .multiplicative import Multiplicative
@@ -76,6 +79,9 @@ class BOFTInput(Multiplicative):
             return apply_blocks(less[0], t, axis)
         distances = tuple(2**i for i in range(stages))
         return butterfly_chain(t, less, axis, distances if back else distances[::-1], size // 2)
+
+    def over_base(self, call: Call) -> OverBase | None:
+        return _over_base if self.side == "input" else None
 
     @property
     def free_axis(self) -> int | None:
@@ -146,3 +152,13 @@ def _block_size(columns: int, dim: int, stages: int) -> int:
     if not divisors:
         raise ValueError(f"boft-input has no blocks of {columns} columns for butterflies={stages}: use fewer")
     return min(divisors, key=lambda n: (abs(n - dim), n))
+
+
+def _over_base(adapter: BOFTInput, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    p: Any = adapter._parameters
+    count, _, size, _ = shape = p["blocks"].shape
+    less = cayley_less_identity(p["blocks"].flatten(0, 1) / -2).view(shape).transpose(2, 3).flip(0)
+    if count == 1:  # of any size, odd ones too
+        return turned_over_base(adapter.geometry, x, weight, bias, less[0], strength, on_input=True)
+    stages = Stages(adapter.geometry.in_features, size, tuple(2**i for i in reversed(range(count))), size // 2)
+    return butterfly_over_base(adapter.geometry, x, weight, bias, less, stages, strength, on_input=True)

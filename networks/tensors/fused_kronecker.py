@@ -179,7 +179,7 @@ class _Kronecker(torch.autograd.Function):
         (g,), (x, W, w1, left, right, h, m) = gradients, ctx.saved_tensors
         geometry, op, needs = ctx.geometry, ctx.op, ctx.needs_input_grad
         (A, C), N = w1.shape, len(x)
-        g = g.reshape(-1, g.shape[-1]) if not geometry.kernel else g.contiguous()
+        g = _as_rows(g, geometry)
         gx = op.base_back(geometry, g, W, x.shape) if needs[0] else None
         parts = x.reshape(N * C, -1, *x.shape[2:])
         h = parts if h is None else h
@@ -188,8 +188,7 @@ class _Kronecker(torch.autograd.Function):
             gm, gleft = op.left_back(geometry, g.view(N * A, -1, *g.shape[2:]), m, left, right is None, needs[4])
         gm = gm.reshape(N, A, -1)
         if needs[3]:
-            wide = torch.promote_types(g.dtype, torch.float32)
-            gw1 = torch.bmm(gm, h.reshape(N, C, -1).transpose(1, 2)).sum(0, dtype=wide).mul_(ctx.s)
+            gw1 = _of_first(gm, h.reshape(N, C, -1), ctx.s)
         back = w1.t().expand(N, C, A)
         if right is not None and (gx is not None or needs[5]):
             gh = torch.bmm(back, gm).view(h.shape)
@@ -201,6 +200,17 @@ class _Kronecker(torch.autograd.Function):
             gx = unflat(gx, ctx.shape)
         gleft, gright = (_shaped(*one) for one in ((gleft, ctx.of_left), (gright, ctx.of_right)))
         return gx, None, None, gw1, gleft, gright, None, None
+
+
+def _as_rows(g: Tensor, geometry: Geometry) -> Tensor:
+    """Of a Linear as [T, O]; images as they lie."""
+    return g.contiguous() if geometry.kernel else g.reshape(-1, g.shape[-1])
+
+
+def _of_first(gm: Tensor, h: Tensor, s: float) -> Tensor:
+    """The gradient of w1, summed over tokens or images in fp32 or wider."""
+    wide = torch.promote_types(gm.dtype, torch.float32)
+    return torch.bmm(gm, h.transpose(1, 2)).sum(0, dtype=wide).mul_(s)
 
 
 def _shaped(gradient: Tensor | None, shape: torch.Size) -> Tensor | None:
