@@ -43,6 +43,7 @@ from .hosts.contract import HostNetwork, learning_rate
 from .network.optim import text_encoder_rates
 from .plan import file_format
 from .plan.plan import Plan, Request
+from .tensors.fused import unfused
 from .tools.average import average
 from .tools.combine import combine
 from .tools.compare import Comparison, compare
@@ -415,4 +416,5 @@ __all__ = [
     "resize",
     "save",
     "spectra",
+    "unfused",
 ]
