@@ -46,16 +46,21 @@ def hadamard_over_base(
 
 def _by_rows(a1: Tensor, a2: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     """P [O, R^2, 1...]."""
-    P = torch.empty(len(a1), a1.shape[1] ** 2, *geometry.ones, dtype=dtype, device=a1.device)
-    torch.mul(a1[:, :, None], a2[:, None, :], out=P.view(len(a1), a1.shape[1], -1))
-    return P
+    shape = (len(a1), a1.shape[1] ** 2, *geometry.ones) if geometry.kernel else (len(a1), -1)
+    return _products(a1.unsqueeze(2), a2.unsqueeze(1), dtype).reshape(shape)
 
 
 def _by_columns(b1: Tensor, b2: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     """Q [R^2, I, *kernel]."""
-    Q = torch.empty(len(b1) ** 2, *geometry.weight_shape[1:], dtype=dtype, device=b1.device)
-    torch.mul(b1[:, None, :], b2[None, :, :], out=Q.view(len(b1), len(b1), -1))
-    return Q
+    return _products(b1.unsqueeze(1), b2, dtype).reshape(-1, *geometry.weight_shape[1:])
+
+
+def _products(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of each with each, rounded once, to the dtype; in the order of memory that theirs has."""
+    if one.dtype == other.dtype == dtype:
+        return one * other
+    out = torch.empty((0,), dtype=dtype, device=one.device)
+    return torch.mul(one, other, out=out)
 
 
 class _Factored(torch.autograd.Function):
@@ -86,11 +91,11 @@ class _Factored(torch.autograd.Function):
         ga1 = ga2 = gb1 = gb2 = None
         if of_a:
             gP = cast(gP, a1.dtype).reshape(-1, R, R)
-            ga1 = torch.bmm(gP, a2[:, :, None])[..., 0]
-            ga2 = torch.bmm(gP.transpose(1, 2), a1[:, :, None])[..., 0]
+            ga1 = torch.bmm(gP, a2.unsqueeze(2)).squeeze(2)
+            ga2 = torch.bmm(a1.unsqueeze(1), gP).squeeze(1)
         if of_b:
             gQ = gQ.reshape(R, R, -1)  # as it is: the products below are in the factors' own dtype
-            gb1, gb2 = (gQ * b2).sum(1), (gQ * b1[:, None]).sum(0)
+            gb1, gb2 = (gQ * b2).sum(1), (gQ * b1.unsqueeze(1)).sum(0)
         if gx is not None and not geometry.kernel:
             gx = unflat(gx, ctx.shape)
         return gx, None, None, ga1, gb1, ga2, gb2, None, None
