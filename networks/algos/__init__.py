@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 from ..records import ALGORITHMS, AlgoSpec
 from ..records.spec import OF_WEIGHT
 from .additive import Additive
-from .base import Adapter
+from .base import Adapter, unstarted
 from .multiplicative import Multiplicative
 from .parts import layout_of, make_adapter
 from .saved import Layout
@@ -77,4 +77,5 @@ __all__ = [
     "make_adapter",
     "recognise",
     "suited",
+    "unstarted",
 ]

@@ -11,8 +11,9 @@ An algorithm knows shapes and formulas only. Scale (alpha), multiplier, dropout 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -23,9 +24,31 @@ from ..records import AlgoSpec
 from ..tensors.fused import BesideBase, Call, OverBase
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import PassGate
+from ..tensors.per_thread import PerThread
 from ..tensors.products import Products
 from .clock import Clock
 from .saved import Count, Layout, check_tensors, wide_dtype, with_ranks
+
+
+class _Starts:
+    """Whether adapters that are made get start values."""
+
+    def __init__(self) -> None:
+        self.wanted = True
+
+
+_STARTS = PerThread(_Starts)
+
+
+@contextlib.contextmanager
+def unstarted() -> Iterator[None]:
+    """Adapters made here have no start values: `unpack_` has to follow, and nothing is drawn that it would write over.
+    """
+    _STARTS.mine.wanted = False
+    try:
+        yield
+    finally:
+        _STARTS.mine.wanted = True
 
 
 class Base(Products, Protocol):
@@ -65,6 +88,7 @@ class Adapter(nn.Module):
     magnitudes: ClassVar[bool] = True  # whether magnitudes of DoRA can stand beside it in a file
 
     scalar: nn.Parameter | None
+    started: bool = True  # False of one without start values, see `unstarted`
     start_size: float | None = None  # relative to the base weight, of an update that has not started at 0
     plus_unit: float = 1.0  # what a plus parameter of this adapter counts for; dW is linear in each of them
     clock: Clock | None = None  # of the timed ones: when it is, if anybody knows
@@ -79,6 +103,10 @@ class Adapter(nn.Module):
         for name, shape in self.laid_out.shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=name not in self.spec.frozen))
         with torch.no_grad():
+            self.started = _STARTS.mine.wanted
+            if not self.started:
+                self.await_values()
+                return
             self.reset_parameters()
             if self.bias_parameter is not None:
                 self.bias_parameter.zero_()
@@ -202,6 +230,9 @@ class Adapter(nn.Module):
     def reset_parameters(self) -> None:
         """Start values, with which the layer is the base layer. Every algorithm defines it."""
         raise NotImplementedError
+
+    def await_values(self) -> None:
+        """In the place of `reset_parameters` where a file is to set all values: what the adapter has beside them."""
 
     @classmethod
     def no_start(cls, init: str, options: Mapping[str, Any]) -> str:

@@ -99,16 +99,21 @@ class TLoRA(LoRA):
 
     def reset_parameters(self) -> None:
         """From random orthogonal factors, until the base weight is seen."""
-        for name, p in self.named_parameters():
+        self.await_values()
+        for p in self.parameters():
             nn.init.zeros_(p)
-            self.register_buffer(f"{name}0", torch.ones_like(p))
-        self.register_buffer("unit", torch.ones(()))
         if self.use_data_init:
             nn.init.orthogonal_(self.q0)
             nn.init.orthogonal_(self.p0)
         else:
             self._start_from(torch.randn(self.geometry.out_features, self.geometry.columns) / self.dim, self.sig_type)
         self._drawn = self.use_data_init  # at random for the time being: nothing has set the start since
+
+    def await_values(self) -> None:
+        for name, p in list(self.named_parameters()):
+            self.register_buffer(f"{name}0", torch.ones_like(p))
+        self.register_buffer("unit", torch.ones(()))
+        self._drawn = False
         self._waiting = False  # for the start of factors which came without one
 
     def _start_from(self, matrix_OJ: Tensor, part: str, exact: bool = False) -> None:

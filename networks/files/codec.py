@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..algos import ALGOS, Adapter, make_adapter, recognise
+from ..algos import ALGOS, Adapter, make_adapter, recognise, unstarted
 from ..layers.adapted import AdaptedLayer
 from ..layers.magnitude import magnitude_shape
 from ..records.lora import LORA
@@ -117,7 +117,8 @@ class SavedLayer:
         Raises:
             ValueError: the tensors do not fit the geometry.
         """
-        adapter = make_adapter(self.algorithm, geometry, *self.describe(geometry), self.parts or ())
+        with unstarted():
+            adapter = make_adapter(self.algorithm, geometry, *self.describe(geometry), self.parts or ())
         adapter.to(torch.float64 if self._wide() else torch.float32)
         adapter.unpack_(self.tensors)
         return adapter

@@ -297,7 +297,8 @@ class Caller:
         stop_for_dry_run(a, plan)
         noise = None if a.ggpo_sigma is None or for_inference else (a.ggpo_sigma, a.ggpo_beta)
         roots = {part.name: model for part, model in request.parts}
-        network = made(request.arch, plan, modules, roots, multiplier, for_inference, noise, plan.file_format)
+        started, form = request.saved is None, plan.file_format
+        network = made(request.arch, plan, modules, roots, multiplier, for_inference, noise, form, started)
         network.diagnosis = Diagnosis(0 if for_inference else a.diagnose_steps)
         network.average = Average(0 if for_inference else a.ema_decay, a.ema_save, _DEVICES[a.ema_device])
         network.runtime.factored, network.runtime.keeps_fp32 = a.bypass_mode, a.adapter_dtype == "fp32"

@@ -64,7 +64,7 @@ class Opened:
         roots = {part.name: model for part, model in self.request.parts}
         made = Network(
             self.plan, self.modules, roots, multiplier=self.strength, for_inference=True,
-            file_format=self.plan.file_format,
+            file_format=self.plan.file_format, started=False,
         )  # fmt: skip
         made.timesteps[arch.denoiser.name] = arch.timestep
         made.allowance = Allowance(self.request.args.allow_missing)

@@ -78,7 +78,8 @@ class AdaptedLayer(nn.Module):
             like, shape = next(adapter.parameters()), magnitude_shape(adapter.geometry, self.on_output)
             self.magnitude_change = nn.Parameter(like.new_zeros(shape))
             self.magnitude_start = like.new_ones(shape, dtype=torch.promote_types(like.dtype, torch.float32))
-            self.start_magnitude()
+            if adapter.started:  # what a file is to set comes with its magnitudes
+                self.start_magnitude()
 
     @property
     def base(self) -> nn.Module:

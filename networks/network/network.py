@@ -69,6 +69,7 @@ class Network(nn.Module):
         for_inference: dropouts never act.
         perturbation: (sigma, beta) of GGPO, or None.
         file_format: of its files.
+        started: it has start values; otherwise the load of a file that has all layers sets them.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Network(nn.Module):
         for_inference: bool = False,
         perturbation: tuple[float, float] | None = None,
         file_format: FileFormat = _PORTABLE,
+        started: bool = True,
     ) -> None:
         super().__init__()
         self.file_format = file_format
@@ -110,7 +112,7 @@ class Network(nn.Module):
                 Perturbation(*perturbation) if perturbation and "ggpo_sigma" in ALGOS[row.algo].spec.features else None
             )
             layer = AdaptedLayer(
-                name, sites, row.make_adapter(), row.scale, row.dropouts, self.runtime, row.dora, perturbation=noise
+                name, sites, row.make_adapter(started), row.scale, row.dropouts, self.runtime, row.dora, perturbation=noise
             )
             self._layers[name] = row, layer
             self.add_module(name, layer)

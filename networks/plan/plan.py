@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..algos import ALGOS, OF_WEIGHT, Adapter, Layout, layout_of, make_adapter
+from ..algos import ALGOS, OF_WEIGHT, Adapter, Layout, layout_of, make_adapter, unstarted
 from ..archs.spec import ArchSpec, Part
 from ..args.expressions import quoted
 from ..args.parse import NetArgs
@@ -123,20 +123,27 @@ class PlanRow:
         """Whether a trained layer has an option of its algorithm, and a use for it."""
         return bool(self.options.get(option)) and ALGOS[self.algo].spec.acts(option, self.layout.shapes)
 
-    def make_adapter(self) -> Adapter:
-        """A new adapter for this layer. With a seed it is drawn on the CPU, so that no device decides its values."""
+    def make_adapter(self, started: bool = True) -> Adapter:
+        """A new adapter for this layer. With a seed it is drawn on the CPU, so that no device decides its values.
+
+        Args:
+            started: it has start values; otherwise a file sets all of them.
+        """
+        if not started:
+            with unstarted():
+                return self._adapter(started)
         device = torch.get_default_device()
         if self.init_seed is None or device.type == "meta":
             return self._adapter()
         with torch.device("cpu"), seeded(seed_of(self.saved_name, self.init_seed)):
             return self._adapter().to(device)
 
-    def _adapter(self) -> Adapter:
+    def _adapter(self, started: bool = True) -> Adapter:
         adapter = make_adapter(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)
-        if self.init == "orthogonal":
+        if self.init == "orthogonal" and started:
             adapter.orthogonal_()
         adapter.fold_plus_(self.plus_unit)
-        if self.start_size is not None:
+        if self.start_size is not None and started:
             adapter.perturb_(self.start_size)
         if self.init in OF_WEIGHT:
             adapter.defer_init_(self.scale, self.init)
