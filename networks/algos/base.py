@@ -212,6 +212,8 @@ class Adapter(nn.Module):
     def fold_plus_(self, unit: float) -> None:
         """From now on a plus parameter holds its value / unit, so that a step of an optimizer moves it by `unit` times
         as much. The layer's strength makes up for it."""
+        if unit == self.plus_unit:
+            return
         with torch.no_grad():
             for name, p in self.named_parameters():
                 if name in self.spec.plus:
@@ -520,7 +522,8 @@ class Adapter(nn.Module):
                 self.scalar.fill_(1.0)
 
     def _by_suffix(self) -> dict[str, nn.Parameter]:
-        return {self.spec.keys[name]: p for name, p in self.named_parameters() if name != "scalar"}
+        keys = self.spec.keys
+        return {keys[name]: p for name, p in self._parameters.items() if p is not None and name != "scalar"}
 
     @classmethod
     def stack(cls, packs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -237,9 +237,18 @@ class Part:
 
     def trainer_name(self, dotted_name: str) -> str:
         """The dotted name which this layer has in the trainer's own model."""
-        layout = self.layout_of(dotted_name)
-        if layout is not None:
-            return layout.trainer
+        known = self._trainer_names
+        if dotted_name not in known:
+            layout = self.layout_of(dotted_name)
+            known[dotted_name] = self._renamed(dotted_name) if layout is None else layout.trainer
+        return known[dotted_name]
+
+    @cached_property
+    def _trainer_names(self) -> dict[str, str]:
+        """Answers of `trainer_name`, which a plan asks for several times."""
+        return {}
+
+    def _renamed(self, dotted_name: str) -> str:
         for old, new in (*self.versions, *self.rename):
             if dotted_name.startswith(old):
                 return new + dotted_name[len(old) :]

@@ -109,7 +109,9 @@ class NetArgs:
 
     def pick(self, names: Iterable[str]) -> dict[str, Any]:
         """The chosen arguments as keywords."""
-        return {name: getattr(self, name) for name in names}
+        values = {name: self.values[name] for name in names}
+        self.read.update(values)
+        return values
 
     def asks(self, name: str) -> bool:
         """Whether the user wrote this argument, and with a value that wants something."""

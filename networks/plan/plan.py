@@ -100,7 +100,7 @@ class PlanRow:
         """Whether the update of a trained layer is a function of the base weight, which its norm needs."""
         return ALGOS[self.algo].spec.relative
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """Of a trained layer."""
         return layout_of(ALGOS[self.algo], self.geometry, self.dim, self.options, self.split)

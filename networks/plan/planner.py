@@ -167,15 +167,41 @@ class _Planner:
                 return replace(row, reason="the file does not fit it")
             self.refused.append((str(error), row.shown_name))
             return replace(row, reason="the algorithm has no form for it")
-        self._note(c, choice, layout)
-        return self._trained(row, c, a, choice, layout)
+        found = self._found(c, choice.algorithm)
+        self._note(c, choice, layout, found)
+        return self._trained(row, c, a, choice, layout, found)
 
-    def _trained(self, row: PlanRow, c: Candidate, a: NetArgs, choice: Choice, layout: Layout) -> PlanRow:
+    def _found(self, c: Candidate, algorithm: type[Adapter]) -> dict[str, values.Found]:
+        """What the call says of a trained layer beside dim and alpha, as in `values.VALUES`."""
+        asked = {"learning rate": values.LR, "factor of its block": values.FACTOR, **values.DROPOUT}
+        asked |= {"LoRA+ ratio": values.PLUS} if algorithm.spec.plus else {}
+        return {name: values.first(sources, c, self.call) for name, sources in asked.items()}
+
+    def _trained(
+        self,
+        row: PlanRow,
+        c: Candidate,
+        a: NetArgs,
+        choice: Choice,
+        layout: Layout,
+        found: Mapping[str, values.Found],
+    ) -> PlanRow:
+        """The row with all that a trained layer has.
+
+        Args:
+            row: so far.
+            c: the layer.
+            a: the arguments that speak of it.
+            choice, layout: the algorithm, its dim and form.
+            found: by `_found`.
+        """
         algorithm, denoiser = choice.algorithm, self.call.of_denoiser(c)
-        dropouts = self._dropouts(c)
+        dropouts = Dropouts(
+            **{name: found[name].value for name in values.DROPOUT}, rank_dropout_scale=self.args.rank_dropout_scale
+        )
         side, plain = self._dora(choice, a, dropouts)
         scale, alpha = _strength(choice, layout.rank, a.rs_lora)
-        ratio = values.first(values.PLUS, c, self.call).value if algorithm.spec.plus else None
+        ratio = found["LoRA+ ratio"].value if "LoRA+ ratio" in found else None
         plus = 1.0 if ratio is None else ratio
         folded = self.args.loraplus_mode == "reparam"
         starts = algorithm.spec.features if choice.scale is None else frozenset()
@@ -186,9 +212,9 @@ class _Planner:
             alpha=alpha or float(choice.dim),
             options=choice.options,
             scale=scale,
-            lr=values.first(values.LR, c, self.call).value,
+            lr=found["learning rate"].value,
             block=self.call.blocks.numbers[c.trainer_name] if denoiser else None,
-            block_rate=values.first(values.FACTOR, c, self.call).value,
+            block_rate=found["factor of its block"].value,
             plus_ratio=1.0 if folded else plus,
             plus_unit=plus if folded else 1.0,
             dora_ratio=1.0 if self.args.dora_lr_ratio is None or not side else self.args.dora_lr_ratio,
@@ -248,10 +274,6 @@ class _Planner:
             return ()
         return self.call.arch.split_of(c.trainer_name, c.geometry.out_features, c.geometry.in_features)
 
-    def _dropouts(self, c: Candidate) -> Dropouts:
-        found = {name: values.first(sources, c, self.call).value for name, sources in values.DROPOUT.items()}
-        return Dropouts(**found, rank_dropout_scale=self.args.rank_dropout_scale)
-
     def _dora(self, choice: Choice, a: NetArgs, dropouts: Dropouts) -> tuple[str, str]:
         """(side, why there is none although it was asked for); the file's side comes first, unless use_dora=False is
         written out."""
@@ -297,18 +319,24 @@ class _Planner:
         """A layer of which the file has something that no algorithm of ours knows is a mistake."""
         self.unknown += [name for name in {*self.call.saved_names(c)} if saved is None and name in self.request.unknown]
 
-    def _note(self, c: Candidate, choice: Choice, layout: Layout) -> None:
+    def _note(self, c: Candidate, choice: Choice, layout: Layout, found: Mapping[str, values.Found]) -> None:
         """Remember what decides this trained layer: alpha decides nothing where there is no rank, a dim nothing of a
-        normalisation layer, and an option nothing where its parameter is missing."""
+        normalisation layer, and an option nothing where its parameter is missing.
+
+        Args:
+            c: the layer.
+            choice, layout: the algorithm, its dim and form.
+            found: by `_found`.
+        """
         algorithm = choice.algorithm
         by = {
-            values.first(values.LR, c, self.call).by,
-            values.first(values.PLUS, c, self.call).by if algorithm.spec.plus else None,
+            found["learning rate"].by,
+            found["LoRA+ ratio"].by if "LoRA+ ratio" in found else None,
             choice.dim_by if algorithm.spec.family == Geometry.family else None,
             choice.alpha_by if layout.rank is not None else None,
             (c.part.argument, "") if c.part.argument else None,
             ("split_qkv", "") if choice.split else None,
-            *(values.first(values.DROPOUT[name], c, self.call).by for name in _reaching(layout)),
+            *(found[name].by for name in _reaching(layout)),
         }
         self._use((one for one in by if one), c)
         timeless = frozenset[str]() if self.call.of_denoiser(c) else algorithm.spec.timed
