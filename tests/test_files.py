@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as serialize
 from tiny_parts import draw, randomise, sd_unet, sdxl_unet, text_encoder
 from torch import Tensor
 
@@ -450,3 +451,21 @@ def test_header_is_json_that_the_library_reads(tmp_path: Path) -> None:
     writer.write_tensors(tmp_path / "ü.safetensors", {"a.w": torch.ones(1)}, None, {"ss_title": "größer 🙂"})
     assert reader.read_tensors(tmp_path / "ü.safetensors")[1]["ss_title"] == "größer 🙂"
     assert json.loads(json.dumps(reader.read_header(tmp_path / "ü.safetensors").shapes)) == {"a.w": [1]}
+
+
+def test_bytes_are_those_of_safetensors() -> None:
+    """Order, names of dtypes and bytes, whatever the tensors are."""
+    dtypes = (
+        torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64,
+    )  # fmt: skip
+    shapes = {"é": (3,), "b.weight": (2, 3), "a": (), "none": (0, 4), "B": (1,)}
+    whole = {f"{key}{i}": torch.ones(shape).to(dtype) for key, shape in shapes.items() for i, dtype in enumerate(dtypes)}
+    for tensors in (whole, {"none": torch.zeros(0, 3)}, dict[str, torch.Tensor]()):
+        data = serialize(tensors)
+        length = int.from_bytes(data[:8], "little")
+        header, payload = writer.content(tensors)
+        known = json.loads(header[8:])
+        del known["__metadata__"]
+        assert list(known.items()) == list(json.loads(data[8 : 8 + length]).items())
+        assert bytes(payload) == data[8 + length :]

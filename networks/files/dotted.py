@@ -103,6 +103,7 @@ def has_dots(tensors: Mapping[str, Tensor]) -> bool:
     return any("." in divide(key)[0] for key in tensors)
 
 
+@functools.lru_cache(maxsize=1 << 15)  # a file is read in several passes
 def divide(key: str) -> tuple[str, str]:
     """(name of the layer, suffix); a suffix that nobody knows is "", and the name what stands before the first dot."""
     ending, of_adapter, flat = _endings()

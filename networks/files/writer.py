@@ -152,9 +152,7 @@ def content(
         tensors, dtype, metadata, health: as there.
     """
     cast, losses = _cast(tensors, dtype)
-    data = serialize(cast)
-    length = int.from_bytes(data[:8], "little")
-    entries, payload = json.loads(data[8 : 8 + length]), memoryview(data)[8 + length :]
+    entries, payload = _laid_out(cast)
     known = dict(metadata or {})
     if health:
         known["networks_health"] = json.dumps({**health, **losses})
@@ -165,6 +163,28 @@ def content(
     known["sshs_legacy_hash"] = _legacy_hash(short[_HASHED] + bytes(payload[slice(*at)]))
     header = safetensors_header(entries, known)
     return header, payload
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], memoryview]:
+    """Entries of the header, and the bytes of all tensors, in the order of safetensors: each is copied once, and its
+    bytes are not looked at by any Python of that library."""
+    kinds = list(dict.fromkeys(tensor.dtype for tensor in tensors.values()))
+    data = serialize({str(i): torch.empty(0, dtype=dtype) for i, dtype in enumerate(kinds)})
+    order = {kinds[int(i)]: entry["dtype"] for i, entry in json.loads(data[8:]).items()}  # widest first: all are aligned
+    of_kind: dict[torch.dtype, list[str]] = {dtype: [] for dtype in order}
+    for key in sorted(tensors):
+        of_kind[tensors[key].dtype].append(key)
+    entries, at = dict[str, dict[str, Any]](), 0
+    for dtype, keys in of_kind.items():
+        for key in keys:
+            start, at = at, at + tensors[key].nbytes
+            entries[key] = {"dtype": order[dtype], "shape": list(tensors[key].shape), "data_offsets": [start, at]}
+    payload = bytearray(at)
+    whole = torch.frombuffer(payload, dtype=torch.uint8) if at else torch.empty(0, dtype=torch.uint8)
+    for key, entry in entries.items():
+        if tensors[key].numel():
+            whole[slice(*entry["data_offsets"])].view(tensors[key].dtype).copy_(tensors[key].flatten())
+    return entries, memoryview(payload)
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -195,7 +215,7 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dic
         # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
         if chosen != tensor.dtype and not torch.finfo(chosen).max < largest < math.inf:
             tensor = tensor.to(chosen)
-            if largest and not torch.tensor(largest, dtype=chosen).item():
+            if 0 < largest < torch.finfo(chosen).tiny and not torch.tensor(largest, dtype=chosen).item():
                 vanished.append(key)
         cast[key] = tensor
     if broken:
