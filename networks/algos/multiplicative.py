@@ -71,15 +71,19 @@ class Multiplicative(Adapter):
     def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
         return self.change(weight, 0 if self.side == "output" else 1)
 
+    def change_of_slices(self) -> Callable[[Tensor, float | Tensor], Tensor]:
+        """`weight_change` for the slices of one weight: what is the same for all of them is computed here, once."""
+        return self.weight_change
+
     def add_change_(self, weight: Tensor, multiplier: float, strength: float | Tensor) -> Tensor:
         axis = self.free_axis
         if axis is None or weight.dim() < 2:
             return weight.add_(self.weight_change(weight, strength), alpha=multiplier)
-        size = weight.shape[axis]
+        size, change = weight.shape[axis], self.change_of_slices()
         step = max(-(-size // SLICES), SLICE * size // max(1, weight.numel()), 1)
         for start in range(0, size, step):
             part = weight.narrow(axis, start, min(step, size - start))
-            part.add_(self.weight_change(part, strength), alpha=multiplier)
+            part.add_(change(part, strength), alpha=multiplier)
         return weight
 
     @property

@@ -18,7 +18,7 @@ Parameters (saved as oft_blocks, rescale = r; those of the input side as `oft_in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,10 +167,19 @@ class DiagOFT(Rotation):
         return None if self.side == "columns" else _OverBase(self.on_input)
 
     def weight_change(self, weight: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+        return self.change_of_slices()(weight, strength)
+
+    def change_of_slices(self) -> Callable[[Tensor, float | Tensor], Tensor]:
+        less, axis = self._less(), 0 if self.side == "output" else 1
         if not self.on_input:
-            return super().weight_change(weight, strength)
-        columns = weight.flatten(1) if self.side == "columns" else weight
-        return _apply(self._less().transpose(1, 2), columns, 1).reshape(weight.shape)
+            return lambda weight, strength: _apply(less, weight, axis)
+        less = less.transpose(1, 2)
+
+        def of_columns(weight: Tensor, strength: float | Tensor) -> Tensor:
+            columns = weight.flatten(1) if self.side == "columns" else weight
+            return _apply(less, columns, 1).reshape(weight.shape)
+
+        return of_columns
 
     # -- files
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import Told
-from .forms import Form, Plain, PlainFloat8, ScaledFloat8, Unknown, bare
+from .forms import HALF_AND_WIDER, Form, Plain, PlainFloat8, ScaledFloat8, Unknown, bare
 from .forms_quantised import BitsAndBytes4, BitsAndBytes8, TorchAO
 
+_PLAIN = Plain()
 _FORMS: tuple[Form, ...] = (
     TorchAO(),
     BitsAndBytes8(),
     BitsAndBytes4(),
     ScaledFloat8(),
     PlainFloat8(),
-    Plain(),
+    _PLAIN,
     Unknown(),
 )
 _BACKUPS: WeakKeyDictionary[nn.Module, Callable[[nn.Module], None]] = WeakKeyDictionary()
@@ -33,6 +34,9 @@ _BIASES: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 
 def form_of(module: nn.Module) -> Form:
     """The form of this layer's weight, as it is now: hosts cast and quantise after a network was made."""
+    weight = module.weight
+    if type(weight) in (Tensor, nn.Parameter) and weight.dtype in HALF_AND_WIDER:
+        return _PLAIN  # nearly always, and asked for several times in each merge
     return next(form for form in _FORMS if form.matches(module))
 
 
