@@ -460,7 +460,9 @@ def test_bytes_are_those_of_safetensors() -> None:
         torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool, torch.complex64,
     )  # fmt: skip
     shapes = {"é": (3,), "b.weight": (2, 3), "a": (), "none": (0, 4), "B": (1,)}
-    whole = {f"{key}{i}": torch.ones(shape).to(dtype) for key, shape in shapes.items() for i, dtype in enumerate(dtypes)}
+    whole = {
+        f"{key}{i}": torch.ones(shape).to(dtype) for key, shape in shapes.items() for i, dtype in enumerate(dtypes)
+    }
     for tensors in (whole, {"none": torch.zeros(0, 3)}, dict[str, torch.Tensor]()):
         data = serialize(tensors)
         length = int.from_bytes(data[:8], "little")

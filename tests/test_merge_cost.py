@@ -12,17 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from bench.counting import Watch
+from helpers_numeric import randomise
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from networks.algos import loha, multiplicative
+from networks.algos import ALGOS, loha, multiplicative
 from networks.cli import merge as script
 from networks.files.checkpoint import Checkpoint
 from networks.hosts import key_merge
+from networks.layers.adapted import AdaptedLayer
 from networks.tensors import blocks, forms
+from networks.tensors.geometry import Geometry
 from networks.tools.merge import merge_checkpoint
 
 O, I, R = 512, 384, 4
@@ -215,3 +219,77 @@ def test_a_dry_run_tells_all_and_writes_nothing(folder: Path, capsys: pytest.Cap
         assert words in said[0] and said[0] == said[1]
     assert sorted(folder.iterdir()) == before
     assert script.main([*command[:2], "--out", str(folder / "m.safetensors"), "--dry_run"]) == 2
+
+
+def floors(O: int, I: int) -> dict[str, tuple[str, int, str, Callable[[Tensor], object]]]:
+    """Case -> algorithm, dim, side of DoRA, and the fewest operations with its change on a weight [O, I]."""
+    a, b, c, d = torch.randn(O, R), torch.randn(R, I), torch.randn(O, R), torch.randn(R, I)
+    w1, w2 = torch.randn(8, 1, 8, 1), torch.randn(O // 8, 1, I // 8)
+    row, blocks = torch.randn(O, 1), torch.randn(O // 8, 8, 8)
+
+    def dora(W: Tensor, axis: int) -> Tensor:
+        wide = W.float().addmm_(a, b, alpha=0.5)
+        return W.copy_(wide.mul_(torch.linalg.vector_norm(wide, dim=axis, keepdim=True)))
+
+    def low_rank(W: Tensor) -> Tensor:
+        return W.copy_(W.float().addmm_(a, b, alpha=0.5))
+
+    def hadamard(W: Tensor) -> Tensor:
+        return W.copy_(W.float().addcmul_(a @ b, c @ d, value=0.5))
+
+    def kronecker(W: Tensor) -> Tensor:
+        return W.copy_(W.float().view(8, O // 8, 8, I // 8).addcmul_(w1, w2, value=0.5).view(O, I))
+
+    def rotation(W: Tensor) -> Tensor:
+        wide = W.float().view(-1, 8, I)
+        return W.copy_(wide.add_(blocks @ wide).view(O, I))
+
+    same = {algo: (algo, R, "", low_rank) for algo in ("lora", "lora_fa", "dylora", "tlora", "glora")}
+    return same | {
+        "loha": ("loha", R, "", hadamard),
+        "lokr": ("lokr", R, "", kronecker),
+        "diag-oft": ("diag-oft", 8, "", rotation),
+        "ia3": ("ia3", 1, "", lambda W: W.copy_(W.float().mul_(row))),
+        "full": ("full", 1, "", lambda W: W.copy_(W.float().add_(torch.ones(O, I)))),
+        "DoRA": ("lora", R, "output", lambda W: dora(W, 1)),
+        "DoRA input": ("lora", R, "input", lambda W: dora(W, 0)),
+    }
+
+
+@torch.no_grad()
+def test_a_merge_in_memory_is_little_more_than_cast_change_sum_and_rounding() -> None:
+    """Beside them, one look for values that are not finite."""
+    more = {"glora": 1.45, "ia3": 1.85}  # a product with W besides; the change apart from W
+    for case, (algo, dim, side, floor) in floors(O, I).items():
+        base = nn.Linear(I, O, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+        layer = AdaptedLayer("layer", base, ALGOS[algo](Geometry.of(base), dim), 0.5, dora=side)
+        randomise(layer)
+        layer.attach()
+        weight = base.weight.clone()
+        with Watch() as least:
+            floor(weight)
+        with Watch() as ours:
+            layer.merge()
+        counted = [sum(launch.traffic for launch in watch.launches) for watch in (ours, least)]
+        assert counted[0] <= more.get(case, 1.25) * counted[1], f"{case}: traffic {counted[0] / counted[1]:.2f}"
+        assert len(ours.launches) <= 16, f"{case}: {[launch.name for launch in ours.launches]}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("on_input", [False, True])
+def test_rotations_are_computed_once_for_all_slices_of_a_weight(
+    on_input: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = nn.Linear(I, O, bias=False).requires_grad_(False)
+    adapter = ALGOS["diag-oft"](Geometry.of(base), 8, {"train_on_input": on_input})
+    layer = AdaptedLayer("layer", base, adapter, 1.0)
+    randomise(layer)
+    expected = base.weight + adapter.weight_change(base.weight, 1.0)
+    layer.attach()
+    monkeypatch.setattr(multiplicative, "SLICE", O * I // 8)
+    with Watch() as watch:
+        layer.merge()
+    names = [launch.name.partition(".")[0] for launch in watch.launches]
+    assert names.count("add_") == 8, names
+    assert names.count("eye") == 1, names  # the 1 of a Cayley transform, or of the series for it
+    torch.testing.assert_close(base.weight, expected)

@@ -42,8 +42,7 @@ _STARTS = PerThread(_Starts)
 
 @contextlib.contextmanager
 def unstarted() -> Iterator[None]:
-    """Adapters made here have no start values: `unpack_` has to follow, and nothing is drawn that it would write over.
-    """
+    """Adapters made here have no start values: `unpack_` follows, and nothing is drawn that it would write over."""
     _STARTS.mine.wanted = False
     try:
         yield

@@ -170,7 +170,9 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]],
     bytes are not looked at by any Python of that library."""
     kinds = list(dict.fromkeys(tensor.dtype for tensor in tensors.values()))
     data = serialize({str(i): torch.empty(0, dtype=dtype) for i, dtype in enumerate(kinds)})
-    order = {kinds[int(i)]: entry["dtype"] for i, entry in json.loads(data[8:]).items()}  # widest first: all are aligned
+    order = {
+        kinds[int(i)]: entry["dtype"] for i, entry in json.loads(data[8:]).items()
+    }  # widest first: all are aligned
     of_kind: dict[torch.dtype, list[str]] = {dtype: [] for dtype in order}
     for key in sorted(tensors):
         of_kind[tensors[key].dtype].append(key)

@@ -112,7 +112,14 @@ class Network(nn.Module):
                 Perturbation(*perturbation) if perturbation and "ggpo_sigma" in ALGOS[row.algo].spec.features else None
             )
             layer = AdaptedLayer(
-                name, sites, row.make_adapter(started), row.scale, row.dropouts, self.runtime, row.dora, perturbation=noise
+                name,
+                sites,
+                row.make_adapter(started),
+                row.scale,
+                row.dropouts,
+                self.runtime,
+                row.dora,
+                perturbation=noise,
             )
             self._layers[name] = row, layer
             self.add_module(name, layer)

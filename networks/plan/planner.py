@@ -175,7 +175,8 @@ class _Planner:
         """What the call says of a trained layer beside dim and alpha, as in `values.VALUES`."""
         asked = {"learning rate": values.LR, "factor of its block": values.FACTOR, **values.DROPOUT}
         asked |= {"LoRA+ ratio": values.PLUS} if algorithm.spec.plus else {}
-        return {name: values.first(sources, c, self.call) for name, sources in asked.items()}
+        found = {name: values.first(sources, c, self.call) for name, sources in asked.items()}
+        return {"LoRA+ ratio": values.Found(None), **found}
 
     def _trained(
         self,
@@ -201,7 +202,7 @@ class _Planner:
         )
         side, plain = self._dora(choice, a, dropouts)
         scale, alpha = _strength(choice, layout.rank, a.rs_lora)
-        ratio = found["LoRA+ ratio"].value if "LoRA+ ratio" in found else None
+        ratio = found["LoRA+ ratio"].value
         plus = 1.0 if ratio is None else ratio
         folded = self.args.loraplus_mode == "reparam"
         starts = algorithm.spec.features if choice.scale is None else frozenset()
@@ -331,7 +332,7 @@ class _Planner:
         algorithm = choice.algorithm
         by = {
             found["learning rate"].by,
-            found["LoRA+ ratio"].by if "LoRA+ ratio" in found else None,
+            found["LoRA+ ratio"].by,
             choice.dim_by if algorithm.spec.family == Geometry.family else None,
             choice.alpha_by if layout.rank is not None else None,
             (c.part.argument, "") if c.part.argument else None,
