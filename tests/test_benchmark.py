@@ -198,3 +198,52 @@ def test_arguments_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[s
         with pytest.raises(SystemExit):
             bench.main.main("", arguments)
         assert told in capsys.readouterr().err
+
+
+# -- the peers
+
+LIKE_LYCORIS = {
+    "lora16",
+    "lora64",
+    "loha8",
+    "loha32",
+    "lokr f8 r8",
+    "lokr f16 whole",
+    "oft32",
+    "boft16",
+    "glora16",
+    "ia3",
+}
+HAS = {
+    "lyc": {*LIKE_LYCORIS, "dora16", "lokr f16 whole + DoRA", "dylora16", "tlora16", "full"},
+    "lyc-byp": {*LIKE_LYCORIS, "tlora16"},
+    "peft": {*LIKE_LYCORIS, "dora16"},
+}
+
+
+@pytest.mark.reference
+def test_peers_have_adapters_that_act_and_are_trained() -> None:
+    """Each has those that its columns show, and measures none that does nothing: outputs change, and what is trained
+    gets gradients."""
+    found, lines = peers.peers_of({})
+    assert [peer.name for peer in found] == ["ours", "lyc", "lyc-byp", "peft"] and len(lines) == 2
+    layer, cpu = Layer(lambda: nn.Linear(128, 128), (1, 4, 128)), torch.device("cpu")
+    x = layer.input(torch.float32, cpu)
+    for peer in found:
+        has = {name for name in cases.CASES if _acts(peer, layer, cases.CASES[name], x)}
+        assert has == HAS.get(peer.name, set(cases.CASES)), peer.name
+
+
+def _acts(peer: peers.Peer, layer: Layer, case: cases.Case, x: Tensor) -> bool:
+    torch.manual_seed(0)
+    frozen = layer.build(torch.float32, x.device)(x)
+    torch.manual_seed(0)
+    made = peers.adapted(peer, layer, case, torch.float32, x.device)
+    if made is None:
+        return False
+    y = made.call(x)
+    y.sum().backward()
+    assert not torch.allclose(y, frozen, atol=1e-6), (peer.name, case)
+    some = any if case.algo == "dylora" else all  # of which a pass trains one block
+    assert made.parameters and some(p.grad is not None for p in made.parameters), (peer.name, case)
+    return True

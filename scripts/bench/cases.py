@@ -29,6 +29,10 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     dora: bool = False
 
+    def __str__(self) -> str:
+        words = [f"{name}={value}" for name, value in self.options.items()]
+        return ", ".join([f"{self.algo} {self.dim}", *words, *(["DoRA"] if self.dora else [])])
+
 
 _WHOLE = {"factor": 16, "full_matrix": True}
 CASES = {

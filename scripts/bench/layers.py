@@ -80,10 +80,14 @@ def counts_of(setting: Setting, peer: Peer | None, layer: Layer, case: Case, mod
 
 def cells_of(setting: Setting, layer: Layer, case: Case, mode: str) -> dict[str, Cell]:
     """By the names of the peers that have the adapter."""
-    frozen = counts_of(setting, None, layer, case, mode)
+    frozen, found = counts_of(setting, None, layer, case, mode), {}
     assert frozen is not None
-    found = {peer.name: counts_of(setting, peer, layer, case, mode) for peer in setting.peers}
-    return {name: Cell.of(each[0], frozen[0], each[1]) for name, each in found.items() if each is not None}
+    for peer in setting.peers:
+        with setting.failing(peer, case):
+            counted = counts_of(setting, peer, layer, case, mode)
+            if counted is not None:
+                found[peer.name] = Cell.of(counted[0], frozen[0], counted[1])
+    return found
 
 
 def counts(setting: Setting) -> Iterator[Table]:
@@ -114,10 +118,12 @@ def times_of(setting: Setting, layer: Layer, case: Case, mode: str, each: float)
     """
     runs = {}
     for peer in (None, *setting.peers):
-        made = adapted(peer, layer, case, MODES[mode], setting.device)
-        if made is not None:
-            _, both = setting.passes(made, layer.input(MODES[mode], setting.device), mode)
-            runs[FROZEN if peer is None else peer.name] = both
+        with setting.failing(peer, case):
+            made = adapted(peer, layer, case, MODES[mode], setting.device)
+            if made is not None:
+                _, both = setting.passes(made, layer.input(MODES[mode], setting.device), mode)
+                both()
+                runs[FROZEN if peer is None else peer.name] = both
     return seconds(runs, each, setting.device)
 
 

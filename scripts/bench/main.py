@@ -34,12 +34,13 @@ TABLES: dict[str, Callable[[Setting], Iterator[Table]]] = {
     "swap": bases.swapped,
     "memory": bases.memory,
 }
-# What a run takes by itself: a compiler takes minutes, and networks are made on the CPU.
+# What a run takes by itself: on a CPU a compiler takes minutes, and networks are made on the CPU.
 DEFAULT = {
-    "cpu": [name for name in TABLES if name not in ("compile", "memory")],
-    "cuda": [name for name in TABLES if name != "networks"],
+    "cpu": ["counts", "times", "python", "steps", "networks", "merging", "sweep", "bases", "swap"],
+    "cuda": ["sweep", "bases", "swap", "memory", "times", "python", "steps", "merging", "counts", "compile"],
 }
 GPU_SECONDS = 0.15  # of each candidate, in which a GPU takes many samples
+GPU_LIMIT = 400.0  # seconds after which no other table begins there, as a machine with a GPU is often lent for minutes
 
 
 def main(about: str | None = None, argv: Sequence[str] | None = None, sizes: Sizes | None = None) -> int:
@@ -55,6 +56,11 @@ def main(about: str | None = None, argv: Sequence[str] | None = None, sizes: Siz
     with _quiet():
         setting = open_setting(args, sizes or (QUICK if args.quick else FULL))
         for name in args.tables or DEFAULT[args.device]:
+            if args.device == "cuda" and time.monotonic() - setting.progress.begun > GPU_LIMIT:
+                setting.lines.append(
+                    f"no {name}: the run had taken {GPU_LIMIT:.0f} s before it; ask for it by --tables"
+                )
+                continue
             tables += TABLES[name](setting)
             setting.progress.table()
     setting.progress.end()

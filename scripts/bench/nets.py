@@ -101,9 +101,13 @@ def _contests(setting: Setting) -> Iterator[Contest]:
         checkout = setting.checkouts["mus"]
         both: dict[str, Module] = {
             "ours": lambda algo: _Musubi(_ours(algo)),
-            "mus": lambda algo: _Musubi(checkout.network_module("lora_wan" if algo == "lora" else algo)),
+            "mus": lambda algo: _Musubi(checkout.network_module(_WAN.get(algo, algo))),
         }
         yield Contest("Wan 14B", wan, [], both)
+
+
+_WAN = {"lora": "lora_wan"}  # musubi's entry
+_LYCORIS = {"lora": "locon"}  # its word
 
 
 def _ours(algo: str) -> Any:
@@ -115,7 +119,7 @@ class _Lycoris:
 
     def __init__(self, algo: str) -> None:
         self._entry: Any = importlib.import_module("lycoris.kohya")
-        self._algo = "locon" if algo == "lora" else algo
+        self._algo = _LYCORIS.get(algo, algo)
 
     def create_network(self, *args: Any, **kwargs: Any) -> Any:
         return self._entry.create_network(*args, algo=self._algo, preset="attn-mlp", **kwargs)
@@ -204,7 +208,7 @@ def merging(setting: Setting) -> Iterator[Table]:
     for algo in setting.sizes.networks:
         case, makes = MERGED[algo], dict[str, Callable[[], Callable[[], object]]]()
         setting.progress.step(f"merging: {algo}")
-        makes["floor"] = _floor(algo, model, names, case)
+        makes["floor"] = _floor(model, names, case)
         for peer in (each for each in setting.peers if each.name in _MERGES):
             make = _merge(peer, model, names, case)
             try:
@@ -225,34 +229,47 @@ def merging(setting: Setting) -> Iterator[Table]:
     )
 
 
-def _floor(algo: str, model: nn.Module, names: Sequence[str], case: Case) -> Callable[[], Callable[[], None]]:
+def _floor(model: nn.Module, names: Sequence[str], case: Case) -> Callable[[], Callable[[], None]]:
     weights = [model.get_parameter(f"{name}.weight") for name in names]
-    like, r = weights[0].detach().float(), case.dim
-    O, I = like.shape
-    factor = case.options.get("factor", 1)
-    shapes: dict[str, list[tuple[int, ...]]] = {
-        "lora": [(O, r), (r, I)],
-        "loha": [(O, r), (r, I), (O, r), (r, I)],
-        "lokr": [(factor, 1, factor, 1), (O // factor, r), (r, I // factor)],
-    }
-    t = [like.new_ones(shape) * 1e-3 for shape in shapes[algo]]
-
-    def changed(weight: Tensor) -> Tensor:
-        wide = weight.float()
-        if algo == "lora":
-            return wide.addmm_(t[0], t[1], alpha=SCALE)
-        if algo == "loha":
-            return wide.addcmul_(t[0] @ t[1], t[2] @ t[3], value=SCALE)
-        w2 = (t[1] @ t[2])[None, :, None]
-        wide.view(factor, O // factor, factor, I // factor).addcmul_(t[0], w2, value=SCALE)
-        return wide
+    O, I = weights[0].shape
+    shapes, add = _FLOORS[case.algo](O, I, case)
+    factors = [torch.full(shape, 1e-3, device=weights[0].device) for shape in shapes]
 
     def run() -> None:
         with torch.no_grad():
             for weight in weights:
-                weight.copy_(changed(weight))
+                weight.copy_(add(weight.float(), *factors))
 
     return lambda: run
+
+
+Floor = tuple[list[tuple[int, ...]], Callable[..., Tensor]]  # shapes of factors; what adds their change to W
+
+
+def _lora_floor(O: int, I: int, case: Case) -> Floor:
+    return [(O, case.dim), (case.dim, I)], lambda W, up, down: W.addmm_(up, down, alpha=SCALE)
+
+
+def _loha_floor(O: int, I: int, case: Case) -> Floor:
+    half: list[tuple[int, ...]] = [(O, case.dim), (case.dim, I)]
+    return half * 2, lambda W, a, b, c, d: W.addcmul_(a @ b, c @ d, value=SCALE)
+
+
+def _lokr_floor(O: int, I: int, case: Case) -> Floor:
+    f = case.options["factor"]
+
+    def add(W: Tensor, w1: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        W.view(f, O // f, f, I // f).addcmul_(w1, (a @ b)[:, None], value=SCALE)
+        return W
+
+    return [(f, 1, f, 1), (O // f, case.dim), (case.dim, I // f)], add
+
+
+_FLOORS: dict[str, Callable[[int, int, Case], Floor]] = {
+    "lora": _lora_floor,
+    "loha": _loha_floor,
+    "lokr": _lokr_floor,
+}
 
 
 def _merge(peer: Peer, model: nn.Module, names: Sequence[str], case: Case) -> Callable[[], Callable[[], object]]:

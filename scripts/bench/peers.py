@@ -123,11 +123,10 @@ class Ours:
     def _layer(self, base: nn.Module, name: str, case: Case) -> nn.Module:
         geometry = Geometry.of(base)
         assert geometry is not None
-        with torch.device(next(base.parameters()).device):
-            adapter = ALGOS[case.algo](geometry, case.dim, dict(case.options))
-            adapter.mark_initialised_()
-            scale = SCALE if adapter.laid_out.rank is not None else 1.0
-            layer = AdaptedLayer(name, base, adapter, scale, dora="output" if case.dora else "")
+        adapter = ALGOS[case.algo](geometry, case.dim, dict(case.options)).to(next(base.parameters()).device)
+        adapter.mark_initialised_()
+        scale = SCALE if adapter.laid_out.rank is not None else 1.0
+        layer = AdaptedLayer(name, base, adapter, scale, dora="output" if case.dora else "")
         layer.attach()
         return layer
 
@@ -137,6 +136,9 @@ def network_of(model: nn.Module, case: Case) -> Any:
     apply: Any = api.apply
     more = {"use_dora": True} if case.dora else {}
     return apply(model, algo=case.algo, dim=case.dim, alpha=case.dim * SCALE, **case.options, **more)
+
+
+_FIXED = {"lora_fa": ("lora_down",)}  # what the trainer's network of a module does not train
 
 
 class Kohya:
@@ -159,8 +161,8 @@ class Kohya:
         for name in names:
             module = make(name.replace(".", "_"), model.get_submodule(name))
             module.apply_to()  # type: ignore[operator]
-            if case.algo == "lora_fa":  # their network does it
-                module.get_submodule("lora_down").requires_grad_(False)
+            for fixed in _FIXED.get(case.algo, ()):
+                module.get_submodule(fixed).requires_grad_(False)
             made.append(module)
         return made
 
@@ -181,6 +183,9 @@ _LYCORIS = {
 }
 
 
+_ONE_WAY = {"full", "dylora"}  # which have no other way
+
+
 def lycoris(bypass: bool) -> Peer:
     """LyCORIS as it is by default, or with `bypass_mode=True`.
 
@@ -190,7 +195,7 @@ def lycoris(bypass: bool) -> Peer:
     importlib.import_module("lycoris")
 
     def make(case: Case) -> Callable[[str, nn.Module], nn.Module] | None:
-        if case.algo not in _LYCORIS or (bypass and (case.dora or case.algo in ("full", "dylora"))):
+        if case.algo not in _LYCORIS or (bypass and (case.dora or case.algo in _ONE_WAY)):
             return None
         file, _, cls = _LYCORIS[case.algo].partition(".")
         kind = getattr(importlib.import_module(f"lycoris.modules.{file}"), cls)
@@ -250,6 +255,9 @@ _OF_TRAINERS = {
 # -- PEFT
 
 
+_DORA = {"lora"}  # what has magnitudes in PEFT
+
+
 class Peft:
     """PEFT, by `inject_adapter_in_model`.
 
@@ -287,7 +295,7 @@ class Peft:
             "boft": lambda: peft.BOFTConfig(boft_block_size=dim, boft_n_butterfly_factor=1, target_modules=names),
             "glora": lambda: peft.GloraConfig(r=dim, target_modules=names, config_C="none", config_D_E="none"),
         }  # fmt: skip
-        has = case.algo in makers and (not case.dora or case.algo == "lora")
+        has = case.algo in (_DORA if case.dora else makers)
         return makers[case.algo]() if has else None
 
 

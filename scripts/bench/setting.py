@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import hosts
-from .cases import Sizes
+from .cases import Case, Sizes
 from .peers import Adapted, Peer
 from .report import Progress
 
@@ -42,6 +42,22 @@ class Setting:
     def autocast(self, on: bool = True) -> AbstractContextManager[Any]:
         """As the trainers train: in bf16, with adapters in fp32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    @contextmanager
+    def failing(self, peer: Peer | None, case: Case) -> Iterator[None]:
+        """What fails inside is left out, with a line: some adapters of some peers do on some layers.
+
+        Args:
+            peer: whose; None = nobody's, and a failure is one.
+            case: the adapter.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if peer is None:
+                raise
+            line = f"{peer.name} fails with {case}: {(str(error) or type(error).__name__).splitlines()[0][:120]}"
+            self.lines += [line] if line not in self.lines else []
 
     def passes(self, layer: Adapted, x: Tensor, mode: str) -> tuple[Callable[[], Tensor], Callable[[], None]]:
         """The forward pass of a layer, and forward and backward together.
