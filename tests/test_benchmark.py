@@ -144,7 +144,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.main, "peers_of", thin)
     monkeypatch.setattr(hosts, "sd_scripts", lambda root: None)
     monkeypatch.setattr(nets, "_LATE", {"sds": ()})
-    monkeypatch.setattr(nets, "SAMPLES", 1)
     monkeypatch.setattr(timing, "LEAST", 1e-4)
     monkeypatch.setattr(timing, "collect", lambda: None)
     monkeypatch.setattr(sweep, "ALGOS", {name: ALGOS[name] for name in ("lora", "diag-oft")})

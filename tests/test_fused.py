@@ -241,6 +241,26 @@ def test_outputs_can_be_changed_in_place(algo: str) -> None:
 
 
 @every_algorithm
+def test_inputs_and_gradients_of_any_layout(algo: str) -> None:
+    """Of one sample, an image whose axes were swapped is tokens without a copy, and so is its gradient."""
+
+    def swapped(t: Tensor) -> Tensor:
+        return t.transpose(1, -1).contiguous().transpose(1, -1)
+
+    def call(x: Tensor) -> Tensor:
+        y: Tensor = base(x)
+        y.register_hook(swapped)
+        return y
+
+    for case in (case for case in CASES if case.algo == algo and len(case.options) <= 1):
+        for kind in {"linear", "conv_3x3"} & {*case.kinds}:
+            base, layer = adapted(kind, algo, dim=case.dim, **case.options)
+            x = make_input(kind, samples=1)
+            wanted = passed(base, layer, x)
+            assert_same(passed(base, layer, swapped(x), call), wanted, f"{case} on {kind}")
+
+
+@every_algorithm
 def test_a_base_that_learns_too_keeps_its_gradient(algo: str) -> None:
     base, layer = adapted("linear", algo)
     base(make_input("linear"))

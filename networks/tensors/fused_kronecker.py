@@ -22,6 +22,7 @@ from .fused import (
     cast,
     convolved,
     convolved_back,
+    flat,
     met,
     pointwise_back,
     refuse_twice,
@@ -203,8 +204,8 @@ class _Kronecker(torch.autograd.Function):
 
 
 def _as_rows(g: Tensor, geometry: Geometry) -> Tensor:
-    """Of a Linear as [T, O]; images as they lie."""
-    return g.contiguous() if geometry.kernel else g.reshape(-1, g.shape[-1])
+    """Of a Linear as [T, O]; contiguous, which tokens of one image may not be."""
+    return (g if geometry.kernel else flat(g)).contiguous()
 
 
 def _of_first(gm: Tensor, h: Tensor, s: float) -> Tensor:

@@ -21,14 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-SILENT = {
-    "_unsafe_view",
-    "detach",
-    "lift_fresh",
-    "promote_types",
-    "resize_",
-    "set_",
-}  # and views, and all that is called `empty`
+# Beside views and all that is called `empty`.
+SILENT = {"_unsafe_view", "detach", "lift_fresh", "promote_types", "resize_", "set_"}
 LARGE = 1 << 14  # elements
 OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"}  # without reading
 

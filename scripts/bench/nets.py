@@ -22,7 +22,7 @@ from .report import Table
 from .setting import Setting
 from .timing import now, once
 
-DIM, SAMPLES = 16, 2
+DIM = 16
 TASKS = ("create", "save", "load", "from file")
 
 
@@ -31,12 +31,13 @@ Module = Callable[[str], Any]  # algorithm -> a module with `create_network`
 
 @dataclass(frozen=True)
 class Contest:
-    """A model without weights, its text encoders, and who makes networks on it."""
+    """A model without weights, its text encoders, who makes networks on it, and how often."""
 
     title: str
     unet: nn.Module
     encoders: list[nn.Module | None]
     makers: dict[str, Module]
+    samples: int = 2
 
 
 def networks(setting: Setting) -> Iterator[Table]:
@@ -49,7 +50,7 @@ def networks(setting: Setting) -> Iterator[Table]:
                 setting.progress.step(f"networks: {name} {algo} on {contest.title}")
                 try:
                     module = maker(algo)
-                    found[name] = [_tasks(module, contest) for _ in range(SAMPLES)]
+                    found[name] = [_tasks(module, contest) for _ in range(contest.samples)]
                 except (ImportError, ValueError, TypeError, RuntimeError) as error:
                     setting.lines.append(f"no network {algo} of {name} on {contest.title}: {_first_line(error)}")
             for task in TASKS:
@@ -103,7 +104,7 @@ def _contests(setting: Setting) -> Iterator[Contest]:
             "ours": lambda algo: _Musubi(_ours(algo)),
             "mus": lambda algo: _Musubi(checkout.network_module(_WAN.get(algo, algo))),
         }
-        yield Contest("Wan 14B", wan, [], both)
+        yield Contest("Wan 14B", wan, [], both, samples=1)
 
 
 _WAN = {"lora": "lora_wan"}  # musubi's entry

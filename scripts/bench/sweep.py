@@ -23,17 +23,16 @@ from .setting import AUTOCAST, MODES, Setting
 DIM, SCALE, MULTIPLIER = 4, 0.5, 0.75
 WIDTH = 64  # channels, which every factor and block divides
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "Linear": (lambda: nn.Linear(WIDTH, WIDTH), (2, 9, WIDTH)),
-    "conv 3x3": (lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1), (2, WIDTH, 5, 6)),
-    "conv 1x1": (lambda: nn.Conv2d(WIDTH, WIDTH, 1, bias=False), (2, WIDTH, 5, 6)),
+    "Linear": (lambda: nn.Linear(WIDTH, WIDTH), (1, 9, WIDTH)),
+    "conv 3x3": (lambda: nn.Conv2d(WIDTH, WIDTH, 3, padding=1), (1, WIDTH, 5, 6)),
+    "conv 1x1": (lambda: nn.Conv2d(WIDTH, WIDTH, 1, bias=False), (1, WIDTH, 5, 6)),
 }
 # What is tried of an option that is no switch.
 VALUES: dict[str, Any] = {
     "factor": 4, "block_size": 2, "constraint": 2**-5, "butterflies": 2, "sig_type": "last", "alpha_rank_scale": 0.5,
     "min_rank": 2, "mask_group_id": 1,
 }  # fmt: skip
-# Relative to the largest value; in bf16 the gradient of one number, a sum of thousands, is the worst.
-TOLERANCES = {"fp32": 2e-4, AUTOCAST: 0.15}
+TOLERANCES = {"fp32": 2e-4, AUTOCAST: 6e-2}  # relative to the largest value
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,8 @@ def untried() -> list[str]:
 
 
 def errors(combination: Combination, device: torch.device) -> dict[str, float]:
-    """Mode -> the largest error of output and gradients, relative to the largest value of each.
+    """Mode -> the largest error of output and gradients, relative to the largest value of each; that of a number's
+    gradient, which may be 0 by chance, to the output's norm, which is its usual size.
 
     Args:
         combination: what is tried.
@@ -116,7 +116,8 @@ def errors(combination: Combination, device: torch.device) -> dict[str, float]:
         if exact.magnitude_change is not None:
             exact.start_magnitude()
             exact.magnitude_change.copy_((torch.rand_like(exact.magnitude_change) - 0.5).bfloat16())
-    x, gradient = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+    # Of one sample, and with axes swapped: as of an image that was made to tokens without a copy.
+    x, gradient = (torch.randn(shape).bfloat16().transpose(1, -1).contiguous().transpose(1, -1) for _ in "xg")
     with unfused():
         wanted = _results(exact, x.double(), gradient.double(), contextlib.nullcontext())
     found = {}
@@ -125,7 +126,8 @@ def errors(combination: Combination, device: torch.device) -> dict[str, float]:
         _copy(exact, layer)
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=mode == AUTOCAST)
         got = _results(layer, x.to(device, dtype), gradient.to(device, dtype), autocast)
-        found[mode] = max(_error(a, b) for a, b in zip(got, wanted, strict=True))
+        sizes = [float(t.abs().max()) if t.numel() > 1 else float(wanted[0].norm()) for t in wanted]
+        found[mode] = max(_error(a, b, size) for a, b, size in zip(got, wanted, sizes, strict=True))
     return found
 
 
@@ -148,10 +150,9 @@ def _results(layer: AdaptedLayer, x: Tensor, gradient: Tensor, autocast: Any) ->
     return [t.detach().cpu().double() for t in (y, x.grad, *grads)]
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
+def _error(found: Tensor, wanted: Tensor, size: float) -> float:
     if not bool(found.isfinite().all()):
         return float("inf")
-    size = float(wanted.abs().max())
     return float((found - wanted).abs().max()) / max(size, 1e-6)
 
 
