@@ -14,6 +14,7 @@ import torch
 Run = Callable[[], object]
 LEAST = 0.02  # seconds of one sample: the clock of a process is coarse on some systems
 SAMPLES = (3, 40)  # the fewest and the most of one candidate
+LONG = 0.5  # seconds of a sample, of which one less will do
 
 
 def seconds(runs: Mapping[str, Run], each: float, device: torch.device) -> dict[str, float]:
@@ -34,7 +35,8 @@ def seconds(runs: Mapping[str, Run], each: float, device: torch.device) -> dict[
                 times[name] = clock(run, 1)
         calls = {name: max(1, round(LEAST / max(took, 1e-7))) for name, took in times.items()}
         longest = max(calls[name] * took for name, took in times.items())
-        rounds = max(SAMPLES[0], min(SAMPLES[1], round(each / max(longest, 1e-7))))
+        fewest = SAMPLES[0] - (longest > LONG)
+        rounds = max(fewest, min(SAMPLES[1], round(each / max(longest, 1e-7))))
         samples: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
