@@ -40,10 +40,10 @@ from .args.parse import Problems, parse
 from .files.adapter_file import FileTensors
 from .hosts.caller import DEFAULT_DIM, Caller
 from .hosts.contract import HostNetwork, learning_rate
+from .network.network import unfused
 from .network.optim import text_encoder_rates
 from .plan import file_format
 from .plan.plan import Plan, Request
-from .tensors.fused import unfused
 from .tools.average import average
 from .tools.combine import combine
 from .tools.compare import Comparison, compare

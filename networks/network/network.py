@@ -35,6 +35,7 @@ from ..plan.plan import Plan, PlanRow
 from ..plan.report import LoadReport, progress
 from ..plan.walk import Bases, is_own
 from ..tensors import base_weight
+from ..tensors.fused import unfused as unfused  # for the API
 from .average import ALSO, Average, split_state
 from .diagnosis import Diagnosis
 from .loading import Places, match
