@@ -237,16 +237,24 @@ def _dylora_flops(a: Adapter, T: int) -> float:
 
 
 def _rotation_flops(a: Adapter, T: int) -> float:
-    """BOFT keeps the layer's output alone and goes through its stages once more in backward: 8OnM instead of 6OnM."""
-    blocks, on_input = a.laid_out.shapes["blocks"], a.side == "input"
-    features, size = a.geometry.in_features if on_input else a.geometry.out_features, blocks[-1]
-    inverse = 2 * features * size * size  # one product in the gradient of (1 - Q)^-1, whatever the tokens
-    if len(blocks) == 3 and not on_input and not a.chosen.get("constraint") and len(a.laid_out.shapes) == 1:
-        inverse *= 3  # 2 Q (1 - Q)^-1 by the inverse, and two products in its gradient
-    if on_input:  # 2 Q + 2 Q^2 + 2 Q^3 + Q^4: three products forward, six in their gradients
-        inverse *= 9
-    turns = 6 * T * features * size
-    return blocks[0] * (turns * 4 // 3 + inverse) if len(blocks) == 4 else turns + inverse
+    """In blocks; 2 Q (1 - Q)^-1 by the inverse, and two products in its gradient, whatever the tokens."""
+    shape, on_input = a.laid_out.shapes["blocks"], a.side == "input"
+    features, size = a.geometry.in_features if on_input else a.geometry.out_features, shape[-1]
+    one = 2 * features * size * size
+    if len(shape) == 4 and shape[0] > 1:
+        return _butterfly_flops(features, size, shape[0], T) + 3 * shape[0] * one
+    turns, series = 6 * T * features * size, on_input and len(shape) == 3
+    if series:  # 2 Q + 2 Q^2 + 2 Q^3 + Q^4: three products forward, six in their gradients
+        return turns + 9 * one
+    solved = bool(a.chosen.get("constraint")) or (len(shape) == 3 and len(a.laid_out.shapes) > 1)
+    return turns + (one if solved else 3 * one)
+
+
+def _butterfly_flops(features: int, size: int, stages: int, T: int) -> float:
+    """Two stages are one rotation of twice the size: forward, its two gradients, and all but the last once more."""
+    sizes = [2 * size] * (stages // 2) + [size] * (stages % 2)
+    passes = sum(2 * T * features * n * (3 if i == len(sizes) - 1 else 4) for i, n in enumerate(sizes))
+    return passes + 3 * (stages // 2) * 2 * features * (2 * size) ** 2
 
 
 def _column_flops(a: Adapter, T: int) -> float:
@@ -254,7 +262,9 @@ def _column_flops(a: Adapter, T: int) -> float:
     stages, _, size, _ = a.laid_out.shapes["blocks"]
     O, J = a.geometry.out_features, a.geometry.columns
     turned = 6 * T * J * size if a.side == "input" else 4 * O * J * size + 6 * T * O * J
-    return stages * (turned + 2 * J * size * size)
+    return stages * (
+        turned + (6 if a.side == "input" else 2) * J * size * size
+    )  # the inverse, with one product or three
 
 
 def _reweighted_kept(a: Adapter, T: int) -> float:

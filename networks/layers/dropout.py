@@ -7,6 +7,7 @@ module_dropout  the whole update of a call, kept unscaled; it multiplies by 0, s
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,11 @@ class Dropouts:
     rank_dropout_scale: bool = True
 
     def __bool__(self) -> bool:
+        return self.acts
+
+    @functools.cached_property
+    def acts(self) -> bool:
+        """Whether there are any: asked for in every pass."""
         return bool(self.given)
 
     @property

@@ -40,6 +40,8 @@ def over_base(site: Site, x: Tensor) -> Tensor | None:
         return None
     layer, own = site.layer, site.module._parameters
     assert layer is not None
+    if layer.dropouts.acts or layer.perturbation is not None:
+        return None
     weight, runtime = own.get("weight"), layer.runtime
     stored = None if weight is None else (weight.dtype, type(weight), weight.requires_grad)
     kind = (x.shape, stored, runtime.multiplier == 1, runtime.factored)
@@ -58,7 +60,8 @@ def _is_transformed() -> bool:
 
 
 def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -> Form | None:
-    if not _is_usual(layer) or site.row_ranges is not None or not is_open(layer.adapter.geometry):
+    unusual = not _is_usual(layer) or site.row_ranges is not None or not x.numel()
+    if unusual or not is_open(layer.adapter.geometry):
         return None
     adapter, found = layer.adapter, cast("Form | None", None)
     call = Call(x.shape, adapter.geometry.tokens(x), layer.runtime.factored)
@@ -76,7 +79,7 @@ def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -
 def _is_usual(layer: AdaptedLayer) -> bool:
     """Whether the update is strength * op(x, dW) and nothing else."""
     adapter = layer.adapter
-    return not (layer.dropouts or layer.perturbation) and adapter.scalar is None and adapter.bias_parameter is None
+    return adapter.scalar is None and adapter.bias_parameter is None
 
 
 def _lies_open(site: Site, x: Tensor, weight: Tensor | None) -> bool:
