@@ -60,8 +60,7 @@ def _is_transformed() -> bool:
 
 
 def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -> Form | None:
-    unusual = not _is_usual(layer) or site.row_ranges is not None or not x.numel()
-    if unusual or not is_open(layer.adapter.geometry):
+    if not _is_usual(site, layer, x):
         return None
     adapter, found = layer.adapter, cast("Form | None", None)
     call = Call(x.shape, adapter.geometry.tokens(x), layer.runtime.factored)
@@ -76,10 +75,11 @@ def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -
     return _Stepwise(found) if found is not None and adapter.spec.stepwise else found
 
 
-def _is_usual(layer: AdaptedLayer) -> bool:
-    """Whether the update is strength * op(x, dW) and nothing else."""
+def _is_usual(site: Site, layer: AdaptedLayer, x: Tensor) -> bool:
+    """Whether the update is strength * op(x, dW) and nothing else, for all rows of a layer of usual shape."""
     adapter = layer.adapter
-    return adapter.scalar is None and adapter.bias_parameter is None
+    alone = adapter.scalar is None and adapter.bias_parameter is None and site.row_ranges is None
+    return alone and bool(x.numel()) and is_open(adapter.geometry)
 
 
 def _lies_open(site: Site, x: Tensor, weight: Tensor | None) -> bool:
