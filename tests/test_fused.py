@@ -263,12 +263,14 @@ def test_inputs_and_gradients_of_any_layout(algo: str) -> None:
 @every_algorithm
 def test_a_base_that_learns_too_keeps_its_gradient(algo: str) -> None:
     base, layer = adapted("linear", algo)
-    base(make_input("linear"))
-    base.weight.requires_grad_()
-    y = base(make_input("linear"))
-    assert not is_fused(layer)
-    y.sum().backward()
-    assert base.weight.grad is not None and bool(base.weight.grad.any())
+    for learning in (base.bias, base.weight):
+        base(make_input("linear"))
+        learning.requires_grad_()
+        y = base(make_input("linear"))
+        assert not is_fused(layer)
+        y.sum().backward()
+        assert learning.grad is not None and bool(learning.grad.any())
+        learning.requires_grad_(False)
 
 
 @every_algorithm

@@ -43,11 +43,11 @@ _STARTS = PerThread(_Starts)
 @contextlib.contextmanager
 def unstarted() -> Iterator[None]:
     """Adapters made here have no start values: `unpack_` follows, and nothing is drawn that it would write over."""
-    _STARTS.mine.wanted = False
+    before, _STARTS.mine.wanted = _STARTS.mine.wanted, False
     try:
         yield
     finally:
-        _STARTS.mine.wanted = True
+        _STARTS.mine.wanted = before
 
 
 class Base(Products, Protocol):

@@ -180,6 +180,8 @@ class TLoRA(LoRA):
     @property
     def unit_number(self) -> float:
         """`unit`, without a wait for the device but where it has changed."""
+        if self.unit.is_inference():  # has no version
+            return float(self.unit)
         kind = id(self.unit), self.unit._version
         if self._unit[0] != kind:
             self._unit = kind, float(self.unit)

@@ -42,8 +42,8 @@ def over_base(site: Site, x: Tensor) -> Tensor | None:
     assert layer is not None
     if layer.dropouts.acts or layer.perturbation is not None:
         return None
-    weight, runtime = own.get("weight"), layer.runtime
-    stored = None if weight is None else (weight.dtype, type(weight), weight.requires_grad)
+    weight, bias, runtime = own.get("weight"), own.get("bias"), layer.runtime
+    stored = None if weight is None else (weight.dtype, type(weight), weight.requires_grad or _learns(bias))
     kind = (x.shape, stored, runtime.multiplier == 1, runtime.factored)
     if kind not in site.forms:
         if len(site.forms) >= KINDS:
@@ -51,7 +51,11 @@ def over_base(site: Site, x: Tensor) -> Tensor | None:
         site.forms[kind] = _decide(site, layer, x, weight)
     form = site.forms[kind]
     assert not isinstance(runtime.multiplier, Tensor)
-    return None if form is None else form(site, x, weight, own.get("bias"), runtime.multiplier)
+    return None if form is None else form(site, x, weight, bias, runtime.multiplier)
+
+
+def _learns(t: Tensor | None) -> bool:
+    return t is not None and t.requires_grad
 
 
 def _is_transformed() -> bool:
@@ -86,7 +90,9 @@ def _lies_open(site: Site, x: Tensor, weight: Tensor | None) -> bool:
     """Whether the base's own forward is right below, of a kind that is known, and its weight is plain numbers."""
     assert site.layer is not None
     module, geometry = site.module, site.layer.adapter.geometry
-    if type(weight) not in (Tensor, nn.Parameter) or weight is None or weight.requires_grad:
+    if type(weight) not in (Tensor, nn.Parameter) or weight is None:
+        return False
+    if weight.requires_grad or _learns(module._parameters.get("bias")):  # which a form has no gradient for
         return False
     shaped = weight.shape == geometry.weight_shape and (not geometry.is_conv or x.dim() == weight.dim())
     return shaped and weight.dtype in HALF_AND_WIDER and _has_own_forward(module, site.below)
@@ -140,9 +146,10 @@ class _WithMagnitude:
         layer, adapter = _parts(site)
         ones = adapter.geometry.ones
         strength = adapter.strength(multiplier, layer.scale)
-        with torch.no_grad(), without_autocast(x.device.type):
-            squares = adapter.on(AsItLies(weight)).norm_sq(weight, strength, self.on_output)
         change, start = layer._parameters["magnitude_change"], layer._buffers["magnitude_start"]
+        with torch.no_grad(), without_autocast(x.device.type):
+            wide = adapter if change.dtype.itemsize >= 4 else layer.wide_adapter()  # hosts cast all of a layer alike
+            squares = wide.on(AsItLies(weight)).norm_sq(weight, strength, self.on_output)
         if not self.on_output:
             return self.form(adapter, with_lengths(x, change, start, squares, None, ones), weight, bias, strength)
         return with_lengths(self.form(adapter, x, weight, bias, strength), change, start, squares, bias, ones)
