@@ -190,6 +190,17 @@ def convolved_back(
 # -- of either
 
 
+def rows(t: Tensor, geometry: Geometry) -> Tensor:
+    """Inputs, outputs and their gradients in the shape in which forms compute: those of a Linear as rows [T, F], images
+    as they are."""
+    return t if geometry.kernel else flat(t)
+
+
+def from_rows(t: Any, geometry: Geometry, shape: Sequence[int]) -> Any:
+    """The inverse, for an input or output with the axes of this shape; None stays None."""
+    return t if geometry.kernel or t is None else unflat(t, shape)
+
+
 def base_of(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """base(x), no view."""
     if geometry.kernel:

@@ -20,12 +20,12 @@ from .fused import (
     cast,
     convolved,
     convolved_back,
-    flat,
+    from_rows,
     met,
     pointwise,
     pointwise_back,
     refuse_twice,
-    unflat,
+    rows,
 )
 from .fused_low_rank import Made, back, forth
 from .geometry import Geometry
@@ -62,7 +62,7 @@ class _Joined(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         shape, R = x.shape, len(a2)
         x, W = met(x, W)
-        x = x if geometry.kernel else flat(x)
+        x = rows(x, geometry)
         dtype = torch.promote_types(x.dtype, W.dtype)
         A = torch.empty(2 * R, *b2.shape[1:], dtype=dtype, device=x.device)
         A[:R].copy_(a2)
@@ -74,19 +74,16 @@ class _Joined(torch.autograd.Function):
         y, h = forth(geometry, x, W, b, A, B, s)
         ctx.save_for_backward(x, W, A, B, h)
         ctx.geometry, ctx.shape, ctx.s = geometry, shape, s
-        return y if geometry.kernel else unflat(y, shape)
+        return from_rows(y, geometry, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
         x, W, A, B, h = ctx.saved_tensors
         geometry, needs, s, R = ctx.geometry, ctx.needs_input_grad, ctx.s, len(A) // 2
-        g = gradients[0] if geometry.kernel else flat(gradients[0])
         made = Made(geometry, ctx.shape, x, W, A, B, h, s, s, s)
-        gx, gA, gB = back(made, g, needs[0], any(needs[4:7:2]), any(needs[3:6:2]))
+        gx, gA, gB = back(made, gradients[0], needs[0], any(needs[4:7:2]), any(needs[3:6:2]))
         ga1 = None if gB is None else torch.mm(W.flatten(1).t(), cast(gB[:, :R].flatten(1), W.dtype))
-        if gx is not None and not geometry.kernel:
-            gx = unflat(gx, ctx.shape)
         ga2, gb2 = (None, None) if gA is None else (gA[:R], gA[R:])
         return gx, None, None, _as(ga1, geometry), ga2, None if gB is None else gB[:, R:], gb2, None, None
 

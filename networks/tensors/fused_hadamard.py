@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import apply_of, cast, convolved, convolved_back, flat, met, refuse_twice, unflat
+from .fused import apply_of, cast, convolved, convolved_back, flat, from_rows, met, refuse_twice, rows, unflat
 from .fused_low_rank import Made, back, forth
 from .geometry import Geometry
 
@@ -71,20 +71,19 @@ class _Factored(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         shape = x.shape
         x, W = met(x, W)
-        x = x if geometry.kernel else flat(x)
+        x = rows(x, geometry)
         dtype = torch.promote_types(x.dtype, W.dtype)
         Q, P = _by_columns(b1, b2, geometry, dtype), _by_rows(a1, a2, geometry, dtype)
         y, h = forth(geometry, x, W, b, Q, P, s)
         ctx.save_for_backward(x, W, a1, b1, a2, b2, h)
         ctx.geometry, ctx.shape, ctx.s = geometry, shape, s
-        return y if geometry.kernel else unflat(y, shape)
+        return from_rows(y, geometry, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        x, W, a1, b1, a2, b2, h = ctx.saved_tensors
+        (g,), (x, W, a1, b1, a2, b2, h) = gradients, ctx.saved_tensors
         geometry, needs, s, R = ctx.geometry, ctx.needs_input_grad, ctx.s, len(b1)
-        g = gradients[0] if geometry.kernel else flat(gradients[0])
         Q, P = _by_columns(b1, b2, geometry, g.dtype), _by_rows(a1, a2, geometry, g.dtype)
         of_a, of_b = needs[3] or needs[5], needs[4] or needs[6]
         gx, gQ, gP = back(Made(geometry, ctx.shape, x, W, Q, P, h, s, s, s), g, needs[0], of_b, of_a)
@@ -96,8 +95,6 @@ class _Factored(torch.autograd.Function):
         if of_b:
             gQ = gQ.reshape(R, R, -1)  # as it is: the products below are in the factors' own dtype
             gb1, gb2 = (gQ * b2).sum(1), (gQ * b1.unsqueeze(1)).sum(0)
-        if gx is not None and not geometry.kernel:
-            gx = unflat(gx, ctx.shape)
         return gx, None, None, ga1, gb1, ga2, gb2, None, None
 
 
@@ -123,7 +120,7 @@ class _Rebuilt(torch.autograd.Function):
             y = F.linear(x, W, b).addmm_(x, change.t(), alpha=s)
         ctx.save_for_backward(x, W, a1, b1, a2, b2)
         ctx.geometry, ctx.shape, ctx.s = geometry, shape, s
-        return y if geometry.kernel else unflat(y, shape)
+        return from_rows(y, geometry, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

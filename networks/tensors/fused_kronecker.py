@@ -22,11 +22,11 @@ from .fused import (
     cast,
     convolved,
     convolved_back,
-    flat,
+    from_rows,
     met,
     pointwise_back,
     refuse_twice,
-    unflat,
+    rows,
 )
 from .geometry import Geometry
 
@@ -154,8 +154,7 @@ class _Kronecker(torch.autograd.Function):
         ctx.s, ctx.geometry, ctx.op, ctx.shape = s, geometry, op, x.shape
         ctx.of_left, ctx.of_right = (None if t is None else t.shape for t in (left, right))
         x, W = met(x, W)
-        if not geometry.kernel:
-            x = x.reshape(-1, x.shape[-1])
+        x = rows(x, geometry)
         y = op.base(geometry, x, W, b)
         (A, C), N, space = w1.shape, len(x), x.shape[2:]
         parts = x.reshape(N * C, -1, *space)
@@ -172,7 +171,7 @@ class _Kronecker(torch.autograd.Function):
             m = torch.bmm(spread, h.reshape(N, C, -1)).view(N * A, *h.shape[1:])
             op.add_left_(geometry, y.view(N * A, -1, *y.shape[2:]), m, left, right is None)
         ctx.save_for_backward(x, W, w1, left, right, None if right is None else h, m)
-        return y if geometry.kernel else unflat(y, ctx.shape)
+        return from_rows(y, geometry, ctx.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,7 +179,7 @@ class _Kronecker(torch.autograd.Function):
         (g,), (x, W, w1, left, right, h, m) = gradients, ctx.saved_tensors
         geometry, op, needs = ctx.geometry, ctx.op, ctx.needs_input_grad
         (A, C), N = w1.shape, len(x)
-        g = _as_rows(g, geometry)
+        g = rows(g, geometry).contiguous()  # which tokens of one image may not be
         gx = op.base_back(geometry, g, W, x.shape) if needs[0] else None
         parts = x.reshape(N * C, -1, *x.shape[2:])
         h = parts if h is None else h
@@ -197,15 +196,8 @@ class _Kronecker(torch.autograd.Function):
             gright = op.right_back_(geometry, into, gh, parts, right, needs[5])
         elif gx is not None:
             gx.view(N, C, -1).baddbmm_(back, gm)
-        if gx is not None and not geometry.kernel:
-            gx = unflat(gx, ctx.shape)
         gleft, gright = (_shaped(*one) for one in ((gleft, ctx.of_left), (gright, ctx.of_right)))
-        return gx, None, None, gw1, gleft, gright, None, None
-
-
-def _as_rows(g: Tensor, geometry: Geometry) -> Tensor:
-    """Of a Linear as [T, O]; contiguous, which tokens of one image may not be."""
-    return (g if geometry.kernel else flat(g)).contiguous()
+        return from_rows(gx, geometry, ctx.shape), None, None, gw1, gleft, gright, None, None
 
 
 def _of_first(gm: Tensor, h: Tensor, s: float) -> Tensor:

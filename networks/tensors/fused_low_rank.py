@@ -21,6 +21,7 @@ from .fused import (
     convolved,
     convolved_back,
     flat,
+    from_rows,
     met,
     pointwise_back,
     refuse_twice,
@@ -123,14 +124,17 @@ class Made:
 
 
 def back(made: Made, g: Tensor, on_x: bool, on_A: bool, on_B: bool) -> tuple[Any, Any, Any]:
-    """Gradients of x, A and B, None for those that are not wanted.
+    """Gradients of x, in the layer's own shape, A and B, None for those that are not wanted.
 
     Args:
         made: by `forth`.
-        g: the output's gradient, that of a Linear as rows [T, O].
+        g: the output's gradient, in its own shape.
         on_x, on_A, on_B: which are wanted.
     """
-    return (_back_conv if made.geometry.kernel else _back_linear)(made, g, on_x, on_A, on_B)
+    if made.geometry.kernel:
+        return _back_conv(made, g, on_x, on_A, on_B)
+    gx, gA, gB = _back_linear(made, flat(g), on_x, on_A, on_B)
+    return from_rows(gx, made.geometry, made.shape), gA, gB
 
 
 def _back_linear(made: Made, g: Tensor, on_x: bool, on_A: bool, on_B: bool) -> tuple[Any, Any, Any]:
@@ -174,17 +178,13 @@ class _LowRank(torch.autograd.Function):
         y, h = forth(geometry, x, W, b, A, B, left)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h)
         ctx.geometry, ctx.shape, ctx.scales = geometry, shape, (s, s, s) if left == s else (1.0, *scales)
-        return y if geometry.kernel else unflat(y, shape)
+        return from_rows(y, geometry, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        geometry, needs, (g,) = ctx.geometry, ctx.needs_input_grad, gradients
-        g = g if geometry.kernel else flat(g)
-        made = Made(geometry, ctx.shape, *ctx.saved_tensors, *ctx.scales)
-        gx, gA, gB = back(made, g, needs[0], needs[3], needs[4])
-        if gx is not None and not geometry.kernel:
-            gx = unflat(gx, ctx.shape)
+        made, needs = Made(ctx.geometry, ctx.shape, *ctx.saved_tensors, *ctx.scales), ctx.needs_input_grad
+        gx, gA, gB = back(made, gradients[0], needs[0], needs[3], needs[4])
         return gx, None, None, gA, gB, None, None
 
 

@@ -10,22 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import (
-    add_pointwise_,
-    apply_of,
-    cast,
-    convolved,
-    convolved_back,
-    flat,
-    met,
-    pointwise_back,
-    refuse_twice,
-    unflat,
-)
-from .fused_low_rank import sized
+from .fused import apply_of, cast, convolved_back, flat, met, pointwise_back, refuse_twice, unflat
+from .fused_low_rank import forth, sized
 from .geometry import Geometry
 
 Ranks = tuple[int, int]  # the first one that learns, and the first one behind those that act
@@ -52,25 +40,21 @@ def nested_over_base(
         strength: s.
         ranks: which of them learn, and act.
     """
-    if geometry.kernel:
-        y: Tensor = _conv(x, weight, bias, down_RIK, up_OR, strength, ranks, geometry)
-    else:
-        y = _linear(x, weight, bias, down_RIK, up_OR, strength, ranks)
+    y: Tensor = (_conv if geometry.kernel else _linear)(x, weight, bias, down_RIK, up_OR, strength, ranks, geometry)
     return y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float, ranks: Ranks
-    ) -> Tensor:
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, s: float, ranks: Ranks,
+        geometry: Geometry,
+    ) -> Tensor:  # fmt: skip
         shape = x.shape
         x, W = met(x, W)
         x2 = flat(x)
-        y = F.linear(x2, W, b)
-        A, B, ctx.left = sized(down[: ranks[1]], up[:, : ranks[1]], s, y.dtype)
-        h = torch.mm(x2, A.t())
-        y.addmm_(h, B.t(), alpha=ctx.left)
+        A, B, ctx.left = sized(down[: ranks[1]], up[:, : ranks[1]], s, torch.promote_types(x.dtype, W.dtype))
+        y, h = forth(geometry, x2, W, b, A, B, ctx.left)
         ctx.save_for_backward(x2, W, A, B, h)
         ctx.s, ctx.ranks, ctx.sizes = s, ranks, (down.shape, up.shape)
         return unflat(y, shape)
@@ -92,7 +76,7 @@ class _Linear(torch.autograd.Function):
             gB = torch.zeros(ctx.sizes[1], dtype=g.dtype, device=g.device)
             part = gB[:, first:active]
             torch.addmm(part, g.t(), h[:, first:], beta=0, alpha=ctx.s, out=part)
-        return gx, None, None, gA, gB, None, None
+        return gx, None, None, gA, gB, None, None, None
 
 
 class _Conv(torch.autograd.Function):
@@ -109,10 +93,8 @@ class _Conv(torch.autograd.Function):
         geometry: Geometry,
     ) -> Tensor:
         x, W = met(x, W)
-        y = convolved(geometry, x, W, b)
-        A, B = cast(down[: ranks[1]], y.dtype), cast(up[:, : ranks[1]], y.dtype)
-        h = convolved(geometry, x, A)
-        add_pointwise_(y, h, B, s)
+        A, B = (cast(t, torch.promote_types(x.dtype, W.dtype)) for t in (down[: ranks[1]], up[:, : ranks[1]]))
+        y, h = forth(geometry, x, W, b, A, B, s)
         ctx.save_for_backward(x, W, A, B, h)
         ctx.s, ctx.ranks, ctx.sizes, ctx.geometry = s, ranks, (down.shape, up.shape), geometry
         return y

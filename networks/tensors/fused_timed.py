@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import apply_of, flat, met, refuse_twice, unflat
+from .fused import apply_of, from_rows, met, refuse_twice, rows
 from .fused_low_rank import Made, back, forth
 from .geometry import Geometry
 
@@ -53,7 +53,7 @@ class _Timed(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         shape, R = x.shape, len(q)
         x, W = met(x, W)
-        x = x if geometry.kernel else flat(x)
+        x = rows(x, geometry)
         dtype = torch.promote_types(x.dtype, W.dtype)
         A = torch.empty(2 * R, *q.shape[1:], dtype=dtype, device=x.device)
         torch.add(q0, q, out=A[:R])
@@ -66,16 +66,15 @@ class _Timed(torch.autograd.Function):
         y, h = forth(geometry, x, W, b, A, B, s, mask)
         ctx.save_for_backward(x, W, A, B, h, mask, p, p0, size)
         ctx.geometry, ctx.shape, ctx.unit, ctx.s = geometry, shape, unit, s
-        return y if geometry.kernel else unflat(y, shape)
+        return from_rows(y, geometry, shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
         x, W, A, B, h, mask, p, p0, size = ctx.saved_tensors
         geometry, unit, s, needs, R = ctx.geometry, ctx.unit, ctx.s, ctx.needs_input_grad, len(A) // 2
-        g = gradients[0] if geometry.kernel else flat(gradients[0])
         made = Made(geometry, ctx.shape, x, W, A, B, h, s, s, s, mask)
-        gx, gA, gB = back(made, g, needs[0], needs[3], needs[4] or needs[5])
+        gx, gA, gB = back(made, gradients[0], needs[0], needs[3], needs[4] or needs[5])
         gq = gp = glam = None
         if gA is not None:
             gq = torch.add(gA[:R], gA[R:], out=torch.empty_like(gA[:R], dtype=size.dtype))
@@ -83,8 +82,6 @@ class _Timed(torch.autograd.Function):
             of_change = gB[:, :R]
             gp = (of_change * size).mul_(unit) if unit != 1.0 else of_change * size
             glam = (torch.add(p0, p, alpha=unit) * of_change).sum([i for i in range(p.dim()) if i != 1]).reshape(1, R)
-        if gx is not None and not geometry.kernel:
-            gx = unflat(gx, ctx.shape)
         return gx, None, None, gq, gp, glam, None, None, None, None, None, None, None
 
 
