@@ -371,7 +371,8 @@ ALGORITHMS: dict[str, AlgoData] = {
     ),
     "full": AlgoData(
         delta=lambda t, shape: t["diff"],
-        flops=lambda a, T: 6 * T * a.geometry.out_features * a.geometry.columns,
+        # in fp32, in which W + s dW is one weight: the gradient of dW alone
+        flops=lambda a, T: 2 * T * a.geometry.out_features * a.geometry.columns,
         kept=lambda a, T: 0,
         unlike_lycoris="the difference itself, with nothing to compute: test_full.py",
     ),

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 
+from ..tensors.fused import Call, OverBase, without_autocast
+from ..tensors.fused_whole import whole_over_base
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
-from ..tensors.low_rank import Gate, PassGate
-from ..tensors.products import OfWeight, Products
+from ..tensors.low_rank import Gate, PassGate, square_sums
+from ..tensors.products import AsItLies, OfWeight, Products
 from .base import Adapter, Base
 from .parts import Parts
 
@@ -103,6 +105,9 @@ class Additive(Adapter):
             row_ranges: ranges of output rows, in their order; None = all.
         """
         g, sums, at = self.geometry, [], 0
+        if row_ranges is None and weight.numel() <= CHUNK:
+            whole = weight + strength * self.delta()
+            return square_sums(whole.flatten(1) if on_output else whole.transpose(0, 1).flatten(1), 1)
         for start, stop in _chunks(row_ranges or ((0, g.out_features),), max(1, CHUNK // g.columns)):
             whole = weight[at : at + stop - start] + strength * self.rows(start, stop)
             at += stop - start
@@ -177,11 +182,24 @@ class Additive(Adapter):
             return factored <= materialised
         return wanted
 
+    def over_base(self, call: Call) -> OverBase | None:
+        """The whole weight change, where that is the cheaper form, or the layer is so small that few operations count;
+        most algorithms have a form of their own for the others."""
+        costs = self.flops(call.tokens)
+        return None if call.cheaper_factored(costs) and not call.is_small(costs) else whole_form
+
     def change_norm(self, weight: Callable[[], Tensor], strength: float | Tensor) -> Tensor:
         return self.norm() * (strength.abs() if isinstance(strength, Tensor) else abs(strength))
 
     def shrink_(self, ratio: float) -> None:
         self.rescale_(ratio)
+
+
+def whole_form(adapter: Additive, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    with without_autocast(x):  # a small change of few digits
+        change = adapter.on(AsItLies(weight)).delta()
+    of_bias = adapter.bias_change()
+    return whole_over_base(adapter.geometry, x, weight, bias, change, of_bias, strength)
 
 
 def _chunks(row_ranges: RowRanges, step: int) -> Iterator[tuple[int, int]]:

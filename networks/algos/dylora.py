@@ -101,7 +101,7 @@ class DyLoRA(LoRA):
         return {"down": down, "up": torch.where(columns, self.up, self.up.detach()) * ratio}
 
     def over_base(self, call: Call) -> OverBase | None:
-        return _over_base if call.cheaper_factored(self.flops(call.tokens)) else None
+        return _over_base if call.cheaper_factored(self.flops(call.tokens)) else super().over_base(call)
 
     def beside_base(self, call: Call) -> BesideBase | None:
         return None

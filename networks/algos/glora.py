@@ -156,7 +156,7 @@ class GLoRA(Additive):
         return torch.sqrt(product_norm_sq(up_OR, down_RI.flatten(1)).sum())
 
     def over_base(self, call: Call) -> OverBase | None:
-        return _over_base if call.cheaper_factored(self.flops(call.tokens)) else None
+        return _over_base if call.cheaper_factored(self.flops(call.tokens)) else super().over_base(call)
 
     def flops(self, tokens: int) -> tuple[float, float]:
         """With a kernel those of the form in front of the base, which half precision cannot take."""

@@ -31,7 +31,7 @@ from ..tensors.hadamard import nearest_hadamard
 from ..tensors.low_rank import Gate, low_rank, sum_norm_sq
 from ..tensors.tucker import core_times_right, nearest_tucker
 from ..tensors.updates import Update
-from .additive import CHUNK, Additive
+from .additive import CHUNK, Additive, whole_form
 from .saved import (
     Count,
     Layout,
@@ -77,7 +77,7 @@ class LoHa(Additive):
         return a.T, core_times_right(p[f"t{half}"], b).flatten(1)
 
     def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        P, Q = self._product(dict(self.named_parameters()))
+        P, Q = self._product(self.values())
         return P, Q.reshape(-1, *self.geometry.weight_shape[1:])
 
     def _product(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -87,14 +87,14 @@ class LoHa(Additive):
         return P, (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
-        p = dict(self.named_parameters())
+        p = self.values()
         (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
         if rank_mask_R is not None:
             a1 = a1 * rank_mask_R
         return ((a1 @ b1) * (a2 @ b2)).reshape(self.geometry.weight_shape)
 
     def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
-        p = dict(self.named_parameters())
+        p = self.values()
         ((a1, b1), (a2, b2)) = (tuple(t.to(weight) for t in self._half(p, half)) for half in (1, 2))
         a1, step = a1 * strength, max(1, CHUNK // self.geometry.columns)
         for start in range(0, len(weight), step):
@@ -109,7 +109,7 @@ class LoHa(Additive):
         return low_rank(self.geometry, x, Q, P, _FirstIndex(gate, self.dim))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        p = dict(self.named_parameters())
+        p = self.values()
         (a1, b1), (a2, b2) = self._half(p, 1), self._half(p, 2)
         rows = (a1[start:stop] @ b1) * (a2[start:stop] @ b2)
         return rows.reshape(-1, *self.geometry.weight_shape[1:])
@@ -125,18 +125,22 @@ class LoHa(Additive):
         """By the factored form where R^2 is small; else in chunks."""
         if self.dim > 4 or row_ranges is not None:
             return super().norm_sq(weight, strength, on_output, row_ranges)
-        P, Q = self._product(dict(self.named_parameters()))
+        P, Q = self._product(self.values())
         return sum_norm_sq(weight, strength * P, Q.reshape(-1, *self.geometry.weight_shape[1:]), on_output)
 
     def norm(self) -> Tensor:
         """By the Gram matrices of P and Q, R^2 x R^2, where they are cheaper than dW."""
         if self.dim**3 > 2 * self.geometry.out_features:
             return super().norm()
-        P, Q = self._product(dict(self.named_parameters()))
+        P, Q = self._product(self.values())
         return torch.sqrt(((P.T @ P) * (Q @ Q.T)).sum().clamp_min(0))
 
     def over_base(self, call: Call) -> OverBase | None:
-        return _OverBase(call.cheaper_factored(self.flops(call.tokens)))
+        factored, rebuilt = self.flops(call.tokens)
+        if call.sums:  # one product for two in each pass; this form keeps no dW, as that of other algorithms would
+            rebuilt -= 4.0 * call.tokens * self.geometry.out_features * self.geometry.columns
+        costs = factored, rebuilt
+        return whole_form if call.is_small(costs) else _OverBase(call.cheaper_factored(costs))
 
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.dim

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..records.lokr import LOKR
 from ..tensors.factor import factorization
-from ..tensors.fused import Call, OverBase
+from ..tensors.fused import FEW, Call, OverBase
 from ..tensors.fused_kronecker import kronecker_over_base
 from ..tensors.geometry import Geometry, RowRanges, cast_to_input
 from ..tensors.low_rank import NO_GATE, Gate, nearest_products, refactor, square_sums
@@ -190,17 +190,16 @@ class LoKr(Additive):
         left_BR, right_RDK = self._w2_factors(p)
         if rank_mask_R is not None:
             left_BR = left_BR * rank_mask_R
-        return torch.einsum("br,rd...->bd...", left_BR, right_RDK)
+        return (left_BR @ right_RDK.flatten(1)).reshape(-1, *right_RDK.shape[1:])
 
     def delta(self, rank_mask_R: Tensor | None = None) -> Tensor:
-        p = dict(self.named_parameters())
+        p = self.values()
         w1, w2 = self._w1(p), self._w2(p, rank_mask_R)
-        blocks = torch.einsum("ac,bd...->abcd...", w1, w2)
-        return blocks.reshape(self.geometry.weight_shape)
+        return _kron(w1, w2).reshape(self.geometry.weight_shape)
 
     def add_delta_(self, weight: Tensor, strength: float | Tensor) -> Tensor:
         """As [A, B, C, D, *kernel], where each of the factors is spread over the axes of the other."""
-        p = dict(self.named_parameters())
+        p = self.values()
         w1, w2 = (self._w1(p) * strength).to(weight), self._w2(p).to(weight)
         ones = [1] * len(self.geometry.kernel)
         blocks = weight.unflatten(0, (len(w1), -1)).unflatten(2, (w1.shape[1], -1))
@@ -209,7 +208,7 @@ class LoKr(Additive):
 
     def product(self, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of kron(l1, l2) and kron(r1, r2), of as few ranks as the factors' own shapes allow."""
-        p = dict(self.named_parameters())
+        p = self.values()
         l1, r1 = (p["w1_a"], p["w1_b"]) if "w1_a" in p else _thinner(p["w1"])
         l2, r2 = _thinner(p["w2"].flatten(1)) if "w2" in p else self._w2_factors(p)
         r2 = r2.reshape(r2.shape[0], -1, *self.geometry.kernel)
@@ -271,8 +270,9 @@ class LoKr(Additive):
         return first < second
 
     def over_base(self, call: Call) -> OverBase | None:
-        if not call.cheaper_factored(self.flops(call.tokens)):
-            return None
+        whole = super().over_base(call)
+        if whole is not None:
+            return whole
         positions = math.prod(call.shape) // self.geometry.in_features
         if "w2" not in self.laid_out.shapes:
             return _OverBase(True, True)
@@ -291,11 +291,11 @@ class LoKr(Additive):
         return 6.0 * tokens * R * (J + A * C + O), materialised
 
     def rows(self, start: int, stop: int) -> Tensor:
-        p = dict(self.named_parameters())
+        p = self.values()
         w1, w2 = self._w1(p), self._w2(p)
         B = w2.shape[0]
         first = start // B
-        blocks = torch.einsum("ac,bd...->abcd...", w1[first : -(-stop // B)], w2)
+        blocks = _kron(w1[first : -(-stop // B)], w2)
         rows = blocks.reshape(-1, *self.geometry.weight_shape[1:])
         return rows[start - first * B : stop - first * B]
 
@@ -311,8 +311,8 @@ class LoKr(Additive):
         self, weight: Tensor, strength: float | Tensor, on_output: bool, row_ranges: RowRanges | None = None
     ) -> Tensor:
         """<W, kron(w1, w2)> by contraction with the factors; ||kron||^2 of a row is a product of two rows'. W is not
-        widened where it is in half precision."""
-        if row_ranges is not None:
+        widened where it is in half precision. A small one is added up as it is."""
+        if row_ranges is not None or weight.numel() <= FEW:
             return super().norm_sq(weight, strength, on_output, row_ranges)
         p, wide = self._parameters, torch.promote_types(weight.dtype, torch.float32)
         w1, w2 = self._w1(p).to(wide), self._w2(p).to(wide)  # type: ignore[arg-type]
@@ -335,7 +335,7 @@ class LoKr(Additive):
 
     def norm(self) -> Tensor:
         """||kron(w1, w2)|| = ||w1|| ||w2||."""
-        p = dict(self.named_parameters())
+        p = self.values()
         return torch.linalg.vector_norm(self._w1(p)) * torch.linalg.vector_norm(self._w2(p))
 
     @classmethod
@@ -501,6 +501,11 @@ class _OverBase:
         else:
             left, right = p["w2_a"], p["w2_b"]
         return kronecker_over_base(adapter.geometry, x, weight, bias, w1, left, right, strength)
+
+
+def _kron(w1_AC: Tensor, w2: Tensor) -> Tensor:
+    """[A, B, C, D, *kernel], which lies as the weight [A B, C D, *kernel] does."""
+    return w1_AC.reshape(len(w1_AC), 1, -1, 1, *[1] * (w2.dim() - 2)) * w2[None, :, None]
 
 
 def _mix(w1_AC: Tensor, h: Tensor) -> Tensor:

@@ -226,11 +226,12 @@ class LoRA(Additive):
         return geometry.pointwise(gate.rank(h, 1), up_OR)
 
     def over_base(self, call: Call) -> OverBase | None:
-        whole = "mid" in self.laid_out.shapes or self.down0 is not None
-        return None if whole or not call.cheaper_factored(self.flops(call.tokens)) else _over_base
+        if not call.cheaper_factored(self.flops(call.tokens)):
+            return super().over_base(call)
+        return None if "mid" in self.laid_out.shapes or self.down0 is not None else low_rank_form
 
     def beside_base(self, call: Call) -> BesideBase | None:
-        return None if self.geometry.is_conv or self.over_base(call) is not _over_base else _beside_base
+        return None if self.geometry.is_conv or self.over_base(call) is not low_rank_form else _beside_base
 
     def flops(self, tokens: int) -> tuple[float, float]:
         g, R = self.geometry, self.mask_size
@@ -375,7 +376,7 @@ class LoRA(Additive):
         return down.shape[0], {"use_tucker": tucker}
 
 
-def _over_base(adapter: LoRA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+def low_rank_form(adapter: LoRA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
     p: Any = adapter._parameters
     return low_rank_over_base(adapter.geometry, x, weight, bias, p["down"], p["up"], strength)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..records.lora_fa import LORA_FA
 from ..tensors.fused import Call, OverBase
 from ..tensors.fused_low_rank import low_rank_over_base
-from .lora import LoRA
+from .lora import LoRA, low_rank_form
 
 
 class LoRAFA(LoRA):
@@ -28,7 +28,8 @@ class LoRAFA(LoRA):
         nn.init.normal_(self.down, std=math.sqrt(2 / (self.geometry.in_features * self.geometry.groups + self.dim)))
 
     def over_base(self, call: Call) -> OverBase | None:
-        return _over_base if super().over_base(call) is not None else None
+        found = super().over_base(call)
+        return _over_base if found is low_rank_form else found
 
 
 def _over_base(adapter: LoRAFA, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:

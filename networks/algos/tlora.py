@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..records.tlora import TLORA
-from ..tensors.fused import BesideBase, Call, OverBase
+from ..tensors.fused import BesideBase, Call, OverBase, autocast_dtype
 from ..tensors.fused_timed import timed_over_base
 from ..tensors.geometry import Geometry, RowRanges
 from ..tensors.low_rank import Gate, singular
@@ -191,9 +191,7 @@ class TLoRA(LoRA):
         """[N, 2 R], the mask of a pass with the input x, in the dtype of the computation."""
         if self.clock is None:
             return None
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        mask = self.clock.pair_mask(self.dim, *self.schedule, x, dtype)
+        mask = self.clock.pair_mask(self.dim, *self.schedule, x, autocast_dtype(x) or x.dtype)
         if mask is not None and len(x) % len(mask):
             raise ValueError(_OTHER_SAMPLES.format(len(mask), len(x)))
         return mask

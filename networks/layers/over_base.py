@@ -9,7 +9,7 @@ models, and passes that are differentiated in other ways.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..tensors.forms import HALF_AND_WIDER
-from ..tensors.fused import BesideBase, Call, OverBase, Switch, is_open
+from ..tensors.fused import BesideBase, Call, OverBase, Switch, autocast_dtype, is_open, is_wide, without_autocast
 from ..tensors.fused_scaling import with_lengths
 from ..tensors.products import AsItLies
-from .precision import without_autocast
 
 if TYPE_CHECKING:
     from .adapted import AdaptedLayer
@@ -44,7 +43,7 @@ def over_base(site: Site, x: Tensor) -> Tensor | None:
         return None
     weight, bias, runtime = own.get("weight"), own.get("bias"), layer.runtime
     stored = None if weight is None else (weight.dtype, type(weight), weight.requires_grad or _learns(bias))
-    kind = (x.shape, stored, runtime.multiplier == 1, runtime.factored)
+    kind = (x.shape, stored, autocast_dtype(x), runtime.multiplier == 1, runtime.factored)
     if kind not in site.forms:
         if len(site.forms) >= KINDS:
             site.forms.clear()
@@ -69,6 +68,7 @@ def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -
     adapter, found = layer.adapter, cast("Form | None", None)
     call = Call(x.shape, adapter.geometry.tokens(x), layer.runtime.factored)
     if _lies_open(site, x, weight):
+        call = replace(call, sums=is_wide(autocast_dtype(x) or x.dtype))
         form = adapter.over_base(call)
         if form is not None and not layer.side:
             found = _Plain(form)
@@ -82,7 +82,8 @@ def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -
 def _is_usual(site: Site, layer: AdaptedLayer, x: Tensor) -> bool:
     """Whether the update is strength * op(x, dW) and nothing else, for all rows of a layer of usual shape."""
     adapter = layer.adapter
-    alone = adapter.scalar is None and adapter.bias_parameter is None and site.row_ranges is None
+    known = adapter.scalar is None and (adapter.bias_parameter is None or adapter.forms_have_bias)
+    alone = known and site.row_ranges is None
     return alone and bool(x.numel()) and is_open(adapter.geometry)
 
 
@@ -128,9 +129,8 @@ class Beside:
 
     def __call__(self, site: Site, x: Tensor, weight: Any, bias: Tensor | None, multiplier: float) -> Tensor:
         layer, adapter = _parts(site)
-        y, device = cast(Any, site.below)(x), x.device.type
-        met = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if type(y) is not Tensor or y.dtype != met:
+        y = cast(Any, site.below)(x)
+        if type(y) is not Tensor or y.dtype != (autocast_dtype(x) or x.dtype):
             return cast(Tensor, layer.added(site, x, y, multiplier))
         return self.form(adapter, x, y, adapter.strength(multiplier, layer.scale))
 
@@ -147,7 +147,7 @@ class _WithMagnitude:
         ones = adapter.geometry.ones
         strength = adapter.strength(multiplier, layer.scale)
         change, start = layer._parameters["magnitude_change"], layer._buffers["magnitude_start"]
-        with torch.no_grad(), without_autocast(x.device.type):
+        with torch.no_grad(), without_autocast(x):
             wide = adapter if change.dtype.itemsize >= 4 else layer.wide_adapter()  # hosts cast all of a layer alike
             squares = wide.on(AsItLies(weight)).norm_sq(weight, strength, self.on_output)
         if not self.on_output:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +21,3 @@ def kept_wide(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return tensor.to(changed.device, torch.float32)
 
     return keep
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast is off meanwhile; entering `torch.autocast` takes longer than asking."""
-    on = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from .geometry import Geometry
 
+SMALL = 1e7  # FLOPs of forward and backward that take no longer than the launches of some operations
+FEW = 1 << 16  # numbers that a pass goes over in less time than it takes to be launched
 _CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -33,11 +35,13 @@ class Call:
         shape: of the layer's input, whose first axis is the samples.
         tokens: T, how many output positions it has.
         factored: whether to build no weight change, or to build it; None = the cheaper one.
+        sums: whether W + s dW can be one weight: the base's lies open, and the computation has the digits for it.
     """
 
     shape: torch.Size
     tokens: int
     factored: bool | None = None
+    sums: bool = False
 
     def cheaper_factored(self, costs: tuple[float, float]) -> bool:
         """Whether to take the factored form.
@@ -49,6 +53,14 @@ class Call:
         if self.factored is None or math.inf in costs:
             return factored <= materialised
         return self.factored
+
+    def is_small(self, costs: tuple[float, float]) -> bool:
+        """Whether the weight change costs so little that a form is chosen by how few operations it has.
+
+        Args:
+            costs: as above.
+        """
+        return self.factored is None and costs[1] <= SMALL
 
 
 class OverBase(Protocol):
@@ -144,11 +156,49 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 def met(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's input and its base weight in the dtype in which they meet: under autocast the copies, if any, which the
     base's own forward would make and keep."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    dtype = autocast_dtype(x)
+    if dtype is None or x.dtype == torch.float64:
         return x, weight
-    dtype = torch.get_autocast_dtype(device)
     return cast(x, dtype), cast(weight, dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes in where x is; None = it is off."""
+    kind = device_type(x)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether a weight of the dtype has digits for a small change: W + s dW then is as good as the two apart."""
+    return dtype.itemsize >= 4
+
+
+_TYPES: dict[torch.device, str] = {}
+
+
+def device_type(x: Tensor) -> str:
+    """`x.device.type`, which makes a new text each time and takes as long as a small product."""
+    device = x.device
+    if device not in _TYPES:
+        _TYPES[device] = device.type
+    return _TYPES[device]
+
+
+class without_autocast:
+    """Autocast is off meanwhile where x is. `torch.autocast` sees to threads and caches of its own besides, and takes
+    four times as long."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.kind = device_type(x)
+
+    def __enter__(self) -> None:
+        self.was = torch.is_autocast_enabled(self.kind)
+        if self.was:
+            torch.set_autocast_enabled(self.kind, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self.was:
+            torch.set_autocast_enabled(self.kind, True)
 
 
 def times_(gradient: Any, factor: float, dtype: torch.dtype | None = None) -> Any:

@@ -209,7 +209,7 @@ class _Turned(torch.autograd.Function):
         plan, features = _plan(stages, less.device), _Features(bool(geometry.kernel))
         whole, flat = _together(less, plan)
         y = x.contiguous() if on_input else base_of(geometry, x, W, b).contiguous()
-        t = y if on_input or b is None else y - cast(b, y.dtype).reshape(-1, *geometry.ones)
+        t = y if on_input or b is None else y - geometry.on_outputs(cast(b, y.dtype))
         whole = [cast(blocks, y.dtype) for blocks in whole]
         change = _forth(t, whole, plan, features, None)
         ctx.save_for_backward(t, W, flat, *whole)

@@ -17,6 +17,7 @@ from torch import Tensor
 from .fused import (
     add_pointwise_,
     apply_of,
+    autocast_dtype,
     cast,
     convolved,
     convolved_back,
@@ -46,7 +47,7 @@ def glora_over_base(
         factors: a1 [I, R, 1...], a2 [R, I, 1...], b1 [O, R, 1...] and b2 [R, I, *kernel].
         strength: s.
     """
-    halved = torch.is_autocast_enabled(x.device.type) or weight.dtype.itemsize < 4
+    halved = autocast_dtype(x) is not None or weight.dtype.itemsize < 4
     function = _joined if not geometry.has_kernel else _outer if halved else _inner
     y: Tensor = function(x, weight, bias, *factors, strength, geometry)
     return y

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .fused import apply_of, cast, convolved, convolved_back, flat, from_rows, met, refuse_twice, rows, unflat
+from .fused import apply_of, autocast_dtype, cast, from_rows, met, refuse_twice, rows
 from .fused_low_rank import Made, back, forth
+from .fused_whole import back_to_change, back_to_input
+from .fused_whole import forth as forth_whole
 from .geometry import Geometry
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -106,41 +107,26 @@ class _Rebuilt(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor, s: float,
         geometry: Geometry,
     ) -> Tensor:  # fmt: skip
-        shape = x.shape
+        ctx.geometry, ctx.shape, ctx.s = geometry, x.shape, s
         x, W = met(x, W)
-        dtype = torch.promote_types(x.dtype, W.dtype)
-        if torch.is_autocast_enabled(x.device.type):
-            a1, b1, a2, b2 = (cast(t, dtype) for t in (a1, b1, a2, b2))
-        change = cast(torch.mm(a1, b1).mul_(torch.mm(a2, b2)), dtype)
-        if geometry.kernel:
-            y = convolved(geometry, x, W, b)
-            y.add_(convolved(geometry, x, change.view(W.shape)), alpha=s)
-        else:
-            x = flat(x)
-            y = F.linear(x, W, b).addmm_(x, change.t(), alpha=s)
+        x = rows(x, geometry)
+        if autocast_dtype(x) is not None:
+            a1, b1, a2, b2 = (cast(t, W.dtype) for t in (a1, b1, a2, b2))
+        change = cast(torch.mm(a1, b1).mul_(torch.mm(a2, b2)), W.dtype)
+        y = forth_whole(geometry, x, W, b, change.view(W.shape), s)
         ctx.save_for_backward(x, W, a1, b1, a2, b2)
-        ctx.geometry, ctx.shape, ctx.s = geometry, shape, s
-        return from_rows(y, geometry, shape)
+        return from_rows(y, geometry, ctx.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        (g,), (x, W, a1, b1, a2, b2) = gradients, ctx.saved_tensors
-        geometry, s, on_x = ctx.geometry, ctx.s, ctx.needs_input_grad[0]
-        first, second = torch.mm(a1, b1), torch.mm(a2, b2)
-        if geometry.kernel:
-            change = cast(first * second, g.dtype).view(W.shape)
-            gx, gchange = convolved_back(geometry, g, x, change, (on_x, True))
-            gchange = gchange.mul_(s).flatten(1)
-            if on_x:
-                gx = convolved_back(geometry, g, x.shape, W, (True, False))[0].add_(gx, alpha=s)
-        else:
-            g, gx = flat(g), None
-            if on_x:
-                gx = torch.mm(g, W).addmm_(g, cast(first * second, g.dtype), alpha=s)
-                gx = unflat(gx, ctx.shape)
-            gchange = torch.addmm(W, g.t(), x, beta=0, alpha=s)
-        gchange = cast(gchange, first.dtype)
+        (x, W, a1, b1, a2, b2), geometry, s = ctx.saved_tensors, ctx.geometry, ctx.s
+        first, second, gx = torch.mm(a1, b1), torch.mm(a2, b2), None
+        g = rows(gradients[0], geometry)
+        if ctx.needs_input_grad[0]:
+            change = cast(first * second, W.dtype).view(W.shape)
+            gx = from_rows(back_to_input(geometry, g, W, change, s, x.shape), geometry, ctx.shape)
+        gchange = cast(back_to_change(geometry, g, x, W, s).flatten(1), first.dtype)
         of_first, of_second = second.mul_(gchange), first.mul_(gchange)
         found = of_first @ b1.t(), a1.t() @ of_first, of_second @ b2.t(), a2.t() @ of_second
         return gx, None, None, *found, None, None

@@ -109,7 +109,7 @@ class _Turned(torch.autograd.Function):
             y = base_of(geometry, _add_turned_(_copy(x), blocks, x, m, axes), W, b)
         else:
             y = base_of(geometry, x, W, b).contiguous()
-            blocks, t = cast(less, y.dtype), _copy(y) if b is None else y - cast(b, y.dtype).reshape(-1, *geometry.ones)
+            blocks, t = cast(less, y.dtype), _copy(y) if b is None else y - geometry.on_outputs(cast(b, y.dtype))
             _add_turned_(y, blocks, t, m, axes)
         ctx.save_for_backward(t if ctx.needs_input_grad[3] else None, W, blocks)
         ctx.m, ctx.geometry, ctx.shape, ctx.on_input = m, geometry, shape, on_input

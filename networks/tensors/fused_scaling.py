@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import apply_of, base_back, base_of, met, refuse_twice
+from .fused import FEW, apply_of, base_back, base_of, met, refuse_twice
 from .geometry import Geometry
 
 
@@ -76,7 +76,8 @@ class _WithLengths(torch.autograd.Function):
     ) -> Tensor:
         n = squares.sqrt()
         zero = n == 0
-        factor = (start + change).flatten().div_(n).masked_fill_(zero, 1.0).reshape(-1, *ones)
+        factor = (start + change).flatten().div_(n).masked_fill_(zero, 1.0)
+        factor = factor.reshape(-1, *ones) if ones else factor
         ctx.save_for_backward(t, factor, n.masked_fill_(zero, torch.inf), bias)
         ctx.shape = change.shape
         return _scaled(t, factor, bias)
@@ -90,33 +91,46 @@ class _WithLengths(torch.autograd.Function):
 
 
 class _Stretched(torch.autograd.Function):
+    """Of x or of t = base(x), as t + m w (t - bias), which takes the fewest operations, or as f t + (1 - f) bias, which
+    goes over a large output once less."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, w: Tensor, m: float, geometry: Geometry, on_input: bool
     ) -> Tensor:
         x, W = met(x, W)
-        factor = torch.rsub(w if w.dtype.itemsize >= 4 else w.float(), 1.0, alpha=-m)
-        if geometry.kernel:
-            factor = factor.reshape(-1, *geometry.ones)
-        t = x if on_input else base_of(geometry, x, W, b)
-        ctx.save_for_backward(t if ctx.needs_input_grad[3] else None, W, b, factor)
+        w = w if w.dtype.itemsize >= 4 else w.float()
+        w = geometry.on_outputs(w)  # or on inputs: groups have no form
         ctx.m, ctx.geometry, ctx.shape, ctx.on_input = m, geometry, x.shape, on_input
-        return base_of(geometry, _scaled(x, factor, None), W, b) if on_input else _scaled(t, factor, b)
+        t = x if on_input else base_of(geometry, x, W, b)
+        over = None if on_input or b is None or t.numel() <= FEW else b
+        u = t if on_input or b is None or over is not None else t - geometry.on_outputs(b)
+        ctx.save_for_backward(u if ctx.needs_input_grad[3] else None, W, over, w)
+        if on_input:
+            return base_of(geometry, _grown(t, t, w, m), W, b)
+        return _grown(t, u, w, m) if over is None else _scaled(t, torch.rsub(w, 1.0, alpha=-m), b)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
-        (g,), (t, W, b, factor), (on_x, _, _, on_w, *_) = gradients, ctx.saved_tensors, ctx.needs_input_grad
+        (g,), (u, W, b, w), (on_x, _, _, on_w, *_) = gradients, ctx.saved_tensors, ctx.needs_input_grad
         gx = gw = None
         if ctx.on_input:
-            g, b = base_back(ctx.geometry, g, W, ctx.shape), None
+            g = base_back(ctx.geometry, g, W, ctx.shape)
         if on_w:
-            gw = _of_factor(g, t, factor, b)
+            gw = _of_factor(g, u, w, b)
             gw = gw if ctx.m == 1.0 else gw.mul_(ctx.m)
         if on_x:
-            gx = _scaled(g, factor, None)
+            gx = _grown(g, g, w, ctx.m)
             gx = gx if ctx.on_input else base_back(ctx.geometry, gx, W, ctx.shape)
         return gx, None, None, gw, None, None, None
+
+
+def _grown(t: Tensor, u: Tensor, w: Tensor, m: float) -> Tensor:
+    """t + m w u, rounded once, to the dtype of t."""
+    if t.dtype == w.dtype:
+        return torch.addcmul(t, u, w, value=m)
+    return torch.addcmul(t, u, w, value=m, out=torch.empty_like(t))
 
 
 _with_lengths, _stretched = apply_of(_WithLengths), apply_of(_Stretched)

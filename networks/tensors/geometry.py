@@ -124,7 +124,7 @@ class Geometry:
 
     def on_outputs(self, vector_O: Tensor, y: Tensor | None = None) -> Tensor:
         """One value per output feature, shaped to multiply the layer's output y."""
-        return vector_O.reshape(-1, *self.ones)
+        return vector_O.reshape(-1, *self.ones) if self.kernel else vector_O
 
     def on_inputs(self, vector_I: Tensor) -> Tensor:
         """One value per input feature, shaped to multiply the layer's input."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused import FEW
 from .geometry import Geometry
 
 
@@ -101,6 +102,9 @@ def sum_norm_sq(weight: Tensor, left_OR: Tensor, right_RIK: Tensor, on_output: b
         on_output: of rows; False = of columns.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.numel() <= FEW:
+        whole = weight + (left_OR.to(wide) @ right_RIK.flatten(1).to(wide)).reshape(weight.shape)
+        return square_sums(whole.flatten(1) if on_output else whole.transpose(0, 1).flatten(1), 1)
     W, left, right = weight.flatten(1), left_OR.to(wide), right_RIK.flatten(1).to(wide)
     if not on_output:
         W, left, right = W.T, right.T, left.T
