@@ -198,8 +198,7 @@ class Additive(Adapter):
 def whole_form(adapter: Additive, x: Tensor, weight: Tensor, bias: Tensor | None, strength: float) -> Tensor:
     with without_autocast(x):  # a small change of few digits
         change = adapter.on(AsItLies(weight)).delta()
-    of_bias = adapter.bias_change()
-    return whole_over_base(adapter.geometry, x, weight, bias, change, of_bias, strength)
+    return whole_over_base(adapter.geometry, x, weight, bias, change, strength)
 
 
 def _chunks(row_ranges: RowRanges, step: int) -> Iterator[tuple[int, int]]:

@@ -85,7 +85,6 @@ class Adapter(nn.Module):
 
     spec: AlgoSpec
     magnitudes: ClassVar[bool] = True  # whether magnitudes of DoRA can stand beside it in a file
-    forms_have_bias: ClassVar[bool] = False  # whether those of `over_base` add the change of the bias, too
 
     scalar: nn.Parameter | None
     started: bool = True  # False of one without start values, see `unstarted`

@@ -25,7 +25,6 @@ class Full(Additive):
     spec = FULL
 
     diff: nn.Parameter
-    forms_have_bias = True
 
     @classmethod
     def layout(cls, geometry: Geometry, dim: int) -> Layout:

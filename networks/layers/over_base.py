@@ -69,12 +69,12 @@ def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -
     call = Call(x.shape, adapter.geometry.tokens(x), layer.runtime.factored)
     if _lies_open(site, x, weight):
         call = replace(call, sums=is_wide(autocast_dtype(x) or x.dtype))
-        form = adapter.over_base(call)
+        form, biased = adapter.over_base(call), adapter.bias_change() is not None
         if form is not None and not layer.side:
-            found = _Plain(form)
-        elif form is not None and layer.runtime.multiplier == 1:
+            found = _WithBias(form) if biased else _Plain(form)
+        elif not biased and form is not None and layer.runtime.multiplier == 1:
             found = _WithMagnitude(form, layer.on_output)
-    elif not layer.side and (beside := adapter.beside_base(call)) is not None:
+    elif not layer.side and adapter.bias_parameter is None and (beside := adapter.beside_base(call)) is not None:
         found = Beside(beside)
     return _Stepwise(found) if found is not None and adapter.spec.stepwise else found
 
@@ -82,8 +82,7 @@ def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -
 def _is_usual(site: Site, layer: AdaptedLayer, x: Tensor) -> bool:
     """Whether the update is strength * op(x, dW) and nothing else, for all rows of a layer of usual shape."""
     adapter = layer.adapter
-    known = adapter.scalar is None and (adapter.bias_parameter is None or adapter.forms_have_bias)
-    alone = known and site.row_ranges is None
+    alone = adapter.scalar is None and site.row_ranges is None
     return alone and bool(x.numel()) and is_open(adapter.geometry)
 
 
@@ -119,6 +118,17 @@ class _Plain:
     def __call__(self, site: Site, x: Tensor, weight: Any, bias: Tensor | None, multiplier: float) -> Tensor:
         layer, adapter = _parts(site)
         return self.form(adapter, x, weight, bias, adapter.strength(multiplier, layer.scale))
+
+
+@dataclass(frozen=True)
+class _WithBias(_Plain):
+    """With a change of the bias, which has no scale."""
+
+    def __call__(self, site: Site, x: Tensor, weight: Any, bias: Tensor | None, multiplier: float) -> Tensor:
+        y = super().__call__(site, x, weight, bias, multiplier)
+        change = site.bias_change(y, multiplier)
+        assert change is not None
+        return y + change
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     y = y0 + m (T - 1)(y0 - bias), y0 = base(x)          or          y = base(x + m (T - 1) x)
 
 Two stages next to each other mix what four half blocks hold: they are one rotation in blocks of twice the size, which
-costs what the two cost, and goes over the features once. Kept: y0 - bias, or x, and the small matrices; the backward
-pass goes through the stages once more. What changes is added up apart from the features, whose digits are coarser.
+costs what the two cost, and goes over the features once. All stages of few features are one. Kept: y0 - bias, or x, and
+the small matrices; the backward pass goes through the stages once more. What changes is added up apart from the
+features, whose digits are coarser.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 from .fused import apply_of, base_back, base_of, cast, met, refuse_twice
 from .geometry import Geometry
 from .rotation import butterfly
+
+FEW_FEATURES = 64  # which a matrix of their own turns in less time than two rotations of blocks
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ class _Plan:
 def _plan(stages: Stages, device: torch.device) -> _Plan:
     half, groups, counts, places, at = stages.size // 2, list[_Group](), list[int](), list[Tensor](), 0
     bits = [(distance * stages.unit // half).bit_length() - 1 for distance in stages.distances]
-    for start in range(0, len(bits), 2):
-        own = bits[start : start + 2]
+    step = len(bits) if stages.features <= FEW_FEATURES else 2
+    for start in range(0, len(bits), step):
+        own = bits[start : start + step]
         low, parts = 2 ** min(own), 2 ** len(own)
         group = _Group(stages.features // (half * parts * low), parts, low, half)
         groups.append(group)
@@ -133,19 +137,25 @@ def _together(less: Tensor, plan: _Plan) -> tuple[list[Tensor], Tensor]:
     """T - 1 of each group [blocks, size, size], and of all stages in one."""
     flat = torch.zeros(plan.numbers, dtype=less.dtype, device=less.device)
     flat.index_copy_(0, plan.places, less.reshape(-1))
-    each = plan.divided(flat)
-    return [own[0] if len(own) == 1 else (own[0] + own[1]).baddbmm_(own[1], own[0]) for own in each], flat
+    return [_product(own) for own in plan.divided(flat)], flat
+
+
+def _product(stages: Sequence[Tensor]) -> Tensor:
+    """The last times .. the first, less 1, of blocks less 1."""
+    less, *others = stages
+    for other in others:
+        less = (less + other).baddbmm_(other, less)
+    return less
 
 
 def _apart(gradients: Sequence[Tensor], flat: Tensor, plan: _Plan, shape: torch.Size) -> Tensor:
     """The gradient of all stages from those of the groups."""
     found = torch.empty_like(flat)
     for G, own, parts in zip(gradients, plan.divided(flat), plan.divided(found), strict=True):
-        for part in parts:
-            part.copy_(G)
-        if len(own) == 2:
-            parts[0].baddbmm_(own[1].transpose(1, 2), G)
-            parts[1].baddbmm_(G, own[0].transpose(1, 2))
+        for i in reversed(range(1, len(own))):  # G is that of the product of the stages up to i
+            torch.baddbmm(G, G, _product(own[:i]).transpose(1, 2), out=parts[i])
+            G = torch.baddbmm(G, own[i].transpose(1, 2), G)
+        parts[0].copy_(G)
     return found.index_select(0, plan.places).view(shape)
 
 
@@ -164,8 +174,11 @@ class _Features:
     def sum(self, t: Tensor, change: Tensor | None, group: _Group) -> Tensor:
         """t + change as [blocks, N, size] of rows, [blocks, size, N places] of images."""
         seen = self.seen(t, group)
-        found = torch.empty(seen.shape, dtype=t.dtype, device=t.device)
-        found.copy_(seen) if change is None else torch.add(seen, self.seen(change, group), out=found)
+        if change is None:
+            found = seen.contiguous()
+        else:
+            found = torch.empty(seen.shape, dtype=t.dtype, device=t.device)
+            torch.add(seen, self.seen(change, group), out=found)
         last = (group.size, -1) if self.images else (-1, group.size)
         return found.view(group.blocks, *last)
 
@@ -179,6 +192,8 @@ class _Features:
 
     def added(self, change: Tensor | None, more: Tensor, group: _Group, like: Tensor) -> Tensor:
         """change + more, in the order of the features."""
+        if change is None and group.blocks == 1 and not self.images:
+            return more.view(like.shape)  # they are in order
         total = torch.empty_like(like) if change is None else change
         seen = self.seen(total, group)
         seen.copy_(more.view(seen.shape)) if change is None else seen.add_(more.view(seen.shape))

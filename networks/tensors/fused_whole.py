@@ -1,4 +1,4 @@
-"""A whole weight change over its base: y = base(x) + s op(x, dW), and the bias with s db, where dW is at hand.
+"""A whole weight change over its base: y = base(x) + s op(x, dW), where dW is at hand.
 
 In fp32 and wider W + s dW is one weight, as a merge makes it. Half precision has no digits for a small change of W:
 there the products are two. Kept: x, and dW in the dtype of the computation where it was made of something.
@@ -33,20 +33,18 @@ def whole_over_base(
     weight: Tensor,
     bias: Tensor | None,
     change: Tensor,
-    of_bias: Tensor | None,
     strength: float,
 ) -> Tensor:
-    """The output of an open layer with a change of its weight, and of its bias.
+    """The output of an open layer with a change of its weight.
 
     Args:
         geometry: of the layer.
         x: its input.
         weight, bias: of the base.
         change: dW [O, I, *kernel].
-        of_bias: db [O], or None.
         strength: s.
     """
-    y: Tensor = _whole(x, weight, bias, change, of_bias, strength, geometry)
+    y: Tensor = _whole(x, weight, bias, change, strength, geometry)
     return y
 
 
@@ -104,22 +102,13 @@ def _op_back(geometry: Geometry, g: Tensor, weight: Tensor, shape: torch.Size) -
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Tensor | None,
-        change: Tensor,
-        of_bias: Tensor | None,
-        s: float,
-        geometry: Geometry,
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, change: Tensor, s: float, geometry: Geometry
     ) -> Tensor:
         ctx.s, ctx.geometry, ctx.shape = s, geometry, x.shape
         x, W = met(x, W)
         x = rows(x, geometry)
         used = cast(change, W.dtype)
         y = forth(geometry, x, W, b, used, s)
-        if of_bias is not None:
-            y.add_(geometry.on_outputs(of_bias), alpha=s)
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, change if change.is_leaf else used)
         ctx.inner = x.shape
         return from_rows(y, geometry, ctx.shape)
@@ -128,15 +117,12 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_twice()
         (x, W, change), geometry, s, needs = ctx.saved_tensors, ctx.geometry, ctx.s, ctx.needs_input_grad
-        g, gx, gchange, gbias = rows(gradients[0], geometry), None, None, None
+        g, gx, gchange = rows(gradients[0], geometry), None, None
         if needs[0]:
             gx = back_to_input(geometry, g, W, cast(change, W.dtype), s, ctx.inner)
         if needs[3]:
             gchange = back_to_change(geometry, g, x, W, s)
-        if needs[4]:
-            others = [axis for axis in range(g.dim()) if axis != 1]
-            gbias = times_(g.sum(others, dtype=torch.promote_types(g.dtype, torch.float32)), s)
-        return from_rows(gx, geometry, ctx.shape), None, None, gchange, gbias, None, None
+        return from_rows(gx, geometry, ctx.shape), None, None, gchange, None, None
 
 
 _whole = apply_of(_Whole)

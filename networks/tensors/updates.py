@@ -104,7 +104,8 @@ class Update:
             enough: of the values so far; no more are then looked for, but there may be more than it takes.
         """
         u, s, vh = _triples(self._middle, rank, enough)
-        limit = float(s[:1].sum()) * torch.finfo(s.dtype).eps * math.sqrt(max(self.shape))
+        terms = max(*self.shape, 0 if self.right is None else len(self.right))  # of the longest sum on the way
+        limit = float(s[:1].sum()) * torch.finfo(s.dtype).eps * math.sqrt(terms)
         count = max(1, int((s > limit).sum()))
         u, s, vh = u[:, :count], s[:count], vh[:count]
         return (self._split[0] @ u, s, vh @ self._split[2]) if self._is_slim else (u, s, vh)

@@ -104,11 +104,13 @@ SMALL = _linear(16, 16, 4)  # of which a pass takes nothing but Python and launc
 
 @dataclass(frozen=True)
 class Step:
-    """A whole step of a shrunken model: with which adapter, of how many channels, with checkpointing or without."""
+    """A whole step of a shrunken model: with which adapter, of how many channels, with checkpointing or without, under
+    autocast with the model in bf16 or all in fp32."""
 
     case: str
     channels: int
     checkpointing: bool = False
+    fp32: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Sizes:
 _STEPS = [Step(case, 64) for case in ("lora16", "lokr f8 r8", "loha8", "dora16")]
 _STEPS += [Step(case, 64, checkpointing=True) for case in ("lora16", "lokr f8 r8")]
 _STEPS += [Step("lora16", 128), Step("lokr f8 r8", 128)]
+_STEPS += [Step("lora16", 64, fp32=True), Step("lokr f8 r8", 64, fp32=True), Step("lora16", 128, fp32=True)]
 FULL = Sizes(
     cases=tuple(CASES),
     counted=tuple(LAYERS),

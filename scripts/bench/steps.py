@@ -121,16 +121,17 @@ MODELS = (
 WIDE = ("time_embedding", "time_projection")  # parts that their models call in fp32, as all LayerNorms
 
 
-def frozen_model(model: Model, channels: int, device: torch.device) -> nn.Module:
-    """It in bf16, with no gradients of its own.
+def frozen_model(model: Model, channels: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """It with no gradients of its own.
 
     Args:
         model: which.
         channels: its narrowest width.
+        dtype: in which it is.
         device: where it is.
     """
     torch.manual_seed(0)
-    built = model.build(channels).to(device, torch.bfloat16).requires_grad_(False).train()
+    built = model.build(channels).to(device, dtype).requires_grad_(False).train()
     for name in WIDE:
         if isinstance(part := getattr(built, name, None), nn.Module):
             part.float()
@@ -163,25 +164,29 @@ def adapt(peer: Peer, model: nn.Module, case: Case) -> list[nn.Parameter] | None
     return None if made is None else trained(made)
 
 
-def step_of(setting: Setting, model: Model, channels: int, built: nn.Module, params: list[nn.Parameter]) -> Any:
+def step_of(setting: Setting, model: Model, step: Step, built: nn.Module, params: list[nn.Parameter]) -> Any:
     """A call that runs forward and backward.
 
     Args:
         setting: of the run.
-        model, channels: of which kind and width the model is.
+        model, step: of which kind the model is, of which width and in which precision.
         built: it, adapted or not.
         params: whose gradients are computed.
     """
-    x = torch.randn(model.shape(channels), dtype=torch.bfloat16, device=setting.device).requires_grad_()
+    x = torch.randn(model.shape(step.channels), dtype=_dtype(step), device=setting.device).requires_grad_()
 
     def run() -> None:
         for t in (x, *params):
             t.grad = None
-        with setting.autocast():
-            loss = model.call(built, x, channels).float().square().mean()
+        with setting.autocast(not step.fp32):
+            loss = model.call(built, x, step.channels).float().square().mean()
         loss.backward()
 
     return run
+
+
+def _dtype(step: Step) -> torch.dtype:
+    return torch.float32 if step.fp32 else torch.bfloat16
 
 
 def steps(setting: Setting) -> Iterator[Table]:
@@ -199,7 +204,7 @@ def steps(setting: Setting) -> Iterator[Table]:
             for row, found in chart.items()
         ]
         yield Table(
-            f"A step over that of the frozen model, rank {DIM}, autocast",
+            f"A step over that of the frozen model, rank {DIM}, autocast where the row does not say fp32",
             "The last column is our overhead over that of the least of the others.",
             ["model", *names, "overhead"],
             rows,
@@ -209,13 +214,15 @@ def steps(setting: Setting) -> Iterator[Table]:
 
 def _of_model(setting: Setting, model: Model) -> dict[str, dict[str, float]]:
     """Row -> peer -> time over the frozen step."""
-    found, bases = {}, dict[int, nn.Module]()
+    found, bases = {}, dict[tuple[int, torch.dtype], nn.Module]()
     for step in setting.sizes.steps:
-        if step.channels not in bases:
-            bases = {step.channels: frozen_model(model, step.channels, setting.device)}
-        row = f"{model.title}, {step.channels} channels, {step.case}{', checkpointing' if step.checkpointing else ''}"
+        kind = step.channels, _dtype(step)
+        if kind not in bases:
+            bases = {kind: frozen_model(model, *kind, setting.device)}
+        row = f"{model.title}, {step.channels} channels, {step.case}"
+        row += ", checkpointing" * step.checkpointing + ", fp32" * step.fp32
         setting.progress.step(f"steps: {row}")
-        found[row] = _row(setting, model, step, bases[step.channels])
+        found[row] = _row(setting, model, step, bases[kind])
     return found
 
 
@@ -230,7 +237,7 @@ def _row(setting: Setting, model: Model, step: Step, base: nn.Module) -> dict[st
                 cast(Any, built).enable_gradient_checkpointing()
         params = [] if peer is None else adapt(peer, built, CASES[step.case])
         if params is not None:
-            runs[FROZEN if peer is None else peer.name] = step_of(setting, model, step.channels, built, params)
+            runs[FROZEN if peer is None else peer.name] = step_of(setting, model, step, built, params)
     found = seconds(runs, setting.sizes.seconds, setting.device)
     return {name: took / found[FROZEN] for name, took in found.items() if name != FROZEN}
 
