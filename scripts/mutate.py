@@ -58,10 +58,74 @@ class Mutation:
         return next(file for file, count in counts.items() if count)
 
 
-ALGOS, LAYERS, PLAN, FILES_, NETWORK, HOSTS = (
-    f"networks/{name}" for name in ("algos", "layers", "plan", "files", "network", "hosts")
+ALGOS, LAYERS, PLAN, FILES_, NETWORK, HOSTS, TENSORS = (
+    f"networks/{name}" for name in ("algos", "layers", "plan", "files", "network", "hosts", "tensors")
 )
 MUTATIONS: tuple[Mutation, ...] = (
+    # forms over the base layer
+    Mutation(
+        "form: lora's gradient of down without the strength",
+        f"{TENSORS}/fused_low_rank.py",
+        "gA = torch.addmm(made.A, gh.t(), made.x, beta=0, alpha=made.of_A)",
+        "gA = torch.addmm(made.A, gh.t(), made.x, beta=0)",
+        ("tests/test_fused.py", "-k", "lora"),
+    ),
+    Mutation(
+        "form: a whole change of the base weight is not in the input's gradient",
+        f"{TENSORS}/fused_whole.py",
+        "return _op_back(geometry, g, torch.add(W, change, alpha=s), shape)",
+        "return _op_back(geometry, g, W, shape)",
+        ("tests/test_fused.py", "-k", "full"),
+    ),
+    Mutation(
+        "form: small changes are added to a weight in half precision",
+        f"{TENSORS}/fused.py",
+        "return dtype.itemsize >= 4",
+        "return dtype.itemsize >= 2",
+        ("tests/test_fused.py", "-k", "below_the_digits"),
+    ),
+    Mutation(
+        "form: lokr's gradient of the first factor without the strength",
+        f"{TENSORS}/fused_kronecker.py",
+        ".sum(0, dtype=wide).mul_(s)",
+        ".sum(0, dtype=wide)",
+        ("tests/test_fused.py", "-k", "lokr"),
+    ),
+    Mutation(
+        "form: ia3's bias is stretched, too",
+        f"{TENSORS}/fused_scaling.py",
+        "over is not None else t - geometry.on_outputs(b)",
+        "over is not None else t",
+        ("tests/test_fused.py", "-k", "ia3"),
+    ),
+    Mutation(
+        "form: a bias that learns is scaled as the weight change is",
+        f"{LAYERS}/over_base.py",
+        "change = site.bias_change(y, multiplier)",
+        "change = site.bias_change(y, multiplier * site.layer.scale)",
+        ("tests/test_stacked.py",),
+    ),
+    Mutation(
+        "form: a layer that takes it also without gradient for its own weight",
+        f"{LAYERS}/over_base.py",
+        'if weight.requires_grad or _learns(module._parameters.get("bias")):',
+        "if False:",
+        ("tests/test_fused.py",),
+    ),
+    Mutation(
+        "form: second derivatives are wrong in silence",
+        f"{TENSORS}/fused.py",
+        "    if torch.is_grad_enabled():\n        raise RuntimeError(",
+        "    if False:\n        raise RuntimeError(",
+        ("tests/test_fused.py",),
+    ),
+    Mutation(
+        "form: boft's stages are undone in the wrong order",
+        f"{TENSORS}/fused_butterfly.py",
+        "less = (less + other).baddbmm_(other, less)",
+        "less = (less + other).baddbmm_(less, other)",
+        ("tests/test_fused.py", "-k", "boft"),
+    ),
     # formulas
     Mutation(
         "lora: dW twice as large",
@@ -562,8 +626,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         "merge: every layer of that name has its halves swapped",
         f"{FILES_}/weight_names.py",
-        "swapped=self.swapped and len(shape) > 1 and shape[0] == 2 * shape[1]",
-        "swapped=self.swapped",
+        "swapped=Swap.ALWAYS if self.swapped.at(shapes[self.key]) else Swap.NEVER",
+        "swapped=Swap.NEVER if self.swapped is Swap.NEVER else Swap.ALWAYS",
         ("tests/test_merge_forms.py", "-k", "halves"),
     ),
     Mutation(

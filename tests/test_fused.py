@@ -193,6 +193,24 @@ def test_it_is_at_least_as_near_to_the_exact_result(algo: str, dtype: torch.dtyp
     assert errors[0] <= 1.005 * errors[1] + 1e-6, errors
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_change_below_the_digits_of_the_weight_acts(autocast: bool) -> None:
+    """Added to a weight in half precision it would be rounded away; where its parts agree, the output has it."""
+    linear = nn.Linear(256, 256, dtype=torch.bfloat16).requires_grad_(False)
+    _, layer = adapted(linear, "full", torch.bfloat16)
+    x = torch.rand(16, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.adapter.get_parameter("diff").copy_(2**-11 * linear.weight.abs().mean())
+        layer.adapter.get_parameter("diff_b").zero_()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = linear(x).double()
+        assert is_fused(layer)
+        layer.runtime.multiplier = 0.0
+        found -= linear(x).double()
+    wanted = x.double() @ layer.adapter.get_parameter("diff").double().T
+    assert float((found * wanted).sum() / wanted.square().sum()) == pytest.approx(layer.scale, rel=0.1)
+
+
 # -- what hosts do around a layer
 
 
