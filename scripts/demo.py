@@ -2,15 +2,18 @@
 
 It runs the trainer and the generator as a user would (their command lines are printed), makes one picture of what they
 wrote, and checks the result: the loss on captions kept out of the training must fall well below the base model's, the
-colours must go, and strength 0 must be the base model to the last bit. Written to output/demo/:
-emoji-outline.safetensors (the adapter), loss.png, before_after.png, plan.txt. That folder is the demo's own and made
-anew; in another, what is there already is replaced only with --overwrite.
+colours must go, and strength 0 must be the base model to the last bit. Then others look at the file: diffusers loads
+it and must draw the same pictures, the model of ComfyUI's loader says what ComfyUI would load, and `show` draws its
+updates. Written to output/demo/: emoji-outline.safetensors (the adapter), loss.png, before_after.png, plan.txt,
+updates.png. That folder is the demo's own and made anew; in another, what is there already is replaced only with
+--overwrite.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -30,6 +33,7 @@ from networks.cli.command_line import (  # noqa: E402
     add_overwrite,
     check_outputs,
     run_program,
+    told_time,
     write_atomically,
 )
 
@@ -54,6 +58,7 @@ SHOWN = (
 SEED = 1
 MAX_LOSS_RATIO = 0.5  # held-out loss after training / before
 MAX_COLOUR_RATIO = 0.4  # colour at strength 1 / at strength 0
+MAX_DIFFERENCE = 1.0  # between pictures, of 255: rounding on the way of some dozens of steps
 
 
 def train_arguments(model: Path, output: Path, steps: int) -> list[str]:
@@ -190,10 +195,37 @@ def draw_rows(model: Path, output: Path, steps: int) -> tuple[list[Any], dict[fl
     return read_images(images / "base", len(SHOWN)), rows
 
 
+def answer(script: str, *arguments: str) -> str:
+    """What one of our scripts prints, without what libraries say meanwhile. Raises ValueError when it fails."""
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if done.returncode:
+        raise ValueError(f"scripts/{script} failed with exit code {done.returncode}:\n{done.stderr}")
+    return done.stdout
+
+
+def read_by_diffusers(model: Path, adapter: Path, steps: int) -> float:
+    """Draw the shown captions with the file as diffusers loads it, and as we do: the largest difference, of 255.
+
+    Args:
+        model: folder of the embedded model.
+        adapter: the file.
+        steps: of drawing one image.
+    """
+    options = ("--steps", str(steps), "--seed", str(SEED))
+    return float(answer("emoji/read_back.py", str(model), str(adapter), *options, *SHOWN).split()[-1])
+
+
+def read_by_comfyui(model: Path, adapter: Path) -> str:
+    """What scripts/show.py says that ComfyUI makes of the file."""
+    readers = json.loads(answer("show.py", str(adapter), "--model", str(model), "--json"))["readers"]
+    return next((str(reader["sentence"]) for reader in readers if "ComfyUI" in reader["program"]), "ComfyUI: not known")
+
+
 def check_free(output: Path, model: Path, overwrite: bool) -> None:
     """Raises ValueError for what would be replaced in a folder that is not the demo's own."""
     written = [output / f"{NAME}{end}" for end in (".safetensors", "-loss.csv", "-loss.png", "-plan.txt", "-plan.json")]
-    written += [output / name for name in ("loss.png", "plan.txt", "before_after.png")]
+    written += [output / name for name in ("loss.png", "plan.txt", "before_after.png", "updates.png")]
     written += [output / "images" / name for name in ("prompts.txt", "base-prompts.txt")]
     own = output.resolve() == OUTPUT.resolve()
     check_outputs([*written, *drawn_before(output)], [model, EMOJI], overwrite or own)
@@ -209,6 +241,9 @@ def demo(args: argparse.Namespace) -> int:
     run("train_network.py", train_arguments(model, output, args.steps))
     trained = time.monotonic() - start
     base, rows = draw_rows(model, output, args.draw_steps)
+    adapter = output / f"{NAME}.safetensors"
+    run("show.py", [str(adapter), f"--plot={output / 'updates.png'}", "--overwrite"])
+    difference, comfyui = read_by_diffusers(model, adapter, args.draw_steps), read_by_comfyui(model, adapter)
     write_atomically(output / "loss.png", partial(shutil.copyfile, output / f"{NAME}-loss.png"))
     write_atomically(output / "plan.txt", partial(shutil.copyfile, output / f"{NAME}-plan.txt"))
     labels = [(f"strength {strength:g}", rows[strength]) for strength in STRENGTHS]
@@ -222,9 +257,11 @@ def demo(args: argparse.Namespace) -> int:
     found = "".join(f"{recognised(rows[strength], truth):14.0%}" for strength in STRENGTHS)
     print(f"{'nearest true outline':28}{found}")
     print(f"{'loss on held-out images':28}{before:14.4f}{'':14}{after:14.4f}")
-    print(f"\ntraining {trained:.0f} s, everything {time.monotonic() - start:.0f} s")
-    print(f"adapter  {output / f'{NAME}.safetensors'}\npictures {output / 'before_after.png'}, {output / 'loss.png'}")
-    print(f"plan     {output / 'plan.txt'}")
+    print(f"\ndiffusers reads the file: its pictures are ours within {difference:.3f} of 255")
+    print(f"by the model of its loader, {comfyui}")
+    print(f"\ntraining {told_time(trained)}, everything {told_time(time.monotonic() - start)}")
+    print(f"adapter  {adapter}\npictures {output / 'before_after.png'}, {output / 'loss.png'}")
+    print(f"updates  {output / 'updates.png'}\nplan     {output / 'plan.txt'}")
 
     problems = []
     if not same:
@@ -233,6 +270,8 @@ def demo(args: argparse.Namespace) -> int:
         problems.append(f"the held-out loss is {after / before:.2f} of the base model's, above {MAX_LOSS_RATIO}.")
     if not colours[-1] <= MAX_COLOUR_RATIO * colours[0]:
         problems.append(f"the colour is {colours[-1] / colours[0]:.2f} of the base model's, above {MAX_COLOUR_RATIO}.")
+    if not difference <= MAX_DIFFERENCE:
+        problems.append(f"diffusers draws other pictures with the file, by {difference:.1f} of 255.")
     if args.no_check or not problems:
         return 0
     print("\nThe demo FAILED its own checks:\n- " + "\n- ".join(problems), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import demo
 from PIL import Image
@@ -12,7 +13,7 @@ def test_demo_makes_its_files(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "SHOWN", demo.SHOWN[:3])
     arguments = ["--steps=2", "--draw_steps=2", f"--output={tmp_path}"]
     assert demo.main([*arguments, "--no_check"]) == 0
-    for name in ("emoji-outline.safetensors", "loss.png", "before_after.png", "plan.txt"):
+    for name in ("emoji-outline.safetensors", "loss.png", "before_after.png", "plan.txt", "updates.png"):
         assert (tmp_path / name).stat().st_size > 100
     grid = Image.open(tmp_path / "before_after.png")
     assert grid.height > 4 * 48 and grid.width > 3 * 48
@@ -25,7 +26,10 @@ def test_demo_makes_its_files(tmp_path, monkeypatch, capfd):
     first = Image.open(tmp_path / "images" / "base" / "im_000000.png").tobytes()
     assert first == Image.open(tmp_path / "images" / "adapter" / "im_000000.png").tobytes()  # strength 0
     assert first != Image.open(tmp_path / "images" / "adapter" / "im_000006.png").tobytes()  # strength 1
-    assert "loss on held-out images" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "loss on held-out images" in out
+    assert "diffusers reads the file: its pictures are ours within 0.0" in out
+    assert re.search(r"ComfyUI [\d.]+: 128/128 layers, exactly", out)
 
 
 def test_demo_without_its_model(tmp_path, capsys):

@@ -64,9 +64,12 @@ class LoHa(Additive):
         return Layout(shapes, rank=dim, rank_axis=True)
 
     def reset_parameters(self) -> None:
+        zero = "w2_a" if self.scalar is None else "scalar"
         for name, p in self.named_parameters():
-            nn.init.normal_(p, std=1.0 if name in ("w1_b", "w2_b") else 0.1)
-        nn.init.zeros_(self.w2_a if self.scalar is None else self.scalar)
+            if name == zero:
+                nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=1.0 if name in ("w1_b", "w2_b") else 0.1)
 
     @staticmethod
     def _half(p: Mapping[str, Tensor], half: int) -> tuple[Tensor, Tensor]:

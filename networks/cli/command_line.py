@@ -246,6 +246,16 @@ def check_output_folder(folder: Path, option: str = "--output_dir") -> None:
         raise ValueError(f"{option} {folder}: cannot write there ({reason}). Choose another folder.") from error
 
 
+def told_time(seconds: float) -> str:
+    """`3.2 s`, `48 s`, `2 min 5 s`, `1 h 4 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
 def say(text: str, error: bool = False) -> None:
     """Print one line, of which a part may be text of a file."""
     print(printable(text, 0), file=sys.stderr if error else sys.stdout)

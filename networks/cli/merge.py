@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..args.coerce import finite
 from ..foreign.texts import exists, printable
-from .command_line import add_allow_missing, add_overwrite, run_program
+from .command_line import add_allow_missing, add_overwrite, run_program, told_time
 from .tool_options import tell, tool
 
 
@@ -84,7 +84,7 @@ def progress_bar(total: int) -> Iterator[Callable[[str, int], None]]:
             before, done[0] = done[0], done[0] + size
             if done[0] * 10 // max(1, total) > before * 10 // max(1, total):
                 left = (time.monotonic() - start) * (total - done[0]) / done[0]
-                print(f"{done[0] * 100 // total} %, {left:.0f} s left", file=sys.stderr)
+                print(f"{done[0] * 100 // total} %, {told_time(left)} left", file=sys.stderr)
 
         yield step
         return

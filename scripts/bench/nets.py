@@ -152,7 +152,7 @@ def _tasks(module: Any, contest: Contest) -> dict[str, float]:
         network = module.create_network(1.0, DIM, DIM * SCALE, None, encoders, unet)
         network.apply_to(encoders, unet, bool(encoders), True)
         clocks.append(now(cpu))
-        network.save_weights(file, torch.bfloat16, {})
+        network.save_weights(file, torch.bfloat16, {"ss_network_dim": str(DIM)})  # with any metadata, hashes too
         clocks.append(now(cpu))
         network.load_weights(file)
         clocks.append(now(cpu))
