@@ -1,5 +1,5 @@
 """What an installation holds, and that it works: the wheel is built, installed into a folder of its own, and its
-programs, both names and its types are used from there alone."""
+programs, both names and its types are used from there alone. The sdist holds the checkout, so that its tests run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -89,7 +91,121 @@ def test_the_wheel_holds_every_file_once(wheel: Path) -> None:
     assert [name for name in held if name.startswith("kohya_networks/") and name.endswith(".py")] == [
         "kohya_networks/__init__.py"
     ]
-    assert re.search(r"^License(-Expression)?: Apache-2\.0$", metadata, re.M) and f"Version: {__version__}" in metadata
+    assert f"Version: {__version__}" in metadata
+
+
+def test_the_licence_is_in_the_wheel(wheel: Path) -> None:
+    """The whole text beside its name. The wheel holds no picture and no weights, thus nothing under the other one."""
+    text = (ROOT / "LICENSE").read_bytes()
+    assert b"Version 2.0, January 2004" in text and b"END OF TERMS AND CONDITIONS" in text
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
+        held = {name: archive.read(name) for name in archive.namelist() if "/licenses/" in name}
+        assert not [name for name in archive.namelist() if name.endswith((".png", ".safetensors"))]
+    assert list(held.values()) == [text]
+    head = metadata.partition("\n\n")[0].splitlines()
+    assert "License-Expression: Apache-2.0" in head and "License-File: LICENSE" in head
+    artwork = (ROOT / "scripts" / "emoji" / "LICENSE").read_text(encoding="utf-8")
+    assert "CC BY-SA 4.0" in artwork and "OpenMoji" in artwork and "creativecommons.org/licenses/by-sa/4.0" in artwork
+
+
+def test_what_a_package_index_shows(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
+    head, _, text = metadata.partition("\n\n")
+    fields = [tuple(line.split(": ", 1)) for line in head.splitlines()]
+    names = [name for name, _ in fields]
+    assert {"Summary", "Author", "Keywords", "Classifier", "Requires-Python"} <= set(names)
+    assert ("Description-Content-Type", "text/markdown") in fields and text.strip() == read_text("README.md").strip()
+    # a licence is told once: an index refuses a classifier of licences beside the expression
+    assert not [value for _, value in fields if value.startswith("License ::")]
+    versions = [
+        value.rpartition(" ")[2] for _, value in fields if value.startswith("Programming Language :: Python :: 3.")
+    ]
+    oldest = dict(fields)["Requires-Python"].removeprefix(">=")
+    assert versions[0] == oldest and versions == [f"3.{n}" for n in range(10, 10 + len(versions))]
+    assert {"train", "test"} == {value for name, value in fields if name == "Provides-Extra"}
+
+
+def test_the_changelog_knows_this_version() -> None:
+    """On top, with the day of the release or as not released yet; a day for each version below it."""
+    titles = re.findall(r"^## (.+)$", read_text("CHANGELOG.md"), re.M)
+    assert re.fullmatch(rf"\[{re.escape(__version__)}\] - (Unreleased|\d{{4}}-\d\d-\d\d)", titles[0]), titles
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", title) for title in titles[1:])
+
+
+def read_text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+# ---- sdist ----
+
+MADE = ("__pycache__", "*.pyc", ".git", "*.egg-info", "PKG-INFO", "build", "dist", "output", ".*_cache", ".hypothesis",
+        "*_latents_*.safetensors", "*_text_*.safetensors")  # fmt: skip
+
+
+def files_of_the_checkout() -> list[str]:
+    """What version control knows; where there is none, as in an unpacked sdist, all but what tools make."""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True)
+        return sorted(name for name in done.stdout.decode().split("\0") if (ROOT / name).is_file() and name)
+    files = [file.relative_to(ROOT) for file in ROOT.rglob("*") if file.is_file()]
+    return sorted(file.as_posix() for file in files if not any(fnmatch(p, made) for p in file.parts for made in MADE))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the checkout in which somebody has worked: caches, results and an older build lie there."""
+    code = tmp_path_factory.mktemp("sdist") / "code"
+    for name in files_of_the_checkout():
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, code / name)
+    for name in (
+        "networks/__pycache__/api.cpython-310.pyc",
+        ".pytest_cache/README.md",
+        "scripts/emoji/heldout/cat_latents_sd_v1.safetensors",
+        "scripts/emoji/heldout/cat_text_sd_v1.safetensors",
+        "output/demo/plan.txt",
+        "dist/old.whl",
+        "my_notes.txt",
+    ):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).write_bytes(b"junk")
+    build = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=code, check=True, capture_output=True)
+    return next(code.parent.glob("*.tar.gz"))
+
+
+def test_the_sdist_is_the_checkout(sdist: Path) -> None:
+    """Every file of it and none that tools made."""
+    with tarfile.open(sdist) as archive:
+        held = [member.name.partition("/")[2] for member in archive if member.isfile()]
+    made = [name for name in held if name == "PKG-INFO" or name.startswith("kohya_networks.egg-info/")]
+    assert len(made) > 1  # what setuptools writes by itself
+    held = sorted(name for name in held if name not in made)
+    assert held == [name for name in files_of_the_checkout() if name not in made]
+    needed = {"constraints.txt", "LICENSE", "scripts/emoji/LICENSE", "scripts/start.py", "tests/conftest.py"}
+    assert needed <= set(held) and {name.partition("/")[0] for name in held} >= {"presets", "docs", *PACKAGES}
+
+
+def test_tests_run_from_the_sdist(sdist: Path, tmp_path: Path) -> None:
+    """With its own modules, helpers and data."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    (root,) = tmp_path.iterdir()
+    (root / "tests" / "test_where.py").write_text(
+        "from pathlib import Path\n\nimport kohya_trainer, networks, registry_archs\n\n\ndef test_where():\n"
+        "    for module in (kohya_trainer, networks, registry_archs):\n"
+        "        assert Path(__file__).parents[1] in Path(module.__file__).parents\n"
+    )
+    tests = ["tests/test_where.py", "tests/test_shell_text.py", "tests/test_patterns.py"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *tests]
+    done = subprocess.run(pytest_, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ---- both names ----
 
 
 def test_both_names_are_one_copy(site: Path, tmp_path: Path) -> None:

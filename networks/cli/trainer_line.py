@@ -412,7 +412,7 @@ def _of_script(run: TrainerRun, problems: Problems) -> None:
     if script.alone and given["network_module"] != script.module:
         problems.add(
             f"{run.name} takes no other --network_module than {script.module}: write that, and start it with "
-            "scripts/launch.py, where it is ours"
+            "kohya-networks launch, where it is ours"
         )
     if script.unet_only:
         if given.pop("network_train_text_encoder_only", False):

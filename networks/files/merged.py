@@ -41,7 +41,7 @@ def merged_weight(
         raise ValueError(
             f"it changes a bias ({saved.algorithm.spec.bias_key}), which cannot be merged from the weight "
             "alone: apply the network to its model and merge there, or merge the file into the checkpoint "
-            "(scripts/merge.py)"
+            "(kohya-networks merge)"
         )
     with _layer(saved, weight) as layer:
         with torch.no_grad():
