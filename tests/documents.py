@@ -208,6 +208,7 @@ def write_examples(folder: Path) -> None:
     (folder / "train.ps1").write_text(line.format(" `"), encoding="utf-8")
     settings = 'network_module = "networks.lokr"\nnetwork_dim = 8\nnetwork_args = ["factor=8"]\n'
     (folder / "settings.toml").write_text(settings, encoding="utf-8")
+    (folder / "dims.toml").write_text("'.*attn2.*' = 8\n", encoding="utf-8")
     (folder / "mine.toml").write_text('unet_target_module = ["*"]\nexclude_name = [".*attn1.*"]\n', encoding="utf-8")
 
 
@@ -244,4 +245,21 @@ def copy_examples(source: Path, target: Path) -> None:
         if path.is_dir():
             place.mkdir(parents=True, exist_ok=True)
         else:
-            os.link(path, place)
+            linked(path, place)
+
+
+def linked(path: Path, place: Path) -> None:
+    """One more name for a file, or a copy where the system has no links."""
+    try:
+        os.link(path, place)
+    except OSError:
+        shutil.copy(path, place)
+
+
+def link_scripts(folder: Path) -> None:
+    """The embedded model, under the path that it has in a checkout."""
+    model = ROOT / "scripts" / "emoji" / "model"
+    for path in model.rglob("*.*"):
+        place = folder / path.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        linked(path, place)
