@@ -141,7 +141,7 @@ LAYERS = {  # of SDXL, a few of one block: dotted name in a checkpoint -> shape
     f"input_blocks.4.1.transformer_blocks.0.{name}": (WIDTH, width)
     for name, width in (("attn1.to_q", WIDTH), ("attn1.to_out.0", WIDTH), ("attn2.to_k", TEXT))
 }
-LORAS = ("my-lora", "cat", "dog", "out/last", "my-dora")
+LORAS = ("my-lora", "undo", "cat", "dog", "out/last", "my-dora")
 STEPS = (100, 200, 300)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

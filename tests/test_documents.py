@@ -39,7 +39,7 @@ from networks.args.parse import Problems
 from networks.cli import commands, trainer_line
 from networks.cli import plan as planning
 from networks.cli.command_line import import_network_module, parse_arguments, parse_network_args
-from networks.hosts.trainer_scripts import SCRIPTS
+from networks.hosts.trainer_scripts import MUSUBI, SCRIPTS
 from networks.models import skeleton as outlines
 from networks.tools.report import MOSTLY_LOST
 
@@ -150,7 +150,7 @@ class Page:
         data = read_toml(block.text)
         flat = {name for key, value in data.items() for name in (value if isinstance(value, dict) else [key])}
         if flat & {"network_module", "network_args", "network_dim", "network_weights"}:
-            self.settings(block, data)
+            self.settings(block)
         elif data.keys() & presets._READERS.keys():
             self.preset(block)
         elif all(isinstance(value, int | float) for value in data.values()):
@@ -162,16 +162,19 @@ class Page:
         else:
             raise ValueError(f"nobody takes such a file: {', '.join(data)}")
 
-    def settings(self, block: Block, data: Mapping[str, Any]) -> None:
+    def settings(self, block: Block) -> None:
         """A trainer's --config_file, perhaps the lines of one which concern the network."""
         named = re.search(r"\w+_network\.py|train_network\.py|train_leco\.py", block.text)
         script = named[0] if named else self.script
         file = self.folder / "block.toml"
         module = "" if "network_module" in block.text else 'network_module = "networks.lora"\n'
         file.write_text(module + block.text, encoding="utf-8")
-        problems = Problems(script or "settings")
-        run = trainer_line.run_of_settings(str(file), script, "", problems)
-        run = planning._with_script(run)
+        found = []
+        for host in ("", MUSUBI):  # where no script is named, the module says whose it is
+            problems = Problems(script or "settings")
+            run = planning._with_script(trainer_line.run_of_settings(str(file), script, host, problems))
+            found.append((run, problems))
+        run, problems = next((one for one in found if one[0].script), found[0])
         run.script = run.script or SCRIPTS["sdxl_train_network.py"]
         plan_of(run, problems)
 
