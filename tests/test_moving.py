@@ -1,4 +1,4 @@
-"""docs/moving.md: every number of its table, measured here and in the program of its row.
+"""docs/from-*.md: every number of their tables, measured here and in the program of its row.
 
 LyCORIS and PEFT are installed wherever the tests run; the side of a trainer is measured where SD_SCRIPTS_PATH names a
 checkout (for LoKr: of 0.11), or MUSUBI_PATH the folder src of one.
@@ -44,9 +44,13 @@ from networks.tensors.norms import layer_geometry
 
 pytestmark = pytest.mark.reference
 
-TEXT = (Path(__file__).parents[1] / "docs" / "moving.md").read_text(encoding="utf-8")
-TABLE = TEXT.partition("<!-- numbers:begin -->")[2].partition("<!-- numbers:end -->")[0]
-ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|"))[:4] for line in TABLE.strip().splitlines()[2:]]
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("from-*.md"))
+TABLES = [
+    page.read_text(encoding="utf-8").partition("<!-- numbers:begin -->")[2].partition("<!-- numbers:end -->")[0]
+    for page in PAGES
+]
+LINES = [line for table in TABLES for line in table.strip().splitlines()[2:]]
+ROWS = [tuple(cell.strip() for cell in line.strip("|").split("|"))[:4] for line in LINES]
 PLACES = {  # of a trainer's network modules, each with one that it must have
     "sd-scripts": ("SD_SCRIPTS_PATH", "networks", "dylora"),
     "sd-scripts 0.11": ("SD_SCRIPTS_PATH", "networks", "lokr"),
@@ -110,6 +114,7 @@ def host(program: str) -> Callable[[str], ModuleType]:
 
 
 def test_every_row_is_measured() -> None:
+    assert len(PAGES) == 4 and all(TABLES)
     assert len(ROWS) == len(set(ROWS)) >= 30
     assert {what for what, *_ in ROWS} == HERE.keys()
     assert {(what, program) for what, _, _, program in ROWS if program != "-"} == THERE.keys()

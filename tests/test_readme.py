@@ -1,4 +1,6 @@
-"""The command lines of the README, as far as they concern a network: accepted on the model that the script trains."""
+"""docs/trainers.md has a command line for each script of sd-scripts, accepted on the model that it trains. And generated
+parts of all pages are up to date.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from toy_models import toy
 import docs
 from networks.archs import ARCHS
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+TRAINERS = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
 SPECS = {spec.name: spec for spec in ARCHS}
 SCRIPTS = {
     "train_network.py": "sd",
@@ -26,7 +28,7 @@ SCRIPTS = {
     "anima_train_network.py": "anima",
 }
 LINES = dict(
-    re.findall(r"^python (\w+_network\.py(?: --model_type \w+)?) +\.\.\. (--network_module .+)$", README, re.M)
+    re.findall(r"^python (\w+_network\.py(?: --model_type \w+)?) +\.\.\. (--network_module .+)$", TRAINERS, re.M)
 )
 
 
