@@ -109,7 +109,9 @@ def _two_lines(start: str, options: str, sign: str) -> str:
         sign: with which a line ends that goes on.
     """
     *first, last = options.split(f"{sign}\n")
-    lines = [" ".join([start, *first]), last] if last.startswith("--network_args") else [" ".join([start, *first, last])]
+    lines = (
+        [" ".join([start, *first]), last] if last.startswith("--network_args") else [" ".join([start, *first, last])]
+    )
     return f"{sign}\n    ".join(lines)
 
 
