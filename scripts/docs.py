@@ -1,9 +1,10 @@
-"""Write what is generated from the records and the code: pages of docs/, parts of README.md and CONTRIBUTING.md, and the
-types of networks.api's keywords. With --check, only say whether they are up to date.
+"""Write what is generated from the records and the code: pages of docs/, parts of README.md and CONTRIBUTING.md, and
+the types of networks.api's keywords. With --check, only say whether they are up to date.
 
     python scripts/docs.py [--check]
 
-A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; a file without these lines has no such part.
+A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; a file without these
+lines has no such part.
 """
 
 from __future__ import annotations

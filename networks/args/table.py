@@ -148,7 +148,7 @@ _ROWS: tuple[Arg, ...] = (
         _RANK,
         minimum=0,
         file="alpha of these layers",
-        example=("network_reg_alphas={'.*attn2.*': 4}",),
+        example=("network_reg_alphas={'.*attn2.*': 8}",),
     ),
     Arg(
         "use_tucker",
@@ -292,7 +292,7 @@ _ROWS: tuple[Arg, ...] = (
         _WHERE,
         per_host=(("lycoris", "full"),),
         file="which layers, and what of them",
-        example=("preset=attn-mlp",),
+        example=("preset=attn-only",),
     ),
     Arg(
         "train_norm",
@@ -493,7 +493,7 @@ _ROWS: tuple[Arg, ...] = (
         minimum=0,
         file="alpha of these layers",
         example=(
-            "conv_block_alphas=1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1",
+            "conv_block_alphas=2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2",
             "conv_block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",
             "block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",
         ),
@@ -583,7 +583,7 @@ _ROWS: tuple[Arg, ...] = (
             _KIND,
             minimum=0,
             file="alpha of these layers",
-            example=(f"{name}=4", f"{name.replace('_alpha', '_dim')}=8"),
+            example=(f"{name}=2", f"{name.replace('_alpha', '_dim')}=8"),
         )
         for name, what in LAYER_ALPHAS.items()
     ),

@@ -21,23 +21,24 @@ WIDTH, TOKENS = 1280, 1024
 DIMS = {"boft": 10}  # the least that divides WIDTH; all others have 8
 _HEAD = f"""# Algorithms
 
-Made by `python scripts/docs.py`: formulas and shapes from `networks/algos/`, the rest from `networks/records/` and from the
-classes themselves. `--network_module networks.lokr` names one, and `--network_args "algo=NAME"` chooses one in any module.
-Which of them for what, with sources, says [which-algorithm.md](which-algorithm.md).
+Made by `python scripts/docs.py`: formulas and shapes from `networks/algos/`, the rest from `networks/records/`
+and from the classes themselves. `--network_module networks.lokr` names one, and `--network_args "algo=NAME"`
+chooses one in any module. Which of them for what, with sources, says [which-algorithm.md](which-algorithm.md).
 
 ![The demo's task by every algorithm](../scripts/emoji/algorithms.png)
 
-Letters: W [O, I, *kernel] is the weight of a layer and dW its change; O and I are output and input features, K the
-positions of a kernel, R the rank (`network_dim`), B the size of a block. `scale` multiplies dW. In a file, the alpha of a
-layer is scale x rank, so that readers which divide it by the rank get the strength that was trained.
+Letters: W [O, I, *kernel] is the weight of a layer and dW its change; O and I are output and input features, K
+the positions of a kernel, R the rank (`network_dim`), B the size of a block. `scale` multiplies dW. In a file,
+the alpha of a layer is scale x rank, so that readers which divide it by the rank get the strength that was
+trained.
 
 ## What they cost
 
-On a Linear of {WIDTH} x {WIDTH} ({WIDTH * WIDTH + WIDTH:,} values with its bias) at dim 8 (boft: {DIMS["boft"]}, the least that
-divides {WIDTH}). Values are those that are trained. Products are those of forward and backward, beside the frozen layer's
-own (100 %), of {TOKENS} tokens; what is no product, such as a factor for each feature, is not counted. LoRA-FA saves a
-sixth of what stands here, the gradient of `down`; DyLoRA's number is that of a step in which all ranks act and learn.
-[cost.md](cost.md) has times and memory.
+On a Linear of {WIDTH} x {WIDTH} ({WIDTH * WIDTH + WIDTH:,} values with its bias) at dim 8 (boft: {DIMS["boft"]},
+the least that divides {WIDTH}). Values are those that are trained. Products are those of forward and backward,
+beside the frozen layer's own (100 %), of {TOKENS} tokens; what is no product, such as a factor for each feature,
+is not counted. LoRA-FA saves a sixth of what stands here, the gradient of `down`; DyLoRA's number is that of a
+step in which all ranks act and learn. [cost.md](cost.md) has times and memory.
 """
 
 
@@ -56,7 +57,7 @@ def page() -> str:
 
 
 def cost(cls: type[Adapter]) -> tuple[int, float]:
-    """(Values trained, products of a step beside the frozen layer's over those) of the layer that the page speaks of."""
+    """(Values trained, products of a step over those of the frozen layer) of the layer that the page speaks of."""
     adapter = cls(_geometry(cls.spec), DIMS.get(cls.spec.name, 8), {})
     trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     own = 0.0 if cls.spec.family == "norm" else _products(adapter)

@@ -15,23 +15,24 @@ from networks.plan.plan import PlanRow
 
 from .lines import TITLES, trained_by
 
+_BY_OUR_TRAINER = ("ace_step",)  # of those for which no other trainer has a script
 _HEAD = """# Architectures
 
-Made by `python scripts/docs.py` from the records in `networks/archs/` and from outlines of the released models. Every
-algorithm and every argument is offered on every one of them, and what cannot act on a model is refused with the reason;
-the last column holds the arguments that speak of layers which others do not have.
+Made by `python scripts/docs.py` from the records in `networks/archs/` and from outlines of the released models.
+Every algorithm and every argument is offered on every one of them, and what cannot act on a model is refused with
+the reason; the last column holds the arguments that speak of layers which others do not have.
 
 """
 _NOTES = """
-A model that is not in the table is trained all the same (`networks.lora`, `lokr` and so on, in both trainers and in Python):
-every Linear in its repeated blocks, with `conv_dim` every convolution, named as its modules are. The log says which blocks
-these are; a preset with `unet_target_module` or `unet_target_name` chooses others. Its files load again here by themselves, in
-musubi-tuner's `networks.lora`, and in ComfyUI where its class has the same names. Only `algo=tlora`, which must know the
-timestep, waits for a record.
+A model that is not in the table is trained all the same (`networks.lora`, `lokr` and so on, in both trainers and
+in Python): every Linear in its repeated blocks, with `conv_dim` every convolution, named as its modules are. The
+log says which blocks these are; a preset with `unet_target_module` or `unet_target_name` chooses others. Its
+files load again here by themselves, in musubi-tuner's `networks.lora`, and in ComfyUI where its class has the
+same names. Only `algo=tlora`, which must know the timestep, waits for a record.
 
-Below, *layers* are those that are trained when no argument says otherwise; N stands for numbers. The command lines hold
-values to start from, for a LoRA, of the trainer's own documents where these have some; `...` stands for the trainer's
-arguments for models, data and output. `kohya-networks plan MODEL` shows every layer.
+Below, *layers* are those that are trained when no argument says otherwise; N stands for numbers. The command
+lines hold values to start from, for a LoRA, of the trainer's own documents where these have some; `...` stands
+for the trainer's arguments for models, data and output. `kohya-networks plan MODEL` shows every layer.
 """
 
 
@@ -81,11 +82,14 @@ def _kind(row: PlanRow) -> tuple[str, str, tuple[int, ...]]:
 def _recipe(arch: ArchSpec) -> Iterator[str]:
     """The line of the trainer that trains it."""
     found = trained_by(arch)
+    if not found and arch.name not in _BY_OUR_TRAINER:
+        yield from ("No trainer has a script for it: a loop of your own trains it, see [api.md](api.md).", "")
+        return
     options = (arch.start.options if arch.start else "--network_dim 16 --network_alpha 16").split(" --")
     options = [options[0], *(f"--{one}" for one in options[1:])]
     if not found:
         line = ["python scripts/train_network.py ...", f"--network_module networks.{arch.entry}", *options]
-        yield "No trainer has a script for it; the one of this package trains models in diffusers' layout of some families:"
+        yield "No trainer has a script for it; [that of this package](reference-trainer.md) trains it:"
     else:
         line = [found[0].start, f"--network_module {found[0].module(arch.entry)}", *options]
         scripts = ", ".join(f"`{one.name}` ({TITLES[one.script.host]})" for one in found)

@@ -18,37 +18,37 @@ from .lines import Example, any_model, example
 _QUOTED = ("regex_int", "regex_float", "patterns", "files")  # kinds whose spelling shells and TOML do not share
 _HEAD = """# Network arguments
 
-Made by `python scripts/docs.py` from the argument table (`networks/args/table.py` and `networks/records/`). In a terminal,
-`kohya-networks args NAME` prints the same of one argument or of one module, and `--network_args help=True` in the trainer
-lists those that apply to the module and the model of that run.
+Made by `python scripts/docs.py` from the argument table (`networks/args/table.py` and `networks/records/`). In a
+terminal, `kohya-networks args NAME` prints the same of one argument or of one module, and `--network_args
+help=True` in the trainer lists those that apply to the module and the model of that run.
 
 [How to write them](#how-to-write-them) · {groups}
 
 ## How to write them
 
-Each argument is one word `name=value` behind `--network_args`. `...` stands for the trainer's own arguments: models, data,
-optimizer, output. In bash, PowerShell and a trainer's TOML file:
+Each argument is one word `name=value` behind `--network_args`. `...` stands for the trainer's own arguments:
+models, data, optimizer, output. In bash, PowerShell and a trainer's TOML file:
 
-{general}
-Rank and alpha are options of the trainer: `--network_dim` (default 4), `--network_alpha` (default 1; 0 means the dim),
-`--network_dropout` (the argument [`dropout`](#dropout)). What multiplies an update is alpha / rank; [the page of the
-algorithms](algorithms.md) says it of each.
+{general} Rank and alpha are options of the trainer: `--network_dim` (default 4), `--network_alpha` (default 1; 0
+means the dim), `--network_dropout` (the argument [`dropout`](#dropout)). What multiplies an update is alpha /
+rank; [the page of the algorithms](algorithms.md) says it of each.
 
 - **Switches** are true/false, 1/0, yes/no, on/off.
-- **Regular expressions** match the whole dotted name of a layer: the trainer's, as plans and logs print it; where one
-  matches none of these, this model's own (in Python, either). `text_encoder1:.*mlp.*` means one part alone, as the plan
-  names it (`unet` or `dit` for the denoiser, whose names are printed without it); without a part an expression means all.
+- **Regular expressions** match the whole dotted name of a layer: the trainer's, as plans and logs print it; where
+  one matches none of these, this model's own (in Python, either). `text_encoder1:.*mlp.*` means one part alone,
+  as the plan names it (`unet` or `dit` for the denoiser, whose names are printed without it); without a part an
+  expression means all.
 - **Lists and mappings** may be written as Python, as JSON, as `regex=8,regex=4`, or as `@file`: .json, .toml
   (`'regex' = 8` lines, or `patterns = [...]`), or one item per line.
-- **musubi-tuner** splits each argument at every `=`: write mappings as `{{'regex': 8}}` or `@file.toml` there, and a `=`
-  inside an expression, `(?=...)`, as `\\x3d` in quotes. Its scripts find their own folder `networks` first, so the
-  examples have `kohya_networks.NAME`, the same modules under a name that no trainer owns.
+- **musubi-tuner** splits each argument at every `=`: write mappings as `{{'regex': 8}}` or `@file.toml` there,
+  and a `=` inside an expression, `(?=...)`, as `\\x3d` in quotes. Its scripts find their own folder `networks`
+  first, so the examples have `kohya_networks.NAME`, the same modules under a name that no trainer owns.
 
-An argument that is unknown, misspelt or decides nothing stops the run, with the nearest valid name or the reason; one
-that cannot apply passes if its value is neutral. `kohya-networks plan` says it before a model is loaded.
+An argument that is unknown, misspelt or decides nothing stops the run, with the nearest valid name or the reason;
+one that cannot apply passes if its value is neutral. `kohya-networks plan` says it before a model is loaded.
 
-What an argument needs of the algorithm stands at *algorithms*; the arguments that only some of them take are also in
-[one table](#which-algorithm-takes-which).
+What an argument needs of the algorithm stands at *algorithms*; the arguments that only some of them take are also
+in [one table](#which-algorithm-takes-which).
 """
 
 

@@ -12,15 +12,16 @@ _HEAD = """# Presets
 accelerate launch sdxl_train_network.py ... --network_module networks.lokr --network_args "factor=8" "preset=attn-mlp"
 ```
 
-Made by `python scripts/docs.py` from the files in `presets/`; arguments that speak of single layers (`network_reg_dims`,
-`block_dims`, ...) go before a preset, and [plan.md](plan.md) has the order of all rules.
+Made by `python scripts/docs.py` from the files in `presets/`; arguments that speak of single layers
+(`network_reg_dims`, `block_dims`, ...) go before a preset, and [plan.md](plan.md) has the order of all rules.
 
 """
 _OWN = """
 ## One of your own
 
 `preset=mine.toml` takes a file. Copy one of `presets/`, change it, and look at what it selects with
-`kohya-networks plan sdxl --network_args preset=mine.toml`. Every layer may have its own algorithm, dim, alpha and form:
+`kohya-networks plan sdxl --network_args preset=mine.toml`. Every layer may have its own algorithm, dim, alpha and
+form:
 
 ```toml
 enable_conv = false
@@ -42,19 +43,20 @@ The schema is that of LyCORIS, so its files work as they are; `description`, `ar
 | --- | --- |
 | `description`, `architectures` | for people: what it is, and for which models it is meant |
 | `enable_conv` | whether kernels above 1x1 are trained |
-| `unet_target_module`, `text_encoder_target_module` | class names: every Linear and convolution below such a module; `target_module` = both |
+| `unet_target_module`, `text_encoder_target_module` | classes below which all is trained; `target_module` = both |
 | `unet_target_name`, `text_encoder_target_name` | patterns of layers that join them; `target_name` = both |
 | `unet_only_name`, `text_encoder_only_name` | patterns one of which every layer must match |
 | `exclude_name` | patterns left out, whatever else the preset says |
 | `module_algo_map` | class name -> `algo`, `dim`, `alpha` and other options of the layers below it |
 | `name_algo_map` | pattern -> the same; the first that matches, before `module_algo_map` |
 | `use_fnmatch` | patterns are file name patterns, `*attn*`, on the whole dotted name |
-| `lora_prefix` | files name the denoiser's layers `PREFIX_...`: `lycoris` is read back by every module, others with the same preset |
+| `lora_prefix` | the denoiser's layers are `PREFIX_...` in files: `lycoris` loads everywhere, others with this preset |
 
-A pattern is a regular expression on the whole dotted name, its beginning (as in LyCORIS) or its last components; it may
-begin with a part, `text_encoder1:`.
+A pattern is a regular expression on the whole dotted name, its beginning (as in LyCORIS) or its last components;
+it may begin with a part, `text_encoder1:`.
 
-`networks.lycoris` stands in for `lycoris.kohya`, with its default `preset=full`: see [from-lycoris.md](from-lycoris.md).
+`networks.lycoris` stands in for `lycoris.kohya`, with its default `preset=full`: see
+[from-lycoris.md](from-lycoris.md).
 """
 
 
