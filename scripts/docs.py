@@ -1,9 +1,10 @@
-"""Write what is generated from the records and the code: parts of README.md and CONTRIBUTING.md, docs/readers.md, and
+"""Write what is generated from the records and the code: pages of docs/, parts of README.md and CONTRIBUTING.md, and
 the types of networks.api's keywords. With --check, only say whether they are up to date.
 
     python scripts/docs.py [--check]
 
-A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+A generated part stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->`; a file without these
+lines has no such part.
 """
 
 from __future__ import annotations
@@ -19,42 +20,35 @@ sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
 import imports  # noqa: E402
 import readers_table  # noqa: E402
+from pages import algorithms, architectures, arguments, plan, presets  # noqa: E402
 
-from networks.archs.render import markdown as architectures  # noqa: E402
-from networks.archs.render import owners  # noqa: E402
-from networks.args.presets import markdown as presets  # noqa: E402
-from networks.args.render import algorithms, markdown, typed  # noqa: E402
-from networks.plan.render import markdown as selection  # noqa: E402
+from networks.args.render import typed  # noqa: E402
 
-README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PARTS: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {
-        "presets": presets,
-        "arguments": lambda: markdown(owners()),
-        "architectures": architectures,
-        "algorithms": algorithms,
-        "selection": selection,
-        "readers": readers_table.worst,
-    },
-    CONTRIBUTING: {"imports": lambda: f"```mermaid\n{imports.mermaid()}\n```\n"},
+    ROOT / "README.md": {"readers": readers_table.worst},
+    ROOT / "CONTRIBUTING.md": {"imports": lambda: f"```mermaid\n{imports.mermaid()}\n```\n"},
 }
-TYPES = ROOT / "networks" / "args" / "options.py"
-READERS = ROOT / "docs" / "readers.md"
+WHOLE: dict[Path, Callable[[], str]] = {
+    ROOT / "docs" / "arguments.md": arguments.page,
+    ROOT / "docs" / "algorithms.md": algorithms.page,
+    ROOT / "docs" / "architectures.md": architectures.page,
+    ROOT / "docs" / "presets.md": presets.page,
+    ROOT / "docs" / "plan.md": plan.page,
+    ROOT / "docs" / "readers.md": readers_table.document,
+    ROOT / "networks" / "args" / "options.py": typed,
+}
 
 
 def rendered(file: Path) -> str:
-    """The text of a file with every generated part made anew.
-
-    Raises:
-        ValueError: a part's markers are missing.
-    """
+    """The text of a generated file, or of a file with every generated part made anew."""
+    if file in WHOLE:
+        return WHOLE[file]().rstrip("\n") + "\n"
     text = file.read_text(encoding="utf-8")
     for name, make in PARTS[file].items():
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        if not pattern.search(text):
-            raise ValueError(f"{file.name} lacks the lines {begin.strip()} and {end}")
-        text = pattern.sub((begin + make() + end).replace("\\", r"\\"), text)
+        if pattern.search(text):
+            text = pattern.sub((begin + make() + end).replace("\\", r"\\"), text)
     return text
 
 
@@ -62,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
     args = parser.parse_args(argv)
-    fresh = {**{file: rendered(file) for file in PARTS}, TYPES: typed(), READERS: readers_table.document()}
+    fresh = {file: rendered(file) for file in (*PARTS, *WHOLE)}
     old = [file for file, text in fresh.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     if not old:
         print("generated documentation is up to date")

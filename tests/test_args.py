@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from networks.archs import ARCHS
-from networks.archs.render import owners
 from networks.args.coerce import coerce
 from networks.args.parse import NetArgs, Problems, parse
-from networks.args.render import markdown
 from networks.args.table import TABLE
 
 
@@ -151,16 +149,23 @@ def test_not_given_words_are_warned_of(caplog: pytest.LogCaptureFixture) -> None
     assert "not given" in caplog.text
 
 
+PAGE = (Path(__file__).parents[1] / "docs" / "arguments.md").read_text(encoding="utf-8")
+SECTIONS = {text.partition("`")[0]: text for text in PAGE.split("\n### `")[1:]}
+
+
 def test_documentation_has_every_argument() -> None:
-    text = markdown(owners())
+    assert SECTIONS.keys() == {arg.name for arg in TABLE}
     for arg in TABLE:
-        assert all(f"`{name}`" in text for name in arg.names) and arg.help in text
+        section = SECTIONS[arg.name]
+        assert all(f"`{name}`" in f"`{section}" for name in arg.names) and arg.help[1:] in section
+        assert "- in the file: " in section and all(word.partition("=")[0] in section for word in arg.written)
 
 
 def test_documentation_says_which_models_have_an_argument() -> None:
-    lines = {line.split("`")[1]: line for line in markdown(owners()).splitlines() if line.startswith("| `")}
     for arch in ARCHS:
-        assert all(arch.title in lines[name] for name in arch.arguments)
-    assert "FLUX.1: trained if not given, under musubi left out" in lines["exclude_mod"]
-    assert "Stable Diffusion XL: 9" in lines["up_lr_weight"] and "Stable Diffusion XL: 3" in lines["mid_lr_weight"]
+        assert all(arch.title in SECTIONS[name] for name in arch.arguments)
+    assert "FLUX.1: trained if not given, under musubi left out" in SECTIONS["exclude_mod"]
+    assert (
+        "Stable Diffusion XL: 9" in SECTIONS["up_lr_weight"] and "Stable Diffusion XL: 3" in SECTIONS["mid_lr_weight"]
+    )
     assert not any(arch.title in arg.help for arch in ARCHS for arg in TABLE), "records say it"

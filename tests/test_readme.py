@@ -47,6 +47,6 @@ def test_the_line_is_accepted(script: str) -> None:
     assert entry.plan(4, 1, encoders, models[arch.denoiser.name], **kwargs).trained
 
 
-@pytest.mark.parametrize("file", docs.PARTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", (*docs.PARTS, *docs.WHOLE), ids=lambda file: file.name)
 def test_what_is_generated_is_up_to_date(file: Path) -> None:
     assert docs.rendered(file) == file.read_text(encoding="utf-8"), "run python scripts/docs.py"

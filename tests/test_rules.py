@@ -361,6 +361,6 @@ def test_the_plan_of_a_network_keeps_no_rules() -> None:
     assert network.plan == networks.lora.plan(4, 1, None, sd_unet())
 
 
-def test_the_readme_has_them_all() -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_them_all() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
     assert all(f"| {rule.name} | {rule.sentence} |" in text for rule in RULES)

@@ -6,7 +6,7 @@ Files of its trainers (ACE-Step, Side-Step; LyCORIS on the decoder) have the pre
 from __future__ import annotations
 
 from .releases import Release
-from .spec import DENOISER_ROOTS, ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spec import DENOISER_ROOTS, ArchSpec, BlockAxis, Part, Signature, Start, Switch, Timestep
 from .spellings import Rename, below, subtrees
 
 ACE_STEP = ArchSpec(
@@ -43,4 +43,5 @@ ACE_STEP = ArchSpec(
     usual=frozenset({192, 256}),
     kinds=frozenset({8}),
     releases=(Release("ace_step", "ACE-Step 1.5", "AceStepTransformer1DModel"),),
+    start=Start("--network_dim 16 --network_alpha 16 --learning_rate 1e-4"),
 )

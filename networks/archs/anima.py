@@ -6,7 +6,7 @@ The adapter between the two is trained on request; in diffusers it is a model of
 from __future__ import annotations
 
 from .releases import Encoder, Module, Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Switch, Timestep
 from .spellings import Rename, below, subtrees
 
 QWEN3 = ("Qwen3Attention", "Qwen3MLP", "Qwen3SdpaAttention", "Qwen3FlashAttention2")
@@ -138,5 +138,9 @@ ANIMA = ArchSpec(
             (QWEN3_06B,),
             _llm_adapter(),
         ),
+    ),
+    start=Start(
+        "--network_dim 8 --network_alpha 1 --learning_rate 1e-4 --timestep_sampling sigmoid --discrete_flow_shift 1.0",
+        "docs/anima_train_network.md",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Switch, Timestep
 
 ERNIE_IMAGE = ArchSpec(
     name="ernie_image",
@@ -31,5 +31,10 @@ ERNIE_IMAGE = ArchSpec(
             | {"text_in_dim": 3072},
             also=("ernie-image-turbo",),
         ),
+    ),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 1e-4 --timestep_sampling shift "
+        "--discrete_flow_shift 4.0 --weighting_scheme none",
+        "docs/ernie_image.md",
     ),
 )

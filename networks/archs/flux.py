@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .releases import Encoder, Release
 from .sd import CLIP_L, clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Switch, Timestep
 from .spellings import Rename, Swap, below, fused, numbered
 
 T5 = ("T5Attention", "T5DenseGatedActDense")
@@ -209,6 +209,11 @@ FLUX = ArchSpec(
         ),
         Release("flux_schnell", "FLUX.1 schnell", "FluxTransformer2DModel", {}, (CLIP_L, T5_XXL)),
     ),
+    start=Start(
+        "--network_dim 16 --network_alpha 1 --learning_rate 1e-4 --timestep_sampling flux_shift "
+        "--model_prediction_type raw --guidance_scale 1.0",
+        "docs/flux_train_network.md",
+    ),
 )
 
 # Chroma's in place of the modulation layers.
@@ -240,4 +245,9 @@ CHROMA = replace(
     usual=frozenset({228}),
     kinds=frozenset({7}),
     releases=(Release("chroma", "Chroma", "ChromaTransformer2DModel", {}, (None, T5_XXL), also=("chroma1-hd",)),),
+    start=Start(
+        "--network_dim 16 --network_alpha 1 --learning_rate 1e-4 --timestep_sampling sigmoid "
+        "--model_prediction_type raw --guidance_scale 0.0 --apply_t5_attn_mask",
+        "docs/flux_train_network.md",
+    ),
 )

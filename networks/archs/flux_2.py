@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import IMAGE_QKV, QK_NORMS, SINGLE_QK_NORMS, TEXT_QKV
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Timestep
 from .spellings import Rename, Swap, below, fused
 
 DIFFUSERS = (
@@ -82,5 +82,10 @@ FLUX_2 = ArchSpec(
             {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
             | {"guidance_embeds": False},
         ),
+    ),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 1e-4 --timestep_sampling flux2_shift "
+        "--weighting_scheme none",
+        "docs/flux_2.md",
     ),
 )

@@ -5,7 +5,7 @@ ComfyUI's names begin below `model`.
 
 from __future__ import annotations
 
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Timestep
 from .spellings import subtrees
 
 VISION = ("Qwen3VLVisionPatchEmbed", "Qwen3VLVisionBlock", "Qwen3VLVisionPatchMerger")
@@ -34,4 +34,9 @@ HIDREAM_O1 = ArchSpec(
     fused_rows=(FusedRows(r"model\.visual\..*\.qkv", 1, 2),),
     usual=frozenset({255, 365, 371}),  # a single file lacks the six layers of deepstack_merger_list
     kinds=frozenset({9, 13, 14}),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 4e-5 --timestep_sampling uniform "
+        "--weighting_scheme none --noise_scale_start 8.0 --noise_scale_end 8.0 --noise_clip_std 0.0",
+        "docs/hidream_o1.md",
+    ),
 )

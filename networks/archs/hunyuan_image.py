@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import IMAGE_QKV, NORMS, SINGLE_QKV_MLP, TEXT_QKV
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Switch, Timestep
 from .spellings import Rename, Swap, below, fused
 
 DOUBLE_BLOCKS = 20
@@ -179,5 +179,10 @@ HUNYUAN_IMAGE = ArchSpec(
     kinds=frozenset({10}),
     releases=(
         Release("hunyuan_image", "HunyuanImage 2.1", "HunyuanImageTransformer2DModel", {"guidance_embeds": True}),
+    ),
+    start=Start(
+        "--network_dim 16 --network_alpha 1 --learning_rate 1e-4 --network_train_unet_only "
+        "--discrete_flow_shift 5.0 --model_prediction_type raw",
+        "docs/hunyuan_image_train_network.md",
     ),
 )

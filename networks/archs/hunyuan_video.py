@@ -5,7 +5,7 @@ from __future__ import annotations
 from .flux import NORMS
 from .hunyuan_image import BLOCKS, COMFYUI, COMFYUI_DOUBLE, COMFYUI_REST, OUTSIDE, QK_NORMS, TEXT_IN
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Switch, Timestep, Unread
 from .spellings import Rename, below, divided, exchanged, numbered
 
 DOUBLE_BLOCKS = 20
@@ -85,6 +85,10 @@ HUNYUAN_VIDEO = ArchSpec(
             {"image_condition_type": "token_replace"},
         ),
     ),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 2e-4 --timestep_sampling shift --discrete_flow_shift 7.0",
+        "docs/hunyuan_video.md",
+    ),
 )
 
 HV_1_5_DIFFUSERS = (
@@ -158,6 +162,11 @@ HV_1_5 = ArchSpec(
     usual=frozenset({756}),
     kinds=frozenset({12}),
     releases=(Release("hv_1_5", "HunyuanVideo 1.5", "HunyuanVideo15Transformer3DModel"),),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 1e-4 --task t2v --timestep_sampling shift "
+        "--discrete_flow_shift 2.0 --weighting_scheme none",
+        "docs/hunyuan_video_1_5.md",
+    ),
 )
 
 # Of the fused layer of a single block: queries, keys, values, MLP.
@@ -190,5 +199,10 @@ FRAMEPACK = ArchSpec(
             "HunyuanVideoFramepackTransformer3DModel",
             {"has_image_proj": True, "image_proj_dim": 1152, "has_clean_x_embedder": True},
         ),
+    ),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 2e-4 --timestep_sampling shift "
+        "--discrete_flow_shift 3.0 --weighting_scheme none",
+        "docs/framepack.md",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Switch, Timestep
 from .spellings import Rename, below, fused
 
 IDEOGRAM4 = ArchSpec(
@@ -29,4 +29,5 @@ IDEOGRAM4 = ArchSpec(
     usual=frozenset({170}),
     kinds=frozenset({3}),
     releases=(Release("ideogram4", "Ideogram 4", "Ideogram4Transformer2DModel"),),
+    start=Start("--network_dim 32 --network_alpha 32 --learning_rate 1e-4"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Switch, Timestep
 
 _LATENTS = {"in_visual_dim": 16, "out_visual_dim": 16}
 
@@ -47,5 +47,9 @@ KANDINSKY = ArchSpec(
             "Kandinsky5Transformer3DModel",
             {**_LATENTS, "model_dim": 2560, "ff_dim": 10240, "num_visual_blocks": 50},
         ),
+    ),
+    start=Start(
+        "--network_dim 32 --network_alpha 32 --learning_rate 1e-4 --timestep_sampling shift --discrete_flow_shift 5.0",
+        "docs/kandinsky5.md",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Timestep
 from .spellings import Rename, below
 
 BLOCK = (
@@ -50,4 +50,9 @@ KREA2 = ArchSpec(
     usual=frozenset({264}),
     kinds=frozenset({30}),
     releases=(Release("krea2", "Krea 2", "Krea2Transformer2DModel"),),
+    start=Start(
+        "--network_dim 32 --network_alpha 32 --learning_rate 1e-4 --timestep_sampling shift "
+        "--discrete_flow_shift 2.5 --weighting_scheme none",
+        "docs/krea2.md",
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Switch, Timestep, Unread
 
 LENS = ArchSpec(
     name="lens",
@@ -25,4 +25,5 @@ LENS = ArchSpec(
     usual=frozenset({480}),
     kinds=frozenset({6}),
     releases=(Release("lens", "Lens", "", also=("lens-turbo",)),),
+    start=Start("--network_dim 16 --network_alpha 16 --learning_rate 1e-4", "docs/lens.md"),
 )

@@ -7,7 +7,7 @@ LTX-Video have diffusers' class.
 from __future__ import annotations
 
 from .releases import Module, Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Timestep
 from .spellings import Rename, below, subtrees
 
 # What stands at the top of the release's model; ComfyUI's has the connectors there, too.
@@ -136,6 +136,10 @@ LTX2 = ArchSpec(
             added=_connectors(2, 3840, 3840),
             also=("ltx-2", "ltx-2-19b", "ltxv2"),
         ),
+    ),
+    start=Start(
+        "--network_dim 32 --network_alpha 32 --learning_rate 1e-4 --timestep_sampling shifted_logit_normal",
+        "the document of the fork of musubi-tuner that trains it",
     ),
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .flux import IMAGE_QKV
 from .releases import Encoder, Release
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Switch, Timestep, Unread
 from .spellings import Rename, below, fused
 
 GEMMA2 = ("Gemma2Attention", "Gemma2FlashAttention2", "Gemma2SdpaAttention", "Gemma2MLP")
@@ -101,5 +101,10 @@ LUMINA = ArchSpec(
     kinds=frozenset({13}),
     releases=(
         Release("lumina", "Lumina Image 2.0", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, (GEMMA2_2B,)),
+    ),
+    start=Start(
+        "--network_dim 8 --network_alpha 8 --learning_rate 1e-4 --timestep_sampling nextdit_shift "
+        "--discrete_flow_shift 6.0 --model_prediction_type raw",
+        "docs/lumina_train_network.md",
     ),
 )

@@ -6,7 +6,7 @@ musubi-tuner's own module refuses files with more layers than are trained here b
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep, Unread
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Switch, Timestep, Unread
 
 MAGE_FLOW = ArchSpec(
     name="mage_flow",
@@ -30,5 +30,10 @@ MAGE_FLOW = ArchSpec(
     kinds=frozenset({12}),
     releases=(
         Release("mage_flow", "Mage-Flow", "", also=("mage-flow-edit", "mage-flow-turbo", "mage-flow-edit-turbo")),
+    ),
+    start=Start(
+        "--network_dim 32 --network_alpha 32 --learning_rate 1e-4 --timestep_sampling uniform_shift "
+        "--discrete_flow_shift 6 --weighting_scheme none",
+        "docs/mage_flow.md",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, ByHead, FusedRows, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, ByHead, FusedRows, Part, Signature, Start, Switch, Timestep
 from .spellings import Rename, Swap, below, fused
 
 BLOCK = (
@@ -71,4 +71,5 @@ MINIMAX_H3 = ArchSpec(
             also=("minimax-h3-t2va", "minimax-h3-fl2va", "minimax-h3-ref2va"),
         ),
     ),
+    start=Start("--network_dim 16 --network_alpha 16 --learning_rate 1e-4", "docs/minimax_h3.md"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep, Unread
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Switch, Timestep, Unread
 
 QWEN_IMAGE = ArchSpec(
     name="qwen_image",
@@ -32,5 +32,10 @@ QWEN_IMAGE = ArchSpec(
         Release(
             "qwen_image", "Qwen-Image", "QwenImageTransformer2DModel", also=("qwen-image-edit", "qwen-image-layered")
         ),
+    ),
+    start=Start(
+        "--network_dim 16 --network_alpha 1 --learning_rate 5e-5 --timestep_sampling shift "
+        "--discrete_flow_shift 2.2 --weighting_scheme none",
+        "docs/qwen_image.md",
     ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Timestep
 from .spellings import below, divided
 
 COMFYUI = below(
@@ -30,4 +30,9 @@ QWEN_IMAGE_21 = ArchSpec(
     usual=frozenset({224}),
     kinds=frozenset({7}),
     releases=(Release("qwen_image_21", "Qwen-Image 2.1", "QwenImage21Transformer2DModel", also=("qwen-image-2.1",)),),
+    start=Start(
+        "--network_dim 16 --network_alpha 16 --learning_rate 1e-4 --timestep_sampling shift "
+        "--discrete_flow_shift 3.0 --weighting_scheme none",
+        "docs/qwen_image_21.md",
+    ),
 )

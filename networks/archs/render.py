@@ -1,4 +1,4 @@
-"""The records in words, for the README."""
+"""The records in words, for docs/architectures.md."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from .releases import Encoder, Release
-from .spec import ArchSpec, BlockLevels, Part, Signature, Switch, Timestep, Unread
+from .spec import ArchSpec, BlockLevels, Part, Signature, Start, Switch, Timestep, Unread
 from .spellings import Pairs, Rename, below, divided, subtrees
 
 TRANSFORMER = ("Transformer2DModel",)
@@ -244,6 +244,7 @@ SD = ArchSpec(
         ),
     ),
     regions=REGIONS,
+    start=Start("--network_dim 16 --network_alpha 1 --learning_rate 1e-4", "docs/train_network.md"),
 )
 
 SDXL = ArchSpec(
@@ -282,4 +283,8 @@ SDXL = ArchSpec(
         ),
     ),
     regions=REGIONS,
+    start=Start(
+        "--network_dim 32 --network_alpha 16 --learning_rate 1e-4 --unet_lr 1e-4 --text_encoder_lr 1e-5",
+        "docs/sdxl_train_network.md",
+    ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .flux import IMAGE_QKV, T5_XXL, TEXT_QKV, t5
 from .releases import Release
 from .sd import CLIP_G, CLIP_L_PROJECTED, clip
-from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Switch, Timestep, Unread
+from .spec import ArchSpec, BlockAxis, FusedRows, Part, Signature, Start, Switch, Timestep, Unread
 from .spellings import Rename, Swap, below, fused, numbered
 
 DIFFUSERS = (
@@ -127,5 +127,9 @@ SD3 = ArchSpec(
             _ENCODERS,
             also=("stable-diffusion-3.5-large",),
         ),
+    ),
+    start=Start(
+        "--network_dim 16 --network_alpha 1 --learning_rate 1e-4 --weighting_scheme uniform",
+        "docs/sd3_train_network.md",
     ),
 )

@@ -351,6 +351,19 @@ class Timestep:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Values to start from.
+
+    Attributes:
+        options: of the trainer's command line, dim, alpha and learning rate among them.
+        source: the trainer's document that has them, `docs/wan.md`; "" = no document has.
+    """
+
+    options: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class ArchSpec:
     """An architecture.
 
@@ -381,6 +394,7 @@ class ArchSpec:
             layers.region; none = the architecture has no regional prompts.
         releases: released models of every size, in diffusers' classes.
         note: what every plan says of it; "" = nothing.
+        start: values to start from; None = nobody has told any.
     """
 
     name: str
@@ -407,6 +421,7 @@ class ArchSpec:
     regions: Pairs = ()
     releases: tuple[Release, ...] = field(default=(), hash=False)
     note: str = ""
+    start: Start | None = None
 
     def __hash__(self) -> int:  # as of Part
         return hash(self.name)

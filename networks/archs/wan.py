@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Timestep
 from .spellings import Rename, Twins, below
 
 BLOCK = below(
@@ -117,5 +117,9 @@ WAN = ArchSpec(
             {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48},
             also=("wan2.2-ti2v-5b",),
         ),
+    ),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 2e-4 --timestep_sampling shift --discrete_flow_shift 3.0",
+        "docs/wan.md",
     ),
 )

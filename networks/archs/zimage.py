@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .releases import Release
-from .spec import ArchSpec, BlockAxis, Part, Signature, Switch, Timestep
+from .spec import ArchSpec, BlockAxis, Part, Signature, Start, Switch, Timestep
 from .spellings import Rename, below, divided
 
 COMFYUI = (
@@ -39,4 +39,9 @@ ZIMAGE = ArchSpec(
     usual=frozenset({210}),
     kinds=frozenset({5}),
     releases=(Release("zimage", "Z-Image", "ZImageTransformer2DModel", also=("z-image-turbo", "z-image-base")),),
+    start=Start(
+        "--network_dim 32 --network_alpha 1 --learning_rate 1e-4 --timestep_sampling shift "
+        "--discrete_flow_shift 2.0 --weighting_scheme none",
+        "docs/zimage.md",
+    ),
 )

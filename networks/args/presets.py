@@ -246,7 +246,7 @@ _READERS = {
 
 
 def markdown() -> str:
-    """The presets as a table, for the README."""
+    """The presets as a table, for docs/presets.md."""
     lines = ["| preset | for | what it trains |", "| --- | --- | --- |"]
     for preset in map(load, names()):
         lines.append(f"| `{preset.title}` | {', '.join(preset.architectures) or 'all'} | {preset.description} |")

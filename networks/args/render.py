@@ -1,12 +1,11 @@
-"""The argument table for people and programs: Markdown, text, JSON, and Python's types."""
+"""The argument table for people and programs: text, JSON, and Python's types; scripts/pages has the page."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from typing import Any
 
-from ..records import ALGORITHMS, Arg
+from ..records import Arg
 from .table import STANDS_FOR, TABLE
 
 _TYPES = {
@@ -51,39 +50,8 @@ _HOSTS = {
 }
 
 
-def markdown(owners: Mapping[str, str]) -> str:
-    """One table, grouped; generated text, so edit the rows in table.py instead.
-
-    Args:
-        owners: argument -> the models that have it, where not all of them do.
-    """
-    lines = ["| argument | value | default | effect |", "| --- | --- | --- | --- |"]
-    group = None
-    for arg in sorted(TABLE, key=lambda arg: list(dict.fromkeys(a.group for a in TABLE)).index(arg.group)):
-        if arg.group != group:
-            group = arg.group
-            lines.append(f"| **{group}** | | | |")
-        owner = f" ({owners[arg.name]})" if arg.name in owners else ""
-        lines.append(f"| {_names(arg)} | {_type(arg)} | {_default(arg)} | {arg.help}{owner}{_only(arg)}{_there(arg)} |")
-    return "\n".join(lines) + "\n"
-
-
-def algorithms() -> str:
-    """Which algorithm takes which argument, for those that not all of them take."""
-    rows = [arg for arg in TABLE if arg.algos and set(arg.algos) != set(ALGORITHMS)]
-    lines = [f"| argument | {' | '.join(ALGORITHMS)} |", f"| --- | {' | '.join('---' for _ in ALGORITHMS)} |"]
-    for arg in rows:
-        cells = ["yes" if arg.algos and algo in arg.algos else "-" for algo in ALGORITHMS]
-        lines.append(f"| `{arg.name}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _names(arg: Arg) -> str:
-    also = f" ({', '.join(f'`{name}`' for name in arg.aliases)})" if arg.aliases else ""
-    return f"`{arg.name}`{also}"
-
-
-def _type(arg: Arg) -> str:
+def accepted(arg: Arg) -> str:
+    """The values that it takes."""
     if arg.choices:
         also = {choice: [f"`{word}`" for word, meant in arg.words if meant == choice] for choice in arg.choices}
         return " / ".join(" = ".join([f"`{choice}`", *also[choice]]) for choice in arg.choices)
@@ -93,7 +61,8 @@ def _type(arg: Arg) -> str:
     return (_TYPES[arg.kind] if arg.below is None else _TYPES[arg.kind].replace("1e-4", "0.1")) + bounds
 
 
-def _default(arg: Arg) -> str:
+def default_text(arg: Arg) -> str:
+    """Its default, and those of the hosts that have another."""
     if arg.name == "algo":
         return "the entry's"
     plain = shown(arg, arg.default)
@@ -113,7 +82,7 @@ def _only(arg: Arg) -> str:
     return f" ({', '.join(arg.algos)} only)" if arg.algos else ""
 
 
-def _there(arg: Arg) -> str:
+def elsewhere(arg: Arg) -> str:
     """Where an entry takes its place otherwise than the module that it stands for."""
     joined = [f"networks.{entry}: one of its names that asks for it is enough" for entry in arg.joined]
     fixed = [
@@ -126,7 +95,7 @@ def _there(arg: Arg) -> str:
 
 def plain(arg: Arg, width: int, algos: bool) -> str:
     """One argument for a terminal of this width; `algos`: with the algorithms that take it."""
-    return described(arg, _default(arg), width, (_only(arg) if algos else "") + _there(arg))
+    return described(arg, default_text(arg), width, (_only(arg) if algos else "") + elsewhere(arg))
 
 
 def described(arg: Arg, default: str, width: int, more: str = "") -> str:
@@ -137,7 +106,7 @@ def described(arg: Arg, default: str, width: int, more: str = "") -> str:
         width: columns.
         more: stands behind its effect.
     """
-    head = f"{', '.join(arg.names)}: {_type(arg)} (default {default})".replace("`", "")
+    head = f"{', '.join(arg.names)}: {accepted(arg)} (default {default})".replace("`", "")
     body = textwrap.wrap(arg.help + more, width, initial_indent="      ", subsequent_indent="      ")
     return "\n".join([*textwrap.wrap(head, width, initial_indent="  ", subsequent_indent="      "), *body])
 
@@ -148,7 +117,7 @@ def as_json(arg: Arg) -> dict[str, Any]:
     return {
         "name": arg.name, "aliases": arg.aliases, "kind": arg.kind, "choices": arg.choices, "default": default,
         "per_host": dict(arg.per_host), "minimum": arg.minimum, "below": arg.below, "algos": arg.algos,
-        "group": arg.group, "help": arg.help,
+        "group": arg.group, "help": arg.help, "file": arg.file, "example": arg.written,
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..records import ALGORITHMS, Arg
-from ..records.arg import FACTORS
+from ..records.arg import FACTORS, NOTHING, VALUES
 from ..records.spec import OF_WEIGHT
 from .coerce import Rates
 
@@ -21,6 +21,14 @@ _KIND = "layers by kind, where an architecture has them"
 _OTHER = "other"
 STANDS_FOR = {"lycoris": "lycoris.kohya"}  # entry -> the module of another package that it takes the place of
 SHOWN = (_RANK, _WHERE, _KIND)  # groups of arguments whose effect the tensors of a file show
+# What arguments of a group change in the saved file, where their row does not say it.
+FILES = {
+    _RANK: "the rank of these layers",
+    _DROP: VALUES,
+    _WHERE: "which layers it has",
+    _LR: VALUES,
+    _KIND: "which layers it has, and their rank",
+}
 _PLUS = ", ".join(dict.fromkeys(key.removesuffix(".weight") for spec in ALGORITHMS.values() for key in spec.plus_keys))
 _STARTS = [spec for spec in ALGORITHMS.values() if "init" in spec.features]
 _NOT_ORTHOGONAL = " and ".join(spec.name for spec in _STARTS if "orthogonal" in spec.no_starts)
@@ -60,11 +68,12 @@ TARGET_PRESETS = (
     "t2v", "v2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "audio_ref_ic", "full",
 )  # fmt: skip
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-EXTRA_DIMS = {
+EXTRA_DIMS = {  # one number for each of these
     "in_dims": "img_in, time_in, vector_in, guidance_in, txt_in",
     "emb_dims": "context, t, x and y embedder, modulation and linear of the final layer",
     "embedder_dims": "x, t and caption embedder",
 }
+_EXTRA_EXAMPLES = {"in_dims": "4,4,4,4,4", "emb_dims": "4,4,4,4,4,4", "embedder_dims": "4,4,4"}
 BLOCK_INDICES = {
     "train_double_block_indices": "double blocks",
     "train_single_block_indices": "single blocks, counted from 0",
@@ -80,6 +89,8 @@ _ROWS: tuple[Arg, ...] = (
         FACTORS,
         choices=tuple(ALGORITHMS),
         words=(("locon", "lora"),),
+        file="the names and shapes of all tensors, see algorithms.md",
+        example=("algo=loha",),
     ),
     Arg(
         "conv_dim",
@@ -91,6 +102,8 @@ _ROWS: tuple[Arg, ...] = (
         neutral=(0,),
         minimum=0,
         per_host=(("musubi", "network_dim"), ("preset", "network_dim")),
+        file="convolutional layers, of this rank",
+        example=("conv_dim=4",),
     ),
     Arg(
         "conv_alpha",
@@ -105,6 +118,8 @@ _ROWS: tuple[Arg, ...] = (
             ("api", "network_alpha"),
             ("preset", "network_alpha"),
         ),  # fmt: skip
+        file="alpha of convolutions above 1x1",
+        example=("conv_alpha=4", "conv_dim=4"),
     ),
     Arg(
         "rs_lora",
@@ -114,6 +129,7 @@ _ROWS: tuple[Arg, ...] = (
         "readers",
         _RANK,
         aliases=("use_rslora",),
+        file="alpha: it is scale x rank, so alpha x sqrt(rank) here",
     ),
     Arg(
         "network_reg_dims",
@@ -122,8 +138,18 @@ _ROWS: tuple[Arg, ...] = (
         "dim by regular expression on the dotted layer name; the first match wins, 0 leaves the layer out",
         _RANK,
         minimum=0,
+        example=("network_reg_dims={'.*attn2.*': 16}",),
     ),
-    Arg("network_reg_alphas", "regex_float", {}, "alpha by regular expression; the first match wins", _RANK, minimum=0),
+    Arg(
+        "network_reg_alphas",
+        "regex_float",
+        {},
+        "alpha by regular expression; the first match wins",
+        _RANK,
+        minimum=0,
+        file="alpha of these layers",
+        example=("network_reg_alphas={'.*attn2.*': 8}",),
+    ),
     Arg(
         "use_tucker",
         "bool",
@@ -132,6 +158,8 @@ _ROWS: tuple[Arg, ...] = (
         FACTORS,
         aliases=("use_cp", "use_conv_cp"),
         joined=("lycoris",),
+        file="convolutions above 1x1 get a core: `lora_mid.weight`, `hada_t1` and `hada_t2`, or `lokr_t2`",
+        example=("use_tucker=True", "conv_dim=4"),
     ),
     Arg(
         "use_dora",
@@ -141,6 +169,7 @@ _ROWS: tuple[Arg, ...] = (
         "dropout, rank_dropout or split_qkv stay plain",
         FACTORS,
         aliases=("dora", "dora_wd", "weight_decompose"),
+        file="`dora_scale` in each layer, in fp32 always",
     ),
     Arg(
         "wd_on_output",
@@ -149,6 +178,8 @@ _ROWS: tuple[Arg, ...] = (
         "with use_dora: lengths of the output rows (exact in LyCORIS and PEFT); False: of the input columns (exact in "
         "ComfyUI, Forge, A1111, InvokeAI and LyCORIS)",
         FACTORS,
+        file="the shape of `dora_scale`: one length for each output row, or each input column",
+        example=("wd_on_output=False", "use_dora=True"),
     ),
     Arg(
         "split_qkv",
@@ -158,6 +189,8 @@ _ROWS: tuple[Arg, ...] = (
         "block-diagonal factor, at full strength in every reader; OFT as numbered tensors, for sd-scripts' oft_flux",
         FACTORS,
         per_host=(("oft_flux", True),),
+        file="fused layers: the rank is that of all projections together, `lora_up` is block-diagonal; OFT: "
+        "`oft_blocks.0` and so on",
     ),
     Arg(
         "use_scalar",
@@ -165,6 +198,7 @@ _ROWS: tuple[Arg, ...] = (
         False,
         "a learnt factor in front of each update, from 0; the other factors then all start random",
         FACTORS,
+        file=f"{NOTHING}; the factor is multiplied into another one",
     ),
     Arg(
         "init",
@@ -179,6 +213,8 @@ _ROWS: tuple[Arg, ...] = (
         FACTORS,
         choices=("default", "orthogonal", *OF_WEIGHT),
         words=(("urae", "milora"),),
+        file="with `pissa` and `milora`: twice the rank of a LoRA, and `networks_init` in the metadata",
+        example=("init=pissa",),
     ),
     Arg(
         "init_seed",
@@ -188,6 +224,8 @@ _ROWS: tuple[Arg, ...] = (
         "given, the trainer's seed decides",
         FACTORS,
         minimum=0,
+        file=VALUES,
+        example=("init_seed=7",),
     ),
     *(arg for spec in ALGORITHMS.values() for arg in spec.arguments),
     Arg(
@@ -199,6 +237,7 @@ _ROWS: tuple[Arg, ...] = (
         aliases=("neuron_dropout",),
         minimum=0,
         below=1,
+        example=("dropout=0.1",),
     ),
     Arg(
         "rank_dropout",
@@ -209,6 +248,7 @@ _ROWS: tuple[Arg, ...] = (
         _DROP,
         minimum=0,
         below=1,
+        example=("rank_dropout=0.1",),
     ),
     Arg(
         "rank_dropout_scale",
@@ -219,6 +259,7 @@ _ROWS: tuple[Arg, ...] = (
         _DROP,
         per_host=(("lycoris", False),),
         elsewhere=(("lycoris", False),),
+        example=("rank_dropout_scale=False", "rank_dropout=0.1"),
     ),
     Arg(
         "module_dropout",
@@ -228,6 +269,7 @@ _ROWS: tuple[Arg, ...] = (
         _DROP,
         minimum=0,
         below=1,
+        example=("module_dropout=0.1",),
     ),
     *(
         Arg(
@@ -238,6 +280,7 @@ _ROWS: tuple[Arg, ...] = (
             _DROP,
             minimum=0,
             below=1,
+            example=(f"network_reg_{name}s={{'.*attn2.*': 0.1}}",),
         )
         for name in DROPOUTS
     ),
@@ -248,6 +291,8 @@ _ROWS: tuple[Arg, ...] = (
         "which layers are trained, and with what: the name of a preset or a TOML file in LyCORIS' schema",
         _WHERE,
         per_host=(("lycoris", "full"),),
+        file="which layers, and what of them",
+        example=("preset=attn-only",),
     ),
     Arg(
         "train_norm",
@@ -258,6 +303,8 @@ _ROWS: tuple[Arg, ...] = (
         _WHERE,
         choices=("true", "false", "affine"),
         words=(("1", "true"), ("yes", "true"), ("on", "true"), ("0", "false"), ("no", "false"), ("off", "false")),
+        file="`w_norm` and `b_norm` of normalisation layers",
+        example=("train_norm=True",),
     ),
     Arg(
         "exclude_patterns",
@@ -265,6 +312,7 @@ _ROWS: tuple[Arg, ...] = (
         (),
         "layers to leave out, by regular expression on the whole dotted name",
         _WHERE,
+        example=("exclude_patterns=['.*attn2[.]to_out.*', '.*[.]ff[.].*']",),
     ),
     Arg(
         "include_patterns",
@@ -272,8 +320,16 @@ _ROWS: tuple[Arg, ...] = (
         (),
         "layers to keep although an exclude pattern (also a default one) matches",
         _WHERE,
+        example=("include_patterns=['.*attn2[.]to_k']", "exclude_patterns=['.*attn2.*']"),
     ),
-    Arg("only_patterns", "patterns", (), "train only the layers that match one of these", _WHERE),
+    Arg(
+        "only_patterns",
+        "patterns",
+        (),
+        "train only the layers that match one of these",
+        _WHERE,
+        example=("only_patterns=['.*attn2.*']",),
+    ),
     Arg(
         "exclude_mod",
         "bool",
@@ -281,6 +337,7 @@ _ROWS: tuple[Arg, ...] = (
         "whether the modulation layers are left out; not given, it is as in the trainer",
         _WHERE,
         neutral=(True,),
+        example=("exclude_mod=False",),
     ),
     Arg(
         "train_mlp",
@@ -289,6 +346,7 @@ _ROWS: tuple[Arg, ...] = (
         "whether the MLPs are trained beside the attention",
         _WHERE,
         neutral=(False,),
+        example=("train_mlp=True",),
     ),
     Arg(
         "enable_all_linear",
@@ -299,6 +357,7 @@ _ROWS: tuple[Arg, ...] = (
         _WHERE,
         neutral=(True,),
         per_host=(("oft", False), ("oft_flux", False)),
+        example=("enable_all_linear=False",),
     ),
     Arg(
         "enable_conv",
@@ -307,6 +366,8 @@ _ROWS: tuple[Arg, ...] = (
         "True: as conv_dim=network_dim, where no conv_dim is given",
         _WHERE,
         neutral=(False,),
+        file="convolutional layers, of rank network_dim",
+        example=("enable_conv=True",),
     ),
     Arg(
         "include_refiner",
@@ -315,6 +376,7 @@ _ROWS: tuple[Arg, ...] = (
         "whether the refiners, blocks beside the others, are trained, too",
         _WHERE,
         neutral=(False,),
+        example=("include_refiner=True",),
     ),
     Arg(
         "blocks",
@@ -322,6 +384,7 @@ _ROWS: tuple[Arg, ...] = (
         None,
         "train only these blocks of the denoiser, `0-7,20-24`, with the numbers that the table of models has",
         _WHERE,
+        example=("blocks=4-8,13-18",),
     ),
     Arg(
         "network_reg_lrs",
@@ -330,6 +393,7 @@ _ROWS: tuple[Arg, ...] = (
         "learning rate by regular expression, in place of unet_lr and text_encoder_lr; the first match wins",
         _LR,
         minimum=0,
+        example=("network_reg_lrs={'.*attn2.*': 5e-5}",),
     ),
     Arg(
         "loraplus_lr_ratio",
@@ -340,6 +404,7 @@ _ROWS: tuple[Arg, ...] = (
         _LR,
         neutral=(1,),
         minimum=0,
+        example=("loraplus_lr_ratio=16",),
     ),
     Arg(
         "loraplus_mode",
@@ -351,8 +416,18 @@ _ROWS: tuple[Arg, ...] = (
         "scale_parameter cancels it; decoupled weight decay follows the one rate",
         _LR,
         choices=("lr", "reparam"),
+        example=("loraplus_mode=reparam", "loraplus_lr_ratio=16"),
     ),
-    Arg("loraplus_unet_lr_ratio", "float", None, "the same for the UNet alone", _LR, neutral=(1,), minimum=0),
+    Arg(
+        "loraplus_unet_lr_ratio",
+        "float",
+        None,
+        "the same for the UNet alone",
+        _LR,
+        neutral=(1,),
+        minimum=0,
+        example=("loraplus_unet_lr_ratio=16",),
+    ),
     Arg(
         "loraplus_text_encoder_lr_ratio",
         "float",
@@ -361,6 +436,7 @@ _ROWS: tuple[Arg, ...] = (
         _LR,
         neutral=(1,),
         minimum=0,
+        example=("loraplus_text_encoder_lr_ratio=4",),
     ),
     Arg(
         "dora_lr_ratio",
@@ -371,6 +447,7 @@ _ROWS: tuple[Arg, ...] = (
         _LR,
         neutral=(1,),
         minimum=0,
+        example=("dora_lr_ratio=10", "use_dora=True"),
     ),
     Arg(
         "block_dims",
@@ -380,6 +457,7 @@ _ROWS: tuple[Arg, ...] = (
         "does; 0 leaves a block out",
         _RANK,
         minimum=0,
+        example=("block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",),
     ),
     Arg(
         "block_alphas",
@@ -388,6 +466,11 @@ _ROWS: tuple[Arg, ...] = (
         "alpha of each block, with block_dims; an empty item means network_alpha",
         _RANK,
         minimum=0,
+        file="alpha of these layers",
+        example=(
+            "block_alphas=1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1",
+            "block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",
+        ),
     ),
     Arg(
         "conv_block_dims",
@@ -396,6 +479,10 @@ _ROWS: tuple[Arg, ...] = (
         "dim of each block's convolutions with a kernel above 1x1, with block_dims",
         _RANK,
         minimum=0,
+        example=(
+            "conv_block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",
+            "block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",
+        ),
     ),
     Arg(
         "conv_block_alphas",
@@ -404,13 +491,35 @@ _ROWS: tuple[Arg, ...] = (
         "alpha of each block's convolutions, with conv_block_dims; an empty item means conv_alpha",
         _RANK,
         minimum=0,
+        file="alpha of these layers",
+        example=(
+            "conv_block_alphas=2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2,2",
+            "conv_block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",
+            "block_dims=2,2,2,2,2,2,2,2,2,2,4,4,4,2,2,2,2,2,2,2,2,2,2",
+        ),
     ),
     *(
-        Arg(name, "int", None, f"dim of {what}, in place of network_dim; 0 leaves them out", _KIND, minimum=0)
+        Arg(
+            name,
+            "int",
+            None,
+            f"dim of {what}, in place of network_dim; 0 leaves them out",
+            _KIND,
+            minimum=0,
+            example=(f"{name}=4",),
+        )
         for name, what in LAYER_DIMS.items()
     ),
     *(
-        Arg(name, "ints", (), f"dims of layers outside the blocks: {what}; 0 = not trained", _KIND, minimum=0)
+        Arg(
+            name,
+            "ints",
+            (),
+            f"dims of layers outside the blocks: {what}; 0 = not trained",
+            _KIND,
+            minimum=0,
+            example=(f"{name}={_EXTRA_EXAMPLES[name]}",),
+        )
         for name, what in EXTRA_DIMS.items()
     ),
     Arg(
@@ -419,13 +528,30 @@ _ROWS: tuple[Arg, ...] = (
         "all",
         "which kind of blocks to train; `all` is one everywhere",
         _KIND,
+        file=FILES[_WHERE],
+        example=("train_blocks=double",),
     ),
     *(
-        Arg(name, "blocks", None, f"train only these {what}; `all` or `none` are words, too", _KIND)
+        Arg(
+            name,
+            "blocks",
+            None,
+            f"train only these {what}; `all` or `none` are words, too",
+            _KIND,
+            file=FILES[_WHERE],
+            example=(f"{name}=0-7,11",),
+        )
         for name, what in BLOCK_INDICES.items()
     ),
-    Arg("train_t5xxl", "bool", False, "train the T5 text encoder too", _KIND),
-    Arg("train_llm_adapter", "bool", False, "train the adapter behind the text encoder too", _KIND),
+    Arg("train_t5xxl", "bool", False, "train the T5 text encoder too", _KIND, file="the layers of that part"),
+    Arg(
+        "train_llm_adapter",
+        "bool",
+        False,
+        "train the adapter behind the text encoder too",
+        _KIND,
+        file="the layers of that part",
+    ),
     Arg(
         "lora_target_preset",
         "choice",
@@ -436,6 +562,8 @@ _ROWS: tuple[Arg, ...] = (
         neutral=("t2v",),
         choices=TARGET_PRESETS,
         words=(("lycoris", "t2v"), ("av_ic", "v2v"), ("video_ref_only_av", "v2v")),
+        file=FILES[_WHERE],
+        example=("lora_target_preset=v2v",),
     ),
     Arg(
         "connector_lora",
@@ -443,10 +571,20 @@ _ROWS: tuple[Arg, ...] = (
         False,
         "train the connectors behind the text encoder too",
         _KIND,
+        file="the layers of that part",
         aliases=("train_connectors",),
     ),
     *(
-        Arg(name, "float", None, f"alpha of {what}, in place of network_alpha", _KIND, minimum=0)
+        Arg(
+            name,
+            "float",
+            None,
+            f"alpha of {what}, in place of network_alpha",
+            _KIND,
+            minimum=0,
+            file="alpha of these layers",
+            example=(f"{name}=2", f"{name.replace('_alpha', '_dim')}=8"),
+        )
         for name, what in LAYER_ALPHAS.items()
     ),
     Arg(
@@ -457,9 +595,20 @@ _ROWS: tuple[Arg, ...] = (
         "curve: sine, cosine, linear, reverse_linear, zeros, with +x added; 0 leaves a block out",
         _LR,
         minimum=0,
+        example=("down_lr_weight=cosine+0.25",),
     ),
-    Arg("mid_lr_weight", "rates", Rates(), "the same for the middle", _LR, minimum=0),
-    Arg("up_lr_weight", "rates", Rates(), "the same on the way up, deep to shallow", _LR, minimum=0),
+    Arg(
+        "mid_lr_weight", "rates", Rates(), "the same for the middle", _LR, minimum=0, example=("mid_lr_weight=1,0.5,1",)
+    ),
+    Arg(
+        "up_lr_weight",
+        "rates",
+        Rates(),
+        "the same on the way up, deep to shallow",
+        _LR,
+        minimum=0,
+        example=("up_lr_weight=reverse_linear+0.25",),
+    ),
     Arg(
         "block_lr_zero_threshold",
         "float",
@@ -467,6 +616,8 @@ _ROWS: tuple[Arg, ...] = (
         "factors of those lists up to this value count as 0",
         _LR,
         minimum=0,
+        file="layers of blocks whose factor counts as 0 are not there",
+        example=("block_lr_zero_threshold=0.1", "down_lr_weight=linear"),
     ),
     Arg(
         "ggpo_sigma",
@@ -475,6 +626,8 @@ _ROWS: tuple[Arg, ...] = (
         "GGPO: noise on the weight in training, in proportion to the rows of the changed weight; with ggpo_beta",
         _OTHER,
         minimum=0,
+        file=NOTHING,
+        example=("ggpo_sigma=0.03", "ggpo_beta=0.01"),
     ),
     Arg(
         "ggpo_beta",
@@ -483,6 +636,8 @@ _ROWS: tuple[Arg, ...] = (
         "GGPO: the same in proportion to the square of the update's gradient; with ggpo_sigma",
         _OTHER,
         minimum=0,
+        file=NOTHING,
+        example=("ggpo_beta=0.01", "ggpo_sigma=0.03"),
     ),
     Arg(
         "training_adapter",
@@ -492,6 +647,8 @@ _ROWS: tuple[Arg, ...] = (
         "strength that is given or 1: off in sample images, never in the files; `FILE=0.5`, `FILE:0.5` where a trainer "
         "takes one `=` alone, `FILE,FILE`, or `{'FILE': 0.5}` (there with / in a path, on Windows, too)",
         _OTHER,
+        file=f"{NOTHING}; its name and checksum are in the metadata",
+        example=("training_adapter=undo.safetensors=0.5",),
     ),
     Arg(
         "save_format",
@@ -510,6 +667,8 @@ _ROWS: tuple[Arg, ...] = (
         _OTHER,
         choices=("portable", "blissful", "comfyui", "diffusers", "peft", "oft", "oft_flux"),
         per_host=(("oft", "oft"), ("oft_flux", "oft_flux")),
+        file="names and forms of the tensors, see files.md",
+        example=("save_format=comfyui",),
     ),
     Arg(
         "save_also",
@@ -521,6 +680,8 @@ _ROWS: tuple[Arg, ...] = (
         _OTHER,
         neutral=(("none",),),
         choices=("auto", "none", "portable", "comfyui", "diffusers", "peft"),
+        file=f"{NOTHING}; NAME stays; further files beside it",
+        example=("save_also=comfyui,diffusers",),
     ),
     Arg(
         "ema_decay",
@@ -532,6 +693,8 @@ _ROWS: tuple[Arg, ...] = (
         _OTHER,
         minimum=0,
         below=1,
+        file=VALUES,
+        example=("ema_decay=0.999",),
     ),
     Arg(
         "ema_save",
@@ -542,6 +705,8 @@ _ROWS: tuple[Arg, ...] = (
         "the newest values, the average is in the states alone",
         _OTHER,
         choices=("only", "also", "off"),
+        file=f"{VALUES} of NAME; with `also` NAME-ema.safetensors beside it",
+        example=("ema_save=also", "ema_decay=0.999"),
     ),
     Arg(
         "ema_device",
@@ -551,6 +716,8 @@ _ROWS: tuple[Arg, ...] = (
         "a value there and costs a transfer in each step",
         _OTHER,
         choices=("adapter", "cpu"),
+        file=NOTHING,
+        example=("ema_device=cpu", "ema_decay=0.999"),
     ),
     Arg(
         "diagnose_steps",
@@ -561,6 +728,8 @@ _ROWS: tuple[Arg, ...] = (
         "watch",
         _OTHER,
         minimum=0,
+        file=f"{NOTHING}; what it finds is in the metadata as `networks_health`",
+        example=("diagnose_steps=20",),
     ),
     Arg(
         "bypass_mode",
@@ -571,6 +740,8 @@ _ROWS: tuple[Arg, ...] = (
         "quantised layers",
         _OTHER,
         unasked=(("lycoris", False),),
+        file=NOTHING,
+        example=("bypass_mode=True",),
     ),
     Arg(
         "allow_missing",
@@ -579,6 +750,7 @@ _ROWS: tuple[Arg, ...] = (
         "go on although a whole part, a whole kind of layers or more than a tenth of the layers of a loaded file have "
         "no place in this network",
         _OTHER,
+        file=NOTHING,
     ),
     Arg(
         "resume_resize",
@@ -588,6 +760,7 @@ _ROWS: tuple[Arg, ...] = (
         "with more ranks the update stays and the new ones begin at their start, with fewer it is the nearest one, and "
         "the log says how near. States of a trainer (--resume) are not resized",
         _OTHER,
+        file=NOTHING,
     ),
     Arg(
         "adapter_dtype",
@@ -598,11 +771,18 @@ _ROWS: tuple[Arg, ...] = (
         _OTHER,
         choices=("host", "fp32"),
         words=(("float32", "fp32"), ("float", "fp32")),
+        file=f"{NOTHING}; --save_precision says in which dtype it is",
+        example=("adapter_dtype=fp32",),
     ),
-    Arg("verbose", "bool", False, "log the whole plan, one line per layer", _OTHER),
-    Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER),
+    Arg("verbose", "bool", False, "log the whole plan, one line per layer", _OTHER, file=NOTHING),
+    Arg("allow_unknown", "bool", False, "log unknown arguments instead of stopping", _OTHER, file=NOTHING),
     Arg(
-        "help", "bool", False, "list the arguments of this module on this model, with their defaults, and stop", _OTHER
+        "help",
+        "bool",
+        False,
+        "list the arguments of this module on this model, with their defaults, and stop",
+        _OTHER,
+        file=f"{NOTHING}; none is written",
     ),
     Arg(
         "dry_run",
@@ -611,6 +791,7 @@ _ROWS: tuple[Arg, ...] = (
         "print the whole plan, its warnings and which programs will not read the files, and stop before anything is "
         "trained",
         _OTHER,
+        file=f"{NOTHING}; none is written",
     ),
 )
 
@@ -619,7 +800,11 @@ def _takers(name: str) -> tuple[str, ...] | None:
     return tuple(spec.name for spec in ALGORITHMS.values() if name in spec.takes) or None
 
 
-TABLE = tuple(replace(arg, algos=_takers(arg.name)) for arg in _ROWS)
+def _in_file(arg: Arg) -> str:
+    return arg.file or FILES[arg.group]
+
+
+TABLE = tuple(replace(arg, algos=_takers(arg.name), file=_in_file(arg)) for arg in _ROWS)
 BY_NAME: dict[str, Arg] = {name: arg for arg in TABLE for name in arg.names}
 OWN_STYLES = tuple(entry for spec in ALGORITHMS.values() for entry in spec.own_entries)  # see AlgoSpec
 UNET_STYLES = tuple(entry for spec in ALGORITHMS.values() for entry in spec.unet_entries)

@@ -1,4 +1,4 @@
-"""The rules of selection and the precedence of values as Markdown, for the README."""
+"""The rules of selection and the precedence of values as Markdown, for docs/plan.md."""
 
 from __future__ import annotations
 

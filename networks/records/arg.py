@@ -8,6 +8,8 @@ from typing import Any
 
 NUMBERS = ("int", "float")
 LISTS = ("patterns", "regex_int", "regex_float", "ints", "floats", "rates", "files")
+NOTHING = "nothing"
+VALUES = "nothing but the values"
 FACTORS = "form of the factors"  # the group of arguments that choose the form of an algorithm
 
 
@@ -31,6 +33,9 @@ class Arg:
         unasked: (entry, value which the command lines for it have without asking for it): as if it were not given.
         joined: entries under which it is enough that one of several spellings in a call asks for something.
         elsewhere: (entry, value which the module that it stands for takes whatever a command line says).
+        file: what it changes in the saved file, a clause; "" = what its group does (table.FILES). It begins with
+            `NOTHING` where names, shapes and alphas are the same.
+        example: what the documentation writes: it and what it needs beside; () = the other value of a switch.
     """
 
     name: str
@@ -49,6 +54,13 @@ class Arg:
     unasked: tuple[tuple[str, Any], ...] = ()
     joined: tuple[str, ...] = ()
     elsewhere: tuple[tuple[str, Any], ...] = ()
+    file: str = ""
+    example: tuple[str, ...] = ()
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Its example, as it stands among the network arguments."""
+        return self.example or (f"{self.name}={not self.default}",)
 
     @property
     def names(self) -> tuple[str, ...]:

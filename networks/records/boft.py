@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .oft import BLOCKS, DIAG_OFT, RESCALE, ROTATIONS
-from .spec import AlgoSpec
+from .spec import About, AlgoSpec
 
 BOFT = AlgoSpec(
     "boft",
@@ -17,4 +17,13 @@ BOFT = AlgoSpec(
     alpha_option=DIAG_OFT.alpha_option,
     near_one=DIAG_OFT.near_one,
     relative=True,
+    about=About(
+        papers=(("2311.06243", "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization"),),
+        scale="1: a rotation has no strength. alpha in a file is the `constraint`",
+        use=(
+            "As diag-oft, where every output feature should meet every other: stages of small rotations do it "
+            "with fewer values than one large block. A width must be an even block size up to dim, times a power "
+            "of 2 (1280 = 10 x 128: dim 10 or more)."
+        ),
+    ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .arg import FACTORS, Arg
 from .oft import CHANGE
-from .spec import AlgoSpec
+from .spec import About, AlgoSpec
 
 TURNS, SCALES = "boft_R", "boft_s"
 
@@ -24,6 +24,8 @@ BOFT_INPUT = AlgoSpec(
             FACTORS,
             aliases=("boft_n_butterfly_factor",),
             minimum=1,
+            file="the first axis of `boft_R`",
+            example=("butterflies=2",),
         ),
     ),
     required=(frozenset({TURNS}),),
@@ -33,4 +35,12 @@ BOFT_INPUT = AlgoSpec(
     peft_type="BOFT",
     relative=True,
     own_entries=("boft",),
+    about=About(
+        papers=(("2311.06243", "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization"),),
+        scale="1: a rotation has no strength, and files hold no alpha",
+        use=(
+            "BOFT on the columns of a weight, in the files of sd-scripts' `networks.boft` and of PEFT: to train "
+            "on from theirs, or for these programs. `butterflies=1` is one stage of blocks."
+        ),
+    ),
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .arg import FACTORS, Arg
+from .arg import FACTORS, NOTHING, Arg
 from .lora import LORA
-from .spec import OF_WEIGHT
+from .spec import OF_WEIGHT, About
 
 DYLORA = replace(
     LORA,
@@ -25,6 +25,8 @@ DYLORA = replace(
             aliases=("unit", "dyloRA"),
             minimum=1,
             per_host=(("lycoris", 4),),
+            file=f"{NOTHING}; it is a LoRA",
+            example=("block_size=2",),
         ),
         Arg(
             "save_dims",
@@ -34,6 +36,8 @@ DYLORA = replace(
             "scripts/resize.py cuts later. Trainers that remove old files do not know of these",
             FACTORS,
             minimum=1,
+            file=f"{NOTHING}; NAME stays; further files NAME-0004.safetensors beside it",
+            example=("save_dims=2,4",),
         ),
     ),
     features=LORA.features | {"save_dims"},
@@ -55,4 +59,19 @@ DYLORA = replace(
         OF_WEIGHT, "what has changed since the start has no nested ranks: its files could not be cut"
     ),
     stepwise=True,
+    about=About(
+        papers=(
+            (
+                "2210.07558",
+                "DyLoRA: Parameter Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank "
+                "Adaptation",
+            ),
+        ),
+        scale="alpha / rank; a file cut to b ranks keeps alpha, so that b ranks act at alpha / b",
+        use=(
+            "One run for several ranks, where you do not know which you need: `kohya-networks resize` cuts the "
+            "file afterwards, or `save_dims=2,4` does at each save. A step trains `block_size` ranks alone, so it "
+            "takes more steps than a LoRA of the same dim."
+        ),
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import BIAS, AlgoSpec, FileKind
+from .spec import BIAS, NO_ALPHA, About, AlgoSpec, FileKind
 
 FULL = AlgoSpec(
     "full",
@@ -14,4 +14,13 @@ FULL = AlgoSpec(
     axes=({"diff": "OI*"},),
     bias_key="diff_b",
     shifts=True,
+    about=About(
+        papers=(),
+        scale=NO_ALPHA,
+        use=(
+            "Everything that fine-tuning of these layers can do, as a file of differences, with as many values as "
+            "the layers have: memory and file are many times those of a LoRA. For few layers (`only_patterns`, "
+            "`blocks`), or to be made into a LoRA afterwards by `kohya-networks convert --to lora`."
+        ),
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import BIAS, OF_WEIGHT, AlgoSpec, FileKind
+from .spec import ALPHA_OVER_RANK, BIAS, OF_WEIGHT, About, AlgoSpec, FileKind
 
 _KEYS = {name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2")}
 
@@ -21,4 +21,13 @@ GLORA = AlgoSpec(
     fold=("b2",),
     rank_shows=(("a2.weight", 0),),
     relative=True,
+    about=About(
+        papers=(("2306.07967", "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning"),),
+        scale=ALPHA_OVER_RANK,
+        use=(
+            "W A changes what goes into a layer, in the directions that the layer has; B is a LoRA. Twice the "
+            "values of a LoRA of that dim. Its update depends on the base weight, so a file acts otherwise on "
+            "another base model, and fewer programs read it."
+        ),
+    ),
 )

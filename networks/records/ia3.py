@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import NUMBER, AlgoSpec, FileKind
+from .spec import NO_ALPHA, NUMBER, About, AlgoSpec, FileKind
 
 PEFT = "ia3_l"  # the whole factors, in its files
 
@@ -17,4 +17,15 @@ IA3 = AlgoSpec(
     more_keys=frozenset({PEFT}),
     axes=({"on_input": NUMBER}, {"weight": "*"}, {PEFT: "*"}),
     relative=True,
+    about=About(
+        papers=(
+            ("2205.05638", "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"),
+        ),
+        scale=NO_ALPHA,
+        use=(
+            "One factor for each feature: the fewest values of all, and the least that can be learnt. "
+            "`preset=ia3` trains the layers of the paper: keys, values, and the second layers of MLPs on their "
+            "input. It wants a larger learning rate than a LoRA."
+        ),
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, BIAS, NO_KERNEL, OF_WEIGHT, AlgoSpec, FileKind
+from .spec import ADDITIVE, ALPHA_OVER_RANK, BIAS, LYCORIS, NO_KERNEL, OF_WEIGHT, About, AlgoSpec, FileKind
 
 LOHA = AlgoSpec(
     "loha",
@@ -29,4 +29,16 @@ LOHA = AlgoSpec(
     bias_key="diff_b",
     fold=("w1_a",),
     rank_shows=(("hada_w1_b", 0),),
+    about=About(
+        papers=(
+            ("2108.06098", "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning"),
+            LYCORIS,
+        ),
+        scale=ALPHA_OVER_RANK,
+        use=(
+            "A change of rank up to dim^2 from twice the values of a LoRA of that dim: at dim 8 up to rank 64. A step "
+            "costs dim times the products of that LoRA, at most about those of a whole weight. From dim 36 on the rank "
+            "can be full on a layer of 1280 features, so larger dims only cost."
+        ),
+    ),
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .arg import FACTORS, Arg
-from .spec import ADDITIVE, BIAS, NO_KERNEL, OF_WEIGHT, AlgoSpec, FileKind
+from .arg import FACTORS, NOTHING, Arg
+from .spec import ADDITIVE, ALPHA_OVER_RANK, BIAS, LYCORIS, NO_KERNEL, OF_WEIGHT, About, AlgoSpec, FileKind
 
 LOKR = AlgoSpec(
     "lokr",
@@ -25,6 +25,8 @@ LOKR = AlgoSpec(
             "upper bound of the smaller Kronecker factor; -1 splits next to the square root",
             FACTORS,
             minimum=-1,
+            file="the sizes of `lokr_w1` and `lokr_w2`, and which of them is whole",
+            example=("factor=8",),
         ),
         Arg(
             "decompose_both",
@@ -33,6 +35,7 @@ LOKR = AlgoSpec(
             "low rank for the smaller factor too",
             FACTORS,
             elsewhere=(("lycoris", True),),
+            file="`lokr_w1_a` and `lokr_w1_b` in place of `lokr_w1`",
         ),
         Arg(
             "full_matrix",
@@ -40,8 +43,16 @@ LOKR = AlgoSpec(
             False,
             "both factors whole, whatever the dim; the scale is then 1 and alpha has no effect",
             FACTORS,
+            file="`lokr_w2` in place of `lokr_w2_a` and `lokr_w2_b`",
         ),
-        Arg("unbalanced_factorization", "bool", False, "swap the two factors of the output side", FACTORS),
+        Arg(
+            "unbalanced_factorization",
+            "bool",
+            False,
+            "swap the two factors of the output side",
+            FACTORS,
+            file="the sizes of both factors",
+        ),
         Arg(
             "init_lokr_norm",
             "float",
@@ -51,6 +62,8 @@ LOKR = AlgoSpec(
             "says so; for whole factors (full_matrix=True)",
             FACTORS,
             minimum=0,
+            file=f"{NOTHING}; names and shapes stay; `networks_init` in the metadata has the size",
+            example=("init_lokr_norm=1e-3", "full_matrix=True"),
         ),
     ),
     features=ADDITIVE | {"init_lokr_norm"},
@@ -76,4 +89,13 @@ LOKR = AlgoSpec(
     bias_key="diff_b",
     fold=("w1", "w1_a"),
     rank_shows=(("lokr_w1_b", 0), ("lokr_w2_b", 0)),
+    about=About(
+        papers=(LYCORIS,),
+        scale=ALPHA_OVER_RANK + "; 1, whatever alpha is, where both factors are whole",
+        use=(
+            "The smallest files of those with a rank. The larger `factor`, up to the root of a width, the fewer "
+            "values. With `full_matrix=True` both factors are whole and the change can have full rank: then dim and "
+            "alpha have no effect, and the learning rate alone says how strong it gets."
+        ),
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import ADDITIVE, BIAS, NO_KERNEL, AlgoSpec, FileKind
+from .spec import ADDITIVE, ALPHA_OVER_RANK, BIAS, LYCORIS, NO_KERNEL, About, AlgoSpec, FileKind
 
 LORA = AlgoSpec(
     "lora",
@@ -27,4 +27,13 @@ LORA = AlgoSpec(
     bias_key="diff_b",
     fold=("up",),
     rank_shows=(("lora_down.weight", 0),),
+    about=About(
+        papers=(("2106.09685", "LoRA: Low-Rank Adaptation of Large Language Models"), LYCORIS),
+        scale=ALPHA_OVER_RANK,
+        use=(
+            "The first choice: more programs read it than any other form, and every general option acts on it. "
+            "Others are worth a try where files should be smaller (lokr), where its rank is not enough (loha, "
+            "glora, full), or where the model should keep what it knows (diag-oft)."
+        ),
+    ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec import AlgoSpec, FileKind
+from .spec import NO_ALPHA, About, AlgoSpec, FileKind
 
 NORM = AlgoSpec(
     "norm",
@@ -20,4 +20,13 @@ NORM = AlgoSpec(
     bias_key="b_norm",
     shifts=True,
     saves_alpha=False,
+    about=About(
+        papers=(),
+        scale=NO_ALPHA,
+        use=(
+            "Weight and bias of normalisation layers, a few thousand values: seldom alone, mostly beside another "
+            "algorithm with `train_norm=True`. Many DiTs have norms without a weight, which no other program can "
+            "add to."
+        ),
+    ),
 )

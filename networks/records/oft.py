@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arg import FACTORS, Arg
-from .spec import NUMBER, AlgoSpec, FileKind
+from .spec import NUMBER, About, AlgoSpec, FileKind
 
 BLOCKS, RESCALE, CHANGE = "oft_blocks", "rescale", "rescale_change"
 # Keys of the input side, see algos.oft_input.
@@ -41,6 +41,8 @@ DIAG_OFT = AlgoSpec(
             minimum=0,
             per_host=(("oft", "network_alpha"), ("oft_flux", "network_alpha")),
             joined=("lycoris",),
+            file="alpha is the limit",
+            example=("constraint=1e-3",),
         ),
         Arg(
             "rescaled",
@@ -49,6 +51,7 @@ DIAG_OFT = AlgoSpec(
             "a learnt factor for every row after the rotation",
             FACTORS,
             per_host=(("boft", True),),
+            file="`rescale` (boft-input: `boft_s`) beside the blocks",
         ),
         Arg(
             "dim_is_count",
@@ -58,6 +61,7 @@ DIAG_OFT = AlgoSpec(
             "layer whose width it does not divide gets the next smaller number that does",
             FACTORS,
             per_host=(("oft", True), ("oft_flux", True)),
+            file="the shape of `oft_blocks`",
         ),
         Arg(
             "train_on_input",
@@ -68,6 +72,7 @@ DIAG_OFT = AlgoSpec(
             FACTORS,
             per_host=(("oft_v2", True),),
             elsewhere=(("lycoris", False),),
+            file="OFT: `oft_R.weight` in place of `oft_blocks`; IA3: `on_input` is 1, `weight` as long as the input",
         ),
         Arg(
             "dim_is_size",
@@ -77,6 +82,8 @@ DIAG_OFT = AlgoSpec(
             "(as in sd-scripts' oft_v2); a width which it does not divide gets the nearest size that does",
             FACTORS,
             per_host=(("oft_v2", True),),
+            file="the shape of `oft_R.weight`",
+            example=("dim_is_size=True", "train_on_input=True"),
         ),
         Arg(
             "block_share",
@@ -85,6 +92,8 @@ DIAG_OFT = AlgoSpec(
             "with train_on_input, one block for all of a layer",
             FACTORS,
             aliases=("oft_block_share",),
+            file="`oft_R.weight` has one block",
+            example=("block_share=True", "train_on_input=True"),
         ),
     ),
     features=frozenset({"split_qkv"}),
@@ -104,4 +113,17 @@ DIAG_OFT = AlgoSpec(
     relative=True,
     own_entries=("oft", "oft_flux", "oft_v2"),
     unet_entries=("oft", "oft_flux"),
+    about=About(
+        papers=(
+            ("2306.07280", "Controlling Text-to-Image Diffusion by Orthogonal Finetuning"),
+            ("2506.19847", "Orthogonal Finetuning Made Scalable"),
+        ),
+        scale="1: a rotation has no strength. alpha in a file is the `constraint`",
+        use=(
+            "Rotates blocks of features, so that lengths and angles within a block of the weight stay: the model "
+            "changes without growing stronger, which the paper finds to keep what it knows. dim is the size of a "
+            "block. `train_on_input=True` is OFT v2, on the side on which sd-scripts' `networks.oft_v2`, OneTrainer "
+            "and PEFT rotate."
+        ),
+    ),
 )

@@ -36,6 +36,26 @@ class FileKind:
 
 
 @dataclass(frozen=True)
+class About:
+    """What the documentation says of an algorithm beside its formula and shapes, which its file in `algos` has.
+
+    Attributes:
+        papers: (number at arXiv, title).
+        scale: what multiplies the change of the weight, and what alpha is.
+        use: when to use it, and when another one.
+    """
+
+    papers: tuple[tuple[str, str], ...] = ()
+    scale: str = ""
+    use: str = ""
+
+
+ALPHA_OVER_RANK = "alpha / rank (`rs_lora=True`: alpha / sqrt(rank))"
+NO_ALPHA = "1: alpha has no effect"
+LYCORIS = ("2309.14859", "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation")
+
+
+@dataclass(frozen=True)
 class AlgoSpec:
     """An algorithm. Its class in `algos` takes this record as `spec`.
 
@@ -82,6 +102,7 @@ class AlgoSpec:
         elsewhere: (host or style of an entry; arguments which say that it is known; what it does otherwise than there).
         own_entries: entries whose defaults are for this algorithm alone: with another `algo=` they are as any entry.
         unet_entries: those of them whose networks leave the text encoders alone.
+        about: for docs/algorithms.md.
     """
 
     name: str
@@ -122,6 +143,7 @@ class AlgoSpec:
     elsewhere: tuple[tuple[str, frozenset[str], str], ...] = ()
     own_entries: tuple[str, ...] = ()
     unet_entries: tuple[str, ...] = ()
+    about: About = field(default_factory=About)
 
     @property
     def takes(self) -> frozenset[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .arg import FACTORS, Arg
+from .arg import FACTORS, NOTHING, VALUES, Arg
 from .lora import LORA
-from .spec import OF_WEIGHT
+from .spec import ALPHA_OVER_RANK, OF_WEIGHT, About
 
 _OWN = dict.fromkeys(("orthogonal", *OF_WEIGHT), "it has start values of its own")
 _OPTIONS = frozenset({"sig_type", "use_data_init", "mask_group_id", "min_rank", "alpha_rank_scale"})
@@ -35,6 +35,8 @@ TLORA = replace(
             FACTORS,
             choices=("principal", "last", "middle"),
             elsewhere=(("lycoris", "principal"),),
+            file=VALUES,
+            example=("sig_type=last", "use_data_init=False"),
         ),
         Arg(
             "use_data_init",
@@ -43,6 +45,8 @@ TLORA = replace(
             "of the base weight; False: of a random matrix",
             FACTORS,
             elsewhere=(("lycoris", True),),
+            file=VALUES,
+            example=("use_data_init=False", "sig_type=last"),
         ),
         Arg(
             "min_rank",
@@ -52,6 +56,8 @@ TLORA = replace(
             FACTORS,
             aliases=("tlora_min_rank",),
             minimum=1,
+            file=f"{NOTHING}; files have all ranks",
+            example=("min_rank=4",),
         ),
         Arg(
             "alpha_rank_scale",
@@ -62,6 +68,8 @@ TLORA = replace(
             FACTORS,
             aliases=("tlora_alpha", "tlora_alpha_rank_scale"),
             minimum=0,
+            file=f"{NOTHING}; files have all ranks",
+            example=("alpha_rank_scale=2",),
         ),
         Arg(
             "mask_group_id",
@@ -71,6 +79,8 @@ TLORA = replace(
             "its own",
             FACTORS,
             neutral=(0,),
+            file=NOTHING,
+            example=("mask_group_id=1",),
         ),
     ),
     # A whole weight change has one mask, samples have many; in a stack of parts the ranks that belong together, and
@@ -89,4 +99,13 @@ TLORA = replace(
     plus=frozenset({"p"}),
     grows=frozenset({"p"}),  # see `grown` of its class
     timed=frozenset({"min_rank", "alpha_rank_scale", "mask_group_id"}),
+    about=About(
+        papers=(("2507.05964", "T-LoRA: Single Image Diffusion Model Customization Without Overfitting"),),
+        scale=ALPHA_OVER_RANK,
+        use=(
+            "For one or few pictures of a subject: fewer ranks act where a sample is noisy, since the paper finds that "
+            "these timesteps overfit first. It starts from singular vectors of the base weights. It needs a model "
+            "whose record says how the timestep is told."
+        ),
+    ),
 )
