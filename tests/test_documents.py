@@ -17,6 +17,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import logging
@@ -25,6 +26,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import documents
@@ -32,6 +34,7 @@ import pytest
 import torch
 from documents import ROOT, Block, Line
 from tiny_parts import sd_unet
+from toy_models import toy
 
 from networks.args import presets
 from networks.args.coerce import read_toml
@@ -382,10 +385,18 @@ def outline(name: str) -> Any:
 def _plan(key: str, run: Any) -> Any:
     problems = Problems(run.run.name)
     entry = planning._entry(run.run)
-    model = planning._model(None, run.run, problems)
+    script = run.run.script
+    no_outline = script is not None and script in SCRIPTS.values() and not script.release
+    model = small(run.run.name) if no_outline else planning._model(None, run.run, problems)
     found = planning._rated(planning._planned(entry, model, run.run, problems), model, run.run, problems)
     problems.raise_if_any()
     return found
+
+
+def small(script: str) -> Any:
+    """The model of a script of which no outline is recorded: its names at a few blocks."""
+    parts = toy(script.removesuffix("_train_network.py"), blocks=12)
+    return SimpleNamespace(text_encoders=[], unet=next(iter(parts.values())), title=script, release=None)
 
 
 class _Hashed:
@@ -457,8 +468,12 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of, indirect=True)
 def test_blocks_of_a_page(page: Page, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.ERROR):
-        page.check()
+    gc.disable()  # plans leave many small objects, and looking through them would be a good part of the time
+    try:
+        with caplog.at_level(logging.ERROR):
+            page.check()
+    finally:
+        gc.enable()
     assert not page.faults, "\n" + "\n".join(page.faults)
 
 
