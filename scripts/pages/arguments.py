@@ -16,6 +16,7 @@ from networks.records import ALGORITHMS, Arg
 from .lines import Example, any_model, example
 
 _QUOTED = ("regex_int", "regex_float", "patterns", "files")  # kinds whose spelling shells and TOML do not share
+_FIRST = next(iter(ALGORITHMS))  # what the modules of architectures stand for
 _HEAD = """# Network arguments
 
 Made by `python scripts/docs.py` from the argument table (`networks/args/table.py` and `networks/records/`). In a
@@ -109,7 +110,7 @@ def shown_on(arg: Arg) -> Example:
     """The example of an argument, on a model and with an algorithm that have it."""
     args = dict(word.split("=", 1) for word in arg.written)
     arch = _arch_of(arg)
-    if arg.algos is None or "lora" in arg.algos or (set(args) & {"algo"}):
+    if arg.algos is None or _FIRST in arg.algos or (set(args) & {"algo"}):
         return example(arch, arch.entry, args)
     algo = arg.algos[0]
     if importlib.util.find_spec(f"networks.{algo}"):
