@@ -221,3 +221,7 @@ def searches(compared: Compared) -> str:
 def loss_text(loss: float, bold: bool = False) -> str:
     text = f"{loss:.4f}" if math.isfinite(loss) else "diverged"
     return f"**{text}**" if bold else text
+
+
+# Of docs/which-algorithm.md, for scripts/docs.py.
+PARTS = {"compared": lambda: results(read()), "rates": lambda: searches(read())}

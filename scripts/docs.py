@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
+import compared_table  # noqa: E402
 import imports  # noqa: E402
 import readers_table  # noqa: E402
 
@@ -36,6 +37,7 @@ PARTS: dict[Path, dict[str, Callable[[], str]]] = {
         "selection": selection,
         "readers": readers_table.worst,
     },
+    ROOT / "docs" / "which-algorithm.md": compared_table.PARTS,
     CONTRIBUTING: {"imports": lambda: f"```mermaid\n{imports.mermaid()}\n```\n"},
 }
 TYPES = ROOT / "networks" / "args" / "options.py"

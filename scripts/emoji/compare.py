@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 from compared_table import (  # noqa: E402
+    REFERENCE,
     RESULTS,
     SEARCH_SEED,
     SEEDS,
@@ -72,7 +73,8 @@ class Entry:
 
     Attributes:
         name: for people.
-        algo, dim, options: network arguments; alpha is dim, so that the scale is 1.
+        algo, dim: the algorithm and network_dim.
+        options: network arguments, and network_alpha; without it alpha is dim, so that the scale is 1.
         first: learning rate from which the search begins.
     """
 
@@ -83,12 +85,22 @@ class Entry:
     options: tuple[str, ...] = ()
 
     @property
+    def given(self) -> dict[str, str]:
+        """The options by their names."""
+        return dict(one.split("=", 1) for one in self.options)
+
+    @property
+    def alpha(self) -> float:
+        return float(self.given.get("network_alpha", self.dim))
+
+    @property
     def arguments(self) -> dict[str, str]:
         """Of the network, as a trainer hands them over."""
-        return {"algo": self.algo, "conv_dim": str(self.dim)} | dict(one.split("=") for one in self.options)
+        more = {name: value for name, value in self.given.items() if name != "network_alpha"}
+        return {"algo": self.algo, "conv_dim": str(self.dim), **more}
 
 
-# Sizes as near to that of LoRA of dim 8 as dims and options allow. `full`, `norm` and `ia3` have no dim.
+# Sizes as near to that of LoRA of dim 8 as dims and options allow; `full`, `norm` and `ia3` have no dim.
 ENTRIES = (
     Entry("lora", "lora", 8, 5e-3),
     Entry("loha", "loha", 4, 1e-2),
@@ -107,6 +119,8 @@ ENTRIES = (
     Entry("lora, dim 2", "lora", 2, 5e-3),
     Entry("lora, dim 32", "lora", 32, 1e-3),
     Entry("lora, pissa", "lora", 8, 1e-3, ("init=pissa",)),
+    Entry("lora, alpha 1", "lora", 8, 2e-2, ("network_alpha=1",)),
+    Entry("lora+, ratio 4", "lora", 8, 2e-3, ("loraplus_lr_ratio=4",)),
 )
 
 
@@ -187,7 +201,7 @@ class Bench:
 
         family = self.family
         network = networks.lora.create_network(
-            1.0, entry.dim, entry.dim, family.vae, family.text_encoder_argument, family.denoiser, **entry.arguments
+            1.0, entry.dim, entry.alpha, family.vae, family.text_encoder_argument, family.denoiser, **entry.arguments
         )
         network.apply_to(family.text_encoder_argument, family.denoiser, False, True)
         groups, _ = network.prepare_optimizer_params(None, rate, rate)
@@ -445,8 +459,8 @@ def draw_chart(compared: Compared, pictures: Path, path: Path) -> None:
     outcomes = compared.finished()
     reference = reference_of(outcomes)
     rows = len(outcomes) + 2  # and the base model, and the true outlines
-    figure = pyplot.figure(figsize=(12, 0.55 * rows + 1.3), dpi=110)
-    top, bottom = 1 - 0.45 / (0.55 * rows + 1.3), 0.8 / (0.55 * rows + 1.3)
+    figure = pyplot.figure(figsize=(12, 0.55 * rows + 1.5), dpi=110)
+    top, bottom = 1 - 0.6 / (0.55 * rows + 1.5), 0.8 / (0.55 * rows + 1.5)
     grid = figure.add_gridspec(
         1, 3, width_ratios=(4.2, 2.2, 1.75), wspace=0.04, left=0.11, right=0.995, top=top, bottom=bottom
     )
@@ -480,15 +494,15 @@ def _draw_losses(axes: Any, outcomes: Sequence[Outcome], compared: Compared, ref
         )
     names = [outcome.run.name for outcome in outcomes]
     axes.set_yticks(range(len(names) + 2), [*names, "base model", "true outlines"])
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)
     base, steps = compared.setting["base"]["shown"], compared.setting["steps"]
-    axes.annotate(f"{base:.4f}, off the scale to the right", (0.98, len(names)), xycoords=axes.get_yaxis_transform(),
+    axes.annotate(f"{base:.4f}, beyond the right edge", (0.98, len(names)), xycoords=axes.get_yaxis_transform(),
                   ha="right", va="center", fontsize=10, color="#555555")  # fmt: skip
     axes.set_xlabel(f"loss on {compared.setting['pictures']['shown']} held-out pictures after {steps} steps: "
                     f"mean and each of {len(SEEDS)} seeds", fontsize=11)  # fmt: skip
     axes.plot([], [], "o", color=EQUAL, label="about the size of LoRA, dim 8")
     axes.plot([], [], "o", color=OTHER, label="another size")
-    axes.legend(loc="upper right", fontsize=10)
+    axes.legend(loc="lower right", fontsize=10)
     axes.grid(axis="x", alpha=0.3)
 
 
@@ -505,7 +519,7 @@ def _draw_costs(axes: Any, outcomes: Sequence[Outcome], compared: Compared, refe
         axes.annotate(text + f"rate {rate_text(outcome.run.rate)}", (0.98, row), xycoords=axes.get_yaxis_transform(),
                       ha="right", va="center", fontsize=9)  # fmt: skip
     axes.set_yticks([])
-    axes.set_title("parameters, rate", fontsize=10, loc="right")
+    axes.set_title("trained parameters,\nlearning rate", fontsize=10, loc="right")
     axes.set_xlabel("time of a step (1 = frozen UNet)", fontsize=11)
 
 
@@ -551,6 +565,9 @@ def compare(args: argparse.Namespace) -> int:
             for name, cost in costs(entries, args.model).items():
                 store.add("cost", {"name": name, "step": round(cost, 2)})
     compared = store.read()
+    if not any(outcome.run.name == REFERENCE for outcome in compared.finished()):
+        print(f"\nno picture yet: others are compared with {REFERENCE}, which is not finished")
+        return 0
     draw_chart(compared, store.pictures, chart)
     print("\n" + results(compared))
     print(f"chart  {chart}")
@@ -560,7 +577,7 @@ def compare(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Compare the algorithms; returns the exit code."""
     parser = argparse.ArgumentParser(prog="compare.py", description="Compare the algorithms.", allow_abbrev=False)
-    add = partial(parser.add_argument)
+    add = parser.add_argument
     add("--redraw", action="store_true", help="train nothing: the picture and the table from the results")
     add("--only", nargs="+", metavar="NAME", help="train only these entries; default: all")
     add("--processes", type=int, default=1, metavar="N", help="runs at a time, a core each; default: 1")
