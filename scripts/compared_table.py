@@ -204,6 +204,19 @@ def results(compared: Compared) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plain(compared: Compared) -> str:
+    """The same for a terminal of 80 columns."""
+    lines = [f"{'':16}{'parameters':>11}{'rate':>8}{'held-out loss':>15}{'lowest to highest':>20}{'step':>7}"]
+    for outcome in compared.finished():
+        run, losses, cost = outcome.run, outcome.losses, compared.costs.get(outcome.run.name)
+        spread = f"{min(losses):.4f} to {max(losses):.4f}"
+        lines.append(
+            f"{run.name:16}{run.parameters:11,}{rate_text(run.rate):>8}{outcome.mean:15.4f}{spread:>20}"
+            f"{f'{cost:.1f} x' if cost else '-':>7}"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def searches(compared: Compared) -> str:
     """Every rate that was tried, with the loss by which it was chosen; the chosen one is bold."""
     names = [outcome.run.name for outcome in compared.finished()]

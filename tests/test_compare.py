@@ -115,7 +115,9 @@ def test_a_run_that_was_finished_is_not_made_again(
     assert len(made) == len(set(made)) and len(broken.jobs) == 5
     assert {(name, seed) for name, _, seed in made} == {(n, s) for n in ("lora", "norm") for s in (0, 1, 2, 3)}
     assert {rate for _, rate, seed in made if seed} == {5e-3}, "the seeds are trained at the best rate alone"
-    assert "| norm | algo=norm dim 1 | 100 (0.1 x) | 5e-3 | 1 x | 0.0542 |" in capsys.readouterr().out
+    assert "norm                    100    5e-3         0.0542    0.0532 to 0.0552  1.5 x" in capsys.readouterr().out
+    table = compared_table.results(compared_table.read(tmp_path / "results.jsonl"))
+    assert "| norm | algo=norm dim 1 | 100 (0.1 x) | 5e-3 | 1 x | 0.0542 | 0.0532 to 0.0552 | 1.5 |\n" in table
     drawn = Image.open(tmp_path / "chart.png").convert("RGB")
     colours = {colour for _, colour in drawn.getcolors(1 << 20) or ()}
     assert drawn.width > 1000 and {(255, 80, 0), (0, 0, 255)} <= colours
@@ -127,6 +129,11 @@ def test_a_run_that_was_finished_is_not_made_again(
 def test_results_of_other_steps_are_not_mixed(program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert program(Trained(), "--steps=3") == 2
     assert "has runs of 2 steps" in capsys.readouterr().err
+
+
+def test_an_entry_that_is_none_is_named(program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert program(Trained(), "--only", "lorra") == 2
+    assert "--only 'lorra': unknown. Did you mean lora?" in capsys.readouterr().err
 
 
 def test_without_lora_there_is_no_picture_yet(program: Callable[..., int], tmp_path: Path) -> None:
@@ -173,10 +180,14 @@ def test_results_are_of_the_entries_and_all_of_them_are_finished() -> None:
     )
 
 
-def test_redraw_gives_the_table_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_redraw_gives_the_picture_and_the_table_of_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["--redraw", f"--chart={tmp_path / 'chart.png'}"]) == 0
-    table = re.search(r"<!-- compared:begin -->\n(.*?)<!-- compared:end -->", PAGE.read_text(encoding="utf-8"), re.S)
-    assert table and table[1] in capsys.readouterr().out
+    printed = [re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()]
+    part = re.search(r"<!-- compared:begin -->\n(.*?)<!-- compared:end -->", PAGE.read_text(encoding="utf-8"), re.S)
+    rows = [line.strip("| ").split(" | ") for line in part[1].splitlines()[2:]] if part else []
+    assert len(rows) == len(compare.ENTRIES)
+    for name, _, size, rate, _, mean, spread, step in rows:
+        assert [name, size.partition(" ")[0], rate, mean, spread, f"{step} x"] in printed
     with Image.open(tmp_path / "chart.png") as drawn, Image.open(compare.CHART) as kept:
         assert drawn.size == kept.size
 

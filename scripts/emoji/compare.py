@@ -43,15 +43,15 @@ from compared_table import (  # noqa: E402
     Run,
     chosen,
     next_rate,
+    plain,
     rate_text,
     read,
     reference_of,
-    results,
     size_text,
 )
 from demo import EMOJI, true_images  # noqa: E402
 
-from networks.cli.command_line import check_outputs, run_program, write_atomically  # noqa: E402
+from networks.cli.command_line import check_outputs, nearest, run_program, write_atomically  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -548,28 +548,40 @@ def _draw_pictures(axes: Any, outcomes: Sequence[Outcome], pictures: Path) -> No
 # -- the program
 
 
+def chosen_entries(names: Sequence[str] | None) -> list[Entry]:
+    """Entries of these names; all without any. Raises ValueError for a name that is none."""
+    known = {entry.name: entry for entry in ENTRIES}
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"--only {unknown[0]!r}: unknown.{nearest(unknown[0], known)} Known: {'; '.join(known)}.")
+    return [known[name] for name in names or known]
+
+
+def train_all(store: Store, args: argparse.Namespace) -> None:
+    """What is not in the file yet: runs, then costs."""
+    entries = chosen_entries(args.only)
+    store.path.parent.mkdir(parents=True, exist_ok=True)
+    train_missing(store, entries, args.steps, args.model, args.processes)
+    known = store.read().costs
+    if any(entry.name not in known for entry in entries):
+        for name, cost in costs(entries, args.model).items():
+            store.add("cost", {"name": name, "step": round(cost, 2)})
+
+
 def compare(args: argparse.Namespace) -> int:
     """Train what is missing, then draw."""
     store, chart = Store(Path(args.results)), Path(args.chart)
     own = chart.resolve() == CHART.resolve()
     check_outputs([] if own else [chart], [Path(args.model), EMOJI / "style", EMOJI / "heldout"], args.overwrite)
-    entries = [entry for entry in ENTRIES if not args.only or entry.name in args.only]
-    if not entries:
-        raise ValueError(f"--only: none of these is known. Known: {'; '.join(entry.name for entry in ENTRIES)}.")
-    if args.redraw and not store.path.is_file():
-        raise ValueError(f"--redraw: there is no {store.path}. Leave --redraw out to train first.")
     if not args.redraw:
-        store.path.parent.mkdir(parents=True, exist_ok=True)
-        train_missing(store, entries, args.steps, args.model, args.processes)
-        if any(entry.name not in store.read().costs for entry in entries):
-            for name, cost in costs(entries, args.model).items():
-                store.add("cost", {"name": name, "step": round(cost, 2)})
+        train_all(store, args)
+    elif not store.path.is_file():
+        raise ValueError(f"--redraw: there is no {store.path}. Leave --redraw out to train first.")
     compared = store.read()
     if not any(outcome.run.name == REFERENCE for outcome in compared.finished()):
         print(f"\nno picture yet: others are compared with {REFERENCE}, which is not finished")
         return 0
     draw_chart(compared, store.pictures, chart)
-    print("\n" + results(compared))
+    print("\n" + plain(compared))
     print(f"chart  {chart}")
     return 0
 
