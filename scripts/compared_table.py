@@ -236,5 +236,50 @@ def loss_text(loss: float, bold: bool = False) -> str:
     return f"**{text}**" if bold else text
 
 
+# Dims and alphas to start with, and who says so; the learning rates are those of the results.
+STARTS = {
+    "lora": "dim 4 to 128, alpha half of it or the same (sd-scripts' `docs/train_network.md`)",
+    "dora": "as LoRA",
+    "lora+, ratio 4": "as LoRA; the rate is that of the down factors, up has four times of it (musubi-tuner's "
+    "`docs/advanced_config.md`: start around 4)",
+    "lora, pissa": "as LoRA",
+    "lora, alpha 1": "the same LoRA with the trainers' default of `--network_alpha`: scale 1 / 8",
+    "lora, dim 2": "",
+    "lora, dim 32": "",
+    "loha": "half of LoRA's dim has its size; dim up to 32, alpha 1 to dim / 2 (LyCORIS); dim 32, alpha 16 at 2e-4 "
+    "(example in both trainers' `docs/loha_lokr.md`)",
+    "lokr": "for much detail factor 4 to 8 and dim 100000, with which alpha has no effect (LyCORIS); dim 32, alpha 16 "
+    "at 2e-4 (example in both trainers' `docs/loha_lokr.md`)",
+    "glora": "two thirds of LoRA's dim have its size",
+    "dylora": "a large dim, alpha dim / 4 to dim, and more steps (LyCORIS)",
+    "lora_fa": "three times LoRA's dim have its size",
+    "tlora": "as LoRA; these options are the start of the paper, without them it is that of LyCORIS",
+    "diag-oft": "dim is the size of a block, with `dim_is_count=True` their number; `networks.oft_v2`: dim 32 at 1e-4 "
+    "(example in sd-scripts' `docs/train_network_oft_boft.md`)",
+    "boft": "dim is the size of a block",
+    "boft-input": "dim 8 with `butterflies=2` (example in sd-scripts' `docs/train_network_oft_boft.md`)",
+    "full": "no dim",
+    "norm": "no dim",
+    "ia3": "no dim; 5e-3 to 1e-2 (LyCORIS, on Stable Diffusion 1)",
+}
+
+
+def starts(compared: Compared) -> str:
+    """The learning rate of each entry over LoRA's, with the dims and alphas to start with."""
+    outcomes = {outcome.run.name: outcome for outcome in compared.finished()}
+    reference = reference_of(list(outcomes.values()))
+    lines = ["| | here with | learning rate over LoRA's | dim and alpha |", "| --- | --- | --- | --- |"]
+    for name in dict.fromkeys(run.name for run in compared.runs):
+        if name in outcomes:
+            run = outcomes[name].run
+            given = " ".join([f"dim {run.dim}", *run.options])
+            lines.append(f"| {name} | {given} | {run.rate / reference.rate:g} x | {STARTS[name]} |")
+    return "\n".join(lines) + "\n"
+
+
 # Of docs/which-algorithm.md, for scripts/docs.py.
-PARTS = {"compared": lambda: results(read()), "rates": lambda: searches(read())}
+PARTS = {
+    "compared": lambda: results(read()),
+    "rates": lambda: searches(read()),
+    "starts": lambda: starts(read()),
+}

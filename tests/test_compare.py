@@ -196,3 +196,7 @@ def test_redraw_without_results_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     shutil.rmtree(tmp_path / "none", ignore_errors=True)
     assert compare.main(["--redraw", f"--results={tmp_path / 'none.jsonl'}"]) == 2
     assert "Leave --redraw out to train first" in capsys.readouterr().err
+
+
+def test_every_entry_has_values_to_start_with() -> None:
+    assert {entry.name for entry in compare.ENTRIES} == compared_table.STARTS.keys()
