@@ -22,6 +22,120 @@ NEAR = 0.1  # sizes that differ from it by less count as equal
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What is compared.
+
+    Attributes:
+        name: for people.
+        algo, dim: the algorithm and network_dim.
+        first: learning rate from which the search begins.
+        options: network arguments, and network_alpha; without it alpha is dim, so that the scale is 1.
+        start: dims and alphas to start with, and who says so.
+    """
+
+    name: str
+    algo: str
+    dim: int
+    first: float
+    options: tuple[str, ...] = ()
+    start: str = ""
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The options by their names."""
+        return dict(one.split("=", 1) for one in self.options)
+
+    @property
+    def alpha(self) -> float:
+        return float(self.given.get("network_alpha", self.dim))
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """Of the network, as a trainer hands them over."""
+        more = {name: value for name, value in self.given.items() if name != "network_alpha"}
+        return {"algo": self.algo, "conv_dim": str(self.dim), **more}
+
+
+# Sizes as near to that of LoRA of dim 8 as dims and options allow; `full`, `norm` and `ia3` have no dim.
+ENTRIES = (
+    Entry(
+        "lora", "lora", 8, 5e-3, (), "dim 4 to 128, alpha half of it or the same (sd-scripts' `docs/train_network.md`)"
+    ),
+    Entry(
+        "loha",
+        "loha",
+        4,
+        1e-2,
+        (),
+        "half of LoRA's dim has its size; dim up to 32, alpha 1 to dim / 2 (LyCORIS); dim 32, alpha 16 at 2e-4 "
+        "(example in both trainers' `docs/loha_lokr.md`)",
+    ),
+    Entry(
+        "lokr",
+        "lokr",
+        16,
+        5e-3,
+        ("factor=2",),
+        "for much detail factor 4 to 8 and dim 100000, with which alpha has no effect (LyCORIS); dim 32, alpha 16 "
+        "at 2e-4 (example in both trainers' `docs/loha_lokr.md`)",
+    ),
+    Entry("dora", "lora", 8, 2e-3, ("use_dora=True",), "as LoRA"),
+    Entry("glora", "glora", 5, 2e-3, (), "half to two thirds of LoRA's dim have its size"),
+    Entry("dylora", "dylora", 8, 5e-3, (), "a large dim, alpha dim / 4 to dim, and more steps (LyCORIS)"),
+    Entry("lora_fa", "lora_fa", 26, 2e-3, (), "two to three times LoRA's dim have its size"),
+    Entry(
+        "tlora",
+        "tlora",
+        8,
+        2e-3,
+        ("sig_type=last", "use_data_init=False"),
+        "as LoRA; these options are the start of the paper, without them it is that of LyCORIS",
+    ),
+    Entry(
+        "diag-oft",
+        "diag-oft",
+        16,
+        1e-3,
+        ("dim_is_count=True",),
+        "dim is the size of a block, with `dim_is_count=True` their number; `networks.oft_v2`: dim 32 at 1e-4 "
+        "(example in sd-scripts' `docs/train_network_oft_boft.md`)",
+    ),
+    Entry("norm", "norm", 1, 2e-2, (), "no dim"),
+    Entry("ia3", "ia3", 1, 5e-2, (), "no dim; 5e-3 to 1e-2 (LyCORIS, on Stable Diffusion 1)"),
+    Entry("full", "full", 1, 5e-4, (), "no dim"),
+    Entry(
+        "boft-input",
+        "boft-input",
+        6,
+        1e-3,
+        ("butterflies=2",),
+        "dim 8 with `butterflies=2` (example in sd-scripts' `docs/train_network_oft_boft.md`)",
+    ),
+    Entry("boft", "boft", 4, 1e-3, (), "dim is the size of a block"),
+    Entry(
+        "lora, alpha 1",
+        "lora",
+        8,
+        2e-2,
+        ("network_alpha=1",),
+        "the same LoRA with the trainers' default of `--network_alpha`: scale 1 / 8",
+    ),
+    Entry("lora, dim 32", "lora", 32, 1e-3, ()),
+    Entry(
+        "lora+, ratio 4",
+        "lora",
+        8,
+        2e-3,
+        ("loraplus_lr_ratio=4",),
+        "as LoRA; the rate is that of the down factors, up has four times of it (musubi-tuner's "
+        "`docs/advanced_config.md`: start around 4)",
+    ),
+    Entry("lora, dim 2", "lora", 2, 5e-3, ()),
+    Entry("lora, pissa", "lora", 8, 1e-3, ("init=pissa",), "as LoRA"),
+)
+
+
+@dataclass(frozen=True)
 class Run:
     """One training run.
 
@@ -236,45 +350,27 @@ def loss_text(loss: float, bold: bool = False) -> str:
     return f"**{text}**" if bold else text
 
 
-# Dims and alphas to start with, and who says so; the learning rates are those of the results.
-STARTS = {
-    "lora": "dim 4 to 128, alpha half of it or the same (sd-scripts' `docs/train_network.md`)",
-    "dora": "as LoRA",
-    "lora+, ratio 4": "as LoRA; the rate is that of the down factors, up has four times of it (musubi-tuner's "
-    "`docs/advanced_config.md`: start around 4)",
-    "lora, pissa": "as LoRA",
-    "lora, alpha 1": "the same LoRA with the trainers' default of `--network_alpha`: scale 1 / 8",
-    "lora, dim 2": "",
-    "lora, dim 32": "",
-    "loha": "half of LoRA's dim has its size; dim up to 32, alpha 1 to dim / 2 (LyCORIS); dim 32, alpha 16 at 2e-4 "
-    "(example in both trainers' `docs/loha_lokr.md`)",
-    "lokr": "for much detail factor 4 to 8 and dim 100000, with which alpha has no effect (LyCORIS); dim 32, alpha 16 "
-    "at 2e-4 (example in both trainers' `docs/loha_lokr.md`)",
-    "glora": "two thirds of LoRA's dim have its size",
-    "dylora": "a large dim, alpha dim / 4 to dim, and more steps (LyCORIS)",
-    "lora_fa": "three times LoRA's dim have its size",
-    "tlora": "as LoRA; these options are the start of the paper, without them it is that of LyCORIS",
-    "diag-oft": "dim is the size of a block, with `dim_is_count=True` their number; `networks.oft_v2`: dim 32 at 1e-4 "
-    "(example in sd-scripts' `docs/train_network_oft_boft.md`)",
-    "boft": "dim is the size of a block",
-    "boft-input": "dim 8 with `butterflies=2` (example in sd-scripts' `docs/train_network_oft_boft.md`)",
-    "full": "no dim",
-    "norm": "no dim",
-    "ia3": "no dim; 5e-3 to 1e-2 (LyCORIS, on Stable Diffusion 1)",
-}
-
-
 def starts(compared: Compared) -> str:
     """The learning rate of each entry over LoRA's, with the dims and alphas to start with."""
     outcomes = {outcome.run.name: outcome for outcome in compared.finished()}
     reference = reference_of(list(outcomes.values()))
     lines = ["| | here with | learning rate over LoRA's | dim and alpha |", "| --- | --- | --- | --- |"]
-    for name in dict.fromkeys(run.name for run in compared.runs):
-        if name in outcomes:
-            run = outcomes[name].run
-            given = " ".join([f"dim {run.dim}", *run.options])
-            lines.append(f"| {name} | {given} | {run.rate / reference.rate:g} x | {STARTS[name]} |")
+    for entry in ENTRIES:
+        found = outcomes.get(entry.name)
+        factor = f"{found.run.rate / reference.rate:g} x" if found else "-"
+        lines.append(f"| {entry.name} | {' '.join([f'dim {entry.dim}', *entry.options])} | {factor} | {entry.start} |")
     return "\n".join(lines) + "\n"
+
+
+def unfinished(compared: Compared) -> str:
+    """Which entries have no row in the table of results, with what is known of them; empty where none is left."""
+    done = {outcome.run.name for outcome in compared.finished()}
+    left = [entry.name for entry in ENTRIES if entry.name not in done]
+    if not left:
+        return ""
+    begun = [name for name in left if compared.search(name)]
+    also = f" Begun: {', '.join(begun)}." if begun else ""
+    return f"Not finished, so not in the table: {'; '.join(left)}.{also} `python scripts/emoji/compare.py` goes on.\n"
 
 
 # Of docs/which-algorithm.md, for scripts/docs.py.
@@ -282,4 +378,5 @@ PARTS = {
     "compared": lambda: results(read()),
     "rates": lambda: searches(read()),
     "starts": lambda: starts(read()),
+    "unfinished": lambda: unfinished(read()),
 }

@@ -34,11 +34,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 from compared_table import (  # noqa: E402
+    ENTRIES,
     REFERENCE,
     RESULTS,
     SEARCH_SEED,
     SEEDS,
     Compared,
+    Entry,
     Outcome,
     Run,
     chosen,
@@ -65,63 +67,6 @@ DRAW_STEPS = 24
 STEPS, BATCH, WARMUP = 75, 8, 5  # 75 steps of 8 are five times through the 120 pictures
 PARTS = 3  # of a run, after each of which the loss is taken
 CHOICE_EVERY = 3  # one held-out picture in so many is for the choice of the rate
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What is compared.
-
-    Attributes:
-        name: for people.
-        algo, dim: the algorithm and network_dim.
-        options: network arguments, and network_alpha; without it alpha is dim, so that the scale is 1.
-        first: learning rate from which the search begins.
-    """
-
-    name: str
-    algo: str
-    dim: int
-    first: float
-    options: tuple[str, ...] = ()
-
-    @property
-    def given(self) -> dict[str, str]:
-        """The options by their names."""
-        return dict(one.split("=", 1) for one in self.options)
-
-    @property
-    def alpha(self) -> float:
-        return float(self.given.get("network_alpha", self.dim))
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """Of the network, as a trainer hands them over."""
-        more = {name: value for name, value in self.given.items() if name != "network_alpha"}
-        return {"algo": self.algo, "conv_dim": str(self.dim), **more}
-
-
-# Sizes as near to that of LoRA of dim 8 as dims and options allow; `full`, `norm` and `ia3` have no dim.
-ENTRIES = (
-    Entry("lora", "lora", 8, 5e-3),
-    Entry("loha", "loha", 4, 1e-2),
-    Entry("lokr", "lokr", 16, 5e-3, ("factor=2",)),
-    Entry("dora", "lora", 8, 2e-3, ("use_dora=True",)),
-    Entry("glora", "glora", 5, 2e-3),
-    Entry("dylora", "dylora", 8, 5e-3),
-    Entry("lora_fa", "lora_fa", 26, 2e-3),
-    Entry("tlora", "tlora", 8, 2e-3, ("sig_type=last", "use_data_init=False")),
-    Entry("diag-oft", "diag-oft", 16, 2e-3, ("dim_is_count=True",)),
-    Entry("full", "full", 1, 5e-4),
-    Entry("norm", "norm", 1, 2e-2),
-    Entry("ia3", "ia3", 1, 5e-2),
-    Entry("boft", "boft", 4, 2e-3),
-    Entry("boft-input", "boft-input", 6, 2e-3, ("butterflies=2",)),
-    Entry("lora, dim 2", "lora", 2, 5e-3),
-    Entry("lora, dim 32", "lora", 32, 1e-3),
-    Entry("lora, pissa", "lora", 8, 1e-3, ("init=pissa",)),
-    Entry("lora, alpha 1", "lora", 8, 2e-2, ("network_alpha=1",)),
-    Entry("lora+, ratio 4", "lora", 8, 2e-3, ("loraplus_lr_ratio=4",)),
-)
 
 
 @dataclass(frozen=True)
@@ -191,7 +136,7 @@ class Bench:
             rows = [(index, 1.0) for index in order.whole(epoch)[number][0]]
             batch = default_collate([self.train[row] for row in rows])
             latents = self.train.latents(batch)
-            yield (batch, [latents, *draw_noise(seed, step, batch["index"].tolist(), latents)[:2]])
+            yield batch, [latents, *draw_noise(seed, step, batch["index"].tolist(), latents)[:2]]
 
     def network(self, entry: Entry, rate: float) -> tuple[Any, torch.optim.Optimizer]:
         """A new network, attached, and its optimizer."""
@@ -244,7 +189,7 @@ def train(job: Job) -> tuple[Run, Image | None]:
         schedule = get_scheduler(
             "cosine", optimizer, num_warmup_steps=min(WARMUP, job.steps // 2), num_training_steps=job.steps
         )
-        objective, losses, curve = (Objective(network, place.family, place.loss), list[float](), [])
+        objective, losses, curve = Objective(network, place.family, place.loss), list[float](), []
         marks = {round(job.steps * part / PARTS) for part in range(1, PARTS + 1)}
         for step, (batch, inputs) in enumerate(place.batches(job.seed, job.steps), start=1):
             torch.manual_seed(seed_of(job.seed, "dropout", step))
