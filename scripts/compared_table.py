@@ -370,7 +370,8 @@ def unfinished(compared: Compared) -> str:
         return ""
     begun = [name for name in left if compared.search(name)]
     also = f" Begun: {', '.join(begun)}." if begun else ""
-    return f"Not finished, so not in the table: {'; '.join(left)}.{also} `python scripts/emoji/compare.py` goes on with them.\n"
+    next_step = "`python scripts/emoji/compare.py` goes on with them."
+    return f"Not finished, so not in the table: {'; '.join(left)}.{also} {next_step}\n"
 
 
 # Of docs/which-algorithm.md, for scripts/docs.py.
