@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this checkout's networks, whatever is installed
 
+import compared_table  # noqa: E402
 import imports  # noqa: E402
 import readers_table  # noqa: E402
 from pages import algorithms, architectures, arguments, plan, presets  # noqa: E402
@@ -26,6 +27,7 @@ from networks.args.render import typed  # noqa: E402
 
 PARTS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"readers": readers_table.worst},
+    ROOT / "docs" / "which-algorithm.md": compared_table.PARTS,
     ROOT / "CONTRIBUTING.md": {"imports": lambda: f"```mermaid\n{imports.mermaid()}\n```\n"},
 }
 WHOLE: dict[Path, Callable[[], str]] = {
