@@ -231,6 +231,27 @@ def check_free(output: Path, model: Path, overwrite: bool) -> None:
     check_outputs([*written, *drawn_before(output)], [model, EMOJI], overwrite or own)
 
 
+def problems_of(before: float, after: float, colours: Sequence[float], same: bool, difference: float) -> list[str]:
+    """What the adapter is not as it should be in.
+
+    Args:
+        before, after: held-out losses.
+        colours: of the pictures, by strength.
+        same: whether strength 0 draws the base model's pictures.
+        difference: of diffusers' pictures from ours.
+    """
+    problems = []
+    if not same:
+        problems.append("at strength 0 the images differ from the base model's.")
+    if not after <= MAX_LOSS_RATIO * before:
+        problems.append(f"the held-out loss is {after / before:.2f} of the base model's, above {MAX_LOSS_RATIO}.")
+    if not colours[-1] <= MAX_COLOUR_RATIO * colours[0]:
+        problems.append(f"the colour is {colours[-1] / colours[0]:.2f} of the base model's, above {MAX_COLOUR_RATIO}.")
+    if not difference <= MAX_DIFFERENCE:
+        problems.append(f"diffusers draws other pictures with the file, by {difference:.1f} of 255.")
+    return problems
+
+
 def demo(args: argparse.Namespace) -> int:
     """Train, draw, compare. Returns 0, or 1 when the adapter is not what it should be."""
     start, output, model = time.monotonic(), Path(args.output), Path(args.model)
@@ -263,15 +284,7 @@ def demo(args: argparse.Namespace) -> int:
     print(f"adapter  {adapter}\npictures {output / 'before_after.png'}, {output / 'loss.png'}")
     print(f"updates  {output / 'updates.png'}\nplan     {output / 'plan.txt'}")
 
-    problems = []
-    if not same:
-        problems.append("at strength 0 the images differ from the base model's.")
-    if not after <= MAX_LOSS_RATIO * before:
-        problems.append(f"the held-out loss is {after / before:.2f} of the base model's, above {MAX_LOSS_RATIO}.")
-    if not colours[-1] <= MAX_COLOUR_RATIO * colours[0]:
-        problems.append(f"the colour is {colours[-1] / colours[0]:.2f} of the base model's, above {MAX_COLOUR_RATIO}.")
-    if not difference <= MAX_DIFFERENCE:
-        problems.append(f"diffusers draws other pictures with the file, by {difference:.1f} of 255.")
+    problems = problems_of(before, after, colours, same, difference)
     if args.no_check or not problems:
         return 0
     print("\nThe demo FAILED its own checks:\n- " + "\n- ".join(problems), file=sys.stderr)

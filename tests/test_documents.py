@@ -56,6 +56,10 @@ NOT_RUN: dict[tuple[str, ...], str] = {
     ("accelerate", "config"): "asks questions",
     ("python", "-m", "pytest"): "the tests themselves",
     ("pytest",): "the tests themselves",
+    ("python", "-m", "venv"): "an environment of several GB, for a release",
+    ("../release-venv/bin/python",): "in that environment",
+    ("../wheel-venv/bin/python",): "in that environment",
+    ("wheel-venv/bin/kohya-networks",): "in that environment; tests/test_packaging.py runs it from the wheel",
     ("python", "-m", "build"): "makes an environment of its own; tests/test_packaging.py builds the wheel",
     ("cd",): "changes into the reader's folder",
     ("python", "scripts/start.py"): "makes an environment; tests/test_start.py and tests/test_demo.py do it",
@@ -144,6 +148,9 @@ class Page:
                 self.command(line)
 
     def python(self, block: Block) -> None:
+        if self.path.name == "CONTRIBUTING.md":  # files of the examples, which import from where they would stand
+            ast.parse(block.text)
+            return
         if not self.namespace:
             self.namespace.update(start_of_python())
         with contextlib.redirect_stdout(io.StringIO()):

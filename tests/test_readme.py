@@ -1,5 +1,5 @@
-"""docs/trainers.md has a command line for each script of sd-scripts, accepted on the model that it trains. And generated
-parts of all pages are up to date.
+"""docs/trainers.md has a command line for each script of sd-scripts, accepted on the model that it trains. And what is
+generated in all pages is up to date.
 """
 
 from __future__ import annotations

@@ -68,15 +68,19 @@ def _decide(site: Site, layer: AdaptedLayer, x: Tensor, weight: Tensor | None) -
     adapter, found = layer.adapter, cast("Form | None", None)
     call = Call(x.shape, adapter.geometry.tokens(x), layer.runtime.factored)
     if _lies_open(site, x, weight):
-        call = replace(call, sums=is_wide(autocast_dtype(x) or x.dtype))
-        form, biased = adapter.over_base(call), adapter.bias_change() is not None
-        if form is not None and not layer.side:
-            found = _WithBias(form) if biased else _Plain(form)
-        elif not biased and form is not None and layer.runtime.multiplier == 1:
-            found = _WithMagnitude(form, layer.on_output)
+        found = _open_form(layer, replace(call, sums=is_wide(autocast_dtype(x) or x.dtype)))
     elif not layer.side and adapter.bias_parameter is None and (beside := adapter.beside_base(call)) is not None:
         found = Beside(beside)
     return _Stepwise(found) if found is not None and adapter.spec.stepwise else found
+
+
+def _open_form(layer: AdaptedLayer, call: Call) -> Form | None:
+    form, biased = layer.adapter.over_base(call), layer.adapter.bias_change() is not None
+    if form is None or (layer.side and (biased or layer.runtime.multiplier != 1)):
+        return None
+    if layer.side:
+        return _WithMagnitude(form, layer.on_output)
+    return _WithBias(form) if biased else _Plain(form)
 
 
 def _is_usual(site: Site, layer: AdaptedLayer, x: Tensor) -> bool:
