@@ -81,7 +81,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--H", type=int, help="height in pixels; default: the model's own")
     add("--steps", type=int, default=50, help="default: 50")
     add("--scale", type=finite_number, default=7.5, help="guidance; default: 7.5")
-    add("--sampler", choices=sorted(SAMPLERS), help="default: the model's own")
+    add(
+        "--sampler",
+        choices=sorted(SAMPLERS),
+        metavar="NAME",
+        help=f"{', '.join(sorted(SAMPLERS))}; default: the model's own",
+    )
     add("--seed", type=int, help="of each prompt's first image, the next ones count up; default: random, printed")
     add("--images_per_prompt", type=int, default=1)
     add("--batch_size", type=int, default=1, help="images drawn together; more needs more memory")

@@ -75,7 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="music is cut to this length; default: 240",
     )
     add("--train_batch_size", type=int, default=1, help="examples a step in each process")
-    add("--max_data_loader_n_workers", type=int, default=0, help="default 0: images are read by the main process")
+    add(
+        "--max_data_loader_n_workers",
+        type=int,
+        metavar="N",
+        default=0,
+        help="default 0: images are read by the main process",
+    )
     add(
         "--persistent_data_loader_workers",
         action=OnOff,
@@ -131,7 +137,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--text_encoder_lr", type=finite_number, nargs="*", metavar="LR", help="one for all text encoders, or one each")
     add("--optimizer_type", default="AdamW", help="AdamW, AdamW8bit, SGD or package.module.Class")
     add("--optimizer_args", nargs="*", metavar="KEY=VALUE", help='for example "betas=0.9,0.99"')
-    add("--lr_scheduler", default="constant", choices=SCHEDULERS, help="default: constant")
+    add(
+        "--lr_scheduler",
+        default="constant",
+        choices=SCHEDULERS,
+        metavar="NAME",
+        help=f"{', '.join(SCHEDULERS)}; default: constant",
+    )
     add("--lr_warmup_steps", type=int, default=0)
     add("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
     add(
@@ -144,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--full_bf16", action="store_true", help="the network itself in bf16, with --mixed_precision bf16")
     add("--quantize", choices=QUANTIZED, help="store the frozen model's Linear layers in 4 or 8 bits (bitsandbytes)")
     add("--fp8_base", action="store_true", help="store the frozen model's weights in 8 bits: half the memory of bf16")
-    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_accumulation_steps", type=int, metavar="N", default=1)
     add("--max_grad_norm", type=finite_number, default=1.0, help="0 = do not clip; default: 1.0")
     add("--max_train_steps", type=int, default=1600, help="optimizer steps; default: 1600")
     add("--seed", type=int, help="same seed, same result; default: a random one, printed")
@@ -205,14 +217,24 @@ def _add_noise_and_loss(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("noise and loss of flow models")
     add = group.add_argument
-    add("--timestep_sampling", choices=SAMPLINGS, help="how noise levels are drawn; default: as the family was trained")
+    add(
+        "--timestep_sampling",
+        choices=SAMPLINGS,
+        metavar="NAME",
+        help=f"{', '.join(SAMPLINGS)}: how noise levels are drawn; default: as the family was trained",
+    )
     add(
         "--discrete_flow_shift",
         type=finite_number,
         help="above 1, more noise; for sigma and shift; default: the family's",
     )
     add("--sigmoid_scale", type=finite_number, help="spread of sigmoid, shift and flux_shift; default: 1")
-    add("--weighting_scheme", choices=SCHEMES, help="density of sigma (logit_normal, mode), or weight of the loss")
+    add(
+        "--weighting_scheme",
+        choices=SCHEMES,
+        metavar="NAME",
+        help=f"{', '.join(SCHEMES)}: density of sigma (logit_normal, mode), or weight of the loss",
+    )
     add("--logit_mean", type=finite_number, help="of logit_normal; above 0, less noise; default: 0")
     add("--logit_std", type=finite_number, help="of logit_normal; default: 1")
     add("--mode_scale", type=finite_number, help="of mode; default: 1.29")

@@ -30,10 +30,18 @@ from ..args.coerce import read_toml as parse_toml
 from ..files.outputs import check_outputs as check_outputs
 from ..files.outputs import write_atomically as write_atomically
 from ..foreign.texts import is_file, printable, read_text
+from .terminal import fitted
 
 USER_ERROR = 2  # exit code of every mistake that the user can mend
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 CUT_OFF = 141  # 128 + SIGPIPE
+
+
+class FittedHelp(argparse.RawDescriptionHelpFormatter):
+    """Help whose description keeps its commands and fits the terminal."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return super()._fill_text(fitted(text), width, indent)
 
 
 class OnOff(argparse.Action):
@@ -69,7 +77,7 @@ def add_allow_missing(parser: argparse.ArgumentParser) -> None:
 
 def program(description: str | None) -> argparse.ArgumentParser:
     """The parser of a program whose module is described so; with --debug, see `run_program`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=FittedHelp)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

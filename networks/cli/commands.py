@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from .._version import __version__
 from ..hosts.beside import claim
 from .command_line import USER_ERROR, error_text, nearest
+from .terminal import width
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:10}{command.summary}" for name, command in COMMANDS.items()]
+    gap = " " * 12
+    lines = [
+        textwrap.fill(command.summary, max(40, width() - 1), initial_indent=f"  {name:10}", subsequent_indent=gap)
+        for name, command in COMMANDS.items()
+    ]
     return "\n".join(
         ["usage: kohya-networks COMMAND ...", "", *lines, "", "kohya-networks COMMAND --help explains a command."]
     )

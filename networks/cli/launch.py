@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..hosts import launching
 from .command_line import USER_ERROR
+from .terminal import fitted
 
 ROOT = Path(__file__).parents[2]  # the folder that holds our packages
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
         del arguments[0]
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__, file=sys.stdout if arguments else sys.stderr)
+        print(fitted(__doc__ or ""), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else USER_ERROR
     try:
         script = launching.find_script(arguments[0])

@@ -25,7 +25,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = tool(__doc__)
     parser.add_argument("file", metavar="FILE", type=Path)
     add_model(parser)
-    parser.add_argument("--for", dest="to", choices=TARGETS, default="", help="the program or form that it is for; "
+    parser.add_argument("--for", dest="to", choices=TARGETS, default="", metavar="TARGET",
+                        help=f"the program or form that it is for: {', '.join(TARGETS)}; "
                         "default: portable, which most programs read")  # fmt: skip
     parser.add_argument("--strength", type=finite_number, help="of layers that do not say it themselves, alpha / dim")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the .safetensors file to write")
