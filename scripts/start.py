@@ -20,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = (3, 10)
+# Pip's last diffusers for 3.10 lacks pipelines that the tests run, and goes with no torchao that peft goes with.
+OLDEST_OF_TESTS = (3, 11)
 MARKER = "kohya-networks.json"  # in the environment: what it was made from
 INPUTS = ("constraints.txt", "setup.cfg", "pyproject.toml")
 
@@ -263,6 +265,11 @@ def main(argv: list[str]) -> int:
         if sys.version_info < OLDEST:
             raise SetupError(
                 f"Python {sys.version.split()[0]} is too old: 3.10 or newer is needed. Start it with that one."
+            )
+        if sys.version_info < OLDEST_OF_TESTS and command != "demo":
+            raise SetupError(
+                f"{command} needs Python 3.11 or newer, since there is no current diffusers for "
+                f"{sys.version.split()[0]}; the package and the demo run on it."
             )
         python = prepare(environment_folder())
     except SetupError as error:

@@ -143,6 +143,13 @@ def test_old_python_is_refused(monkeypatch, capsys):
     assert "too old" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["test", "check"])
+def test_tests_are_refused_where_their_libraries_are_too_old(monkeypatch, capsys, command):
+    monkeypatch.setattr(start, "OLDEST_OF_TESTS", (99, 0))
+    assert start.main([command]) == 2
+    assert f"{command} needs Python 3.11 or newer" in capsys.readouterr().err
+
+
 def test_child_runs_this_checkout(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

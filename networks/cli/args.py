@@ -25,7 +25,7 @@ from ..hosts.launching import LYCORIS
 from ..hosts.stops import applies, listing
 from ..models.releases import RELEASES, arch_of, hint, release_called
 from ..records import Arg
-from .command_line import nearest, program, run_program
+from .command_line import nearest, program, run_program, say
 
 STANDS_FOR = {LYCORIS: "networks.lycoris"}  # modules of others that we have, too
 ENTRIES = Path(__file__).parents[1]
@@ -109,7 +109,8 @@ def show(args: argparse.Namespace) -> int:
         return 0
     title = module.title if module else "All arguments; those of some algorithms or models alone say so."
     text = listing(title, rows, lambda arg, width: plain(arg, width, not (module and module.algo)), others=not words)
-    print("\n".join(text))
+    for line in "\n".join(text).splitlines():
+        say(line)
     return 0
 
 

@@ -30,7 +30,7 @@ from ..args.coerce import read_toml as parse_toml
 from ..files.outputs import check_outputs as check_outputs
 from ..files.outputs import write_atomically as write_atomically
 from ..foreign.texts import is_file, printable, read_text
-from .terminal import fitted
+from .terminal import fitted, folded
 
 USER_ERROR = 2  # exit code of every mistake that the user can mend
 INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
@@ -265,8 +265,9 @@ def told_time(seconds: float) -> str:
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print one line, of which a part may be text of a file."""
-    print(printable(text, 0), file=sys.stderr if error else sys.stdout)
+    """Print one line, of which a part may be text of a file; on a terminal in as many as it needs there."""
+    stream, line = sys.stderr if error else sys.stdout, printable(text, 0)
+    print("\n".join(folded(line)) if stream.isatty() else line, file=stream)
 
 
 class _Log(logging.Formatter):
@@ -343,7 +344,8 @@ def run_program(body: Callable[[argparse.Namespace], int], parser: argparse.Argu
     except (ValueError, OSError, ImportError) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        print(f"error: {error_text(error)}", file=sys.stderr)
+        for line in f"error: {error_text(error)}".splitlines():
+            say(line, error=True)
         return USER_ERROR
 
 

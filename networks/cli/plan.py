@@ -46,6 +46,7 @@ from .command_line import (
     run_program,
     set_log_level,
 )
+from .terminal import columns_of_output, folded
 from .trainer_line import TrainerRun, is_given, run_of_settings, run_of_text, run_of_words
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def show(args: argparse.Namespace) -> int:
         next(stage)
         plan = _rated(_planned(entry, model, run, problems), model, run, problems)
         if args.why is not None:
-            text = explained(plan.why(args.why), args.json)
+            text = _fitting(explained(plan.why(args.why), args.json).splitlines())
         else:
             next(stage)
             text = _printed(plan.only_trained() if args.trained else plan, model, run, args)
@@ -128,9 +129,16 @@ def show(args: argparse.Namespace) -> int:
 def _printed(plan: Any, model: Skeleton, run: TrainerRun, args: argparse.Namespace) -> str:
     if args.json:
         return json.dumps(plan.to_json() | {"model": _named(model), "run": _as_json(run)}, indent=1)
-    lines = [*run.notes, replace(plan, title=_title(plan.title, model)).to_text().rstrip("\n")]
-    lines += [f"warning: {text}" for text in plan.warnings]
-    return "\n".join([*lines, *(plan.readers() if args.readers else [])])
+    named = replace(plan, title=_title(plan.title, model))
+    lines = [*run.notes, *named.to_text(columns_of_output()).splitlines()]
+    lines += [f"warning: {text}" for text in plan.warnings] + (plan.readers() if args.readers else [])
+    return _fitting(lines)
+
+
+def _fitting(lines: Sequence[str]) -> str:
+    """In as many lines as a terminal needs."""
+    columns = columns_of_output()
+    return "\n".join(piece for line in lines for piece in (folded(line, columns) if columns else [line]))
 
 
 # -- what is asked

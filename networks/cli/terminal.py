@@ -5,12 +5,18 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import sys
 import textwrap
 
 
 def width() -> int:
     """Columns of the terminal, or those that COLUMNS gives; 80 where neither is known."""
     return shutil.get_terminal_size().columns
+
+
+def columns_of_output() -> int:
+    """How wide a line of stdout may be; 0 = as wide as it is, since it goes to a file or a program."""
+    return width() - 1 if sys.stdout.isatty() else 0
 
 
 def fitted(text: str, columns: int | None = None) -> str:
@@ -34,6 +40,20 @@ def fitted(text: str, columns: int | None = None) -> str:
         else:
             lines += _filled(" ".join(part), columns)
     return "\n".join(lines)
+
+
+def folded(line: str, columns: int | None = None) -> list[str]:
+    """A line of output in as many as it needs; those after the first stand further in.
+
+    Args:
+        line: with its indentation.
+        columns: how wide a line may be; default: one less than the terminal.
+    """
+    columns = max(40, width() - 1 if columns is None else columns)
+    if len(line) <= columns:
+        return [line]
+    first = line[: len(line) - len(line.lstrip())]
+    return _filled(line.strip(), columns, first, f"{first}    ")
 
 
 def _command(line: str, columns: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import warnings
 from typing import Any
 
@@ -13,10 +14,15 @@ from torch import nn
 from ..archs.releases import Encoder, Release
 
 
+def _quiet_at_import() -> None:
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "transformers"):  # what they lack here
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # read as it is imported, when its logger is made anew
+
+
 def quiet_libraries() -> None:
     """Silence the libraries' remarks at import time, which a user can do nothing about."""
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # what they lack on this machine
-        logging.getLogger(name).setLevel(logging.ERROR)
+    _quiet_at_import()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -35,6 +41,7 @@ def library_class(library: str, name: str) -> Any:
     Raises:
         ValueError: the installed version has no such class.
     """
+    _quiet_at_import()
     try:
         return getattr(importlib.import_module(library), name)
     except (ImportError, AttributeError):

@@ -260,9 +260,9 @@ class Plan:
         """The plan without the rows of layers that are left out."""
         return replace(self, rows=self.trained)
 
-    def to_text(self) -> str:
-        """A table: one line per layer, then totals and notes."""
-        return report.plan_text(self)
+    def to_text(self, columns: int = 0) -> str:
+        """A table: one line per layer, then totals and notes; two lines where it is wider than so many columns."""
+        return report.plan_text(self, columns)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form: one object per layer, and the totals."""

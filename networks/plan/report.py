@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -67,8 +68,39 @@ def totals(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_text(plan: Plan) -> str:
-    """A table: one line per layer, then totals and notes."""
+def plan_text(plan: Plan, columns: int = 0) -> str:
+    """A table: one line per layer, then totals and notes.
+
+    Args:
+        plan: the plan.
+        columns: of the terminal; where the table is wider, each layer has two lines, and saved names and bytes are left
+            out. 0 = as wide as it is.
+    """
+    text = _table(plan)
+    if columns and max(map(len, text)) > columns:
+        text = [line for row in plan.rows for line in _narrow(row, columns)]
+        text = [plan.title, "saved names and bytes: in a wider terminal, in a file, with --json", *text]
+    return "\n".join([*text, "", *summary(plan)]) + "\n"
+
+
+def _narrow(row: PlanRow, columns: int) -> list[str]:
+    about = f"{row.kind} {'x'.join(map(str, row.shape))}"
+    if row.trained:
+        values = [f"rank {row.dim}", f"alpha {row.alpha:g}", f"scale {row.scale:.6g}", f"lr {_lr(row)}"]
+        values += [f"{row.parameters:,} values"] + ([_dropouts(row)] if row.dropouts else [])
+        about += f", {', '.join(values)}"
+    else:
+        about += f" - {row.reason}"
+    return [
+        row.shown_name,
+        *textwrap.wrap(
+            about, columns, initial_indent="    ", subsequent_indent="        ", break_long_words=False,
+            break_on_hyphens=False,
+        ),
+    ]  # fmt: skip
+
+
+def _table(plan: Plan) -> list[str]:
     head: tuple[str, ...] = (
         "layer", "saved name", "kind", "shape", "rank", "alpha", "scale", "lr", "parameters", "bytes",
     )  # fmt: skip
@@ -83,7 +115,7 @@ def plan_text(plan: Plan) -> str:
         else:
             *first, reason = cells
             text.append("  ".join([*(c.ljust(w) for c, w in zip(first, widths, strict=False)), f"- {reason}"]))
-    return "\n".join([*text, "", *summary(plan)]) + "\n"
+    return text
 
 
 def _cells(row: PlanRow, dropouts: bool) -> tuple[str, ...]:
