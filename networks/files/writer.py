@@ -77,8 +77,8 @@ class Stream:
         Returns:
             Them as they stand in the file.
         """
-        cast, _ = _cast(tensors, self._dtype)
-        for key, tensor in cast.items():
+        written = cast(tensors, self._dtype)
+        for key, tensor in written.items():
             assert all(key not in entries for entries in self._entries.values()), key
             data, size = serialize({key: tensor}), tensor.itemsize
             length = int.from_bytes(data[:8], "little")
@@ -88,7 +88,7 @@ class Stream:
             stop = start + self._waiting[size].write(memoryview(data)[8 + length :])
             entry = {**json.loads(data[8 : 8 + length])[key], "data_offsets": [start, stop]}
             self._entries.setdefault(size, {})[key] = entry
-        return cast
+        return written
 
     def chunks(self, metadata: Mapping[str, str]) -> Iterator[bytes]:
         """The whole file, with the hashes that web UIs index by."""
@@ -165,27 +165,29 @@ def content(
     return header, payload
 
 
-def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Any]], memoryview]:
-    """Entries of the header, and the bytes of all tensors, in the order of safetensors: each is copied once, and its
-    bytes are not looked at by any Python of that library."""
-    kinds = list(dict.fromkeys(tensor.dtype for tensor in tensors.values()))
+def _laid_out(tensors: Mapping[str, _Kept]) -> tuple[dict[str, dict[str, Any]], memoryview]:
+    """Entries of the header, and the bytes of all tensors, in the order of safetensors: each is copied once, into its
+    dtype, and its bytes are not looked at by any Python of that library."""
+    kinds = list(dict.fromkeys(dtype for _, dtype in tensors.values()))
     data = serialize({str(i): torch.empty(0, dtype=dtype) for i, dtype in enumerate(kinds)})
     order = {
         kinds[int(i)]: entry["dtype"] for i, entry in json.loads(data[8:]).items()
     }  # widest first: all are aligned
     of_kind: dict[torch.dtype, list[str]] = {dtype: [] for dtype in order}
     for key in sorted(tensors):
-        of_kind[tensors[key].dtype].append(key)
+        of_kind[tensors[key][1]].append(key)
     entries, at = dict[str, dict[str, Any]](), 0
     for dtype, keys in of_kind.items():
         for key in keys:
-            start, at = at, at + tensors[key].nbytes
-            entries[key] = {"dtype": order[dtype], "shape": list(tensors[key].shape), "data_offsets": [start, at]}
+            tensor = tensors[key][0]
+            start, at = at, at + tensor.numel() * dtype.itemsize
+            entries[key] = {"dtype": order[dtype], "shape": list(tensor.shape), "data_offsets": [start, at]}
     payload = bytearray(at)
     whole = torch.frombuffer(payload, dtype=torch.uint8) if at else torch.empty(0, dtype=torch.uint8)
     for key, entry in entries.items():
-        if tensors[key].numel():
-            whole[slice(*entry["data_offsets"])].view(tensors[key].dtype).copy_(tensors[key].flatten())
+        tensor, dtype = tensors[key]
+        if tensor.numel():
+            whole[slice(*entry["data_offsets"])].view(dtype).copy_(tensor.flatten())
     return entries, memoryview(payload)
 
 
@@ -195,15 +197,18 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, 
     Args:
         tensors, dtype: as for `write_tensors`.
     """
-    return _cast(tensors, dtype)[0]
+    return {key: tensor.to(chosen) for key, (tensor, chosen) in _cast(tensors, dtype)[0].items()}
 
 
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Tensors as they are saved, and how many are broken or lost; one warning for each of these kinds.
+_Kept = tuple[Tensor, torch.dtype]  # a tensor, and the dtype in which a file has it
+
+
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, _Kept], dict[str, int]]:
+    """What is saved, and how many are broken or lost; one warning for each of these kinds.
 
     Extremes say it all in one pass over the data: NaN and infinity show in them, overflow and underflow follow.
     """
-    cast: dict[str, Tensor] = {}
+    cast: dict[str, _Kept] = {}
     broken, vanished = [], []
     for key, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -216,10 +221,11 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dic
         chosen = _chosen(key, tensor.dtype, dtype)
         # A value outside the range of fp16 would come back as infinity: such a tensor keeps its dtype.
         if chosen != tensor.dtype and not torch.finfo(chosen).max < largest < math.inf:
-            tensor = tensor.to(chosen)
             if 0 < largest < torch.finfo(chosen).tiny and not torch.tensor(largest, dtype=chosen).item():
                 vanished.append(key)
-        cast[key] = tensor
+        else:
+            chosen = tensor.dtype
+        cast[key] = tensor, chosen
     if broken:
         log.warning("saved %d tensors with NaN or infinite values, e.g. %s", len(broken), ", ".join(broken[:3]))
     if vanished:
