@@ -390,10 +390,10 @@ def test_flow_levels():
     assert torch.allclose(torch.quantile(draws, u), normal, atol=5e-3)
 
 
-def commands_of_the_readme() -> list[list[str]]:
+def commands_of_the_page() -> list[list[str]]:
     """The block with one command per family, each as a shell divides it."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    block = text.partition("One command per family:\n\n```\n")[2].partition("```")[0]
+    text = (Path(__file__).parents[1] / "docs" / "reference-trainer.md").read_text(encoding="utf-8")
+    block = text.partition("## One command per family\n\n```bash\n")[2].partition("```")[0]
     return [shlex.split(command) for command in block.replace("\\\n", " ").splitlines()]
 
 
@@ -410,10 +410,10 @@ PLACES = {
 
 @pytest.mark.parametrize(
     "command",  # Python 3.10's last diffusers has not all pipelines
-    [command for command in commands_of_the_readme() if hasattr(diffusers, PLACES[command[3]])],
+    [command for command in commands_of_the_page() if hasattr(diffusers, PLACES[command[3]])],
     ids=lambda command: command[3],
 )
-def test_the_commands_of_the_readme_run(folder, tmp_path, command, monkeypatch):
+def test_the_commands_of_the_page_run(folder, tmp_path, command, monkeypatch):
     """As they stand there, on tiny models and pictures, and for two steps."""
     monkeypatch.chdir(tmp_path)
     python, script, *options = command
@@ -432,5 +432,5 @@ def test_the_commands_of_the_readme_run(folder, tmp_path, command, monkeypatch):
 
 
 def test_every_family_has_a_command():
-    said = {PLACES[command[3]] for command in commands_of_the_readme() if command[1].endswith("train_network.py")}
+    said = {PLACES[command[3]] for command in commands_of_the_page() if command[1].endswith("train_network.py")}
     assert said == {family.pipeline_class for family in FAMILIES}

@@ -116,20 +116,12 @@ def _compare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     model = folder / "model"
     model.mkdir()
     (model / "model_index.json").write_text("{}")
-    monkeypatch.setattr(compare, "ENTRIES", compare.ENTRIES[:1])
-    monkeypatch.setattr(compare, "costs", lambda: {"lora": compare.Cost(1.0, 1)})
 
-    def measured(entry: Any, model: Path, output: Path, steps: int) -> Any:
-        output.mkdir(exist_ok=True)
-        return compare.Result("lora", 1.0, 0.5, 1)
-
-    def draw(results: Any, cost: Any, steps: int, output: Path, path: Path) -> None:
+    def draw(compared: Any, pictures: Path, path: Path) -> None:
         path.write_text("new")
 
-    monkeypatch.setattr(compare, "measure", measured)
     monkeypatch.setattr(compare, "draw_chart", draw)
-    arguments = [f"--model={model}", f"--output={folder / 'out'}"]
-    (folder / "out").mkdir()
+    arguments = [f"--model={model}", "--redraw"]
     return Case(compare.main, arguments, "--chart", folder / "chart.png", [model / "model_index.json"])
 
 

@@ -578,7 +578,7 @@ def test_the_switches_have_two_names_and_a_config_form(tmp_path):
     assert not parse(config) and parse(config, "--gradient_checkpointing")
 
 
-def test_the_commands_of_the_readme_exist():
+def test_the_commands_of_the_page_exist():
     """Every command line parses, and there is one for each family's usual module."""
     import importlib
     import shlex
@@ -586,10 +586,9 @@ def test_the_commands_of_the_readme_exist():
     from kohya_trainer import generate
     from kohya_trainer.families import FAMILIES
 
-    section = (
-        (ROOT / "README.md").read_text(encoding="utf-8").split("## Training without a trainer")[1].split("\n## ")[0]
-    )
-    block = section.split("```")[1].replace("\\\n", " ")
+    page = (ROOT / "docs" / "reference-trainer.md").read_text(encoding="utf-8")
+    section = page.split("## One command per family")[1].split("\n## ")[0]
+    block = section.split("```")[1].removeprefix("bash").replace("\\\n", " ")
     lines = [shlex.split(line) for line in block.strip().splitlines()]
     parsers = {"scripts/train_network.py": train_options.build_parser(), "scripts/gen_img.py": generate.build_parser()}
     for _, script, *options in lines:
