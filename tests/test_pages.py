@@ -47,6 +47,7 @@ def in_file(plan: Plan) -> set[Any]:
     return {(row.saved_name, row.algo, row.dim, row.alpha, row.scale, row.dora, _shapes(row)) for row in plan.trained}
 
 
+@pytest.mark.sweep(4)  # tests/test_documents.py plans them all, as docs/arguments.md has them
 @pytest.mark.parametrize(
     "arg", [arg for arg in TABLE if arg.name not in STOPS | NEEDS_A_FILE], ids=lambda arg: arg.name
 )
