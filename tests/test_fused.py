@@ -165,8 +165,8 @@ HALVES = [(torch.bfloat16, True), (torch.float16, True), (torch.float32, True), 
 def test_it_is_at_least_as_near_to_the_exact_result(algo: str, dtype: torch.dtype, autocast: bool) -> None:
     """As the plain path, in the precisions in which people train: relative errors of outputs and gradients, on the mean
     of some layers, as those of few small tensors vary by a half."""
-    errors = torch.zeros(2)
-    for kind in ("linear", "linear_no_bias", "conv_3x3", "conv_1x1") * 2:
+    errors, even = torch.zeros(2), algo == "boft"  # whose stages round as often in both: told apart by many layers only
+    for kind in ("linear", "linear_no_bias", "conv_3x3", "conv_1x1") * (16 if even else 2):
         base, layer = adapted(kind, algo, dtype)
         x = make_input(kind, dtype)
         exact_base = copy.deepcopy(base)
@@ -188,9 +188,7 @@ def test_it_is_at_least_as_near_to_the_exact_result(algo: str, dtype: torch.dtyp
             assert one.dtype == other.dtype
             size = best.square().mean().sqrt()
             errors += torch.stack([(t.double() - best).square().mean().sqrt() / size for t in (one, other)])
-    # Half a percent is what a draw of eight layers leaves open: BOFT's rotations round as often in both, and on the
-    # mean of 64 layers its ratio is .9999; those of all others are .97 and less.
-    assert errors[0] <= 1.005 * errors[1] + 1e-6, errors
+    assert errors[0] <= errors[1] * (1.002 if even else 1) + 1e-6, errors  # on 64 layers BOFT's ratio is .9999
 
 
 @pytest.mark.parametrize("autocast", [True, False])
